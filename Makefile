@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv once.
+
+VENV    := .venv
+PYTHON  ?= python3
+PY      := $(VENV)/bin/python
+PIP     := $(PY) -m pip --disable-pip-version-check
+DEMO    ?= demo.mp4
+PROMPT  ?= a red kite over a winter beach, waves and gulls
+
+.PHONY: demo test setup setup-dev lint bench clean
+
+demo: setup
+	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
+
+# Two processes of one thread each: threads that spin on a busy machine cost more than they give.
+test: setup-dev lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+# Runtime set: what generating needs.
+setup: $(VENV)/.ready
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	LTXKERN_BUILD=$${LTXKERN_BUILD:-cpu} $(PIP) install -q -c constraints.txt -e ".[pipeline]"
+	touch $@
+
+# Development set, the runtime set included: tests, linters, and Triton, whose interpreter and compiler need no GPU.
+setup-dev: $(VENV)/.ready-dev
+$(VENV)/.ready-dev: pyproject.toml setup.py constraints.txt CMakeLists.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	LTXKERN_BUILD=$${LTXKERN_BUILD:-cpu} $(PIP) install -q -c constraints.txt -e ".[dev]"
+	touch $(VENV)/.ready $@
+
+lint: setup-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup-dev
+	$(PY) bench/run_all.py --cases small
+
+clean:
+	rm -rf build dist $(VENV)/.ready $(VENV)/.ready-dev

@@ -1,0 +1,300 @@
+"""One forward of the LTX-2.3 transformer, random weights: diffusers, torch.compile, the toolkit, and the GEMM and attention floor.
+
+`--blocks N` runs the first N of 48 blocks. The floor replays, each alone, every matrix product and attention call that the
+toolkit's forward makes; what the forward takes beyond it is what fusion can win.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import machine
+from cases import DTYPES, Case
+from command_line import finish, parser, relaunch_warm, start_run
+from harness import Run, with_ratios
+from ltxkern.pipeline.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
+from ltxkern.pipeline.transformer import LTX2Transformer, ModalityInput, predict_velocity
+from providers import COMPILE, EAGER, compiler_missing
+from record import Record
+from report import full_report, size
+from timing import CallTimer, interleave, summarise
+
+FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
+CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
+CONFIG = {
+    "gated_attn": True,
+    "audio_gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+    "rope_type": "split",
+}
+SMALL = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 256,
+    "audio_num_attention_heads": 4,
+    "audio_attention_head_dim": 32,
+    "audio_cross_attention_dim": 128,
+}
+CASES = (
+    Case("small", (2, 6, 10), "small", {"config": SMALL, "blocks": 2, "audio": 18, "text": 64}),
+    Case("stage1", (16, 17, 30), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
+    Case("stage2", (16, 34, 60), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One forward's inputs, as the toolkit takes them."""
+
+    video: ModalityInput
+    audio: ModalityInput
+
+
+def build(case: Case, blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[LTX2Transformer, Any]:
+    """The toolkit's transformer with random weights, and diffusers' on the same tensors."""
+    arguments = {**CONFIG, **case.options["config"], "num_layers": blocks}
+    with torch.device("meta"):
+        ours, theirs = LTX2Transformer(**arguments), LTX2VideoTransformer3DModel(**arguments)
+    ours = torch.nn.Module.to(ours, dtype=dtype).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in ours.parameters():
+        parameter.data.normal_(0.0, 0.02, generator=generator)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    return ours, theirs.eval()
+
+
+def inputs_of(case: Case, model: LTX2Transformer, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random tokens and text with true positions."""
+    video, audio = VideoLatentShape(*case.shape), AudioLatentShape(case.options["audio"])
+    generator = torch.Generator(device).manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+    text = case.options["text"]
+    width, audio_width = model.config.cross_attention_dim, model.config.audio_cross_attention_dim
+    return Inputs(
+        ModalityInput(
+            random(1, case.numel, 128), SIGMA, None, video_positions(video, FPS, device=device), random(1, text, width)
+        ),
+        ModalityInput(
+            random(1, audio.frames, 128),
+            SIGMA,
+            None,
+            audio_positions(audio, device=device),
+            random(1, text, audio_width),
+        ),
+    )
+
+
+def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
+    """diffusers' forward with per-token timesteps, as its pipelines and the published one call it."""
+    video, audio = inputs.video, inputs.audio
+    device = video.latent.device
+    sigma = torch.full((1,), SIGMA * 1000, device=device)
+
+    def call() -> Any:
+        return model(
+            hidden_states=video.latent,
+            audio_hidden_states=audio.latent,
+            encoder_hidden_states=video.context,
+            audio_encoder_hidden_states=audio.context,
+            timestep=sigma[:, None].expand(1, video.latent.shape[1]),
+            audio_timestep=sigma[:, None].expand(1, audio.latent.shape[1]),
+            sigma=sigma,
+            audio_sigma=sigma,
+            video_coords=video.positions,
+            audio_coords=audio.positions,
+            return_dict=False,
+        )
+
+    return call
+
+
+class ContractionLog(TorchDispatchMode):
+    """Counts the matrix products and attention calls of what runs inside, by function and argument layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[Any, ...]] = Counter()
+        self.arguments: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in CONTRACTIONS or "scaled_dot_product" in name:
+            layout = tuple((tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
+            key = (func, layout, tuple(sorted(kwargs.items())))
+            self.calls[key] += 1
+            self.arguments.setdefault(key, (layout, kwargs))
+        return func(*args, **kwargs)
+
+    def flops(self) -> int:
+        """Of all logged calls, two per multiply-add."""
+        total = 0
+        for (func, layout, _), count in self.calls.items():
+            shapes = [part[0] for part in layout if isinstance(part, tuple)]
+            if "scaled_dot_product" in func.overloadpacket.__name__:
+                (batch, heads, queries, depth), keys = shapes[0], shapes[1][2]
+                total += count * 4 * batch * heads * queries * keys * depth
+            else:
+                a, b = shapes[-2:]
+                batch = a[0] if len(a) == 3 else 1
+                total += count * 2 * batch * a[-2] * a[-1] * b[-1]
+        return total
+
+
+def is_layout(part: Any) -> bool:
+    """Whether a logged argument was a tensor."""
+    return isinstance(part, tuple) and len(part) == 3 and isinstance(part[2], torch.dtype)
+
+
+def floor_seconds(log: ContractionLog, run: Run) -> tuple[float, float, float]:
+    """Sums of the medians, minima and 80th percentiles of the logged calls, each replayed alone on random data."""
+    totals = [0.0, 0.0, 0.0]
+    for key, count in log.calls.items():
+        layout, kwargs = log.arguments[key]
+        tensors = tuple(
+            torch.empty_strided(*part[:2], dtype=part[2], device=run.device).normal_() if is_layout(part) else part
+            for part in layout
+        )
+        timer = CallTimer(lambda *a, f=key[0], k=kwargs: f(*a, **k), [tensors], run.device, run.settings)
+        summary = summarise(timer.sample_round())
+        for index, value in enumerate((summary.median, summary.minimum, summary.p80)):
+            totals[index] += count * value
+    return totals[0], totals[1], totals[2]
+
+
+def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
+    """What the weights take, and six tensors of the widest activation (per-token modulation) of diffusers' forward."""
+    with torch.device("meta"):
+        model = LTX2Transformer(**{**CONFIG, **case.options["config"], "num_layers": blocks})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    widest = case.numel * 9 * model.config.num_attention_heads * model.config.attention_head_dim
+    return (parameters + 6 * widest) * dtype.itemsize
+
+
+@torch.no_grad()
+def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
+    """All providers on one shape; rows go to the run."""
+    dtype = DTYPES[dtype_name]
+    ours, theirs = build(case, blocks, dtype, run.device)
+    inputs = inputs_of(case, ours, dtype, run.device)
+
+    def toolkit() -> Any:
+        return predict_velocity(ours, inputs.video, inputs.audio)
+
+    functions: dict[str, Callable[[], Any]] = {EAGER: diffusers_forward(theirs, inputs), "ltxkern": toolkit}
+    title = f"{case.name} {blocks} blocks"
+    with ContractionLog() as log:
+        toolkit()
+    for name in [n for n in functions if not wanted(run, n)]:
+        del functions[name]
+    timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
+    reason = compiler_missing(run.device)
+    if wanted(run, COMPILE) and reason is None:
+        compiled = compile_blocks(case, blocks, dtype, run.device, ours)
+        timers[COMPILE] = CallTimer(diffusers_forward(compiled, inputs), [()], run.device, run.settings)
+    elif reason is not None:
+        run.skip("dit", title, COMPILE, reason)
+    samples = interleave(timers, run.settings.rounds, run.note_clocks)
+    median, least, high = floor_seconds(log, run)
+    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "buffers": 1, "bytes": 0}
+    rows = [
+        Record(
+            **common,
+            provider="floor: GEMM and attention alone",
+            **times(median, least, median, high, median, log.flops()),
+            samples=run.settings.rounds,
+            timer="sum",
+            note=f"{sum(log.calls.values())} calls",
+        )
+    ]
+    for name, values in samples.items():
+        s = summarise(values)
+        rows.append(
+            Record(
+                **common,
+                provider=name,
+                **times(s.median, s.minimum, s.p20, s.p80, median, log.flops()),
+                samples=s.count,
+                timer=timers[name].kind,
+            )
+        )
+    run.records += with_ratios(rows)
+
+
+def times(median: float, least: float, p20: float, p80: float, floor: float, flops: int) -> dict[str, Any]:
+    """The time fields of a row, against the floor of its contractions."""
+    return {
+        "median_us": median * 1e6,
+        "min_us": least * 1e6,
+        "p20_us": p20 * 1e6,
+        "p80_us": p80 * 1e6,
+        "flops": flops,
+        "gb_per_s": 0.0,
+        "floor_us": floor * 1e6,
+        "percent_of_roof": 100 * floor / median,
+    }
+
+
+def wanted(run: Run, provider: str) -> bool:
+    """Whether --backends lets a provider run."""
+    return run.backends is None or provider in run.backends
+
+
+def compile_blocks(case: Case, blocks: int, dtype: torch.dtype, device: torch.device, ours: LTX2Transformer) -> Any:
+    """diffusers' model on the same weights with every block compiled; the blocks share one compilation."""
+    with torch.device("meta"):
+        model = LTX2VideoTransformer3DModel(**{**CONFIG, **case.options["config"], "num_layers": blocks})
+    model.load_state_dict(ours.state_dict(), assign=True)
+    for block in model.eval().transformer_blocks:
+        block.compile(dynamic=False)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python bench/bench_dit.py --cases large --blocks 48`."""
+    options = parser("One forward of the transformer.")
+    options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
+    parsed = options.parse_args(arguments)
+    chosen = {"small": "small", "all": "small", "large": "large"}
+    names = parsed.cases.split(",")
+    picked = [c for c in CASES if parsed.cases == "all-large" or c.size == chosen.get(parsed.cases) or c.name in names]
+    if not picked:
+        options.error(f"--cases: none of {', '.join(c.name for c in CASES)} in {parsed.cases!r}")
+    relaunch_warm(parsed)
+    run = start_run(parsed)
+    for case in picked:
+        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
+            blocks = parsed.blocks or case.options["blocks"]
+            needs, free = weight_bytes(case, blocks, DTYPES[dtype]), machine.free_bytes(run.device)
+            if needs > free or (case.size == "large" and run.device.type != "cuda" and case.name not in names):
+                reason = (
+                    f"wants {size(needs)} ({needs} bytes) with {blocks} blocks, {size(free)} are free on {run.device}"
+                )
+                run.skip("dit", f"{case.name} {dtype}", "", reason)
+                continue
+            measure(run, case, blocks, dtype)
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+    print(full_report(run.results()))
+    return finish(run, parsed) if run.records else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

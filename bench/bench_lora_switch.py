@@ -1,0 +1,162 @@
+"""Switching the transformer between the LoRA phases of the two stages, in every device mode of TwoStageDeviceManager.
+
+Rows: `prepare` (both phases made ready, first one merged), `switch` (either direction, in turn). The floor of a switch is one
+read and one write of the patched weights at the copy roof; a mode that keeps both phases stays below it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import machine
+from bench_dit import CASES, build
+from cases import DTYPES, Case
+from command_line import finish, parser, relaunch_warm, start_run
+from harness import Run, with_ratios
+from ltxkern.pipeline.devices import TwoStageDeviceManager
+from ltxkern.pipeline.lora import LoRA, LoRAPhase
+from record import Record
+from report import full_report, size
+from timing import summarise
+
+MODES = ("resident", "snapshot", "inplace", "original")
+STRENGTHS = (0.25, 0.5)
+
+
+def random_lora(model: torch.nn.Module, rank: int) -> LoRA:
+    """A LoRA over every Linear of the model, on the host in bf16; its delta is some percent of the weights."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    factors = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        rows, columns = module.weight.shape
+        used = min(rank, rows, columns)
+        a = torch.randn(used, columns, device=device, generator=generator) * columns**-0.5
+        b = torch.randn(rows, used, device=device, generator=generator) * (0.02 * used**-0.5)
+        factors[name] = (a.bfloat16().cpu(), b.bfloat16().cpu(), None)
+    return LoRA.from_tensors("random", factors)
+
+
+def linear_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights that the LoRA patches."""
+    return sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def timed(run: Run, action: Any) -> float:
+    """Seconds of an action with everything it queued finished."""
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    start = time.perf_counter()
+    action()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return time.perf_counter() - start
+
+
+def row(
+    run: Run, case: str, provider: str, samples: list[float], moved: int, shape: tuple[int, ...], **more: Any
+) -> Record:
+    """One row from samples in seconds."""
+    times = summarise(samples)
+    floor = moved / run.copy_roof()
+    return Record(
+        op="lora_switch",
+        case=case,
+        shape=list(shape),
+        provider=provider,
+        median_us=times.median * 1e6,
+        min_us=times.minimum * 1e6,
+        p20_us=times.p20 * 1e6,
+        p80_us=times.p80 * 1e6,
+        samples=times.count,
+        timer="wall",
+        buffers=1,
+        bytes=moved,
+        flops=0,
+        gb_per_s=moved / times.median / 1e9,
+        floor_us=floor * 1e6,
+        percent_of_roof=100 * floor / times.median,
+        **more,
+    )
+
+
+@torch.no_grad()
+def measure_mode(run: Run, mode: str, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+    """Prepare, then switch back and forth; two switches a round."""
+    model, twin = build(case, blocks, DTYPES[dtype], run.device)
+    del twin
+    lora = random_lora(model, rank)
+    first, second = (LoRAPhase(((lora, strength),)) for strength in STRENGTHS)
+    title, shape = f"{case.name} {blocks} blocks rank {rank}", (blocks, rank)
+    moved = 2 * linear_bytes(model)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    with TwoStageDeviceManager(mode, device=run.device) as manager:
+        manager.attach(model)
+        prepared = timed(run, lambda: manager.prepare(first, second))
+        switches = []
+        for _ in range(run.settings.rounds):
+            for phase in (second, first):
+                # As a run does: the other phase may travel while a stage computes.
+                manager.begin_stage("stage", forwards=1)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize(run.device)
+                manager.end_stage("stage")
+                switches.append(timed(run, lambda p=phase: manager.switch_lora_phase(p)))
+        in_force = manager.mode
+    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+    provider = f"ltxkern {mode}"
+    note = "" if in_force == mode else f"fell back to {in_force}"
+    more = {"dtype": dtype, "peak_extra_bytes": peak, "contract": "exact", "note": note}
+    run.note_clocks()
+    return [
+        row(run, f"{title} prepare", provider, [prepared], moved, shape, **more),
+        row(run, f"{title} switch", provider, switches, moved, shape, **more),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python bench/bench_lora_switch.py --cases large --modes resident,snapshot,inplace,original`."""
+    options = parser("Switching LoRA phases.")
+    options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
+    options.add_argument("--rank", type=int, help="of the LoRA (default: 384, 16 for the small case)")
+    options.add_argument("--modes", default=",".join(MODES))
+    parsed = options.parse_args(arguments)
+    if unknown := sorted(set(parsed.modes.split(",")) - set(MODES)):
+        options.error(f"--modes: unknown {', '.join(unknown)}; known are {', '.join(MODES)}")
+    large = parsed.cases in ("large", "all-large")
+    case = next(c for c in CASES if c.name == ("stage1" if large else "small"))
+    relaunch_warm(parsed)
+    run = start_run(parsed)
+    dtype = run.dtypes[0] if run.dtypes else ("bf16" if run.device.type == "cuda" else "fp32")
+    blocks, rank = parsed.blocks or case.options["blocks"], parsed.rank or (384 if large else 16)
+    needs = 390_000_000 * blocks * DTYPES[dtype].itemsize if large else 0
+    if needs > machine.free_bytes(run.device):
+        print(
+            f"wants {size(needs)} ({needs} bytes) for one copy of the weights, free: {size(machine.free_bytes(run.device))}"
+        )
+        return 2
+    for mode in parsed.modes.split(","):
+        copies = 2 if mode == "resident" else 1
+        if copies * needs > machine.free_bytes(run.device):
+            run.skip(
+                "lora_switch", case.name, f"ltxkern {mode}", f"wants {size(copies * needs)} ({copies * needs} bytes)"
+            )
+            continue
+        run.records += measure_mode(run, mode, case, blocks, rank, dtype)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    run.records = with_ratios(run.records)
+    print(full_report(run.results()))
+    return finish(run, parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Benchmark of the res2s half-steps and the SDE step at the latents of both stages; video and audio in one call."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ltxkern
+from cases import Call, Case, Suite
+from command_line import main
+
+# One step from the middle of the 15-step schedule; h < 0.5 and sigma > 0.03, so that the anchor is refined.
+STEP = ltxkern.res2s_steps([0.8990960121154785, 0.8689230680465698])[0]
+
+
+def sde(sample: Tensor, advanced: Tensor, noise: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """The SDE step in its linear form."""
+    a, b, s = coefficients
+    return a * sample + b * advanced + s * noise
+
+
+def standardised(noise: Tensor, stats: Tensor | None) -> Tensor:
+    """Raw noise brought to mean 0 and std 1; ready noise as it is."""
+    return noise if stats is None else (noise - noise.mean()) / noise.std()
+
+
+def midpoint(
+    latents: list[Tensor], x0s: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None
+) -> list[Tensor]:
+    """First half-step, the anchor by its closed form."""
+    c = STEP.contraction
+    middles, anchors = [], []
+    for i, (latent, x0, noise) in enumerate(zip(latents, x0s, noises, strict=True)):
+        start, target = latent.double(), x0.double()
+        ready = standardised(noise, None if stats is None else stats[i])
+        moved = sde(start, start + c * (target - start), ready, STEP.substep)
+        middles.append(moved.to(latent.dtype))
+        anchors.append((moved - c * target) / (1 - c))
+    return middles + anchors
+
+
+def midpoint_iterated(
+    latents: list[Tensor], x0s: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None
+) -> list[Tensor]:
+    """First half-step with the 100 anchor iterations that other samplers run."""
+    c = STEP.contraction
+    middles, anchors = [], []
+    for i, (latent, x0, noise) in enumerate(zip(latents, x0s, noises, strict=True)):
+        start, target = latent.double(), x0.double()
+        ready = standardised(noise, None if stats is None else stats[i])
+        moved = sde(start, start + c * (target - start), ready, STEP.substep)
+        anchor, direction = start, target - start
+        for _ in range(100):
+            anchor = moved - c * direction
+            direction = target - anchor
+        middles.append(moved.to(latent.dtype))
+        anchors.append(anchor)
+    return middles + anchors
+
+
+def advance(
+    anchors: list[Tensor], x0s: list[Tensor], seconds: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None
+) -> list[Tensor]:
+    """Second half-step."""
+    latents = []
+    for i, (anchor, x0, second, noise) in enumerate(zip(anchors, x0s, seconds, noises, strict=True)):
+        e1, e2 = x0.double() - anchor, second.double() - anchor
+        moved = anchor + STEP.h * (STEP.b1 * e1 + STEP.b2 * e2)
+        ready = standardised(noise, None if stats is None else stats[i])
+        latents.append(sde(anchor, moved, ready, STEP.advance).to(x0.dtype))
+    return latents
+
+
+def fused_midpoint(*args: Any) -> Any:
+    """The toolkit's first half-step."""
+    return ltxkern.res2s_midpoint(*args[:3], STEP, noise_stats=args[3])
+
+
+def fused_advance(*args: Any) -> Any:
+    """The toolkit's second half-step."""
+    return ltxkern.res2s_advance(*args[:4], STEP, noise_stats=args[4])
+
+
+def sde_step(sample: Tensor, denoised: Tensor, noise: Tensor) -> Tensor:
+    """The SDE step alone."""
+    return sde(sample, denoised, noise, STEP.advance)
+
+
+def fused_sde_step(sample: Tensor, denoised: Tensor, noise: Tensor) -> Tensor:
+    """The toolkit's SDE step."""
+    return ltxkern.res2s_sde_step(sample, denoised, STEP.sigma, STEP.sigma_next, noise)
+
+
+def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    """States and predictions in the model dtype, noise and anchor in fp64."""
+    shapes = [case.shape, (1, 126, 128)]
+
+    def random(kind: torch.dtype) -> list[Tensor]:
+        return [torch.randn(s, device=device, dtype=torch.float64, generator=generator).to(kind) for s in shapes]
+
+    raw = case.options.get("raw_noise", False)
+    state, x0, second, noise = random(dtype), random(dtype), random(dtype), random(torch.float64)
+    stats = [ltxkern.reference.noise_statistics(n) for n in noise] if raw else None
+    if case.options["half"] == "midpoint":
+        other = {} if raw else {"torch eager, 100 iterations": midpoint_iterated}
+        return Call((state, x0, noise, stats), op=fused_midpoint, composition=midpoint, other=other)
+    if case.options["half"] == "advance":
+        anchor = [s.double() for s in state]
+        return Call((anchor, x0, second, noise, stats), op=fused_advance, composition=advance)
+    wide = random(torch.float64)
+    return Call((wide[0], x0[0].double(), noise[0]), op=fused_sde_step, composition=sde_step)
+
+
+STAGE1, STAGE2 = (1, 8160, 128), (1, 32640, 128)
+SUITE = Suite(
+    op="res2s",
+    cases=(
+        Case("stage1_midpoint", STAGE1, "small", {"half": "midpoint"}),
+        Case("stage1_advance", STAGE1, "small", {"half": "advance"}),
+        Case("stage1_midpoint_raw_noise", STAGE1, options={"half": "midpoint", "raw_noise": True}),
+        Case("stage1_advance_raw_noise", STAGE1, options={"half": "advance", "raw_noise": True}),
+        Case("stage1_sde_step", STAGE1, options={"half": "sde"}),
+        Case("stage2_midpoint", STAGE2, options={"half": "midpoint"}),
+        Case("stage2_advance", STAGE2, options={"half": "advance"}),
+        Case("stage2_midpoint_raw_noise", STAGE2, options={"half": "midpoint", "raw_noise": True}),
+    ),
+    prepare=prepare,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(SUITE))

@@ -1,0 +1,121 @@
+"""The command line that every bench_<op>.py shares, and the start of a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import machine
+from cases import CASE_SETS, Suite
+from harness import Run, run_suite
+from record import write_csv, write_json
+from report import machine_lines, op_section
+from timing import Settings
+
+# Without these each fresh output of some megabytes is mapped and unmapped, and page faults drown the kernel. glibc and OpenMP
+# read them only when a process starts.
+WARM_START = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+    "OMP_PROC_BIND": "close",
+    "OMP_PLACES": "cores",
+    "KINETO_LOG_LEVEL": "99",
+}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The shared options."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--cases", default="small", help=f"{', '.join(CASE_SETS)}, or names separated by commas")
+    options.add_argument("--dtypes", help="of bf16,fp16,fp32 (default: what the op is used with)")
+    options.add_argument("--backends", help="providers to time, e.g. 'torch eager,cpu,triton' (default: all there are)")
+    options.add_argument("--rounds", type=int, default=3, help="times that every provider comes round")
+    options.add_argument("--warmup", type=float, default=25, help="milliseconds before each provider's samples")
+    options.add_argument("--rep", type=float, default=100, help="milliseconds of samples per provider and round")
+    options.add_argument("--output-csv", type=Path)
+    options.add_argument("--output-json", type=Path)
+    options.add_argument(
+        "--profile-provider", metavar="NAME", help="also print a profile of this provider on each case"
+    )
+    options.add_argument("--check", action="store_true", help="correctness only, no timing")
+    options.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    options.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    options.add_argument("--default-allocator", action="store_true", help="CPU: keep glibc's page-returning default")
+    return options
+
+
+def relaunch_warm(arguments: argparse.Namespace) -> None:
+    """Start this process anew with `WARM_START`, unless it has it or was told not to."""
+    done = "MALLOC_MMAP_THRESHOLD_" in os.environ
+    # A GPU's figures need none of it, and bound threads would make torch.compile's workers share one core.
+    on_gpu = torch.cuda.is_available() and arguments.device != "cpu"
+    if done or on_gpu or arguments.default_allocator or not sys.platform.startswith("linux"):
+        return
+    # Once OpenMP has bound the first thread its affinity is one core: count before.
+    threads = {"OMP_NUM_THREADS": str(default_threads(arguments))}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **WARM_START, **threads})
+
+
+def default_threads(arguments: argparse.Namespace) -> int:
+    """--threads, else OMP_NUM_THREADS, else every core this process may use."""
+    return arguments.threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def start_run(arguments: argparse.Namespace) -> Run:
+    """A run as the command line wants it: device, threads, durations, machine facts."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch.cuda.is_available() is false here")
+    device = torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+    threads = default_threads(arguments)
+    torch.set_num_threads(threads)
+    return Run(
+        device=device,
+        settings=Settings(arguments.rounds, arguments.warmup, arguments.rep),
+        threads=threads,
+        dtypes=tuple(arguments.dtypes.split(",")) if arguments.dtypes else None,
+        backends=tuple(part.strip() for part in arguments.backends.split(",")) if arguments.backends else None,
+        check_only=arguments.check,
+        profile_provider=arguments.profile_provider,
+        facts=machine.describe(device, threads),
+    )
+
+
+def finish(run: Run, arguments: argparse.Namespace) -> int:
+    """Write the asked-for files; the exit status is 1 after a wrong result."""
+    results = run.results()
+    if arguments.output_json:
+        write_json(results, arguments.output_json)
+    if arguments.output_csv:
+        write_csv(results.records, arguments.output_csv)
+    for failure in run.failures:
+        print(f"WRONG RESULT: {failure['op']} {failure['case']}: {failure['error']}", file=sys.stderr)
+    return 1 if run.failures else 0
+
+
+def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
+    """`python bench/bench_<op>.py`."""
+    options = parser(f"Benchmark of {suite.op}.\ncases: " + ", ".join(f"{c.name} ({c.size})" for c in suite.cases))
+    parsed = options.parse_args(arguments)
+    relaunch_warm(parsed)
+    run = start_run(parsed)
+    try:
+        run_suite(run, suite, parsed.cases)
+    except ValueError as error:
+        options.error(str(error))
+    results = run.results()
+    print("\n".join(machine_lines(results.machine, results.roofs)))
+    if not run.check_only:
+        print("\n" + op_section(suite.op, results))
+    if not run.records and not run.failures and not run.check_only:
+        print("nothing was measured", file=sys.stderr)
+        finish(run, parsed)
+        return 2
+    return finish(run, parsed)

@@ -1,0 +1,236 @@
+"""Runs a suite: checks every provider against fp64, times all in turn, and puts the floor beside each figure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import machine
+import roofs
+from accuracy import Errors, WrongResultError, check, reference_of
+from cases import DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
+from counters import buffer_count, count_launches, peak_extra
+from providers import BASELINES, COMPILE, Provider, providers_of
+from record import Record, Results
+from report import size
+from timing import CallTimer, Settings, Summary, interleave, summarise
+
+
+@dataclass
+class Run:
+    """State of one run: options, machine, and the rows gathered so far."""
+
+    device: torch.device
+    settings: Settings
+    threads: int
+    dtypes: tuple[str, ...] | None = None
+    backends: tuple[str, ...] | None = None
+    check_only: bool = False
+    profile_provider: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    roof_values: dict[str, float] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def results(self) -> Results:
+        """Everything gathered, ready to be written."""
+        facts = self.facts | {"load_at_end": machine.load_average()}
+        return Results(facts, self.roof_values, asdict(self.settings), self.records, self.skipped, self.failures)
+
+    def skip(self, op: str, case: str, provider: str, reason: str) -> None:
+        """Note what was left out."""
+        self.skipped.append({"op": op, "case": case, "provider": provider, "reason": reason})
+
+    def note_clocks(self) -> None:
+        """Widen the range of GPU clocks seen by a sample taken now."""
+        if self.device.type != "cuda":
+            return
+        seen = self.facts.setdefault("clocks_seen", {})
+        for key, value in machine.gpu_sample(self.device.index or 0).items():
+            low, high = seen.get(key, (value, value))
+            seen[key] = (min(low, value), max(high, value))
+
+    def copy_roof(self) -> float:
+        """Bytes per second of the copy of this run."""
+        return self.roof_values.setdefault("copy", roofs.copy_roof(self.device, self.settings))
+
+    def gemm_roof(self, dtype: str) -> float:
+        """FLOP per second of the matrix product of this run."""
+        return self.roof_values.setdefault(f"gemm {dtype}", roofs.gemm_roof(self.device, DTYPES[dtype], self.settings))
+
+
+def refusal(run: Run, case: Case, dtype: str, *, by_name: bool) -> str | None:
+    """Why a case does not run on this machine, with the bytes it wants, or None."""
+    needs = needed_bytes(case, DTYPES[dtype])
+    if case.size == "large" and run.device.type != "cuda" and not by_name:
+        return f"wants a GPU with {size(needs)} ({needs} bytes) free in {dtype}: no CUDA device here, use --cases small"
+    free = machine.free_bytes(run.device)
+    if needs > free:
+        return f"wants {size(needs)} ({needs} bytes) in {dtype}, {size(free)} are free on {run.device}"
+    return None
+
+
+def run_suite(run: Run, suite: Suite, wanted: str) -> None:
+    """Measure the wanted cases of a suite; a wrong result ends the suite and is noted as its failure.
+
+    Raises:
+        ValueError: unknown case or dtype.
+    """
+    by_name = wanted not in ("small", "all", "large", "all-large")
+    for dtype in _dtypes(run, suite):
+        for case in select_cases(suite, wanted):
+            reason = refusal(run, case, dtype, by_name=by_name)
+            if reason is not None:
+                run.skip(suite.op, f"{case.name} {dtype}", "", reason)
+                continue
+            try:
+                run.records += measure_case(run, suite, case, dtype)
+            except WrongResultError as error:
+                run.failures.append({"op": suite.op, "case": f"{case.name} {dtype}", "error": str(error)})
+                return
+            finally:
+                if run.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _dtypes(run: Run, suite: Suite) -> list[str]:
+    if run.dtypes is None:
+        return list(suite.default_dtypes(run.device))
+    unknown = [name for name in run.dtypes if name not in DTYPES]
+    if unknown:
+        raise ValueError(f"--dtypes: unknown {', '.join(unknown)}; known are {', '.join(DTYPES)}")
+    kept = [name for name in run.dtypes if name in suite.allowed_dtypes]
+    if not kept:
+        run.skip(suite.op, "all cases", "", f"runs in {', '.join(suite.allowed_dtypes)} only")
+    return kept
+
+
+@torch.no_grad()
+def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]:
+    """Check, then time, every provider on one case.
+
+    Raises:
+        WrongResultError: a provider of the toolkit is wrong.
+    """
+    call = suite.prepare(case, DTYPES[dtype], run.device, torch.Generator(run.device).manual_seed(0))
+    found, skipped = providers_of(call, run.device, run.backends)
+    for skip in skipped:
+        run.skip(suite.op, f"{case.name} {dtype}", skip.name, skip.reason)
+    compile_s, found = _compile(run, suite, case, dtype, call, found)
+    reference = reference_of(call)
+    checked = {p.name: check(p.name, call, p.function, reference, bounded=p.ours) for p in found}
+    moved, composed = floor_bytes(call, reference.composed), reference.errors
+    del reference
+    if run.profile_provider is not None:
+        _profile(run, call, found)
+    if run.check_only:
+        _print_check(f"{suite.op} {case.name} {dtype}", checked, composed)
+        return []
+    buffers = [call.args, *[clone_args(call.args) for _ in range(buffer_count(moved, run.device) - 1)]]
+    timers = {p.name: CallTimer(p.function, buffers, run.device, run.settings) for p in found}
+    samples = interleave(timers, run.settings.rounds, run.note_clocks)
+    load = machine.load_average()
+    rows = []
+    for provider in found:
+        name = provider.name
+        errors, same = checked[name]
+        rows.append(
+            Record(
+                op=suite.op,
+                case=case.name,
+                shape=list(case.shape),
+                dtype=dtype,
+                provider=name,
+                **figures(run, summarise(samples[name]), moved, call.flops, dtype),
+                timer=timers[name].kind,
+                buffers=len(buffers),
+                launches=count_launches(provider.function, call.args, run.device),
+                peak_extra_bytes=peak_extra(call, provider.function, call.args, run.device),
+                error_rms=errors.rms,
+                error_max=errors.maximum,
+                composition_error_rms=composed.rms,
+                bit_equal=same,
+                contract=suite.contract if provider.ours else "",
+                compile_s=compile_s if name == COMPILE else None,
+                load=load,
+                note=timers[name].note,
+            )
+        )
+    return with_ratios(rows)
+
+
+def figures(run: Run, times: Summary, moved: int, flops: int, dtype: str) -> dict[str, Any]:
+    """Times and what follows from them: rate, floor (bytes at the copy roof or FLOP at the GEMM roof), percent of it."""
+    floor = moved / run.copy_roof()
+    if flops:
+        floor = max(floor, flops / run.gemm_roof(dtype))
+    return {
+        "median_us": times.median * 1e6,
+        "min_us": times.minimum * 1e6,
+        "p20_us": times.p20 * 1e6,
+        "p80_us": times.p80 * 1e6,
+        "samples": times.count,
+        "bytes": moved,
+        "flops": flops,
+        "gb_per_s": moved / times.median / 1e9,
+        "floor_us": floor * 1e6,
+        "percent_of_roof": 100 * floor / times.median,
+    }
+
+
+def with_ratios(rows: list[Record]) -> list[Record]:
+    """Rows with each baseline's median over their own."""
+    medians = {row.provider: row.median_us for row in rows}
+    baselines = [name for name in medians if not name.startswith("ltxkern")]
+    ordered = [name for name in BASELINES if name in medians] + [n for n in baselines if n not in BASELINES]
+    return [
+        replace(row, ratios={name: medians[name] / row.median_us for name in ordered if name != row.provider})
+        for row in rows
+    ]
+
+
+def _compile(
+    run: Run, suite: Suite, case: Case, dtype: str, call: Call, found: list[Provider]
+) -> tuple[float | None, list[Provider]]:
+    """Seconds of torch.compile's first call; where the compiler fails the provider is left out with its reason."""
+    for provider in found:
+        if provider.name != COMPILE:
+            continue
+        start = time.perf_counter()
+        try:
+            provider.function(*clone_args(call.args))
+        except RuntimeError as error:
+            run.skip(suite.op, f"{case.name} {dtype}", COMPILE, str(error).strip().splitlines()[0])
+            return None, [p for p in found if p.name != COMPILE]
+        return time.perf_counter() - start, found
+    return None, found
+
+
+def _profile(run: Run, call: Call, found: list[Provider]) -> None:
+    """Print the profiler's table of the wanted provider; on a GPU its call lies between cudaProfilerStart and Stop."""
+    for provider in found:
+        if run.profile_provider not in (provider.name, provider.name.removeprefix("ltxkern ")):
+            continue
+        on_gpu = run.device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        if on_gpu:
+            torch.cuda.profiler.start()
+        with profile(activities=activities, record_shapes=True) as seen:
+            provider.function(*call.args)
+            if on_gpu:
+                torch.cuda.synchronize(run.device)
+        if on_gpu:
+            torch.cuda.profiler.stop()
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        print(f"{provider.name}:\n{seen.key_averages().table(sort_by=order, row_limit=20)}")
+
+
+def _print_check(title: str, checked: dict[str, tuple[Errors, bool]], composed: Errors) -> None:
+    for name, (errors, same) in checked.items():
+        kind = "exact" if same else f"rounded, RMS {errors.rms:.2e}, max {errors.maximum:.2e}"
+        print(f"{title} {name}: {kind}; torch composition RMS {composed.rms:.2e}, max {composed.maximum:.2e}")

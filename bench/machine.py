@@ -1,0 +1,132 @@
+"""Facts about the machine and the revision, so that no figure travels without them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_quietly(command: list[str]) -> str:
+    """Standard output of a command, empty where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def revision() -> str:
+    """Short git revision; "-dirty" where the tracked sources differ from it (results and documents aside)."""
+    name = run_quietly(["git", "rev-parse", "--short=10", "HEAD"])
+    if not name:
+        return "unknown"
+    changed = run_quietly(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "ltxkern", "csrc", "bench/*.py"]
+    )
+    return f"{name}-dirty" if changed else name
+
+
+def cpu_name() -> str:
+    """Model name of the host's processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(
+            part for line in info.read_text().splitlines() if len(part := [p.strip() for p in line.split(":", 1)]) == 2
+        )
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+    return platform.processor() or platform.machine()
+
+
+def load_average() -> float:
+    """One-minute load of the host."""
+    return round(os.getloadavg()[0], 2)
+
+
+def gpu_sample(index: int) -> dict[str, float]:
+    """Clocks, temperature and power of a GPU at this moment, from nvidia-smi; empty without it."""
+    keys = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    line = run_quietly(
+        ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits", "-i", str(index)]
+    )
+    values = [part.strip() for part in line.splitlines()[0].split(",")] if line else []
+    return {key: float(value) for key, value in zip(keys, values, strict=False) if re.fullmatch(r"[\d.]+", value)}
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the last cache before memory: L2 of a GPU, the largest cache of a CPU."""
+    if device.type == "cuda":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20))
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes, default=32 << 20)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a benchmark may use on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(available.group(1)) << 10 if available else 4 << 30
+
+
+def describe(device: torch.device, threads: int) -> dict[str, Any]:
+    """Everything about the machine that a reader needs beside a figure."""
+    import ltxkern
+
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "load_at_start": load_average(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "ltxkern": ltxkern.__version__,
+        "backends": ltxkern.backends(),
+        "revision": revision(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join(["python", *[os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]]),
+        "allocator": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
+        "llc_bytes": last_level_cache(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "sms": properties.multi_processor_count,
+            "gpu_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": run_quietly(
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
+            ),
+        }
+    return facts
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """Name of a results file: machine and revision."""
+    name = facts.get("gpu") or f"cpu {re.sub(r'[(].*', '', facts['cpu'])} {facts['threads']}t"
+    return re.sub(r"[^a-z0-9]+", "-", f"{name}-{facts['revision']}".lower()).strip("-")

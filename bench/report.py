@@ -1,0 +1,129 @@
+"""Tables for people: the rows of a run in the terminal or as Markdown, with the machine above them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from record import Record, Results
+
+COLUMNS = (
+    "case", "dtype", "provider", "median", "min", "p20..p80", "bytes", "GB/s", "% roof", "vs eager", "vs compile",
+    "launches", "extra mem", "error", "timer",
+)  # fmt: skip
+
+
+def duration(microseconds: float) -> str:
+    """A time with a unit that keeps three figures."""
+    if microseconds >= 1e6:
+        return f"{microseconds / 1e6:.3g} s"
+    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
+
+
+def size(count: float) -> str:
+    """A byte count with a decimal unit."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= step:
+            return f"{count / step:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def error_text(record: Record) -> str:
+    """The contract as seen: the same bits as the torch composition, or the RMS error against fp64 beside the composition's."""
+    if record.bit_equal:
+        return "exact"
+    if record.error_rms is None:
+        return "-"
+    own = record.composition_error_rms
+    return f"rounded {record.error_rms:.1e}" + (f" ({record.error_rms / own:.2f}x)" if own else "")
+
+
+def row(record: Record) -> list[str]:
+    """Cells of one record in the order of `COLUMNS`."""
+
+    def ratio(name: str) -> str:
+        return f"{record.ratios[name]:.2f}x" if name in record.ratios else "-"
+
+    return [
+        record.case,
+        record.dtype,
+        record.provider,
+        duration(record.median_us),
+        duration(record.min_us),
+        f"{duration(record.p20_us)}..{duration(record.p80_us)}",
+        size(record.bytes),
+        f"{record.gb_per_s:.1f}",
+        f"{record.percent_of_roof:.0f}",
+        ratio("torch eager"),
+        ratio("torch.compile"),
+        "-" if record.launches is None else str(record.launches),
+        "-" if record.peak_extra_bytes is None else size(record.peak_extra_bytes),
+        error_text(record),
+        record.timer,
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns padded, so that it reads as plain text too."""
+    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def machine_lines(machine: dict[str, Any], roofs: dict[str, float]) -> list[str]:
+    """The machine and its roofs in words."""
+    lines = [f"Machine: {machine['gpu'] if 'gpu' in machine else machine['cpu']}, {machine['threads']} CPU threads"]
+    if "gpu" in machine:
+        clocks = machine.get("clocks_seen", {})
+        seen = ", ".join(f"{key} {low:.0f} to {high:.0f}" for key, (low, high) in clocks.items()) or "not read"
+        lines.append(
+            f"GPU: sm_{machine['compute_capability'].replace('.', '')}, {machine['sms']} SMs, {size(machine['gpu_bytes'])}, "
+            f"driver {machine['driver']}, CUDA {machine['cuda']}; seen: {seen}"
+        )
+    lines.append(
+        f"Software: ltxkern {machine['ltxkern']} at {machine['revision']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"Python {machine['python']}; backends {', '.join(machine['backends'])}"
+    )
+    lines.append(
+        f"Run: {machine['date']}, `{machine['command']}`, host load {machine['load_at_start']} at the start, "
+        f"malloc mmap threshold {machine['allocator']}"
+    )
+    for name, value in roofs.items():
+        unit = "TFLOP/s" if name.startswith("gemm") else "GB/s"
+        lines.append(f"Roof {name}: {value / (1e12 if unit == 'TFLOP/s' else 1e9):.4g} {unit}, measured in this run")
+    lines.append("Cold cache: every call takes the next of several buffers whose sum exceeds the last-level cache.")
+    return lines
+
+
+def op_section(op: str, results: Results) -> str:
+    """Heading, table and left-out providers of one op."""
+    rows = [record for record in results.records if record.op == op]
+    lines = [f"## {op}", "", markdown_table(COLUMNS, [row(record) for record in rows]) if rows else "No rows."]
+    reasons = {}
+    for skip in results.skipped:
+        if skip["op"] == op:
+            reasons.setdefault((skip["provider"], skip["reason"]), []).append(skip["case"])
+    for (provider, reason), cases in reasons.items():
+        lines.append(f"- {provider or 'case'} left out on {', '.join(cases)}: {reason}")
+    for failure in results.failures:
+        if failure["op"] == op:
+            lines.append(f"- WRONG RESULT on {failure['case']}: {failure['error']}")
+    notes = sorted({f"{record.case}, {record.provider}: {record.note}" for record in rows if record.note})
+    lines += [f"- {note}" for note in notes]
+    compiled = [record for record in rows if record.compile_s is not None]
+    if compiled:
+        total = sum(record.compile_s or 0.0 for record in compiled)
+        lines.append(f"- torch.compile took {total:.1f} s for {len(compiled)} shapes, not counted in its times.")
+    return "\n".join(lines)
+
+
+def full_report(results: Results) -> str:
+    """The whole run as Markdown."""
+    ops = list(dict.fromkeys([r.op for r in results.records] + [s["op"] for s in results.skipped + results.failures]))
+    parts = ["# Benchmark report", "", *[f"- {line}" for line in machine_lines(results.machine, results.roofs)], ""]
+    for op in ops:
+        parts += [op_section(op, results), ""]
+    return "\n".join(parts)

@@ -1,0 +1,184 @@
+"""Clocks: one call timed over rotated buffers by wall clock, CUDA events, or replays of a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GRAPH_BELOW = 100e-6
+MIN_SAMPLES = 5
+SLOW_CALL = 0.2
+MAX_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure: rounds over all providers, and milliseconds of warm-up and measuring in each round."""
+
+    rounds: int = 3
+    warmup_ms: float = 25.0
+    rep_ms: float = 100.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Order statistics of one provider's samples, in seconds."""
+
+    minimum: float
+    p20: float
+    median: float
+    p80: float
+    count: int
+
+
+def summarise(samples: Sequence[float]) -> Summary:
+    """Order statistics, nearest rank."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+
+    def rank(share: float) -> float:
+        return ordered[round(share * last)]
+
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return Summary(ordered[0], rank(0.2), median, rank(0.8), len(ordered))
+
+
+class CallTimer:
+    """Times `function(*buffer)`, each call on the next buffer, so that no call finds its data in the last-level cache.
+
+    Results stay alive until their buffer comes round again: then fresh outputs lie in cold memory too.
+
+    Args:
+        function: what to time.
+        buffers: argument tuples in distinct memory.
+        device: where it runs; on a GPU calls under 100 us are timed as replays of a CUDA graph over all buffers.
+        settings: durations.
+        clock: seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        buffers: Sequence[tuple[Any, ...]],
+        device: torch.device,
+        settings: Settings,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._function = function
+        self._buffers = buffers
+        self._device = device
+        self._settings = settings
+        self._clock = clock
+        self._next = 0
+        self._kept: list[Any] = [None] * len(buffers)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.kind = "wall"
+        self.note = ""
+        self._timed_wall(1)
+        self._estimate = self._timed_wall(1)
+        if self._estimate < SLOW_CALL:
+            self._estimate = min(self._timed_wall(1) for _ in range(2))
+        if device.type == "cuda":
+            self.kind = "events"
+            self._estimate = self._events(MIN_SAMPLES)[MIN_SAMPLES // 2]
+            if self._estimate < GRAPH_BELOW:
+                self._capture()
+
+    def _step(self) -> None:
+        index = self._next
+        self._next = (index + 1) % len(self._buffers)
+        self._kept[index] = self._function(*self._buffers[index])
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _timed_wall(self, calls: int) -> float:
+        self._synchronize()
+        start = self._clock()
+        for _ in range(calls):
+            self._step()
+        self._synchronize()
+        return (self._clock() - start) / calls
+
+    def _events(self, calls: int) -> list[float]:
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for start, end in pairs:
+            start.record()
+            self._step()
+            end.record()
+        self._synchronize()
+        return sorted(start.elapsed_time(end) * 1e-3 for start, end in pairs)
+
+    def _capture(self) -> None:
+        """Capture one call per buffer; without it (a call that cannot be captured) events stay, and the note says so."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for buffer in self._buffers:
+                    self._kept.append(self._function(*buffer))
+        except RuntimeError as error:
+            self.note = f"not capturable, timed with launch overhead: {str(error).splitlines()[0]}"
+            torch.cuda.synchronize(self._device)
+            return
+        self._graph = graph
+        self.kind = "graph"
+        self._estimate = self._graph_replays(2)[0]
+
+    def _graph_replays(self, replays: int) -> list[float]:
+        assert self._graph is not None
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+        for start, end in pairs:
+            start.record()
+            self._graph.replay()
+            end.record()
+        self._synchronize()
+        return sorted(start.elapsed_time(end) * 1e-3 / len(self._buffers) for start, end in pairs)
+
+    def _sample(self, milliseconds: float) -> list[float]:
+        """Calls for about that long; a few at least, and a single one where a call takes very long."""
+        least = MIN_SAMPLES if self._estimate < SLOW_CALL else 1
+        per_sample = self._estimate * (len(self._buffers) if self._graph is not None else 1)
+        count = max(least, min(MAX_SAMPLES, int(milliseconds * 1e-3 / max(per_sample, 1e-9))))
+        if self._graph is not None:
+            return self._graph_replays(count)
+        if self._device.type == "cuda":
+            return self._events(count)
+        return [self._timed_wall(1) for _ in range(count)]
+
+    def call_once(self) -> None:
+        """One call on the next buffer, finished when this returns; for clocks outside."""
+        self._step()
+        self._synchronize()
+
+    def sample_round(self) -> list[float]:
+        """Seconds per call, after a warm-up: the samples of one round."""
+        if self._estimate < SLOW_CALL:
+            self._sample(self._settings.warmup_ms)
+        return self._sample(self._settings.rep_ms)
+
+    def sample_rounds(self) -> list[float]:
+        """The samples of all rounds, where nothing is to be interleaved."""
+        return [sample for _ in range(self._settings.rounds) for sample in self.sample_round()]
+
+
+def interleave(timers: dict[str, CallTimer], rounds: int, after_round: Callable[[], None]) -> dict[str, list[float]]:
+    """Samples per provider, every provider once in each round, so that drift of the machine meets all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    order = list(timers)
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            samples[name] += timers[name].sample_round()
+        after_round()
+    return samples

@@ -1,0 +1,180 @@
+// The extension module: plans, called with torch tensors (DLPack C exchange API) or with raw addresses.
+#include <dlpack/dlpack.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+#ifndef LTXK_MODULE
+#define LTXK_MODULE _C
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+const DLPackExchangeAPI* exchange = nullptr;
+
+void use_exchange_api(const py::capsule& capsule) {
+    auto* header = static_cast<DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!header) throw py::error_already_set();
+    while (header && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;
+    if (!header) throw std::runtime_error("no DLPack exchange API of major version 1");
+    exchange = reinterpret_cast<const DLPackExchangeAPI*>(header);
+}
+
+struct Arguments {
+    std::vector<const void*> addresses;
+    DLDevice device{kDLCPU, 0};
+};
+
+// Addresses of torch tensors (None: absent); all on one device of the wanted kind.
+Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
+    if (!exchange) throw std::runtime_error("torch.Tensor has no DLPack exchange API here: call raw()");
+    if (tensors.size() != count)
+        throw py::type_error("plan takes " + std::to_string(count) + " tensors, got " + std::to_string(tensors.size()));
+    Arguments arguments;
+    arguments.addresses.reserve(count);
+    bool first = true;
+    for (const py::handle& object : tensors) {
+        if (object.is_none()) {
+            arguments.addresses.push_back(nullptr);
+            continue;
+        }
+        DLTensor tensor;
+        if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) throw py::error_already_set();
+        bool cuda = tensor.device.device_type == kDLCUDA;
+        if (cuda != on_device || (!cuda && tensor.device.device_type != kDLCPU))
+            throw py::value_error(on_device ? "plan is for CUDA tensors" : "plan is for CPU tensors");
+        if (first) arguments.device = tensor.device;
+        if (tensor.device.device_id != arguments.device.device_id) throw py::value_error("tensors lie on different devices");
+        first = false;
+        arguments.addresses.push_back(static_cast<const char*>(tensor.data) + tensor.byte_offset);
+    }
+    return arguments;
+}
+
+std::vector<const void*> as_addresses(const std::vector<std::uint64_t>& raw, std::size_t count) {
+    if (raw.size() != count)
+        throw py::type_error("plan takes " + std::to_string(count) + " addresses, got " + std::to_string(raw.size()));
+    std::vector<const void*> addresses;
+    for (std::uint64_t address : raw) addresses.push_back(reinterpret_cast<const void*>(address));
+    return addresses;
+}
+
+void unpack(ltxk::Step& step, const py::bytes& parameters,
+            const std::vector<std::tuple<std::uint32_t, std::uint32_t, std::int64_t>>& relocations) {
+    std::string packed = parameters;
+    step.parameters.resize(packed.size() / 8);
+    std::memcpy(step.parameters.data(), packed.data(), step.parameters.size() * 8);
+    for (auto [slot, argument, offset] : relocations) step.relocations.push_back({slot, argument, offset});
+}
+
+using Relocations = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::int64_t>>;
+
+struct DevicePlan : ltxk::Plan {
+    using Plan::Plan;
+};
+struct CpuPlan : ltxk::Plan {
+    using Plan::Plan;
+};
+
+void add_launch(DevicePlan& plan, const std::string& kernel, std::tuple<unsigned, unsigned, unsigned> grid, unsigned block,
+                unsigned shared_bytes, unsigned cluster, bool cooperative, const py::bytes& parameters,
+                const Relocations& relocations) {
+    auto found = ltxk::kernel_table().find(kernel);
+    if (found == ltxk::kernel_table().end()) throw py::key_error("no kernel " + kernel + " in this build");
+    ltxk::Step step;
+    step.kernel = &found->second;
+    step.shape = {{std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}, block, shared_bytes, cluster, cooperative};
+    unpack(step, parameters, relocations);
+    plan.add(std::move(step));
+}
+
+void add_zero(DevicePlan& plan, std::uint32_t argument, std::int64_t offset, std::size_t bytes) {
+    ltxk::Step step;
+    step.zero_bytes = bytes;
+    step.relocations.push_back({0, argument, offset});
+    plan.add(std::move(step));
+}
+
+void add_call(CpuPlan& plan, const std::string& kernel, const py::bytes& parameters, const Relocations& relocations) {
+    auto found = ltxk::cpu_table().find(kernel);
+    if (found == ltxk::cpu_table().end()) throw py::key_error("no CPU kernel " + kernel + " in this build");
+    auto function = found->second.find(ltxk::best_isa());
+    if (function == found->second.end())
+        throw py::key_error("CPU kernel " + kernel + " is not built for " + ltxk::isa_name(ltxk::best_isa()));
+    ltxk::Step step;
+    step.function = function->second;
+    unpack(step, parameters, relocations);
+    plan.add(std::move(step));
+}
+
+void call_device(DevicePlan& plan, const py::args& tensors) {
+#if defined(LTXK_SHIM)
+    Arguments arguments = resolve(tensors, plan.argument_count(), false);
+    void* stream = nullptr;
+#else
+    Arguments arguments = resolve(tensors, plan.argument_count(), true);
+    void* stream = nullptr;
+    if (exchange->current_work_stream(arguments.device.device_type, arguments.device.device_id, &stream) != 0)
+        throw py::error_already_set();
+#endif
+    plan.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
+}
+
+void call_cpu(const CpuPlan& plan, int threads, const py::args& tensors) {
+    Arguments arguments = resolve(tensors, plan.argument_count(), false);
+    py::gil_scoped_release release;
+    plan.run_cpu(arguments.addresses.data(), threads);
+}
+
+}  // namespace
+
+#if defined(LTXK_SHIM)
+void bind_shim(py::module_& module);
+#endif
+
+PYBIND11_MODULE(LTXK_MODULE, module) {
+    module.doc() = "Kernels of ltxkern: see ltxkern.native, which is the only caller.";
+    module.def("use_exchange_api", &use_exchange_api);
+    module.def("cuda_unavailable", [] { return ltxk::runtime::unavailable(); }, "Why no CUDA kernel can run, or None.");
+    module.def("isa", [] { return std::string(ltxk::isa_name(ltxk::best_isa())); }, "Instruction set of the CPU kernels.");
+    module.def("kernels", [] {
+        std::vector<std::string> names;
+        for (const auto& [name, entry] : ltxk::kernel_table()) names.push_back(name);
+        return names;
+    });
+    module.def("cpu_kernels", [] {
+        std::vector<std::string> names;
+        for (const auto& [name, entries] : ltxk::cpu_table())
+            if (entries.count(ltxk::best_isa())) names.push_back(name);
+        return names;
+    });
+    py::class_<DevicePlan>(module, "DevicePlan")
+        .def(py::init<std::size_t>())
+        .def("add_launch", &add_launch)
+        .def("add_zero", &add_zero)
+        .def("__call__", &call_device, "Run on torch tensors, on the current stream of their device.")
+        .def("raw",
+             [](DevicePlan& plan, const std::vector<std::uint64_t>& raw, int device, std::uint64_t stream) {
+                 plan.run_device(as_addresses(raw, plan.argument_count()).data(), device, reinterpret_cast<void*>(stream));
+             },
+             "Run on raw device addresses (0: absent) and a raw stream.");
+    py::class_<CpuPlan>(module, "CpuPlan")
+        .def(py::init<std::size_t>())
+        .def("add_call", &add_call)
+        .def("__call__", &call_cpu, "Run on torch CPU tensors with the given number of threads.")
+        .def("raw", [](const CpuPlan& plan, int threads, const std::vector<std::uint64_t>& raw) {
+            auto addresses = as_addresses(raw, plan.argument_count());
+            py::gil_scoped_release release;
+            plan.run_cpu(addresses.data(), threads);
+        });
+#if defined(LTXK_SHIM)
+    bind_shim(module);
+#endif
+}

@@ -1,0 +1,295 @@
+// GroupNorm + SiLU on the CPU: statistics in chunks that stay in L1, merged by Chan's rule in double, then one apply sweep.
+//
+// Chunks and the order of their merging depend on the shape alone, so results do not depend on the number of threads.
+#include <type_traits>
+#include <vector>
+
+#include "cpu/simd.h"
+
+LTXK_CPU_BEGIN
+
+struct GroupNormSilu {
+    const void* x;
+    void* out;
+    const void* residual;
+    const void* weight;
+    const void* bias;
+    const void* conv_bias;
+    i64 weight_type, bias_type, conv_bias_type;
+    i64 samples, channels, group_channels, positions, channels_last;
+    double eps;
+};
+
+struct Partial {
+    double count, mean, m2;
+
+    void merge(const Partial& other) {
+        if (other.count == 0) return;
+        double total = count + other.count, delta = other.mean - mean, share = other.count / total;
+        mean += delta * share;
+        m2 += other.m2 + delta * delta * count * share;
+        count = total;
+    }
+};
+
+// What one channel does to its elements: silu((v - mean) * scale + offset + residual).
+struct Affine {
+    float mean, scale, offset;
+};
+
+static Affine affine_of(const GroupNormSilu& p, i64 channel, double mean, double m2) {
+    double variance = m2 / static_cast<double>(p.group_channels * p.positions);
+    double rstd = 1.0 / __builtin_sqrt(variance + p.eps);
+    double shift = load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
+    Affine affine;
+    affine.mean = static_cast<float>(mean - shift);
+    affine.scale = static_cast<float>(load_param(p.weight, p.weight_type, channel, 1.0f) * rstd);
+    affine.offset = load_param(p.bias, p.bias_type, channel, 0.0f);
+    return affine;
+}
+
+constexpr i64 kChunk = 2048;
+
+template <class T>
+static const float* as_float(const T* in, float* buffer, i64 count) {
+    widen(in, buffer, count);
+    return buffer;
+}
+template <>
+inline const float* as_float<float>(const float* in, float*, i64) {
+    return in;
+}
+
+// Two passes over a chunk that the first one brought into L1; four sums, so that additions do not wait for each other.
+template <class T>
+static Partial chunk_moments(const T* x, i64 count, double shift) {
+    constexpr i64 kStep = 4 * kLanes;
+    Floats sums[4] = {}, squares[4] = {}, residues[4] = {};
+    float sum = 0.0f, m2 = 0.0f, residue = 0.0f;
+    i64 body = count / kStep * kStep;
+    for (i64 i = 0; i < body; i += kStep)
+        for (int k = 0; k < 4; ++k) sums[k] += load_lanes(x + i + k * kLanes);
+    for (i64 i = body; i < count; ++i) sum += to_float(x[i]);
+    sum += sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    float mean = sum / static_cast<float>(count);
+    for (i64 i = 0; i < body; i += kStep)
+        for (int k = 0; k < 4; ++k) {
+            Floats d = load_lanes(x + i + k * kLanes) - mean;
+            residues[k] += d;
+            squares[k] += d * d;
+        }
+    for (i64 i = body; i < count; ++i) {
+        float d = to_float(x[i]) - mean;
+        residue += d;
+        m2 += d * d;
+    }
+    residue += sum_lanes((residues[0] + residues[1]) + (residues[2] + residues[3]));
+    m2 += sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    // The residue corrects what rounding left in the mean.
+    double correction = static_cast<double>(residue) / static_cast<double>(count);
+    double squared = static_cast<double>(m2) - correction * correction * static_cast<double>(count);
+    return {static_cast<double>(count), mean + correction + shift, squared > 0.0 || squared != squared ? squared : 0.0};
+}
+
+// The chunk without its last, partial vector, written as U.
+template <class T, class U>
+static void apply_body(const T* x, const T* residual, U* out, i64 body, Floats mean, Floats scale, Floats offset) {
+    if (residual) {
+        for (i64 i = 0; i < body; i += kLanes)
+            store_lanes(out + i, silu_lanes((load_lanes(x + i) - mean) * scale + offset + load_lanes(residual + i)));
+        return;
+    }
+    for (i64 i = 0; i < body; i += kLanes) store_lanes(out + i, silu_lanes((load_lanes(x + i) - mean) * scale + offset));
+}
+
+template <class T>
+static void apply_chunk(const T* x, const T* residual, T* out, i64 count, const Affine& a) {
+    Floats mean = broadcast(a.mean), scale = broadcast(a.scale), offset = broadcast(a.offset);
+    i64 body = count / kLanes * kLanes, rest = count - body;
+    if constexpr (std::is_same_v<T, bf16>) {
+        // Rounding to bf16 in a loop of its own: one long chain of operations per vector leaves the core waiting.
+        alignas(64) float staged[kChunk];
+        apply_body(x, residual, staged, body, mean, scale, offset);
+        for (i64 i = 0; i < body; i += kLanes) store_lanes(out + i, load_lanes(staged + i));
+    } else {
+        apply_body(x, residual, out, body, mean, scale, offset);
+    }
+    if (rest == 0) return;
+    Floats v = (load_part(x + body, rest) - mean) * scale + offset;
+    store_part(out + body, silu_lanes(residual ? v + load_part(residual + body, rest) : v), rest);
+}
+
+// Groups [first, last) of a contiguous activation, one after the other: the apply sweep reads what the statistics left in cache.
+template <class T>
+static void contiguous(const GroupNormSilu& p, int threads) {
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    i64 chunks = (p.positions + kChunk - 1) / kChunk, per_group = p.group_channels * chunks;
+    i64 groups = p.samples * p.channels / p.group_channels;
+    std::vector<Partial> partials(static_cast<std::size_t>(groups < threads ? groups * per_group : per_group * threads));
+
+    auto span = [&](i64 group, i64 index, i64& start, i64& count, i64& channel) {
+        i64 row = group * p.group_channels + index / chunks, first = index % chunks * kChunk;
+        start = row * p.positions + first;
+        count = p.positions - first < kChunk ? p.positions - first : kChunk;
+        channel = row % p.channels;
+    };
+    auto measure = [&](i64 group, i64 index, Partial* into) {
+        i64 start, count, channel;
+        span(group, index, start, count, channel);
+        into[index] = chunk_moments(x + start, count, load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f));
+    };
+    auto merged = [&](const Partial* from) {
+        Partial total{0, 0, 0};
+        for (i64 i = 0; i < per_group; ++i) total.merge(from[i]);
+        return total;
+    };
+    auto apply = [&](i64 group, i64 index, const Partial& total) {
+        i64 start, count, channel;
+        span(group, index, start, count, channel);
+        apply_chunk(x + start, residual ? residual + start : nullptr, out + start, count, affine_of(p, channel, total.mean, total.m2));
+    };
+
+    if (groups >= threads) {
+#pragma omp parallel num_threads(threads)
+        {
+#if defined(_OPENMP)
+            Partial* mine = partials.data() + omp_get_thread_num() * per_group;
+#else
+            Partial* mine = partials.data();
+#endif
+#pragma omp for schedule(dynamic, 1)
+            for (i64 group = 0; group < groups; ++group) {
+                for (i64 i = 0; i < per_group; ++i) measure(group, i, mine);
+                Partial total = merged(mine);
+                for (i64 i = per_group - 1; i >= 0; --i) apply(group, i, total);
+            }
+        }
+        return;
+    }
+    for (i64 group = 0; group < groups; ++group) {
+        Partial* mine = partials.data() + group * per_group;
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 i = 0; i < per_group; ++i) measure(group, i, mine);
+        Partial total = merged(mine);
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 i = 0; i < per_group; ++i) apply(group, i, total);
+    }
+}
+
+// Positions per chunk of a channels-last activation: few enough for fp32 sums, and for a chunk of all channels to stay in L2.
+static i64 column_chunk(i64 channels) {
+    i64 positions = 32768 / channels;
+    return positions < 8 ? 8 : positions > 128 ? 128 : positions;
+}
+
+// Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions.
+template <class T>
+static void merge_columns(const T* x, i64 count, i64 channels, float* buffer, float* sum, float* squared, double before, double* mean,
+                          double* m2) {
+    for (i64 c = 0; c < channels; ++c) sum[c] = squared[c] = 0.0f;
+    for (i64 i = 0; i < count; ++i) {
+        const float* v = as_float(x + i * channels, buffer, channels);
+#pragma omp simd
+        for (i64 c = 0; c < channels; ++c) sum[c] += v[c];
+    }
+    float share = 1.0f / static_cast<float>(count);
+    for (i64 c = 0; c < channels; ++c) sum[c] *= share;
+    for (i64 i = 0; i < count; ++i) {
+        const float* v = as_float(x + i * channels, buffer, channels);
+#pragma omp simd
+        for (i64 c = 0; c < channels; ++c) squared[c] += (v[c] - sum[c]) * (v[c] - sum[c]);
+    }
+    double weight = static_cast<double>(count) / (before + static_cast<double>(count));
+    for (i64 c = 0; c < channels; ++c) {
+        double delta = sum[c] - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += squared[c] + delta * delta * before * weight;
+    }
+}
+
+template <class T>
+static void apply_columns(const T* x, const T* residual, T* out, i64 count, i64 channels, const float* mean, const float* scale,
+                          const float* offset) {
+    i64 body = channels / kLanes * kLanes, rest = channels - body;
+    for (i64 i = 0; i < count; ++i, x += channels, out += channels, residual = residual ? residual + channels : nullptr) {
+        for (i64 c = 0; c < body; c += kLanes) {
+            Floats v = (load_lanes(x + c) - load_lanes(mean + c)) * load_lanes(scale + c) + load_lanes(offset + c);
+            store_lanes(out + c, silu_lanes(residual ? v + load_lanes(residual + c) : v));
+        }
+        if (rest == 0) continue;
+        Floats v = (load_part(x + body, rest) - load_part(mean + body, rest)) * load_part(scale + body, rest) + load_part(offset + body, rest);
+        store_part(out + body, silu_lanes(residual ? v + load_part(residual + body, rest) : v), rest);
+    }
+}
+
+// Channels-last: statistics of fixed stripes of positions in parallel, merged in order; then all stripes are applied in parallel.
+template <class T>
+static void channels_last(const GroupNormSilu& p, int threads) {
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    i64 channels = p.channels, chunk = column_chunk(channels), chunks = (p.positions + chunk - 1) / chunk;
+    i64 stripes = chunks < 64 ? chunks : 64, per_stripe = (chunks + stripes - 1) / stripes * chunk;
+    stripes = (p.positions + per_stripe - 1) / per_stripe;
+    std::vector<double> moments(static_cast<std::size_t>(2 * stripes * channels));
+    std::vector<float> affine(static_cast<std::size_t>(3 * channels));
+    float *mean = affine.data(), *scale = mean + channels, *offset = scale + channels;
+
+    for (i64 sample = 0; sample < p.samples; ++sample) {
+        i64 base = sample * p.positions * channels;
+        auto length = [&](i64 stripe) {
+            i64 rest = p.positions - stripe * per_stripe;
+            return rest < per_stripe ? rest : per_stripe;
+        };
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<float> buffers(static_cast<std::size_t>(3 * channels));
+            float *buffer = buffers.data(), *sum = buffer + channels, *squared = sum + channels;
+#pragma omp for schedule(static)
+            for (i64 stripe = 0; stripe < stripes; ++stripe) {
+                double *stripe_mean = moments.data() + 2 * stripe * channels, *stripe_m2 = stripe_mean + channels;
+                for (i64 c = 0; c < 2 * channels; ++c) stripe_mean[c] = 0.0;
+                i64 first = stripe * per_stripe, count = length(stripe);
+                for (i64 i = 0; i < count; i += chunk)
+                    merge_columns(x + base + (first + i) * channels, count - i < chunk ? count - i : chunk, channels, buffer, sum, squared,
+                                  static_cast<double>(i), stripe_mean, stripe_m2);
+            }
+        }
+        for (i64 group = 0; group < channels / p.group_channels; ++group) {
+            Partial total{0, 0, 0};
+            for (i64 c = group * p.group_channels; c < (group + 1) * p.group_channels; ++c) {
+                double shift = load_param(p.conv_bias, p.conv_bias_type, c, 0.0f);
+                for (i64 stripe = 0; stripe < stripes; ++stripe) {
+                    const double* at = moments.data() + 2 * stripe * channels;
+                    total.merge({static_cast<double>(length(stripe)), at[c] + shift, at[channels + c]});
+                }
+            }
+            for (i64 c = group * p.group_channels; c < (group + 1) * p.group_channels; ++c) {
+                Affine a = affine_of(p, c, total.mean, total.m2);
+                mean[c] = a.mean, scale[c] = a.scale, offset[c] = a.offset;
+            }
+        }
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (i64 stripe = 0; stripe < stripes; ++stripe) {
+            i64 at = base + stripe * per_stripe * channels;
+            apply_columns(x + at, residual ? residual + at : nullptr, out + at, length(stripe), channels, mean, scale, offset);
+        }
+    }
+}
+
+template <class T>
+static void group_norm_silu(const void* parameters, int threads) {
+    const GroupNormSilu& p = *static_cast<const GroupNormSilu*>(parameters);
+    if (p.channels_last)
+        channels_last<T>(p, threads);
+    else
+        contiguous<T>(p, threads);
+}
+
+LTXK_CPU_END
+
+LTXK_CPU_KERNEL("group_norm_silu<f32>", group_norm_silu<float>)
+LTXK_CPU_KERNEL("group_norm_silu<f16>", group_norm_silu<f16>)
+LTXK_CPU_KERNEL("group_norm_silu<bf16>", group_norm_silu<bf16>)

@@ -1,0 +1,106 @@
+// Standardisation of noise, and its statistics, on the CPU: fp64, two passes over chunks that stay in L1, merged in a fixed order.
+//
+// Chunks depend on the sizes alone, so results do not depend on the number of threads.
+#include <vector>
+
+#include "cpu/typed.h"
+
+LTXK_CPU_BEGIN
+
+struct NormalizeNoise {
+    const void* x;
+    void* out;      // null: only statistics
+    double* stats;  // [slice]: count, mean, M2; null: only the standardised values
+    i64 type, slices, length;
+    i64 whole;  // 1: one value anywhere that is not finite makes everything NaN
+};
+
+constexpr i64 kChunk = kTypedChunk;
+
+struct NoiseMoments {
+    double mean, m2;
+};
+
+static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count) {
+    alignas(64) double buffer[kChunk];
+    buffer[0] = 0.0;
+    const double* v = as_compute(x, type, first, count, buffer);
+    double pivot = v[0], sum = 0.0, m2 = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 i = 0; i < count; ++i) sum += v[i] - pivot;
+    double offset = sum / static_cast<double>(count);
+#pragma omp simd reduction(+ : m2)
+    for (i64 i = 0; i < count; ++i) m2 += (v[i] - pivot - offset) * (v[i] - pivot - offset);
+    return {pivot + offset, m2};
+}
+
+static NoiseMoments slice_moments(const NoiseMoments* partials, i64 chunks, i64 length) {
+    auto size = [&](i64 i) { return static_cast<double>(length - i * kChunk < kChunk ? length - i * kChunk : kChunk); };
+    double pivot = partials[0].mean, shifted = 0.0, m2 = 0.0;
+    for (i64 i = 0; i < chunks; ++i) shifted += (partials[i].mean - pivot) * size(i);
+    double offset = shifted / static_cast<double>(length);
+    for (i64 i = 0; i < chunks; ++i) {
+        double delta = (partials[i].mean - pivot) - offset;
+        m2 += partials[i].m2 + delta * delta * size(i);
+    }
+    return {pivot + offset, m2};
+}
+
+static void standardise_chunk(const NormalizeNoise& p, i64 first, i64 count, double mean, double factor) {
+    alignas(64) double buffer[kChunk], values[kChunk];
+    const double* v = as_compute(p.x, p.type, first, count, buffer);
+    if (p.type == kF64) {
+        double* out = static_cast<double*>(p.out) + first;
+        for (i64 i = 0; i < count; ++i) out[i] = (v[i] - mean) * factor;
+        return;
+    }
+    for (i64 i = 0; i < count; ++i) values[i] = (v[i] - mean) * factor;
+    store_compute(values, p.out, p.type, first, count);
+}
+
+static void normalize_noise(const void* parameters, int threads) {
+    const NormalizeNoise& p = *static_cast<const NormalizeNoise*>(parameters);
+    i64 chunks = (p.length + kChunk - 1) / kChunk, tasks = p.slices * chunks;
+    std::vector<NoiseMoments> partials(static_cast<std::size_t>(tasks)), slices(static_cast<std::size_t>(p.slices));
+    auto locate = [&](i64 task, i64& first, i64& count) {
+        i64 inside = task % chunks * kChunk;
+        first = task / chunks * p.length + inside;
+        count = p.length - inside < kChunk ? p.length - inside : kChunk;
+    };
+    bool finite = true;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (i64 task = 0; task < tasks; ++task) {
+            i64 first, count;
+            locate(task, first, count);
+            partials[task] = chunk_moments(p.x, p.type, first, count);
+        }
+#pragma omp for schedule(static) reduction(&& : finite)
+        for (i64 s = 0; s < p.slices; ++s) {
+            slices[s] = slice_moments(partials.data() + s * chunks, chunks, p.length);
+            finite = finite && slices[s].m2 - slices[s].m2 == 0.0;
+            if (p.stats) {
+                p.stats[3 * s] = static_cast<double>(p.length);
+                p.stats[3 * s + 1] = slices[s].mean;
+                p.stats[3 * s + 2] = slices[s].m2;
+            }
+        }
+        if (p.out) {
+            // The last chunks first: they are still in the cache.
+#pragma omp for schedule(static)
+            for (i64 task = 0; task < tasks; ++task) {
+                i64 first, count;
+                locate(tasks - 1 - task, first, count);
+                const NoiseMoments& all = slices[first / p.length];
+                double factor = 1.0 / __builtin_sqrt(all.m2 / static_cast<double>(p.length - 1));
+                if (p.whole && !finite) factor = __builtin_nan("");
+                standardise_chunk(p, first, count, all.mean, factor);
+            }
+        }
+    }
+}
+
+LTXK_CPU_END
+
+LTXK_CPU_KERNEL("normalize_noise", normalize_noise)

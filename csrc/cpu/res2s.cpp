@@ -1,0 +1,230 @@
+// The res2s sampler between two model calls on the CPU: SDE step and both half-steps, chunk by chunk in L1.
+//
+// Parameter structs as in include/ltxkern/res2s.cuh. A chunk is read whole before it is written: outputs may be inputs.
+#include "cpu/typed.h"
+
+LTXK_CPU_BEGIN
+
+constexpr i64 kModalities = 4;
+constexpr i64 kChunk = kTypedChunk;
+
+struct Extent {
+    i64 size, slice, channels, first_block;
+};
+
+struct MidpointModality {
+    const void* latent;
+    const void* x0;
+    const void* noise;
+    const float* mask;
+    const void* clean;
+    const double* stats;
+    void* middle;
+    void* anchor;
+    i64 latent_type, x0_type, noise_type, clean_type;
+    Extent extent;
+};
+
+struct Res2sMidpoint {
+    MidpointModality modality[kModalities];
+    i64 count;
+    double c, a, b, s, gain;
+};
+
+struct AdvanceModality {
+    const void* anchor;
+    const void* x0;
+    const void* x0_mid;
+    const void* noise;
+    const float* mask;
+    const void* clean;
+    const double* stats;
+    void* out;
+    i64 x0_type, x0_mid_type, noise_type, clean_type, out_type;
+    Extent extent;
+};
+
+struct Res2sAdvance {
+    AdvanceModality modality[kModalities];
+    i64 count;
+    double hb1, hb2, a, b, s;
+};
+
+struct Res2sSdeStep {
+    const void* sample;
+    const void* denoised;
+    const void* noise;
+    const double* stats;
+    void* out;
+    i64 sample_type, denoised_type, noise_type;
+    Extent extent;
+    double a, b, s;
+};
+
+template <class C>
+constexpr i64 kComputeType = sizeof(C) == 8 ? kF64 : kF32;
+
+// A piece of one modality that shares a row of statistics: elements [first, first + count).
+struct Piece {
+    i64 modality, first, count;
+};
+
+static i64 pieces_of(const Extent& e) { return e.size == 0 ? 0 : e.size / e.slice * ((e.slice + kChunk - 1) / kChunk); }
+
+static Piece piece_at(const Extent& e, i64 modality, i64 index) {
+    i64 per_slice = (e.slice + kChunk - 1) / kChunk, inside = index % per_slice * kChunk;
+    i64 count = e.slice - inside < kChunk ? e.slice - inside : kChunk;
+    return {modality, index / per_slice * e.slice + inside, count};
+}
+
+// mask of each element's token and clean * (1 - mask), in fp32 as torch has them.
+struct Keep {
+    alignas(64) float mask[kChunk];
+    alignas(64) float clean[kChunk];
+
+    void load(const float* masks, const void* from, i64 type, const Extent& e, const Piece& piece) {
+        i64 token = piece.first / e.channels, inside = piece.first % e.channels;
+        for (i64 i = 0; i < piece.count; ++token, inside = 0) {
+            i64 end = i + e.channels - inside < piece.count ? i + e.channels - inside : piece.count;
+            for (; i < end; ++i) mask[i] = masks[token];
+        }
+        const float* values = as_compute(from, type, piece.first, piece.count, clean);
+        for (i64 i = 0; i < piece.count; ++i) clean[i] = values[i] * (1.0f - mask[i]);
+    }
+};
+
+// x0 masked in fp32 (fp64 for fp64 predictions) and rounded to its own dtype, as the official order has it.
+template <class C>
+static const C* masked_prediction(const void* x0, i64 type, const Piece& piece, const Keep* keep, C* buffer) {
+    const C* values = as_compute(x0, type, piece.first, piece.count, buffer);
+    if (!keep) return values;
+    if (type == kF64) {
+        for (i64 i = 0; i < piece.count; ++i) buffer[i] = values[i] * static_cast<C>(keep->mask[i]) + static_cast<C>(keep->clean[i]);
+        return buffer;
+    }
+    alignas(64) float narrow_values[kChunk];
+    // The product is exact in fp64 and rounded to fp32 by the cast: a contraction with the sum would skip that rounding.
+    for (i64 i = 0; i < piece.count; ++i)
+        narrow_values[i] = static_cast<float>(static_cast<double>(values[i]) * static_cast<double>(keep->mask[i])) + keep->clean[i];
+    round_values(narrow_values, type, piece.count);
+    for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>(narrow_values[i]);
+    return buffer;
+}
+
+// Ready noise, or raw noise brought to mean 0 and deviation 1 by the statistics (count, mean, M2) of its slice.
+template <class C>
+static const C* ready_noise(const void* noise, i64 type, const double* stats, const Extent& e, const Piece& piece, C* buffer) {
+    if (!stats) return as_compute(noise, type, piece.first, piece.count, buffer);
+    const double* row = stats + 3 * (piece.first / e.slice);
+    double mean = row[1], factor = 1.0 / __builtin_sqrt(row[2] / (row[0] - 1.0));
+    alignas(64) double wide[kChunk];
+    const double* values = as_compute(noise, type, piece.first, piece.count, wide);
+    for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>((values[i] - mean) * factor);
+    return buffer;
+}
+
+template <class C>
+static void mask_result(C* values, const Keep& keep, i64 count) {
+    for (i64 i = 0; i < count; ++i) values[i] = values[i] * static_cast<C>(keep.mask[i]) + static_cast<C>(keep.clean[i]);
+}
+
+template <class C>
+static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece) {
+    const MidpointModality& m = p.modality[piece.modality];
+    alignas(64) C buffers[4][kChunk];
+    Keep keep;
+    if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
+    const C* state = as_compute(m.latent, m.latent_type, piece.first, piece.count, buffers[0]);
+    const C* x0 = masked_prediction(m.x0, m.x0_type, piece, m.mask ? &keep : nullptr, buffers[1]);
+    const C* noise = ready_noise(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[2]);
+    C* middle = buffers[3];
+    C* anchor = buffers[2];
+    C c = static_cast<C>(p.c), a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
+    for (i64 i = 0; i < piece.count; ++i) middle[i] = a * state[i] + b * (state[i] + c * (x0[i] - state[i])) + s * noise[i];
+    if (m.mask) mask_result(middle, keep, piece.count);
+    C gain = static_cast<C>(p.gain);
+    // The anchor is worked out before anything is written: the state may be overwritten by the middle.
+    if (p.gain != 0.0) {
+        for (i64 i = 0; i < piece.count; ++i) anchor[i] = (middle[i] - c * x0[i]) * gain;
+    } else {
+        for (i64 i = 0; i < piece.count; ++i) anchor[i] = state[i];
+    }
+    store_compute(middle, m.middle, m.latent_type, piece.first, piece.count);
+    store_compute(anchor, m.anchor, kComputeType<C>, piece.first, piece.count);
+}
+
+template <class C>
+static void advance_piece(const Res2sAdvance& p, const Piece& piece) {
+    const AdvanceModality& m = p.modality[piece.modality];
+    alignas(64) C buffers[5][kChunk];
+    Keep keep;
+    if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
+    const Keep* kept = m.mask ? &keep : nullptr;
+    const C* anchor = as_compute(m.anchor, kComputeType<C>, piece.first, piece.count, buffers[0]);
+    const C* first = masked_prediction(m.x0, m.x0_type, piece, kept, buffers[1]);
+    const C* second = masked_prediction(m.x0_mid, m.x0_mid_type, piece, kept, buffers[2]);
+    const C* noise = ready_noise(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[3]);
+    C* result = buffers[4];
+    C hb1 = static_cast<C>(p.hb1), hb2 = static_cast<C>(p.hb2);
+    C a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
+    for (i64 i = 0; i < piece.count; ++i) {
+        C moved = anchor[i] + (hb1 * (first[i] - anchor[i]) + hb2 * (second[i] - anchor[i]));
+        result[i] = a * anchor[i] + b * moved + s * noise[i];
+    }
+    if (m.mask) mask_result(result, keep, piece.count);
+    store_compute(result, m.out, m.out_type, piece.first, piece.count);
+}
+
+template <class C>
+static void sde_step_piece(const Res2sSdeStep& p, const Piece& piece) {
+    alignas(64) C buffers[4][kChunk];
+    const C* sample = as_compute(p.sample, p.sample_type, piece.first, piece.count, buffers[0]);
+    const C* denoised = as_compute(p.denoised, p.denoised_type, piece.first, piece.count, buffers[1]);
+    const C* noise = ready_noise(p.noise, p.noise_type, p.stats, p.extent, piece, buffers[2]);
+    C a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
+    for (i64 i = 0; i < piece.count; ++i) buffers[3][i] = a * sample[i] + b * denoised[i] + s * noise[i];
+    store_compute(buffers[3], p.out, p.denoised_type, piece.first, piece.count);
+}
+
+// All modalities as one run of pieces, shared evenly among the threads.
+template <class P, class Work>
+static void over_modalities(const P& p, int threads, const Work& work) {
+    i64 starts[kModalities + 1] = {0};
+    for (i64 k = 0; k < p.count; ++k) starts[k + 1] = starts[k] + pieces_of(p.modality[k].extent);
+    i64 total = starts[p.count];
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 index = 0; index < total; ++index) {
+        i64 k = 0;
+        while (index >= starts[k + 1]) ++k;
+        work(piece_at(p.modality[k].extent, k, index - starts[k]));
+    }
+}
+
+template <class C>
+static void res2s_midpoint(const void* parameters, int threads) {
+    const auto& p = *static_cast<const Res2sMidpoint*>(parameters);
+    over_modalities(p, threads, [&](const Piece& piece) { midpoint_piece<C>(p, piece); });
+}
+
+template <class C>
+static void res2s_advance(const void* parameters, int threads) {
+    const auto& p = *static_cast<const Res2sAdvance*>(parameters);
+    over_modalities(p, threads, [&](const Piece& piece) { advance_piece<C>(p, piece); });
+}
+
+template <class C>
+static void res2s_sde_step(const void* parameters, int threads) {
+    const auto& p = *static_cast<const Res2sSdeStep*>(parameters);
+    i64 total = pieces_of(p.extent);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 index = 0; index < total; ++index) sde_step_piece<C>(p, piece_at(p.extent, 0, index));
+}
+
+LTXK_CPU_END
+
+LTXK_CPU_KERNEL("res2s_midpoint<f64>", res2s_midpoint<double>)
+LTXK_CPU_KERNEL("res2s_midpoint<f32>", res2s_midpoint<float>)
+LTXK_CPU_KERNEL("res2s_advance<f64>", res2s_advance<double>)
+LTXK_CPU_KERNEL("res2s_advance<f32>", res2s_advance<float>)
+LTXK_CPU_KERNEL("res2s_sde_step<f64>", res2s_sde_step<double>)
+LTXK_CPU_KERNEL("res2s_sde_step<f32>", res2s_sde_step<float>)

@@ -1,0 +1,138 @@
+// Standardisation of noise, and its statistics: fp64, in fixed chunks, at most two launches.
+//
+// A partial is (mean, M2) of one chunk of one slice; sums run about the chunk's first element: a constant has none at all.
+// Partials of a slice are merged in a fixed order at the head of every block that needs them: no atomics.
+#pragma once
+
+#include "ltxkern/shifted_sums.cuh"
+#include "ltxkern/typed.cuh"
+
+namespace ltxk {
+
+struct NoisePartial {
+    double mean, m2;
+};
+
+struct NoiseChunks {
+    i64 slices, length;  // elements of a slice
+    i64 chunk, chunks;   // elements of a chunk, chunks of a slice
+};
+
+struct NoiseMeasure {
+    const void* x;
+    i64 type;
+    NoisePartial* partials;  // [slice][chunk]
+    double* flags;           // [block]: 0, or NaN where a chunk of the block holds a value that is not finite; may be null
+    NoiseChunks cut;
+};
+
+struct NoiseStatistics {
+    const NoisePartial* partials;
+    double* out;  // [slice]: count, mean, M2
+    NoiseChunks cut;
+};
+
+struct NoiseApply {
+    const void* x;
+    void* out;
+    i64 type;
+    const NoisePartial* partials;
+    const double* flags;
+    i64 flag_count;  // 0 where every slice stands for itself
+    NoiseChunks cut;
+};
+
+struct BlockSumDouble {
+    double warp[32];
+};
+
+// Sum over the block in a fixed order; every thread gets it.
+LTXK_DEVICE double sum_block(double value, BlockSumDouble& scratch) {
+    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    double sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0;
+    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
+
+LTXK_DEVICE i64 chunk_size(const NoiseChunks& cut, i64 chunk) {
+    i64 left = cut.length - chunk * cut.chunk;
+    return left < cut.chunk ? left : cut.chunk;
+}
+
+// Moments of one chunk: the threads take V elements each in turn.
+template <int V>
+LTXK_DEVICE NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 count, BlockMoments<double>& scratch) {
+    double pivot[1];
+    load_typed(x, type, first, pivot);
+    ShiftedSums sums;
+#pragma unroll 4
+    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
+        double values[V];
+        load_typed(x, type, first + i, values);
+        sums.add(values, pivot[0]);
+    }
+    Moments<double> all = merge_block(sums.moments(pivot[0]), scratch);
+    return {all.mean, all.m2};
+}
+
+// Blocks take the chunks of all slices in turn.
+template <int V>
+__global__ void __launch_bounds__(256) noise_measure(NoiseMeasure p) {
+    LTXK_SHARED(BlockMoments<double>, scratch);
+    i64 tasks = p.cut.slices * p.cut.chunks;
+    double flag = 0.0;
+    for (i64 task = blockIdx.x; task < tasks; task += gridDim.x) {
+        i64 chunk = task % p.cut.chunks, first = task / p.cut.chunks * p.cut.length + chunk * p.cut.chunk;
+        NoisePartial partial = chunk_moments<V>(p.x, p.type, first, chunk_size(p.cut, chunk), scratch);
+        flag += partial.m2 - partial.m2;
+        if (threadIdx.x == 0) p.partials[task] = partial;
+    }
+    if (p.flags && threadIdx.x == 0) p.flags[blockIdx.x] = flag;
+}
+
+// Mean and M2 of one slice from its partials, about the first one's mean.
+LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const NoiseChunks& cut, BlockSumDouble& scratch) {
+    double pivot = partials[0].mean, shifted = 0.0, m2 = 0.0;
+    for (i64 i = threadIdx.x; i < cut.chunks; i += blockDim.x) shifted += (partials[i].mean - pivot) * static_cast<double>(chunk_size(cut, i));
+    double offset = sum_block(shifted, scratch) / static_cast<double>(cut.length);
+    for (i64 i = threadIdx.x; i < cut.chunks; i += blockDim.x) {
+        double delta = (partials[i].mean - pivot) - offset;
+        m2 += partials[i].m2 + delta * delta * static_cast<double>(chunk_size(cut, i));
+    }
+    return {pivot + offset, sum_block(m2, scratch)};
+}
+
+// Block = one slice.
+__global__ void __launch_bounds__(256) noise_statistics(NoiseStatistics p) {
+    LTXK_SHARED(BlockSumDouble, scratch);
+    i64 slice = blockIdx.x;
+    NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
+    if (threadIdx.x != 0) return;
+    p.out[3 * slice] = static_cast<double>(p.cut.length);
+    p.out[3 * slice + 1] = all.mean;
+    p.out[3 * slice + 2] = all.m2;
+}
+
+// Block = one chunk, the last ones first: their elements may still lie in the L2 cache.
+template <int V>
+__global__ void __launch_bounds__(256) noise_apply(NoiseApply p) {
+    LTXK_SHARED(BlockSumDouble, scratch);
+    i64 task = static_cast<i64>(gridDim.x) - 1 - blockIdx.x, slice = task / p.cut.chunks, chunk = task % p.cut.chunks;
+    NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
+    double factor = 1.0 / square_root(all.m2 / static_cast<double>(p.cut.length - 1)), flag = 0.0;
+    for (i64 i = threadIdx.x; i < p.flag_count; i += blockDim.x) flag += p.flags[i];
+    if (p.flag_count) factor += sum_block(flag, scratch);
+    i64 first = slice * p.cut.length + chunk * p.cut.chunk, count = chunk_size(p.cut, chunk);
+    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
+        double values[V];
+        load_typed(p.x, p.type, first + i, values);
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = (values[k] - all.mean) * factor;
+        store_typed(p.out, p.type, first + i, values);
+    }
+}
+
+}  // namespace ltxk

@@ -1,0 +1,157 @@
+// Activation types, their conversions to and from fp32, and 16-byte vector access.
+#pragma once
+
+#include "ltxkern/platform.cuh"
+
+namespace ltxk {
+
+struct f16 {
+    u16 bits;
+};
+struct bf16 {
+    u16 bits;
+};
+
+LTXK_DEVICE float to_float(float v) { return v; }
+LTXK_DEVICE float to_float(double v) { return static_cast<float>(v); }
+
+#if defined(LTXK_SHIM)
+
+LTXK_DEVICE float bits_to_float(u32 v) { return shim::bit_cast<float>(v); }
+LTXK_DEVICE u32 float_to_bits(float v) { return shim::bit_cast<u32>(v); }
+LTXK_DEVICE float to_float(f16 v) { return static_cast<float>(shim::bit_cast<_Float16>(v.bits)); }
+LTXK_DEVICE f16 round_f16(float v) { return {shim::bit_cast<u16>(static_cast<_Float16>(v))}; }
+LTXK_DEVICE bf16 round_bf16(float v) {
+    u32 bits = float_to_bits(v);
+    if (v != v) return {0x7fc0};
+    return {static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+LTXK_DEVICE float fast_exp2(float v) { return __builtin_exp2f(v); }
+LTXK_DEVICE float fast_reciprocal(float v) { return 1.0f / v; }
+LTXK_DEVICE float fast_rsqrt(float v) { return 1.0f / sqrtf(v); }
+
+#else
+
+LTXK_DEVICE float bits_to_float(u32 v) { return __uint_as_float(v); }
+LTXK_DEVICE u32 float_to_bits(float v) { return __float_as_uint(v); }
+LTXK_DEVICE float to_float(f16 v) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v.bits));
+    return result;
+}
+LTXK_DEVICE f16 round_f16(float v) {
+    f16 result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+    return result;
+}
+LTXK_DEVICE bf16 round_bf16(float v) {
+    bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+    return result;
+}
+LTXK_DEVICE float fast_exp2(float v) {
+    float result;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+LTXK_DEVICE float fast_reciprocal(float v) {
+    float result;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+LTXK_DEVICE float fast_rsqrt(float v) {
+    float result;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+
+#endif
+
+LTXK_DEVICE double fast_reciprocal(double v) { return 1.0 / v; }
+
+LTXK_DEVICE float to_float(bf16 v) { return bits_to_float(static_cast<u32>(v.bits) << 16); }
+
+template <class T>
+struct Rounded;
+template <>
+struct Rounded<float> {
+    static LTXK_DEVICE float from(float v) { return v; }
+};
+template <>
+struct Rounded<f16> {
+    static LTXK_DEVICE f16 from(float v) { return round_f16(v); }
+};
+template <>
+struct Rounded<bf16> {
+    static LTXK_DEVICE bf16 from(float v) { return round_bf16(v); }
+};
+template <>
+struct Rounded<double> {
+    static LTXK_DEVICE double from(double v) { return v; }
+};
+
+// Nearest T, ties to even.
+template <class T>
+LTXK_DEVICE T round_to(float v) {
+    return Rounded<T>::from(v);
+}
+
+// v * sigmoid(v) = v / (1 + exp(-v)).
+LTXK_DEVICE float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp2(v * -1.4426950408889634f)); }
+
+// Codes of parameter dtypes that are looked at once per channel, where a template would only multiply the binary.
+enum ParamType : i64 { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
+
+LTXK_DEVICE float load_param(const void* base, i64 type, i64 index, float absent) {
+    if (base == nullptr) return absent;
+    if (type == kF32) return static_cast<const float*>(base)[index];
+    if (type == kF16) return to_float(static_cast<const f16*>(base)[index]);
+    return to_float(static_cast<const bf16*>(base)[index]);
+}
+
+// V elements that move together; 16 bytes where V is kVector<T>.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+    T value[V];
+};
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <class T, int V>
+LTXK_DEVICE Pack<T, V> load(const T* address) {
+    return *reinterpret_cast<const Pack<T, V>*>(address);
+}
+
+template <class T, int V>
+LTXK_DEVICE void store(T* address, const Pack<T, V>& pack) {
+    *reinterpret_cast<Pack<T, V>*>(address) = pack;
+}
+
+// Load or store of data that is not used again soon: it leaves the L2 cache first.
+template <class T, int V>
+LTXK_DEVICE Pack<T, V> load_streaming(const T* address) {
+#if !defined(LTXK_SHIM)
+    if constexpr (sizeof(T) * V == 16) {
+        union {
+            uint4 raw;
+            Pack<T, V> pack;
+        } both = {__ldcs(reinterpret_cast<const uint4*>(address))};
+        return both.pack;
+    }
+#endif
+    return load<T, V>(address);
+}
+
+template <class T, int V>
+LTXK_DEVICE void store_streaming(T* address, const Pack<T, V>& pack) {
+#if !defined(LTXK_SHIM)
+    if constexpr (sizeof(T) * V == 16) {
+        __stcs(reinterpret_cast<uint4*>(address), *reinterpret_cast<const uint4*>(&pack));
+        return;
+    }
+#endif
+    store<T, V>(address, pack);
+}
+
+}  // namespace ltxk

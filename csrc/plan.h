@@ -1,0 +1,55 @@
+// A plan: the launches of one op call for one shape, made once by Python and run many times on fresh tensors.
+//
+// Python works out the geometry; a plan only fills tensor addresses into the parameter structs and launches on the caller's
+// current stream. The same launches serve the prebuilt tier, the NVRTC tier and the CPU shim of the tests.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "registry.h"
+#include "runtime.h"
+
+namespace ltxk {
+
+// Field `slot` (8 bytes each) of the parameters is the address of call argument `argument`, plus `offset` bytes.
+struct Relocation {
+    std::uint32_t slot;
+    std::uint32_t argument;
+    std::int64_t offset;
+};
+
+struct Step {
+    const KernelEntry* kernel = nullptr;  // device plans; null: zero `zero_bytes` of the first relocation
+    CpuFunction function = nullptr;       // CPU plans
+    LaunchShape shape{};
+    std::size_t zero_bytes = 0;
+    std::vector<std::uint64_t> parameters;
+    std::vector<Relocation> relocations;
+};
+
+class Plan {
+public:
+    explicit Plan(std::size_t argument_count) : argument_count_(argument_count) {}
+
+    std::size_t argument_count() const { return argument_count_; }
+    void add(Step step);
+    // Addresses are in call order, null for an absent tensor. `device` and `stream` are for device plans, `threads` for CPU plans.
+    void run_device(const void* const* addresses, int device, void* stream);
+    void run_cpu(const void* const* addresses, int threads) const;
+
+private:
+    void fill(const Step& step, const void* const* addresses, std::vector<std::uint64_t>& parameters) const;
+
+    std::size_t argument_count_;
+    std::vector<Step> steps_;
+    std::vector<bool> prepared_;  // per device
+};
+
+// Best instruction set of this processor that has objects in this build, or the one LTXKERN_CPU_ISA names.
+Isa best_isa();
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);
+
+}  // namespace ltxk

@@ -1,0 +1,99 @@
+"""Draws the pictures of the generator in this folder: `python docs/pictures.py`. Shapes and sigmas come from the code."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ltxkern.pipeline.request import GenerationRequest, StagePlan
+
+FOLDER = Path(__file__).parent
+BLUE, GREEN, GREY, ORANGE = "#dbe9f6", "#dff0d8", "#eeeeee", "#fde8cf"
+
+
+def box(axes: plt.Axes, x: float, y: float, text: str, colour: str, width: float = 2.3, height: float = 0.95) -> None:
+    axes.add_patch(
+        plt.Rectangle(
+            (x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor="#555555", linewidth=0.8
+        )
+    )
+    axes.text(x, y, text, ha="center", va="center", fontsize=6.3)
+
+
+def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#333333", "linewidth": 0.9})
+    if text:
+        axes.text(
+            (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.1, text, fontsize=6.5, ha="center", color="#333333"
+        )
+
+
+def stage_text(plan: StagePlan, sampler: str, note: str) -> str:
+    return (
+        f"{plan.name}: {plan.width}x{plan.height}\n{plan.video.tokens} video + {plan.audio.tokens} audio tokens\n"
+        f"{sampler}, {plan.evaluations} evaluations\nx {plan.branches} = {plan.forwards} forwards\n{note}"
+    )
+
+
+def draw_flow(request: GenerationRequest) -> None:
+    """The two stages at the published working point."""
+    first, second = request.plan()
+    figure, axes = plt.subplots(figsize=(12.5, 4.1))
+    box(axes, 0.2, 2.0, "prompt and\nnegative prompt", GREY, 1.7)
+    box(axes, 0.2, 0.4, "pictures\n(any frame, strength)", GREY, 1.7)
+    box(axes, 2.5, 2.0, "Gemma 3, 49 hidden states\nprojections, connectors", BLUE, 2.2)
+    box(axes, 2.5, 0.4, "H.264 re-compression\nVAE encoder", BLUE, 2.2)
+    box(axes, 5.4, 1.2, stage_text(first, "res2s", "distilled LoRA 0.25"), GREEN, 2.7, 1.7)
+    box(axes, 8.3, 1.2, "latent upsampler x2", BLUE, 1.9)
+    box(axes, 11.1, 1.2, stage_text(second, "res2s", "distilled LoRA 0.5"), GREEN, 2.7, 1.7)
+    box(axes, 13.9, 1.2, "video VAE\n(tiles)", BLUE, 1.7)
+    box(axes, 11.1, -0.8, "audio VAE, vocoder,\nbandwidth extension (fp32)", BLUE, 2.5)
+    box(axes, 13.9, -0.8, "mp4: H.264 + AAC\n48 kHz stereo", ORANGE, 1.9)
+    for start, end in (
+        ((1.05, 2.0), (1.4, 2.0)), ((1.05, 0.4), (1.4, 0.4)), ((3.6, 2.0), (4.05, 1.6)), ((3.6, 0.4), (4.05, 0.8)),
+        ((6.75, 1.2), (7.35, 1.2)), ((9.25, 1.2), (9.75, 1.2)), ((12.45, 1.2), (13.05, 1.2)), ((13.9, 0.72), (13.9, -0.32)),
+        ((12.35, -0.8), (12.95, -0.8)),
+    ):  # fmt: skip
+        arrow(axes, start, end)
+    axes.plot([5.4, 5.4], [0.35, -0.8], color="#333333", linewidth=0.9)
+    arrow(axes, (5.4, -0.8), (9.85, -0.8), "audio latent of stage 1")
+    axes.set_xlim(-0.8, 15.0)
+    axes.set_ylim(-1.5, 2.8)
+    axes.axis("off")
+    axes.set_title(
+        f"HQ two-stage generation, {request.width}x{request.height}, {request.num_frames} frames at {request.frame_rate:g} fps",
+        fontsize=9,
+    )
+    figure.savefig(FOLDER / "two_stage.png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_schedule(request: GenerationRequest) -> None:
+    """Noise levels of both stages, with every evaluation that the sampler makes."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, gridspec_kw={"width_ratios": [3, 1.3]})
+    for axes, plan in zip(panels, request.plan(), strict=True):
+        sigmas = [*plan.sigmas[:-1], 0.0011]
+        middles = [(a * b) ** 0.5 for a, b in pairwise(sigmas)]
+        axes.plot(range(len(sigmas)), sigmas, "o-", color="#2b6ca3", markersize=4, linewidth=1, label="step")
+        axes.plot(
+            [i + 0.5 for i in range(len(middles))], middles, "s", color="#d07c1f", markersize=3.5, label="midpoint"
+        )
+        axes.set_title(f"{plan.name}: {plan.evaluations} evaluations", fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+    panels[0].set_ylabel("sigma", fontsize=8)
+    panels[0].legend(fontsize=7, loc="lower left")
+    figure.savefig(FOLDER / "schedule.png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    published = GenerationRequest(prompt="a")
+    draw_flow(published)
+    draw_schedule(published)

@@ -1,0 +1,62 @@
+"""The command line: `ltxkern generate | batch | plan | compare | doctor | bench-env`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+COMMANDS = ("generate", "batch", "plan", "compare", "doctor", "bench_env")
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 refused or failed with a sentence, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="ltxkern", description="Diffusion video kernels, and the exact LTX-2.3 two-stage generator."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what each step does")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"ltxkern.commands.{name}").add_parser(subparsers)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        if getattr(arguments, "config", None):
+            from ltxkern.commands.options import read_config
+
+            values = read_config(arguments.parser, arguments.config)
+            # argparse appends to a list default: a list on the command line takes the place of the file's.
+            kept = {
+                name: value
+                for name, value in values.items()
+                if not (isinstance(value, list) and getattr(arguments, name))
+            }
+            arguments.parser.set_defaults(**kept)
+            arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("ltxkern: interrupted; no half-written file was left", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "ltxkern":
+            raise
+        print(f'ltxkern: error: {error.name} is not installed: pip install "ltxkern[pipeline]"', file=sys.stderr)
+        return 2
+    except _expected_errors() as error:
+        sentence = (
+            error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+        )
+        print(f"ltxkern: error: {sentence}", file=sys.stderr)
+        return 2
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
+    from ltxkern.dispatch import BackendError
+
+    return (ValueError, TypeError, OSError, ArithmeticError, BackendError)

@@ -1,0 +1,254 @@
+"""`ltxkern batch`: many prompts from a JSON-lines file into a folder; resumable, on one process, a CFG group, or many with Ray."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ltxkern.commands import options, parallel
+
+if TYPE_CHECKING:
+    from ltxkern.pipeline.batch import Item, Manifest, Outcome
+    from ltxkern.pipeline.batch_ray import Placement
+
+FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
+_OUTPUT_ONLY = ("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts", "ray", "workers")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "batch",
+        help="make many videos from a file of prompts",
+        description='Each line of the file is an object such as {"prompt": "...", "seed": 3, "name": "kite"}; any option under '
+        '"what to generate" and "guidance" may stand there and wins over the command line. Run it again to go on where it stopped.',
+    )
+    parser.add_argument("prompts", metavar="PROMPTS.jsonl", help="one JSON object per line")
+    parser.add_argument("-o", "--output", default="batch", metavar="FOLDER", help="where results go (default batch)")
+    parser.add_argument("--format", default="mp4", help="mp4 (default), latents or frames")
+    parser.add_argument(
+        "--ray", action="store_true", help='spread over the GPUs of a Ray cluster (pip install "ltxkern[ray]")'
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="Ray: groups that work side by side (default: all GPUs)"
+    )
+    options.add_request_options(parser)
+    options.add_model_options(parser)
+    parallel.add_parallel_options(parser)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
+    parser.add_argument("--quiet", action="store_true", help="no line per item")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is not done yet; 0 where every item is done, 2 where one failed."""
+    from ltxkern.pipeline.batch import Manifest, pending, read_items
+
+    if arguments.format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {arguments.format!r}")
+    if arguments.workers is not None and (arguments.workers < 1 or not arguments.ray):
+        raise ValueError(f"workers must be at least 1 and needs --ray, got {arguments.workers}")
+    items = read_items(arguments.prompts)
+    folder = Path(arguments.output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.ray:
+        manifest = Manifest(folder)
+        todo = list(pending(items, manifest, settings(arguments)))
+        _run_with_ray(arguments, todo, manifest)
+    else:
+        with parallel.job(arguments) as job:
+            manifest = Manifest(folder)
+            todo = list(pending(items, manifest, settings(arguments)))
+            if job.ranks is not None:
+                # The lead writes the manifest: nobody may read it later than all have read it.
+                job.ranks.compare({"items to do": [item.name for item in todo]})
+            _run_here(arguments, job, todo, manifest)
+            job.finish()
+            if not job.leads:
+                return 0
+    failed = [manifest.outcomes[item.name] for item in items if manifest.outcomes[item.name].status != "done"]
+    print(f"{len(items) - len(failed)} of {len(items)} done ({len(items) - len(todo)} before), in {folder}")
+    for outcome in failed:
+        print(f"{outcome.name} failed: {outcome.error}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that every item's result depends on."""
+    return {name: value for name, value in vars(arguments).items() if name not in _OUTPUT_ONLY}
+
+
+def item_arguments(arguments: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The command's options with those of one line on top.
+
+    Raises:
+        ValueError: an unknown option, or a value that does not fit.
+    """
+    parser = _ItemParser(add_help=False, allow_abbrev=False)
+    options.add_request_options(parser)
+    known = {action.dest for action in parser._actions}
+    # Pictures of a line take the place of the command's; the action would append them.
+    parser.set_defaults(
+        **{name: value for name, value in vars(arguments).items() if name != "image" or name not in given}
+    )
+    line = []
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}: use {', '.join(sorted(known))}")
+        if isinstance(value, list) and name != "image":
+            raise ValueError(f"{name} must be one value, got {value!r}")
+        for one in value if isinstance(value, list) else [value]:
+            line.append(f"--{name.replace('_', '-')}={one}")
+    return parser.parse_args(line)
+
+
+class _ItemParser(argparse.ArgumentParser):
+    """A parser of a line in a file: it raises where one of the command line would leave the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class Generator:
+    """Generates items on one rank, with one pipeline for all of them."""
+
+    def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
+        self._arguments, self._job = arguments, job
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(options.backend_choice(arguments))
+        self._pipeline = self._stack.enter_context(options.open_pipeline(arguments))
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, item: Item) -> Path:
+        """Generate an item and write it beside the others; only the lead writes.
+
+        Raises:
+            ValueError, TypeError, ArithmeticError, OSError: what concerns this item.
+        """
+        asked, request, _ = options.checked_request(item_arguments(self._arguments, item.options))
+        if not request.prompts()[0].strip():
+            raise ValueError("prompt is missing")
+        self._share(request)
+        kind = self._arguments.format
+        output = Path(self._arguments.output).expanduser() / f"{item.name}{FORMATS[kind]}"
+        result = self._pipeline(**asked, output_type="latents" if kind == "latents" else "stream")
+        if self._job.leads:
+            result.save(output)
+        return output
+
+    def _share(self, request: Any) -> None:
+        """All ranks of the job take part in every item; those beyond its branches idle."""
+        if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
+            self._job.share(self._pipeline, request, None, self._job.size)
+
+
+@dataclass(frozen=True)
+class MakeWorker:
+    """Makes the worker of one rank inside a Ray actor."""
+
+    arguments: Mapping[str, Any]
+
+    def __call__(self, placement: Placement) -> Callable[[Item], Outcome]:
+        """Load the model, meet the other ranks of the group, and return what runs an item."""
+        arguments = argparse.Namespace(**self.arguments)
+        generator = Generator(arguments, _meet(placement))
+        return lambda item: _outcome(arguments, item, generator)
+
+
+def _meet(placement: Placement) -> parallel.Job:
+    if placement.size == 1:
+        return parallel.Job(None)
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from ltxkern.pipeline.ranks import Ranks
+
+    lead = placement.rank == 0
+    store = dist.TCPStore(placement.host, placement.port, placement.size, lead, timeout=timedelta(seconds=120))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    ranks = Ranks.join(store, placement.rank, placement.size, backend=backend)
+    return parallel.Job(ranks.__enter__(), placement.size)
+
+
+def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
+    """Errors that concern one item. On several ranks only those that all of them raise: after another one they are out of step."""
+    from ltxkern.dispatch import BackendError
+    from ltxkern.pipeline.ranks import BranchError
+
+    if several_ranks:
+        return (BranchError, ValueError)
+    return (BranchError, ValueError, TypeError, OSError, ArithmeticError, BackendError, RuntimeError)
+
+
+def _outcome(arguments: argparse.Namespace, item: Item, generator: Generator) -> Outcome:
+    from ltxkern.pipeline.batch import attempt, digest
+
+    return attempt(item, digest(item, settings(arguments)), generator, _collected(generator._job.ranks is not None))
+
+
+def _run_here(arguments: argparse.Namespace, job: parallel.Job, todo: list[Item], manifest: Manifest) -> None:
+    if not todo:
+        return
+    with Generator(arguments, job) as generator:
+        for item in todo:
+            outcome = _outcome(arguments, item, generator)
+            if job.leads:
+                _note(arguments, manifest, outcome)
+
+
+def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
+    from ltxkern.pipeline.batch import Outcome, digest
+    from ltxkern.pipeline.ranks import Launch
+
+    launch = Launch.from_environment()
+    if launch.size > 1:
+        raise ValueError(f"ray starts its own workers, and torchrun started {launch.size} ranks: use one of them")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError('ray is not installed: pip install "ltxkern[ray]", or leave --ray out') from error
+    from ltxkern.pipeline.batch_ray import run_with_ray
+
+    size = arguments.cfg_parallel_size or 1
+    parallel.check_options(arguments, Launch(size=size))
+    if not todo:
+        return
+    ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=arguments.verbose)
+    gpus = 0.0 if arguments.device == "cpu" else float(ray.cluster_resources().get("GPU", 0.0) > 0)
+    groups = arguments.workers or max(1, int(ray.cluster_resources().get("GPU", 1.0)) // size)
+    # A relative path means another folder on each worker.
+    plain = {name: value for name, value in vars(arguments).items() if name not in ("run", "parser")}
+    plain["output"] = str(manifest.folder.absolute())
+
+    def lost(item: Item, reason: str) -> Outcome:
+        return Outcome(item.name, "failed", digest(item, settings(arguments)), error=reason)
+
+    run_with_ray(
+        todo,
+        MakeWorker(plain),
+        lambda outcome: _note(arguments, manifest, outcome),
+        lost,
+        groups=groups,
+        size=size,
+        gpus=gpus,
+    )
+
+
+def _note(arguments: argparse.Namespace, manifest: Manifest, outcome: Outcome) -> None:
+    manifest.add(outcome)
+    if not arguments.quiet:
+        print(
+            f"{outcome.name}: {outcome.status} after {outcome.seconds:.1f} s {outcome.error}".rstrip(), file=sys.stderr
+        )

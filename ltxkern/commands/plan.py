@@ -1,0 +1,38 @@
+"""`ltxkern plan`: memory per component, stage and device mode, from configurations and headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ltxkern.commands import options
+
+TABLE_WIDTH = 120
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="show what a request needs, before anything is loaded",
+        description="Bytes per component and stage, peak per device mode and forwards, from headers alone.",
+    )
+    options.add_request_options(parser)
+    options.add_model_options(parser)
+    parser.add_argument("--device-free-gib", type=float, metavar="F", help="plan for this much free device memory")
+    parser.add_argument("--host-free-gib", type=float, metavar="F", help="plan for this much free host memory")
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; status 2 with the nearest request that fits where this one does not."""
+    from rich.console import Console
+
+    _, request, _ = options.checked_request(arguments)
+    made = options.make_plan(arguments, request)
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(made.table())
+    made.check()
+    return 0

@@ -1,0 +1,366 @@
+"""Backends, their declared constraints, and the one place where an implementation is chosen.
+
+Every op of the toolkit is an `Op`: a schema, a torch reference, an allocator for its outputs and an ordered list of
+`Backend` entries. A backend declares in words what it cannot serve (`refuse`) and loads its kernel lazily (`load`);
+the choice is made before the call from these declarations, never by catching an exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("ltxkern")
+
+BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
+
+_forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
+_library = torch.library.Library("ltxkern", "DEF")
+_registry: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """No permitted backend can serve a call; the message gives the reason of each."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: one of `BACKENDS` other than "torch", which every op has through its reference.
+        refuse: called with the op's arguments; the reason in words why this backend cannot serve them, or None.
+        load: returns the kernel, called as `kernel(out, *args)` (in-place ops: `kernel(*args)`); runs once, at first use.
+    """
+
+    name: str
+    refuse: Callable[..., str | None]
+    load: Callable[[], Callable[..., None]]
+
+
+def backend_names(text: str, variable: str) -> tuple[str, ...]:
+    """The backends that a comma-separated text names; ValueError for an unknown one."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{variable}: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    return names
+
+
+@functools.cache
+def _environment_choice() -> tuple[str, ...] | None:
+    return backend_names(os.environ.get("LTXKERN_BACKEND", ""), "LTXKERN_BACKEND") or None
+
+
+@functools.cache
+def _disabled() -> frozenset[str]:
+    return frozenset(part.strip() for part in os.environ.get("LTXKERN_DISABLE", "").split(",") if part.strip())
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run in this process at all, or None if it can."""
+    if backend == "torch":
+        return None
+    if backend in _disabled():
+        return f"{backend} is switched off by LTXKERN_DISABLE"
+    if backend in ("cuda", "nvrtc", "cpu"):
+        from ltxkern import native
+
+        return native.unavailable(backend)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return None if torch.cuda.is_available() else "no CUDA device: torch.cuda.is_available() is false"
+
+
+def backends() -> list[str]:
+    """Names of the backends that can run in this process, in order of preference.
+
+    Example:
+        >>> "torch" in ltxkern.backends()
+        True
+    """
+    return [name for name in BACKENDS if unavailable(name) is None]
+
+
+@contextmanager
+def use_backend(*names: str) -> Iterator[None]:
+    """Serve every op in the block by the named backend; several names form an order of preference.
+
+    A case that none of the named backends can serve raises `BackendError` with each one's reason.
+
+    Args:
+        names: one or more of "cuda", "nvrtc", "triton", "cpu", "torch".
+    Raises:
+        ValueError: unknown name, or no name.
+        BackendError: a named single backend cannot run in this process.
+    """
+    if not names:
+        raise ValueError(f"use_backend: name at least one of {', '.join(BACKENDS)}")
+    chosen = tuple(name for text in names for name in backend_names(text, "use_backend"))
+    if len(chosen) == 1 and (reason := unavailable(chosen[0])) is not None:
+        raise BackendError(f"backend {chosen[0]!r} cannot run here: {reason}")
+    token = _forced.set(chosen)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def capabilities() -> dict[str, dict[str, str | None]]:
+    """Table op x backend: None where the backend serves the op in this process, else the reason why not.
+
+    A call may still be refused for its own dtype, layout or size; the reason then comes with `BackendError` under `use_backend`.
+    """
+    return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
+
+
+def served() -> dict[str, set[str]]:
+    """Which backends have served each op so far in this process (the receipt that a run's log quotes)."""
+    return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def _needs_dispatcher(args: Sequence[Any]) -> bool:
+    """True where something traces, a gradient is wanted or a tensor is not a plain one; then the opaque torch op is called."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    grad = torch.is_grad_enabled()
+    for tensor in _tensors(args):
+        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or (grad and tensor.requires_grad):
+            return True
+    return False
+
+
+class Op:
+    """One operation: schema, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
+
+    Args:
+        name: name under `torch.ops.ltxkern`; a functional op is also registered as `<name>_out` with its outputs as last arguments.
+        schema: argument list and result in torch schema syntax, e.g. "(Tensor x, float eps) -> Tensor".
+        reference: the torch composition, `reference(*args)`; returns fresh tensors (functional) or works in place.
+        allocate: outputs with the right shape, dtype and strides, `allocate(*args)`; also the fake implementation. None: in place.
+        differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
+        backends: compiled implementations, best first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        reference: Callable[..., Any],
+        allocate: Callable[..., Any] | None = None,
+        *,
+        differentiable: bool = False,
+        backends: Sequence[Backend] = (),
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.allocate = allocate
+        self.differentiable = differentiable
+        self.receipts: set[str] = set()
+        self._backends = {backend.name: backend for backend in backends}
+        self._kernels: dict[str, Callable[..., None]] = {}
+        self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
+        _registry[name] = self
+        self._register(schema)
+
+    def _register(self, schema: str) -> None:
+        _library.define(self.name + schema)
+        _library.impl(
+            self.name, self._run_functional if self.allocate else self._run_in_place, "CompositeExplicitAutograd"
+        )
+        torch.library.register_fake(
+            f"ltxkern::{self.name}", self.allocate if self.allocate else lambda *args: None, lib=_library
+        )
+        self._functional = getattr(torch.ops.ltxkern, self.name).default
+        if self.allocate is None:
+            self._refuse_gradients(self.name)
+            return
+        self._register_backward()
+        arguments, result = schema.rsplit("->", 1)
+        arguments = arguments.strip().removesuffix(")")
+        self._out_count = _count_outputs(result)
+        if self._out_count == 0:
+            outputs = "Tensor(a!)[] out"
+        else:
+            outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(self._out_count))
+        _library.define(f"{self.name}_out{arguments}, {outputs}) -> ()")
+        _library.impl(f"{self.name}_out", self._run_out, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ltxkern::{self.name}_out", lambda *args: None, lib=_library)
+        self._refuse_gradients(f"{self.name}_out")
+        self._into = getattr(torch.ops.ltxkern, f"{self.name}_out").default
+
+    def _register_backward(self) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if not self.differentiable:
+                raise RuntimeError(
+                    f"ltxkern.{self.name} has no backward: call it under torch.no_grad() or on tensors without requires_grad"
+                )
+            tensors = [value for value in inputs if isinstance(value, Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved = iter(ctx.saved_tensors)
+            args = [
+                next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+            ]
+            wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+            with torch.enable_grad():
+                for i, is_tensor in enumerate(ctx.is_tensor):
+                    if is_tensor:
+                        args[i] = args[i].detach().requires_grad_(i in wanted)
+                outputs = self.reference(*args)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            # Of several outputs, one may not depend on any input whose gradient is wanted.
+            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+            results = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [args[i] for i in wanted],
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
+            by_index = dict(zip(wanted, results, strict=True))
+            return tuple(by_index.get(i) for i in range(len(args)))
+
+        torch.library.register_autograd(f"ltxkern::{self.name}", backward, setup_context=setup_context, lib=_library)
+
+    def _refuse_gradients(self, name: str) -> None:
+        op = getattr(torch.ops.ltxkern, name).default
+
+        def refuse(keyset: Any, *args: Any) -> Any:
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
+                raise RuntimeError(
+                    f"ltxkern.{self.name} writes into a given tensor and has no backward: call it under torch.no_grad()"
+                )
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        _library.impl(name, refuse, "Autograd", with_keyset=True)
+
+    def missing(self, backend: str) -> str | None:
+        """Why this op has no such backend in this process, or None if it has."""
+        if backend == "torch":
+            return None
+        if backend not in self._backends:
+            return f"{self.name} has no {backend} kernel"
+        if f"{self.name}:{backend}" in _disabled():
+            return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
+        return unavailable(backend)
+
+    def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+        if names not in self._present:
+            self._present[names] = tuple(name for name in names or BACKENDS if self.missing(name) is None)
+        return self._present[names]
+
+    def select(self, args: Sequence[Any]) -> str:
+        """Name of the first permitted backend that serves these arguments.
+
+        Raises:
+            BackendError: none does; with the reason of each.
+        """
+        names = _forced.get() or _environment_choice()
+        for name in self._candidates(names):
+            if name == "torch" or self._backends[name].refuse(*args) is None:
+                return name
+        reasons = "; ".join(
+            f"{name}: {self.missing(name) or self._backends[name].refuse(*args)}" for name in names or BACKENDS
+        )
+        raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
+
+    def kernel(self, backend: str) -> Callable[..., None]:
+        """The loaded kernel of a backend other than torch."""
+        if backend not in self._kernels:
+            self._kernels[backend] = self._backends[backend].load()
+        return self._kernels[backend]
+
+    def _note(self, backend: str) -> None:
+        if backend not in self.receipts:
+            self.receipts.add(backend)
+            logger.info("%s is served by %s", self.name, backend)
+
+    def _run_functional(self, *args: Any) -> Any:
+        assert self.allocate is not None
+        backend = self.select(args)
+        self._note(backend)
+        if backend == "torch":
+            return self.reference(*args)
+        out = self.allocate(*args)
+        self.kernel(backend)(out, *args)
+        return out
+
+    def _run_into(self, out: Any, args: Sequence[Any]) -> None:
+        backend = self.select(args)
+        self._note(backend)
+        if backend != "torch":
+            self.kernel(backend)(out, *args)
+        elif isinstance(out, Tensor):
+            out.copy_(self.reference(*args))
+        else:
+            for target, value in zip(out, self.reference(*args), strict=True):
+                target.copy_(value)
+
+    def _run_in_place(self, *args: Any) -> None:
+        backend = self.select(args)
+        self._note(backend)
+        if backend == "torch":
+            self.reference(*args)
+        else:
+            self.kernel(backend)(*args)
+
+    def _run_out(self, *args: Any) -> None:
+        if self._out_count <= 1:
+            self._run_into(args[-1], args[:-1])
+        else:
+            self._run_into(args[-self._out_count :], args[: -self._out_count])
+
+    def __call__(self, *args: Any, out: Any = None) -> Any:
+        """Run the op on checked arguments; `out` is a tensor, or a sequence of tensors where the op has several outputs."""
+        if self.allocate is None:
+            self._functional(*args) if _needs_dispatcher(args) else self._run_in_place(*args)
+            return None
+        if out is None:
+            return self._functional(*args) if _needs_dispatcher(args) else self._run_functional(*args)
+        outputs = [out] if isinstance(out, Tensor) else list(out)
+        if not _needs_dispatcher([*args, *outputs]):
+            self._run_into(out, args)
+        elif self._out_count == 0:
+            self._into(*args, outputs)
+        else:
+            self._into(*args, *outputs)
+        return out
+
+
+def _count_outputs(result: str) -> int:
+    """Number of output tensors that a schema's result names; 0 for a list of tensors."""
+    return 0 if "Tensor[]" in result else result.count("Tensor")
+
+
+def like(result: Tensor, model: Tensor) -> Tensor:
+    """`result` with the strides that `torch.empty_like(model)` has, copied only where they differ."""
+    if result.is_contiguous() and model.is_contiguous():
+        return result
+    target = torch.empty_like(model, dtype=result.dtype)
+    return result if result.stride() == target.stride() else target.copy_(result)

@@ -1,0 +1,110 @@
+"""What the launch modules need to know of tensors: layout, type names, alignment, workspace, the device's limits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CUDA_NAMES = {torch.float32: "float", torch.float16: "ltxk::f16", torch.bfloat16: "ltxk::bf16", torch.float64: "double"}
+CPU_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+# Codes of ParamType in csrc/include/ltxkern/types.cuh.
+PARAM_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def param_code(tensor: Tensor | None) -> int:
+    """Type code of an optional per-channel parameter."""
+    return 0 if tensor is None else PARAM_CODES[tensor.dtype]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether (N, C, *) lies in memory as (N, *, C) without gaps."""
+    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+
+
+def aligned16(*tensors: Tensor | None) -> bool:
+    """Whether every tensor begins on a 16-byte boundary."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def matched(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` in the working layout; a copy only where it lies otherwise."""
+    if channels_last:
+        return x if is_channels_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What the launch heuristics ask of a device."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    l2_bytes: int
+
+    @property
+    def cluster_blocks(self) -> int:
+        """Largest portable thread-block cluster; 1 where clusters are not used."""
+        return 8 if self.capability[0] in (9, 10) else 1
+
+
+@functools.cache
+def device_limits(index: int) -> DeviceLimits:
+    """Limits of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+    return DeviceLimits(
+        (properties.major, properties.minor), properties.multi_processor_count, shared, properties.L2_cache_size
+    )
+
+
+def refuse_device(x: Tensor) -> str | None:
+    """Why the CUDA tiers cannot serve this tensor for where it lies, or None."""
+    if x.device.type != "cuda":
+        return f"needs CUDA tensors, got {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"needs compute capability 8.0 or newer, {x.device} has {torch.cuda.get_device_capability(x.device)}"
+    return None
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def round_up(a: int, multiple: int) -> int:
+    """Smallest multiple that is not below a."""
+    return -(-a // multiple) * multiple
+
+
+def refuse(
+    device: str, x: Tensor, same: tuple[Tensor | None, ...], per_channel: tuple[Tensor | None, ...]
+) -> str | None:
+    """Why a compiled tier for `device` ("cuda" or "cpu") cannot serve a channel-wise op, or None.
+
+    Args:
+        device: where the tier's kernels run.
+        x: (N, C, *).
+        same: tensors that must match x in shape, dtype and device.
+        per_channel: tensors of shape (C,), on x's device.
+    """
+    if device == "cpu" and x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device}"
+    if device == "cuda" and (reason := refuse_device(x)) is not None:
+        return reason
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"serves float16, bfloat16 and float32, got {x.dtype}"
+    for tensor in same:
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
+            return f"needs tensors like x, {tuple(x.shape)} {x.dtype}; got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    for tensor in per_channel:
+        if tensor is not None and (
+            tensor.shape != x.shape[1:2] or tensor.device != x.device or tensor.dtype == torch.float64
+        ):
+            return (
+                f"needs {x.shape[1]} values per parameter, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    return None

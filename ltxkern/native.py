@@ -1,0 +1,189 @@
+"""The compiled tiers: the prebuilt extension `ltxkern._C`, or its CUDA sources through NVRTC, or the reason why not.
+
+An op's launch module works out a tuple of steps (which kernel, which grid, which parameters) from shapes alone; this module turns
+the steps into a plan that is called with tensors. The prebuilt tier, the NVRTC tier and the tests' CPU shim take the same steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The address of the call's `index`-th tensor, plus `offset` bytes; null where that tensor is None."""
+
+    index: int
+    offset: int = 0
+
+
+Parameter = Argument | int | float | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One CUDA kernel launch.
+
+    Args:
+        kernel: C++ name expression, exactly as `LTXK_KERNEL(...)` registers it.
+        grid: blocks, up to three dimensions.
+        block: threads per block.
+        parameters: the fields of the kernel's parameter struct in order, 8 bytes each: int as i64, float as double, None as a
+            null pointer.
+        shared_bytes: dynamic shared memory.
+        cluster: blocks per thread-block cluster (compute capability 9.0 and newer); 1 for none.
+        cooperative: all blocks are resident at once.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: int
+    parameters: tuple[Parameter, ...]
+    shared_bytes: int = 0
+    cluster: int = 1
+    cooperative: bool = False
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Set `bytes` bytes of an argument to zero."""
+
+    target: Argument
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One CPU kernel call, by its registered name."""
+
+    kernel: str
+    parameters: tuple[Parameter, ...]
+
+
+Step = Launch | Zero
+
+
+def pack(parameters: Sequence[Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """The parameter struct as bytes, and where addresses go into it: (slot, argument, offset)."""
+    packed = bytearray()
+    relocations = []
+    for slot, value in enumerate(parameters):
+        if isinstance(value, Argument):
+            relocations.append((slot, value.index, value.offset))
+            packed += bytes(8)
+        elif value is None:
+            packed += bytes(8)
+        elif isinstance(value, float):
+            packed += struct.pack("<d", value)
+        else:
+            packed += struct.pack("<q", value)
+    return bytes(packed), relocations
+
+
+def grid3(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """A grid with all three dimensions."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
+
+
+def device_plan(module: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
+    """The steps as a plan of a compiled module: `plan(*tensors)` runs them on the tensors' current stream."""
+    plan = module.DevicePlan(arguments)
+    for step in steps:
+        if isinstance(step, Zero):
+            plan.add_zero(step.target.index, step.target.offset, step.bytes)
+        else:
+            parameters, relocations = pack(step.parameters)
+            plan.add_launch(
+                *(step.kernel, grid3(step.grid), step.block, step.shared_bytes, step.cluster, step.cooperative),
+                *(parameters, relocations),
+            )
+    return plan
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _cuda_plan(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+    plan = device_plan(extension(), steps, arguments)
+    if _has_exchange_api():
+        return plan
+
+    def run(*tensors: Tensor | None) -> None:
+        device = next(tensor.device.index for tensor in tensors if tensor is not None)
+        plan.raw(_addresses(tensors), device, torch._C._cuda_getCurrentRawStream(device))
+
+    return run
+
+
+def plan_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
+    """What makes plans of a CUDA tier: "cuda" or "nvrtc"."""
+    if tier == "nvrtc":
+        from ltxkern import nvrtc
+
+        return nvrtc.plan
+    return _cuda_plan
+
+
+def cpu_plan(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
+    """CPU calls as a plan: `plan(*tensors)` runs them with torch's number of threads."""
+    plan = extension().CpuPlan(arguments)
+    for call in calls:
+        plan.add_call(call.kernel, *pack(call.parameters))
+    if _has_exchange_api():
+        return lambda *tensors: plan(torch.get_num_threads(), *tensors)
+    return lambda *tensors: plan.raw(torch.get_num_threads(), _addresses(tensors))
+
+
+def _has_exchange_api() -> bool:
+    return hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
+@functools.cache
+def extension() -> ModuleType:
+    """The extension module; torch's DLPack exchange API is handed to it once."""
+    module = importlib.import_module("ltxkern._C")
+    if _has_exchange_api():
+        module.use_exchange_api(torch.Tensor.__dlpack_c_exchange_api__)
+    return module
+
+
+@functools.cache
+def _extension_missing() -> str | None:
+    if importlib.util.find_spec("ltxkern._C") is None:
+        return "ltxkern._C is not built: reinstall with a C++ compiler (LTXKERN_BUILD=auto pip install .)"
+    try:
+        extension()
+    except (ImportError, RuntimeError) as error:
+        return f"ltxkern._C does not load: {error}"
+    return None
+
+
+def unavailable(tier: str) -> str | None:
+    """Why a compiled tier ("cuda", "nvrtc", "cpu") cannot run in this process, or None if it can."""
+    if tier == "nvrtc":
+        from ltxkern import nvrtc
+
+        return nvrtc.unavailable()
+    if (reason := _extension_missing()) is not None:
+        return reason
+    if tier == "cpu":
+        if not extension().cpu_kernels():
+            return f"no CPU kernels for instruction set {extension().isa()} in this build"
+        return None
+    if (reason := extension().cuda_unavailable()) is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: torch.cuda.is_available() is false"
+    return None

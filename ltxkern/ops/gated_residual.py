@@ -1,0 +1,108 @@
+"""Gated residual of the transformer block, and its per-head attention gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op
+from ltxkern.launch import rows
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_out, check_shape, check_tensor
+from ltxkern.triton import constraints, triton_backend
+
+
+def residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """`x + y gate` in fp32, one rounding."""
+    return (x.float() + y.float() * gate.float()).to(x.dtype).contiguous()
+
+
+def head_gate_reference(x: Tensor, logits: Tensor) -> Tensor:
+    """`x 2 sigmoid(logits)` per head in fp32, one rounding."""
+    return (x.float() * (2 * torch.sigmoid(logits.float()))[..., None]).to(x.dtype).contiguous()
+
+
+def allocate(x: Tensor, *_: object) -> Tensor:
+    """Shape and dtype of x, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+RESIDUAL = Op(
+    "gated_residual",
+    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    residual_reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        *backends(rows.gated_residual),
+        triton_backend("gated_residual", constraints.gated_residual),
+    ],
+)
+HEAD_GATE = Op(
+    "head_gate",
+    "(Tensor x, Tensor logits) -> Tensor",
+    head_gate_reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        *backends(rows.head_gate),
+        triton_backend("gated_residual", constraints.head_gate, "launch_head_gate"),
+    ],
+)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Residual stream plus a gated branch: `x + y gate`.
+
+    Args:
+        x: (..., D), fp16, bf16 or fp32.
+        y: shape and dtype of x.
+        gate: broadcastable to x.
+        out: written in place of a fresh tensor; may be x.
+    Returns:
+        Shape and dtype of x.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; fp32 arithmetic, one rounding.
+    Bytes: read x and y, write out.
+    Source: the LTX-2 transformer block.
+    """
+    check_tensor("x", x, dtypes=ACTIVATION_DTYPES)
+    check_out(y, x.shape, x.dtype, x.device, "y")
+    check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
+    check_device("gate", gate, x.device)
+    try:
+        fits = torch.broadcast_shapes(gate.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"gate must broadcast to x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return RESIDUAL(x, y, gate, out=out)
+
+
+def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Per-head gate on an attention output: `x_h * 2 sigmoid(logits_h)`.
+
+    Args:
+        x: (..., heads, head_dim), fp16, bf16 or fp32.
+        logits: (..., heads).
+        out: written in place of a fresh tensor; may be x.
+    Returns:
+        Shape and dtype of x.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; fp32 arithmetic, one rounding.
+    Bytes: read x, write out.
+    Source: gated attention of LTX-2.3.
+    """
+    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    check_tensor("logits", logits, dtypes=ACTIVATION_DTYPES)
+    check_shape("logits", logits, x.shape[:-1])
+    check_device("logits", logits, x.device)
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return HEAD_GATE(x, logits, out=out)

@@ -1,0 +1,163 @@
+"""GroupNorm followed by SiLU, with an optional residual and a folded convolution bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxkern.dispatch import Backend, Op, like
+from ltxkern.launch import group_norm_silu as launch
+from ltxkern.launch.tensors import refuse
+from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_out, check_shape, check_tensor
+from ltxkern.triton import constraints, triton_backend
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """The torch composition that `group_norm_silu` replaces."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if weight is not None and weight.dtype != x.dtype:
+        compute = torch.promote_types(weight.dtype, x.dtype)
+        y = x.to(compute)
+    else:
+        compute, y = x.dtype, x
+    if conv_bias is not None:
+        y = y + conv_bias.to(compute).reshape(shape)
+    # torch.group_norm: the one of torch.nn.functional refuses a group of one element.
+    y = torch.group_norm(
+        y, num_groups, None if weight is None else weight.to(compute), None if bias is None else bias.to(compute), eps
+    )
+    if residual is not None:
+        y = y + residual
+    return like(F.silu(y).to(x.dtype), x)
+
+
+def allocate(x: Tensor, *_: object) -> Tensor:
+    """Output with the shape, dtype and strides of x (channels-last kept)."""
+    return torch.empty_like(x)
+
+
+def _refuse(device: str) -> Callable[..., str | None]:
+    def reason(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        num_groups: int,
+        eps: float,
+        residual: Tensor | None,
+        conv_bias: Tensor | None,
+    ) -> str | None:
+        return refuse(device, x, same=(residual,), per_channel=(weight, bias, conv_bias))
+
+    return reason
+
+
+OP = Op(
+    "group_norm_silu",
+    "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, Tensor? residual, Tensor? conv_bias) -> Tensor",
+    reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        Backend("cuda", _refuse("cuda"), lambda: launch.load("cuda")),
+        Backend("nvrtc", _refuse("cuda"), lambda: launch.load("nvrtc")),
+        triton_backend("group_norm_silu", constraints.group_norm_silu),
+        Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
+    ],
+)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """SiLU of a group-normalised tensor, in one op.
+
+    `silu(gn(x + conv_bias) + residual)` with `gn(v) = (v - mean_g) / sqrt(var_g + eps) * weight_c + bias_c`; mean and biased
+    variance run over the C/num_groups channels and all positions of a group; `silu(v) = v / (1 + exp(-v))`.
+
+    Args:
+        x: (N, C, *), fp16, bf16 or fp32; contiguous or channels-last (other layouts work, through a copy where needed).
+        weight, bias: (C,), of x's dtype or a wider one; None for no affine part.
+        num_groups: divides C.
+        eps: added to the variance.
+        residual: shape of x, added after the affine part, before SiLU.
+        conv_bias: (C,), bias of the convolution that made x, folded into the statistics instead of a pass of its own.
+        out: written in place of a fresh tensor; shape, dtype and device of x. May be x itself.
+    Returns:
+        (N, C, *) in x's dtype, with x's strides where x is dense.
+    Raises:
+        TypeError, ValueError: see the checks; each names the parameter.
+
+    Contract: rounded. Statistics in fp32 from per-chunk (mean, M2) merged by Chan's rule; one rounding at the end. The torch
+    composition rounds between GroupNorm, add and SiLU.
+    Bytes: read x, write out (2 units), plus one unit for residual; a third unit where a group does not fit on the chip.
+    Source: Wu and He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of moments).
+    """
+    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups != 0:
+        legal = [g for g in range(1, channels + 1) if channels % g == 0]
+        nearest = min(legal, key=lambda g: abs(g - num_groups), default=1)
+        raise ValueError(f"num_groups {num_groups} does not divide the {channels} channels of x: use {nearest}")
+    for name, value in (("weight", weight), ("bias", bias), ("conv_bias", conv_bias)):
+        if value is not None:
+            check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
+            check_shape(name, value, (channels,))
+            check_device(name, value, x.device)
+            if torch.promote_types(value.dtype, x.dtype) != value.dtype:
+                raise TypeError(f"{name} must be {x.dtype} like x or wider, got {value.dtype}")
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias go together: give both or neither")
+    if residual is not None:
+        check_out(residual, x.shape, x.dtype, x.device, "residual")
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return OP(x, weight, bias, num_groups, eps, residual, conv_bias, out=out)
+
+
+def fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether `group_norm_silu` takes this input with this norm's parameters; not under autocast."""
+    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 2 or x.shape[1] != norm.num_channels:
+        return False
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return False
+    weight, bias = norm.weight, norm.bias
+    return weight is None or (bias is not None and torch.promote_types(weight.dtype, x.dtype) == weight.dtype)
+
+
+def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
+    """Drop-in for `activation(norm(x))`: the fused op where it serves, exactly that composition where it does not.
+
+    Args:
+        x: (N, C, *).
+        norm: an `nn.GroupNorm` for the fused path; any module otherwise.
+        activation: an `nn.SiLU` for the fused path (`inplace` is honoured in meaning: the result is returned).
+    Returns:
+        (N, C, *).
+
+    Contract: as `group_norm_silu` on the fused path, exact otherwise. Forward hooks and autocast take the composition.
+    """
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, activation))
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or hooked or not fuses(x, norm):
+        return activation(norm(x))
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

@@ -1,0 +1,241 @@
+"""LoRA merge into a weight, in place and in row chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op
+from ltxkern.launch import merge_lora as launch
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_finite_number, check_tensor
+from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
+from ltxkern.triton import constraints, triton_backend
+
+ROUNDINGS = ("single", "reference", "stochastic")
+WEIGHT_DTYPES = (*SAMPLER_DTYPES, torch.float8_e4m3fn)
+
+
+def rows_per_chunk(rows: int, columns: int, bytes_per_element: int, chunk_bytes: int) -> int:
+    """Rows such that one temporary of `columns` columns stays within `chunk_bytes` (one row at least)."""
+    return max(1, min(rows, chunk_bytes // max(1, columns * bytes_per_element)))
+
+
+def _round_into(tile: Tensor, total: Tensor, first: int, columns: int, seed: int | None) -> None:
+    """Writes fp32 sums to a tile of e4m3 weights whose first element is element `first` of a weight of that many columns."""
+    if seed is None:
+        tile.copy_(to_e4m3(total))
+        return
+    rows = torch.arange(tile.shape[0], device=tile.device)[:, None] * columns
+    tile.copy_(stochastic_e4m3(total, first + rows + torch.arange(tile.shape[1], device=tile.device), seed))
+
+
+def _merge_single(
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    limit: int,
+    seed: int | None,
+) -> None:
+    """fp32 accumulation over all LoRAs, one rounding; tiles of rows and columns so that no temporary exceeds the limit."""
+    float8 = weight.dtype == torch.float8_e4m3fn
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # Stochastic rounding has temporaries of int64.
+    size = 8 if float8 else compute.itemsize
+    rank = max(a.shape[0] for a in lora_a)
+    columns = rows_per_chunk(weight.shape[1], rank, size, limit)
+    rows = min(
+        rows_per_chunk(weight.shape[0], columns, size, limit), rows_per_chunk(weight.shape[0], rank, size, limit)
+    )
+    for start in range(0, weight.shape[1], columns):
+        factors = [a[:, start : start + columns].to(compute) for a in lora_a] if len(lora_a) == 1 else None
+        for top in range(0, weight.shape[0], rows):
+            tile = weight[top : top + rows, start : start + columns]
+            total = tile.to(compute)
+            if total is tile or total.data_ptr() == tile.data_ptr():
+                total = tile
+            for k, b in enumerate(lora_b):
+                a = factors[k] if factors is not None else lora_a[k][:, start : start + columns].to(compute)
+                # The product first: addmm would round its partial sums at the magnitude of the weight.
+                total.add_(torch.mm(b[top : top + rows].to(compute), a), alpha=scale[k])
+            if float8:
+                _round_into(tile, total, top * weight.shape[1] + start, weight.shape[1], seed)
+            elif total is not tile:
+                tile.copy_(total)
+
+
+def _merge_reference(
+    weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], limit: int
+) -> None:
+    """The official rule: round(B s) @ A rounded, further LoRAs added by addmm, then the sum with W rounded."""
+    size = weight.dtype.itemsize
+    rows = min(
+        rows_per_chunk(weight.shape[0], weight.shape[1], size, limit),
+        rows_per_chunk(weight.shape[0], lora_a[0].shape[0], size, limit),
+    )
+    factors = [a.to(weight.dtype) for a in lora_a]
+    for top in range(0, weight.shape[0], rows):
+        tile = weight[top : top + rows]
+        delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
+        for k in range(1, len(factors)):
+            delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
+        tile.add_(delta)
+
+
+def reference(
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    chunk_bytes: int,
+    rounding: str,
+    seed: int = 0,
+) -> None:
+    """The torch composition of `merge_lora_`, chunked."""
+    with torch.no_grad():
+        if rounding == "reference":
+            _merge_reference(weight, lora_a, lora_b, scale, chunk_bytes)
+        else:
+            _merge_single(weight, lora_a, lora_b, scale, chunk_bytes, seed if rounding == "stochastic" else None)
+
+
+OP = Op(
+    "merge_lora_",
+    "(Tensor(a!) weight, Tensor[] lora_a, Tensor[] lora_b, float[] scale, int chunk_bytes, str rounding, "
+    "int seed=0) -> ()",
+    reference,
+    backends=[
+        *backends(launch.run, reference, refuse=launch.refuse)[:2],
+        triton_backend("merge_lora", constraints.merge_lora_),
+        *backends(launch.run, reference)[2:],
+    ],
+)
+
+
+def merge_lora_(
+    weight: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    scale: float | Sequence[float] = 1.0,
+    *,
+    chunk_bytes: int = 32 << 20,
+    rounding: str = "single",
+    seed: int = 0,
+) -> Tensor:
+    """Merge one LoRA or several into a weight, in place: `W += sum_k scale_k (B_k @ A_k)`.
+
+    Args:
+        weight: (out, in), fp16, bf16, fp32, fp64 or float8 e4m3; changed in place. A float8 weight that is stored divided by a
+            factor f takes scale / f.
+        lora_a: (rank, in), or a list of them, any floating dtype.
+        lora_b: (out, rank), or a list of the same length.
+        scale: strength, or a list of the same length. A zero skips its LoRA.
+        chunk_bytes: upper bound of each temporary. With "reference", factors of another dtype than the weight's are converted
+            whole: its matrix product may not be cut along the columns.
+        rounding: "single": fp32 accumulation over all LoRAs, one rounding. "reference": the official rule, bit-equal to it: the
+            first delta is `round(B s) @ A` rounded to the weight's dtype, further ones are added by addmm in that dtype, then the
+            sum with W is rounded; not for float8. "stochastic", for float8 only: as "single", then one of the two neighbours at
+            random, the nearer the likelier, so that what is lost has mean zero.
+        seed: of the stochastic rounding; seed and position alone decide, on every backend. Layers want different seeds.
+    Returns:
+        `weight`.
+    Raises:
+        TypeError, ValueError: each names the parameter; nothing is changed then.
+
+    Contract: "single" rounded (closest to fp64), "reference" exact against the official fuse. float8 results beyond 448 become 448.
+    Bytes: read and write W, read the factors once.
+    Source: Hu et al. 2021; the LoRA fuse of LTX-2.
+    """
+    factors_a, factors_b, scales = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    kept = [k for k, s in enumerate(scales) if s != 0.0 and factors_a[k].shape[0] > 0]
+    if kept and weight.numel():
+        given = ([factors_a[k] for k in kept], [factors_b[k] for k in kept], [scales[k] for k in kept])
+        OP(weight, *given, chunk_bytes, rounding, seed)
+    return weight
+
+
+def _checked(
+    weight: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    scale: float | Sequence[float],
+    chunk_bytes: int,
+    rounding: str,
+    seed: int,
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Factors and scales as lists of one length."""
+    check_tensor("weight", weight, dtypes=WEIGHT_DTYPES)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a matrix (out, in), got shape {tuple(weight.shape)}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f'rounding must be "single", "reference" or "stochastic", got {rounding!r}')
+    if rounding == ("reference" if weight.dtype == torch.float8_e4m3fn else "stochastic"):
+        raise ValueError(f'rounding="{rounding}" does not go with a {weight.dtype} weight: use "single"')
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be an int from 0 to 2^63 - 1, got {seed!r}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}: use {32 << 20}")
+    factors_a = [lora_a] if isinstance(lora_a, Tensor) else list(lora_a)
+    factors_b = [lora_b] if isinstance(lora_b, Tensor) else list(lora_b)
+    scales = [float(scale)] * len(factors_a) if isinstance(scale, (int, float)) else [float(s) for s in scale]
+    if not len(factors_a) == len(factors_b) == len(scales):
+        raise ValueError(
+            f"lora_a, lora_b and scale must have one length, got {len(factors_a)}, {len(factors_b)} and {len(scales)}"
+        )
+    for index, (a, b, s) in enumerate(zip(factors_a, factors_b, scales, strict=True)):
+        check_tensor(f"lora_a[{index}]", a, dtypes=SAMPLER_DTYPES)
+        check_tensor(f"lora_b[{index}]", b, dtypes=SAMPLER_DTYPES)
+        check_finite_number(f"scale[{index}]", s)
+        check_device(f"lora_a[{index}]", a, weight.device)
+        check_device(f"lora_b[{index}]", b, weight.device)
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != weight.shape[1] or b.shape != (weight.shape[0], a.shape[0]):
+            raise ValueError(
+                f"lora_a[{index}] and lora_b[{index}] must be (rank, {weight.shape[1]}) and ({weight.shape[0]}, rank), "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+    return factors_a, factors_b, scales
+
+
+def merge_lora_many_(
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor | Sequence[Tensor]],
+    lora_b: Sequence[Tensor | Sequence[Tensor]],
+    scale: float | Sequence[float | Sequence[float]] = 1.0,
+    *,
+    chunk_bytes: int = 32 << 20,
+    rounding: str = "single",
+    seed: int = 0,
+) -> list[Tensor]:
+    """`merge_lora_` for a list of layers, one after the other on the current stream, with no wait in between.
+
+    Args:
+        weights: one matrix a layer, changed in place; distinct tensors.
+        lora_a, lora_b: for each layer what `merge_lora_` takes.
+        scale: one strength for all, or for each layer what `merge_lora_` takes.
+        chunk_bytes, rounding: as in `merge_lora_`.
+        seed: of the stochastic rounding; layer i takes `seed + i`.
+    Returns:
+        The weights.
+    Raises:
+        TypeError, ValueError: each names the layer and the parameter; no weight is changed then.
+
+    Contract, bytes and source: as `merge_lora_`.
+    """
+    count = len(weights)
+    scales = [scale] * count if isinstance(scale, (int, float)) else list(scale)
+    if not len(lora_a) == len(lora_b) == len(scales) == count:
+        raise ValueError(
+            f"weights, lora_a, lora_b and scale must have one length, got {count}, {len(lora_a)}, {len(lora_b)} and {len(scales)}"
+        )
+    layers = list(zip(weights, lora_a, lora_b, scales, strict=True))
+    for index, (weight, a, b, s) in enumerate(layers):
+        try:
+            _checked(weight, a, b, s, chunk_bytes, rounding, seed + index)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {index}: {error}") from error
+    for index, (weight, a, b, s) in enumerate(layers):
+        merge_lora_(weight, a, b, s, chunk_bytes=chunk_bytes, rounding=rounding, seed=seed + index)
+    return list(weights)

@@ -1,0 +1,202 @@
+"""Standardisation of sampler noise, and the mergeable statistics behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op, like
+from ltxkern.launch import normalize_noise as launch
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_out, check_tensor
+from ltxkern.triton import constraints, triton_backend
+
+# Below the size from which torch shares one sum among threads.
+STATISTICS_CHUNK = 16384
+
+
+def normalize_reference(noise: Tensor) -> Tensor:
+    """The torch composition: whole-tensor standardisation, then over the last two dims."""
+    if noise.numel() == 0:
+        return torch.empty_like(noise)
+    return channelwise_reference((noise - noise.mean()) / noise.std())
+
+
+def channelwise_reference(x: Tensor) -> Tensor:
+    """The torch composition: standardisation over the last two dims, unbiased."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return like((x - x.mean(dim=(-2, -1), keepdim=True)) / x.std(dim=(-2, -1), keepdim=True), x)
+
+
+def statistics_reference(noise: Tensor) -> Tensor:
+    """Count, mean and M2 of each slice over the last two dims, in fp64.
+
+    Each slice is cut into chunks of a fixed length, each of which torch sums in one thread, and the chunks are merged in order:
+    a plain `mean` or `sum` over a long slice depends on the number of threads.
+    """
+    shape = allocate_statistics(noise).shape
+    size = noise.shape[-2] * noise.shape[-1]
+    slices = noise.double().reshape(shape[0], size)
+    whole = size - size % STATISTICS_CHUNK
+    parts = [slices[:, :whole].reshape(shape[0], -1, STATISTICS_CHUNK)] if whole else []
+    if size > whole:
+        parts.append(slices[:, whole:].unsqueeze(1))
+    rows = [_chunk_rows(part) for part in parts]
+    if not rows:
+        return slices.new_zeros(shape)
+    count, mean, deviation = (torch.cat(columns, dim=1) for columns in zip(*rows, strict=True))
+    origin = mean[:, :1]
+    merged = origin + ((mean - origin) * count).sum(dim=1, keepdim=True) / size
+    total = (deviation + count * (mean - merged).square()).sum(dim=1)
+    return torch.stack([torch.full_like(total, size), merged[:, 0], total], dim=1)
+
+
+def _chunk_rows(chunks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(slices, chunks, length) to count, mean and M2 of each chunk."""
+    mean = chunks.mean(dim=-1)
+    return torch.full_like(mean, chunks.shape[-1]), mean, (chunks - mean[..., None]).square().sum(dim=-1)
+
+
+def allocate_like(x: Tensor) -> Tensor:
+    """Output with the shape, dtype and strides of x."""
+    return torch.empty_like(x)
+
+
+def allocate_statistics(noise: Tensor) -> Tensor:
+    """(slices, 3) fp64."""
+    slices = 1
+    for size in noise.shape[:-2]:
+        slices *= size
+    return noise.new_empty((slices, 3), dtype=torch.float64)
+
+
+NORMALIZE = Op(
+    "normalize_noise",
+    "(Tensor noise) -> Tensor",
+    normalize_reference,
+    allocate_like,
+    backends=[
+        *backends(launch.run, "normalize"),
+        triton_backend("normalize_noise", constraints.contiguous_slices),
+    ],
+)
+CHANNELWISE = Op(
+    "channelwise_normalize",
+    "(Tensor x) -> Tensor",
+    channelwise_reference,
+    allocate_like,
+    backends=[
+        *backends(launch.run, "channelwise"),
+        triton_backend("normalize_noise", constraints.contiguous_slices, "launch_channelwise"),
+    ],
+)
+STATISTICS = Op(
+    "noise_statistics",
+    "(Tensor noise) -> Tensor",
+    statistics_reference,
+    allocate_statistics,
+    backends=[
+        *backends(launch.run, "statistics"),
+        triton_backend("normalize_noise", constraints.contiguous_slices, "launch_statistics"),
+    ],
+)
+
+
+def normalize_noise(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Noise standardised as the res2s sampler wants it: over the whole tensor, then over the last two dims.
+
+    `m = (n - mean(n)) / std(n)`, then `(m - mean_s(m)) / std_s(m)` for each slice s over the last two dims, unbiased std. Both
+    steps are affine, so one pass of per-slice statistics gives the same result.
+
+    Args:
+        noise: (..., T, C), fp16, bf16, fp32 or fp64. On packed (B, T, C) latents a slice is a whole sample.
+        out: written in place of a fresh tensor; may be `noise` itself.
+    Returns:
+        Shape, dtype and strides of `noise`. A constant slice gives NaN, as the formula does.
+    Raises:
+        TypeError, ValueError: not a floating tensor of at least two dims.
+
+    Contract: rounded; fp64 tensors agree with the two-step composition to 1e-14 relative.
+    Bytes: two reads (the second from cache where it fits) and one write.
+    Source: the res2s sampler of LTX-2.
+    """
+    check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if out is not None:
+        check_out(out, noise.shape, noise.dtype, noise.device)
+    return NORMALIZE(noise, out=out)
+
+
+def channelwise_normalize(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Standardisation over the last two dims: `(x - mean) / std`, unbiased std, one pair per leading index.
+
+    Args:
+        x: (..., T, C), fp16, bf16, fp32 or fp64.
+        out: written in place of a fresh tensor; may be `x` itself.
+    Returns:
+        Shape, dtype and strides of x. A constant slice gives NaN.
+    Raises:
+        TypeError, ValueError: not a floating tensor of at least two dims.
+
+    Contract: rounded; statistics in fp64, one rounding.
+    Bytes: two reads and one write.
+    Source: the res2s sampler of LTX-2.
+    """
+    check_tensor("x", x, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return CHANNELWISE(x, out=out)
+
+
+def noise_statistics(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Statistics of raw noise, for the `noise_stats=` of the sampler ops and for sharded latents.
+
+    Row s holds `(n_s, mean_s, M2_s)` of slice s over the last two dims, with `M2 = sum((x - mean)^2)`; std is `sqrt(M2 / (n - 1))`.
+
+    Args:
+        noise: (..., T, C), fp16, bf16, fp32 or fp64.
+        out: (slices, 3) fp64.
+    Returns:
+        (slices, 3) fp64 on the noise's device.
+    Raises:
+        TypeError, ValueError: not a floating tensor of at least two dims.
+
+    Contract: rounded; fp64 in fixed chunks, so that the result does not depend on the number of threads.
+    Bytes: one read of the noise.
+    Source: Chan, Golub, LeVeque 1979.
+    """
+    check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if out is not None:
+        check_out(out, allocate_statistics(noise).shape, torch.float64, noise.device)
+    return STATISTICS(noise, out=out)
+
+
+def merge_noise_statistics(parts: Sequence[Tensor]) -> Tensor:
+    """Statistics of the whole from those of its shards, by Chan's rule, in the order given.
+
+    `n = n1 + n2; d = mean2 - mean1; mean = mean1 + d * n2 / n; M2 = M2_1 + M2_2 + d^2 * n1 * n2 / n`.
+
+    Args:
+        parts: tensors (slices, 3) fp64 of `noise_statistics`, one per shard.
+    Returns:
+        (slices, 3) fp64.
+    Raises:
+        ValueError: no part, or parts of different shapes.
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one tensor of noise_statistics")
+    merged = parts[0]
+    for index, part in enumerate(parts[1:], start=1):
+        if part.shape != merged.shape:
+            raise ValueError(
+                f"parts[{index}] must have shape {tuple(merged.shape)} like parts[0], got {tuple(part.shape)}"
+            )
+        count_a, mean_a, m2_a = merged.unbind(1)
+        count_b, mean_b, m2_b = part.unbind(1)
+        count = count_a + count_b
+        delta = mean_b - mean_a
+        mean = mean_a + delta * count_b / count
+        merged = torch.stack([count, mean, m2_a + m2_b + delta.square() * count_a * count_b / count], dim=1)
+    return merged

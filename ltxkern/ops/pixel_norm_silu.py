@@ -1,0 +1,93 @@
+"""PixelNorm (RMS over channels) followed by SiLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltxkern.dispatch import Backend, Op, like
+from ltxkern.launch import pixel_norm_silu as launch
+from ltxkern.launch.tensors import device_limits, refuse
+from ltxkern.ops.checks import (
+    ACTIVATION_DTYPES,
+    check_device,
+    check_finite_number,
+    check_out,
+    check_shape,
+    check_tensor,
+)
+from ltxkern.triton import constraints, triton_backend
+
+
+def reference(x: Tensor, eps: float = 1e-8, weight: Tensor | None = None) -> Tensor:
+    """The torch composition that `pixel_norm_silu` replaces; low precisions compute in fp32 and round once."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.float().reshape((1, -1) + (1,) * (x.dim() - 2))
+    return like(F.silu(y).to(x.dtype), x)
+
+
+def allocate(x: Tensor, *_: object) -> Tensor:
+    """Output with the shape, dtype and strides of x (channels-last kept)."""
+    return torch.empty_like(x)
+
+
+def _refuse(device: str) -> Callable[..., str | None]:
+    def reason(x: Tensor, eps: float, weight: Tensor | None) -> str | None:
+        if (common := refuse(device, x, same=(), per_channel=(weight,))) is not None or device == "cpu":
+            return common
+        most = launch.most_channels(device_limits(x.device.index).shared_bytes)
+        return f"serves up to {most} channels on {x.device}, got {x.shape[1]}" if x.shape[1] > most else None
+
+    return reason
+
+
+OP = Op(
+    "pixel_norm_silu",
+    "(Tensor x, float eps, Tensor? weight) -> Tensor",
+    reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        Backend("cuda", _refuse("cuda"), lambda: launch.load("cuda")),
+        Backend("nvrtc", _refuse("cuda"), lambda: launch.load("nvrtc")),
+        triton_backend("pixel_norm_silu", constraints.pixel_norm_silu),
+        Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
+    ],
+)
+
+
+def pixel_norm_silu(x: Tensor, eps: float = 1e-8, *, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """SiLU of a tensor normalised by its root mean square over the channels of each position.
+
+    `silu(x * rsqrt(mean_c(x^2) + eps) * weight_c)`.
+
+    Args:
+        x: (N, C, *), fp16, bf16 or fp32; contiguous or channels-last.
+        eps: added to the mean square (1e-8 in the LTX-2 video VAE, 1e-6 in its audio VAE).
+        weight: (C,), of x's dtype or a wider one; None for the parameter-free norm of the LTX-2 VAEs.
+        out: written in place of a fresh tensor; shape, dtype and device of x. May be x itself.
+    Returns:
+        (N, C, *) in x's dtype, with x's strides where x is dense.
+    Raises:
+        TypeError, ValueError: see the checks; each names the parameter.
+
+    Contract: rounded. fp32 arithmetic, one rounding at the end.
+    Bytes: read x, write out (2 units) where a position's channels fit in registers.
+    Source: Karras et al. 2018 (PixelNorm).
+    """
+    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    check_finite_number("eps", eps, low=0.0)
+    if weight is not None:
+        check_tensor("weight", weight, dtypes=ACTIVATION_DTYPES)
+        check_shape("weight", weight, (x.shape[1],))
+        check_device("weight", weight, x.device)
+        if torch.promote_types(weight.dtype, x.dtype) != weight.dtype:
+            raise TypeError(f"weight must be {x.dtype} like x or wider, got {weight.dtype}")
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return OP(x, eps, weight, out=out)

@@ -1,0 +1,128 @@
+"""RMSNorm of queries and keys over all heads together, then rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op
+from ltxkern.launch import qk_norm_rope as launch
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import (
+    ACTIVATION_DTYPES,
+    check_device,
+    check_finite_number,
+    check_out,
+    check_shape,
+    check_tensor,
+)
+from ltxkern.triton import constraints, triton_backend
+
+LAYOUTS = ("split", "interleaved")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotate pairs of a (B, T, heads, d) tensor by (B, heads, T, d/2) tables."""
+    cos, sin = cos.float().transpose(1, 2), sin.float().transpose(1, 2)
+    if layout == "split":
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x[..., 0::2], x[..., 1::2]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+
+
+def _one(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, layout: str) -> Tensor:
+    heads = cos.shape[1]
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+    return rotate(y.unflatten(-1, (heads, -1)), cos, sin, layout).flatten(-2).to(x.dtype).contiguous()
+
+
+def reference(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, layout: str
+) -> tuple[Tensor, Tensor]:
+    """The composition in fp32 with one rounding."""
+    return _one(q, q_weight, cos, sin, eps, layout), _one(k, k_weight, cos, sin, eps, layout)
+
+
+def allocate(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of q and k, contiguous."""
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+    )
+
+
+OP = Op(
+    "qk_norm_rope",
+    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, str layout) -> (Tensor, Tensor)",
+    reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        *backends(launch.run),
+        triton_backend("qk_norm_rope", constraints.qk_norm_rope),
+    ],
+)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float = 1e-6,
+    layout: str = "split",
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalise queries and keys over the inner dim, then rotate them by position.
+
+    `v rsqrt(mean(v^2) + eps) weight` over all heads; then per head, in split layout with halves (v1, v2):
+    `(v1 cos - v2 sin, v2 cos + v1 sin)`; in interleaved layout the pairs are neighbours.
+
+    Args:
+        q, k: (B, T, heads * d), fp16, bf16 or fp32.
+        q_weight, k_weight: (heads * d,).
+        cos, sin: (B or 1, heads, T, d / 2), fp16, bf16 or fp32.
+        eps: added to the mean square.
+        layout: "split" (LTX-2.3) or "interleaved".
+        out: pair of tensors.
+    Returns:
+        (q, k) rotated, shapes and dtypes as given.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; fp32 arithmetic, one rounding.
+    Bytes: read and write q and k, read the tables.
+    Source: Su et al. 2021 (RoPE); the LTX-2 attention.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout must be "split" or "interleaved", got {layout!r}')
+    check_finite_number("eps", eps, low=0.0)
+    check_tensor("q", q, dtypes=ACTIVATION_DTYPES, min_dim=3)
+    check_out(k, q.shape, q.dtype, q.device, "k")
+    batch, tokens, inner = q.shape
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check_tensor(name, weight, dtypes=ACTIVATION_DTYPES)
+        check_shape(name, weight, (inner,))
+        check_device(name, weight, q.device)
+    check_tensor("cos", cos, dtypes=ACTIVATION_DTYPES)
+    fits = (
+        cos.dim() == 4
+        and cos.shape[0] in (1, batch)
+        and cos.shape[2] == tokens
+        and 2 * cos.shape[1] * cos.shape[3] == inner
+    )
+    if not fits:
+        raise ValueError(
+            f"cos must be (1 or {batch}, heads, {tokens}, d/2) with heads * d = {inner}, got {tuple(cos.shape)}"
+        )
+    check_out(sin, cos.shape, cos.dtype, cos.device, "sin")
+    check_device("cos", cos, q.device)
+    if out is not None:
+        for index, target in enumerate(out):
+            check_out(target, q.shape, q.dtype, q.device, f"out[{index}]")
+    return OP(q, k, q_weight, k_weight, cos, sin, eps, layout, out=out)

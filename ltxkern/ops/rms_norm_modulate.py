@@ -1,0 +1,163 @@
+"""Parameter-free (or weighted) RMSNorm followed by adaLN modulation, alone and behind a gated residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op
+from ltxkern.launch import rows
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import (
+    ACTIVATION_DTYPES,
+    check_device,
+    check_finite_number,
+    check_out,
+    check_shape,
+    check_tensor,
+)
+from ltxkern.triton import constraints, triton_backend
+
+
+def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    """The composition in fp32 with one rounding."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.float()
+    return (y * (1 + scale.float()) + shift.float()).to(x.dtype).contiguous()
+
+
+def gated_reference(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Residual `x + y gate` rounded to x's dtype, and its modulated norm."""
+    summed = (x.float() + y.float() * gate.float()).to(x.dtype).contiguous()
+    return summed, reference(summed, scale, shift, eps, weight)
+
+
+def allocate(x: Tensor, *_: object) -> Tensor:
+    """Shape and dtype of x, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def allocate_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Two tensors of x's shape and dtype, contiguous."""
+    return allocate(x), allocate(x)
+
+
+OP = Op(
+    "rms_norm_modulate",
+    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? weight) -> Tensor",
+    reference,
+    allocate,
+    differentiable=True,
+    backends=[
+        *backends(rows.rms_norm_modulate),
+        triton_backend("rms_norm_modulate", constraints.rms_norm_modulate),
+    ],
+)
+GATED = Op(
+    "gated_residual_rms_norm_modulate",
+    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, Tensor? weight) -> (Tensor, Tensor)",
+    gated_reference,
+    allocate_pair,
+    differentiable=True,
+    backends=[
+        *backends(rows.gated_norm),
+        triton_backend("rms_norm_modulate", constraints.gated_residual_rms_norm_modulate, "launch_gated"),
+    ],
+)
+
+
+def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
+    check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
+    check_device(name, value, x.device)
+    try:
+        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape and value.shape[-1] == x.shape[-1]
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to x's shape {tuple(x.shape)} and have its last dim, got {tuple(value.shape)}"
+        )
+
+
+def _check_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> None:
+    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
+    check_finite_number("eps", eps, low=0.0)
+    _check_rows("scale", scale, x)
+    _check_rows("shift", shift, x)
+    if weight is not None:
+        check_tensor("weight", weight, dtypes=ACTIVATION_DTYPES)
+        check_shape("weight", weight, (x.shape[-1],))
+        check_device("weight", weight, x.device)
+
+
+def rms_norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """RMSNorm over the last dim, then modulation: `x rsqrt(mean(x^2) + eps) [weight] (1 + scale) + shift`.
+
+    Args:
+        x: (..., D), fp16, bf16 or fp32.
+        scale, shift: broadcastable to x with last dim D, e.g. (B, 1, D) for one row per sample.
+        eps: added to the mean square.
+        weight: (D,); None for the parameter-free norm of the LTX-2 transformer.
+        out: written in place of a fresh tensor.
+    Returns:
+        Shape and dtype of x.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; fp32 arithmetic, one rounding (eager torch rounds after each of four steps).
+    Bytes: read x, write out; scale and shift once where they are rows.
+    Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
+    """
+    _check_norm(x, scale, shift, eps, weight)
+    if out is not None:
+        check_out(out, x.shape, x.dtype, x.device)
+    return OP(x, scale, shift, eps, weight, out=out)
+
+
+def gated_residual_rms_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated residual and the next modulated norm in one pass: `s = x + y gate`, `n = rms_norm_modulate(s, scale, shift)`.
+
+    Args:
+        x: residual stream, (..., D), fp16, bf16 or fp32.
+        y: branch output, shape and dtype of x.
+        gate, scale, shift: broadcastable to x with last dim D.
+        eps, weight: as in `rms_norm_modulate`.
+        out: pair (s, n).
+    Returns:
+        (s, n), shape and dtype of x; n is computed from the rounded s.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; s is rounded once, n once.
+    Bytes: read x and y, write s and n.
+    Source: the LTX-2 transformer block.
+    """
+    _check_norm(x, scale, shift, eps, weight)
+    check_out(y, x.shape, x.dtype, x.device, "y")
+    _check_rows("gate", gate, x)
+    if out is not None:
+        for index, target in enumerate(out):
+            check_out(target, x.shape, x.dtype, x.device, f"out[{index}]")
+    return GATED(x, y, gate, scale, shift, eps, weight, out=out)

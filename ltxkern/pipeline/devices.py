@@ -1,0 +1,451 @@
+"""Switches the transformer between the LoRA phases of the two stages, exactly, in every memory class."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ltxkern.pipeline.device_modes import MODES, ModeNeeds, choose_mode, mode_needs
+from ltxkern.pipeline.host_copy import HostCopy, lent, module_tensors
+from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, device_available
+from ltxkern.pipeline.lora import NO_LORA, FactorCache, LoRAPhase
+from ltxkern.pipeline.offload_store import OffloadStore
+from ltxkern.pipeline.phase_stores import (
+    CorrectionTooLargeError,
+    InplaceStore,
+    OriginalStore,
+    PhaseStore,
+    ResidentStore,
+    StoreContext,
+)
+from ltxkern.pipeline.snapshot_store import SnapshotStore
+from ltxkern.pipeline.stream_clock import StreamClock, clock_for, side_by_side
+from ltxkern.pipeline.weight_table import (
+    OUTER_BLOCK,
+    CheckpointPristine,
+    HostPristine,
+    LoRAPhaseError,
+    PristineSource,
+    WeightTable,
+)
+
+logger = logging.getLogger(__name__)
+
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
+
+
+class TwoStageDeviceManager:
+    """Keeps one transformer in one LoRA phase at a time, and lends the other components to the device.
+
+    After `switch_lora_phase(p)` the weights equal, bit for bit, a fresh merge of p from the pristine weights, whatever
+    came before. After an exception the transformer is either in a phase (`phase`) or refuses to run until the next
+    successful switch.
+
+    Args:
+        mode: "resident" (both phases on the device), "snapshot" (the other phase page-locked on the host, prefetched),
+            "inplace" (one copy and exact corrections), "original" (one copy, merged again from pristine weights), or
+            "auto": by the memory that is free. Default: LTXKERN_DEVICE_MODE, else "auto".
+        device: where the transformer runs.
+        host_budget_bytes: bound of what is kept on the host beside the pristine weights; None: nine tenths of what is
+            free there, control groups included.
+        rounding: as `merge_lora_`.
+        spare_blocks: "snapshot": blocks of the next phase that are fetched ahead.
+        offload: "original": blocks stay on the host and visit the device one by one; None: where the device does not hold
+            the transformer.
+        clock: streams and events; tests give their own.
+    """
+
+    def __init__(
+        self,
+        mode: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        host_budget_bytes: int | None = None,
+        rounding: str = "reference",
+        spare_blocks: int = 2,
+        offload: bool | None = None,
+        clock: StreamClock | None = None,
+    ) -> None:
+        mode = mode or os.environ.get("LTXKERN_DEVICE_MODE") or "auto"
+        if mode not in ("auto", *MODES):
+            raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
+        if spare_blocks < 0:
+            raise ValueError(f"spare_blocks must be at least 0, got {spare_blocks}")
+        self.requested_mode = mode
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.rounding = rounding
+        self.budget = HostBudget(host_budget_bytes)
+        self.clock = clock if clock is not None else clock_for(self.device)
+        self._spare_blocks = spare_blocks
+        self._offload = offload
+        self._factors = FactorCache()
+        self._table: WeightTable | None = None
+        self._source: PristineSource | None = None
+        self._store: PhaseStore | None = None
+        self._phase: LoRAPhase | None = None
+        self._phases: tuple[LoRAPhase, ...] = ()
+        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._home_is_written = False
+        self._hooks: list[Any] = []
+        self._forwards_left: int | None = None
+        self._upcoming: LoRAPhase | None = None
+        self._needs: dict[str, ModeNeeds] = {}
+        self._reason = "not prepared yet"
+
+    def attach(self, transformer: nn.Module, *, pristine: PristineSource | str | Path | None = None) -> None:
+        """Takes a transformer whose weights are pristine. They move to the device with the first `prepare`.
+
+        Args:
+            transformer: on the host or on the device.
+            pristine: where pristine weights can be read again: the model's file or folder, or a source of your own; None:
+                they are kept on the host where the mode needs them.
+
+        Raises:
+            ValueError: a transformer is attached already, or has weights on the meta device.
+        """
+        if self._table is not None:
+            raise ValueError("transformer: one is attached already; close() first")
+        if any(tensor.device.type == "meta" for tensor in module_tensors(transformer)):
+            raise ValueError("transformer must have its weights loaded, got tensors on the meta device")
+        if isinstance(pristine, (str, Path)):
+            dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.bfloat16)
+            pristine = CheckpointPristine(pristine, dtype)
+        self._source = pristine
+        self._table = WeightTable(transformer)
+        self._phase = NO_LORA
+        self._home = [(tensor, tensor.data) for tensor in module_tensors(transformer)]
+        self._hooks = [transformer.register_forward_pre_hook(self._before_forward)]
+        self._hooks.append(transformer.register_forward_hook(self._after_forward))
+
+    @property
+    def mode(self) -> str | None:
+        """The mode in force, None before the first `prepare`."""
+        return next((name for name, kind in _STORES.items() if isinstance(self._store, kind)), None)
+
+    @property
+    def phase(self) -> LoRAPhase | None:
+        """The phase the weights are in; None after a failure: then the transformer refuses to run."""
+        return self._phase
+
+    @property
+    def table(self) -> WeightTable:
+        """The patched weights; raises LoRAPhaseError where nothing is attached."""
+        if self._table is None:
+            raise LoRAPhaseError("no transformer is attached: call attach(transformer) first")
+        return self._table
+
+    def prepare(self, phase1: LoRAPhase, phase2: LoRAPhase | None = None, *, activation_bytes: int = 0) -> None:
+        """Makes ready for a run and brings the weights into its first phase.
+
+        Args:
+            phase1, phase2: of the two stages; equal ones cost one merge, none where they are empty.
+            activation_bytes: what a run needs on the device beside the weights (the planner says it); "auto" leaves it
+                free.
+
+        Raises:
+            ValueError: a LoRA does not fit; nothing is changed then.
+            HostBudgetError: "snapshot" was asked for and the host has no room; the weights are in a phase.
+        """
+        wanted = (phase1,) if phase2 is None or phase2 == phase1 else (phase1, phase2)
+        modules = self.table.new_modules(wanted)
+        with self._transition():
+            self._choose(wanted, modules, activation_bytes)
+            self._adopt(modules)
+            self._phases = wanted
+            self._factors.keep_only(wanted)
+            try:
+                self.store.prepare(wanted)
+            except (CorrectionTooLargeError, HostBudgetError) as error:
+                self._fall_back(error, wanted)
+            self._switch(phase1)
+
+    @property
+    def store(self) -> PhaseStore:
+        """How the phases are kept; raises LoRAPhaseError before the first `prepare`."""
+        if self._store is None:
+            raise LoRAPhaseError("nothing is prepared: call prepare(phase1, phase2) first")
+        return self._store
+
+    def _choose(self, wanted: tuple[LoRAPhase, ...], modules: list[str], activation_bytes: int) -> None:
+        if self._store is not None and (self.table.live or not modules):
+            return
+        tensors = list(module_tensors(self.table.transformer))
+        weights = {name: self.table.parameter(name) for name in modules}
+        self._needs = mode_needs(
+            tensors,
+            weights,
+            factor_bytes=max((phase.nbytes for phase in wanted), default=0),
+            keeps_source=self._source is None,
+            activation_bytes=activation_bytes,
+            spare_blocks=self._spare_blocks,
+        )
+        free = device_available(self.device)
+        if self.device.type == "cuda":
+            free += sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
+        mode, self._reason = self.requested_mode, "asked for"
+        if mode == "auto":
+            unified = self.device.type == "cpu"
+            mode, self._reason = choose_mode(self._needs, free, self.budget.available, unified=unified)
+        if mode == "original" and self._offload is None:
+            self._offload = self.device.type != "cpu" and self._needs["original"].device_bytes > free
+        if mode == "original" and self._offload:
+            self._reason += "; blocks stay on the host and visit the device one by one"
+        logger.info("device mode %s: %s", mode, self._reason)
+        self._factors.limit = max(0, free - self._needs[mode].device_bytes) if self.device.type == "cuda" else 0
+        self._store = self._build(mode)
+
+    def _build(self, mode: str) -> PhaseStore:
+        if mode != "inplace" and self._source is None:
+            self._source = HostPristine()
+        source = None if mode == "inplace" else self._source
+        context = StoreContext(self.table, source, self.clock, self.rounding, self._factors)
+        if mode == "snapshot":
+            return SnapshotStore(context, self.budget, self._spare_blocks)
+        if mode == "original" and self._offload:
+            return OffloadStore(context, self.budget, self.device)
+        return _STORES[mode](context)
+
+    def _adopt(self, modules: list[str]) -> None:
+        """Moves the transformer to the device, and takes in weights that no phase has changed so far."""
+        weights = {}
+        for name in filter(self.store.adopts, modules):
+            data = self.table.parameter(name).data
+            keeps_data = False
+            if isinstance(self._source, HostPristine):
+                self._source.add(name, data)
+                keeps_data = data.device.type == "cpu"
+            live = data.to(self.device, copy=keeps_data and self.device.type == "cpu").contiguous()
+            self._home_is_written |= live.data_ptr() == data.data_ptr()
+            weights[name] = live
+        if not isinstance(self._source, HostPristine) or isinstance(self._store, OffloadStore):
+            # Nothing is kept on the host in these cases: what `close` brings back is made from the live weights.
+            self._home, self._home_is_written = [], True
+        self.table.adopt(weights)
+        if self.device.type != "cpu" and not isinstance(self._store, OffloadStore):
+            HostCopy(self.table.transformer, self.budget, pin=False).lend(self.device)
+        self._install_block_hooks()
+
+    def _install_block_hooks(self) -> None:
+        for hook in self._hooks[2:]:
+            hook.remove()
+        del self._hooks[2:]
+        for block in self.store.hooked_blocks:
+            module = self.table.transformer.get_submodule(block)
+            self._hooks.append(module.register_forward_pre_hook(self._before(block)))
+            self._hooks.append(module.register_forward_hook(self._after(block)))
+
+    def _before(self, block: str) -> Callable[..., None]:
+        return lambda *_: self.store.before_block(block)
+
+    def _after(self, block: str) -> Callable[..., None]:
+        def released(*_: Any) -> None:
+            if self._store is None:
+                return
+            self._store.after_block(block)
+            if self._forwards_left == 0 and self._upcoming is not None and self._store.fetches_ahead:
+                self._phase = None
+                self._store.release(block, self._upcoming)
+
+        return released
+
+    def _before_forward(self, *_: Any) -> None:
+        if self._phase is None and self._upcoming is not None and self._phases:
+            previous = next(phase for phase in self._phases if phase != self._upcoming)
+            logger.warning("more forwards in this stage than announced: its weights are fetched again")
+            self._forwards_left = None
+            self.switch_lora_phase(previous)
+        if self._phase is None:
+            raise LoRAPhaseError("the transformer is between two LoRA phases: call switch_lora_phase(phase) again")
+        if self._forwards_left:
+            self._forwards_left -= 1
+        if self._store is not None:
+            self._store.before_block(OUTER_BLOCK)
+
+    def _after_forward(self, *_: Any) -> None:
+        self._after(OUTER_BLOCK)()
+
+    def _fall_back(self, error: Exception, wanted: tuple[LoRAPhase, ...]) -> None:
+        """From "inplace" to "snapshot", and to "original" where "auto" chose; else the error stands."""
+        if isinstance(error, CorrectionTooLargeError):
+            following = "snapshot"
+        elif self.requested_mode != "snapshot":
+            following = "original"
+        else:
+            self._switch(wanted[0])
+            raise error
+        logger.warning("device mode %s instead of %s: %s", following, self.mode, error)
+        self._reason = f"{self.mode} was given up: {error}"
+        self.store.restore()
+        self.store.close()
+        if self._source is None:
+            source = HostPristine()
+            for module, live in self.table.live.items():
+                source.add(module, live.tensor.clone())
+            self._source = source
+        self._store = self._build(following)
+        self._install_block_hooks()
+        try:
+            self._store.prepare(wanted)
+        except HostBudgetError as again:
+            self._fall_back(again, wanted)
+
+    def switch_lora_phase(self, phase: LoRAPhase) -> None:
+        """Brings the weights into a phase; free where they are in it.
+
+        Args:
+            phase: one of the prepared ones, or any other, which then is merged from pristine weights.
+
+        Raises:
+            ValueError: a LoRA does not fit; nothing is changed then.
+            LoRAPhaseError: a checksum says that the result is not what it was before, or pristine weights are lost.
+        """
+        if self._phase == phase:
+            return
+        modules = self.table.new_modules([phase])
+        if self._store is None:
+            self.prepare(phase)
+            return
+        with self._transition():
+            self._adopt(modules)
+            self._switch(phase)
+
+    @contextlib.contextmanager
+    def _transition(self) -> Iterator[None]:
+        """Within, the transformer is in no phase; on an exception it returns to the former one only if all weights say so."""
+        previous = self._phase
+        self._phase = None
+        self._forwards_left = None
+        self._upcoming = None
+        try:
+            yield
+        except BaseException:
+            if previous is not None and self._is_whole(previous):
+                self._phase = previous
+            raise
+
+    def _is_whole(self, phase: LoRAPhase) -> bool:
+        """Whether every weight holds the phase, by the table and by its checksum."""
+        if self._store is not None:
+            self._store.settle()
+            return self._store.holds(phase) and self.table.verify()
+        return self.table.holds(phase)
+
+    def _switch(self, phase: LoRAPhase) -> None:
+        self.store.switch(phase)
+        if not self.store.holds(phase):
+            raise LoRAPhaseError(f"the weights did not all reach the phase {phase}")
+        self._phase = phase
+
+    def begin_stage(self, name: str, *, forwards: int | None = None) -> None:
+        """Says that a stage starts: the other prepared phase may travel meanwhile.
+
+        Args:
+            name: for the log and the timeline.
+            forwards: calls of the transformer in this stage; during the last one blocks are released one by one.
+        """
+        self.clock.note(f"{name} begins")
+        others = [phase for phase in self._phases if phase != self._phase]
+        if self._store is None or self._phase is None or len(others) != 1:
+            return
+        self._upcoming = others[0]
+        self._forwards_left = forwards
+        self._store.prefetch(others[0])
+
+    def end_stage(self, name: str) -> None:
+        """Says that the transformer is not called again in this stage."""
+        self.clock.note(f"{name} ends")
+        self._forwards_left = None
+
+    @contextlib.contextmanager
+    def stage(self, name: str, *, forwards: int | None = None) -> Iterator[None]:
+        """`begin_stage` and `end_stage` around a block."""
+        self.begin_stage(name, forwards=forwards)
+        try:
+            yield
+        finally:
+            self.end_stage(name)
+
+    def block_checksums(self) -> dict[str, int]:
+        """One number per block over its patched weights: equal for equal bits."""
+        if self._store is not None:
+            self._store.settle()
+        return self.table.block_checksums()
+
+    @contextlib.contextmanager
+    def component(self, name: str, module: Any, *, keep: bool | None = None) -> Iterator[Any]:
+        """Puts a module on the device for the block.
+
+        Args:
+            name: of the component, for the log.
+            module: anything with or without weights; nothing happens to what is on the device already.
+            keep: leave it there afterwards; None: in mode "resident".
+        """
+        keep = self.mode == "resident" if keep is None else keep
+        with lent(name, module, self.device, self.budget, keep=keep):
+            yield module
+
+    def side_by_side(self, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
+        """Runs `first` on the side stream and `second` on the current one; both results are ready for the current stream.
+
+        Args:
+            first: the smaller piece (decoding audio), enqueued first.
+            second: the larger piece (decoding video).
+        """
+        return side_by_side(self.clock, first, second)
+
+    def describe(self) -> str:
+        """The mode and why it was chosen, and what each mode needs on the device and on the host."""
+        lines = [f"device mode {self.mode or self.requested_mode}: {self._reason}"]
+        lines += [f"  {needs}" for needs in self._needs.values()]
+        if isinstance(self._store, InplaceStore):
+            lines.append(f"  corrections: {self._store.bytes_per_weight:.3f} bytes per weight")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Brings the pristine weights back, releases what was pinned, removes the hooks. Closing twice is fine.
+
+        Raises:
+            LoRAPhaseError: the pristine weights are lost; everything else is undone.
+        """
+        if self._table is None:
+            return
+        try:
+            if self._store is not None and self._home_is_written:
+                self._store.restore()
+                self._store.settle()
+        finally:
+            if self._store is not None:
+                self._store.close()
+            if not self._home_is_written:
+                for tensor, data in self._home:
+                    tensor.data = data
+            self._factors.keep_only(())
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks, self._home, self._home_is_written = [], [], False
+            self._table = self._source = self._store = self._phase = None
+            self._phases = ()
+
+    def __enter__(self) -> TwoStageDeviceManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_STORES: dict[str, Any] = {
+    "resident": ResidentStore,
+    "inplace": InplaceStore,
+    "snapshot": SnapshotStore,
+    "original": OriginalStore,
+}

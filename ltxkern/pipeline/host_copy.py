@@ -1,0 +1,143 @@
+"""A module that moves to the device for a while and comes back without being copied back: its weights do not change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError
+
+logger = logging.getLogger(__name__)
+
+
+def module_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each object once."""
+    seen: set[int] = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
+    """The storages of all parameters and buffers by address, shared ones once, empty ones left out."""
+    found = {}
+    for tensor in module_tensors(module):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and tensor.device.type != "meta":
+            found[storage.data_ptr()] = storage
+    return found
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared storages once."""
+    return sum(storage.nbytes() for storage in storages(module).values())
+
+
+def _rebase(module: nn.Module, move: Callable[[torch.UntypedStorage], torch.UntypedStorage]) -> None:
+    """Points every parameter and buffer to the moved storage of its own, views and sharing kept."""
+    moved: dict[int, torch.UntypedStorage] = {}
+    targets = []
+    for tensor in module_tensors(module):
+        storage = tensor.untyped_storage()
+        if not storage.nbytes() or tensor.device.type == "meta":
+            continue
+        pointer = storage.data_ptr()
+        if pointer not in moved:
+            moved[pointer] = move(storage)
+        base = torch.empty(0, dtype=tensor.dtype, device=moved[pointer].device)
+        targets.append((tensor, base.set_(moved[pointer], tensor.storage_offset(), tensor.shape, tensor.stride())))
+    # Nothing is changed before all storages have been made, so that a failure leaves the module as it was.
+    for tensor, target in targets:
+        tensor.data = target
+
+
+class HostCopy:
+    """Keeps a module's weights on the host, page-locked where the budget allows, and lends them to a device.
+
+    Args:
+        module: on the host; modules without weights are fine.
+        budget: counts page-locked memory. A module that does not fit stays pageable.
+        pin: page-lock; pass False to leave it pageable.
+    """
+
+    def __init__(self, module: nn.Module, budget: HostBudget, *, pin: bool = True) -> None:
+        self.module = module
+        self._budget = budget
+        self._pinned: list[Tensor] = []
+        if pin and torch.cuda.is_available():
+            self._pin()
+        self._home = [(tensor, tensor.data) for tensor in module_tensors(module)]
+
+    def _pin(self) -> None:
+        def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+            if storage.device.type != "cpu" or storage.is_pinned():
+                return storage
+            copy = self._budget.take(torch.Size([storage.nbytes()]), torch.uint8, type(self.module).__name__)
+            self._pinned.append(copy)
+            return copy.untyped_storage().copy_(storage)
+
+        try:
+            _rebase(self.module, move)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def lend(self, device: torch.device) -> None:
+        """Copies the weights to the device, on the current stream; a failure leaves the module at home."""
+
+        def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+            if storage.device == device:
+                return storage
+            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+            return copy.copy_(storage, non_blocking=True)
+
+        _rebase(self.module, move)
+
+    def take_home(self) -> None:
+        """Points the module to its host weights again; the device's copies are freed, nothing is copied."""
+        for tensor, data in self._home:
+            tensor.data = data
+
+    def close(self) -> None:
+        """Takes the module home and gives the page-locked memory back."""
+        self.take_home()
+        if self._pinned:
+            _rebase(self.module, lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage))
+            self._home = []
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for tensor in self._pinned:
+            self._budget.give_back(tensor)
+        self._pinned.clear()
+
+
+@contextlib.contextmanager
+def lent(name: str, module: nn.Module, device: torch.device, budget: HostBudget, *, keep: bool) -> Iterator[None]:
+    """The module is on the device within the block, and at home again afterwards unless `keep`; an error takes it home.
+
+    Args:
+        name: for the log.
+        module: with or without weights; nothing happens to what is on the device already.
+    """
+    if all(tensor.device.type == device.type for tensor in module_tensors(module)):
+        yield
+        return
+    try:
+        copy = HostCopy(module, budget)
+    except HostBudgetError as error:
+        logger.info("%s stays pageable: %s", name, error)
+        copy = HostCopy(module, budget, pin=False)
+    done = False
+    try:
+        copy.lend(device)
+        yield
+        done = True
+    finally:
+        if not (keep and done):
+            copy.close()

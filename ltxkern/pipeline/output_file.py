@@ -1,0 +1,151 @@
+"""Where results go: the suffix decides the kind, and a result appears under its name only once it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+OutputKind = Literal["mp4", "latents", "frames"]
+
+AUDIO_FILE = "audio.wav"
+_PROBE_BYTES = 4096
+_OWN_FILE = re.compile(r"frame_\d{5,}\.png|" + re.escape(AUDIO_FILE))
+_LEGAL = "name a .mp4 file, a .safetensors file (latents), or a folder (PNG frames and wav)"
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file grew too big",
+}
+
+
+def output_kind(path: str | Path) -> OutputKind:
+    """What `path` asks for: "mp4", "latents" (.safetensors) or "frames" (a folder: no suffix, a trailing slash, or there).
+
+    Raises:
+        ValueError: any other suffix, with the legal ones.
+    """
+    file = Path(path)
+    if file.name.lower() in (".mp4", ".safetensors"):
+        raise ValueError(f"output {str(path)!r} has no name before the suffix: {_LEGAL}")
+    if file.is_dir() or str(path).endswith(("/", os.sep)) or not file.suffix:
+        return "frames"
+    suffix = file.suffix.lower()
+    if suffix == ".mp4":
+        return "mp4"
+    if suffix == ".safetensors":
+        return "latents"
+    raise ValueError(f"output {str(path)!r} has the unknown suffix {file.suffix!r}: {_LEGAL}")
+
+
+def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
+    """Check, before any work, that a result can be written to `path`; nothing is created or changed.
+
+    An existing file is legal and stays until the new one is complete. An existing folder must be empty or hold an earlier
+    result only, so that no other file is ever removed.
+
+    Args:
+        needed_bytes: what the result will take; refused where the disk has less.
+
+    Returns:
+        The kind of output that the suffix asks for.
+
+    Raises:
+        ValueError: one sentence: unknown suffix, missing or unwritable folder, full disk, or a folder with other files in it.
+    """
+    kind = output_kind(path)
+    target = Path(path).absolute()
+    if kind == "frames" and target.exists():
+        if not target.is_dir():
+            raise ValueError(f"output {str(path)!r} is a file: {_LEGAL}")
+        foreign = next((entry.name for entry in sorted(target.iterdir()) if not _OWN_FILE.fullmatch(entry.name)), None)
+        if foreign is not None:
+            raise ValueError(f"output folder {str(path)!r} already holds {foreign!r}: name an empty or a new folder")
+    folder = target.parent
+    if not folder.is_dir():
+        raise ValueError(f"output {str(path)!r}: the folder {str(folder)!r} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(min(needed_bytes, _PROBE_BYTES)))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ValueError(
+            f"output {str(path)!r}: the folder {str(folder)!r} is not writable ({_FULL.get(error.errno or 0, error.strerror)})"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"output {str(path)!r} needs about {needed_bytes >> 20} MiB, the disk has {free >> 20} MiB free: "
+            "make room or name another folder"
+        )
+    return kind
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """Hand out a temporary path beside `path`; rename it to `path` on success, remove it on any exception or Ctrl-C.
+
+    Raises:
+        OSError: one sentence that names `path` where the disk is full.
+    """
+    target = Path(path).absolute()
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())
+        with _full_disk_in_words(path):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
+    target = Path(path).absolute()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        with _full_disk_in_words(path):
+            yield temporary
+        if target.is_dir():
+            for entry in target.iterdir():
+                if _OWN_FILE.fullmatch(entry.name):
+                    entry.unlink()
+            target.rmdir()
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_in_words(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        reason = _FULL[error.errno]
+        raise OSError(error.errno, f"writing {str(path)!r} failed: {reason}; nothing was written there") from error
+
+
+def _sync(file: Path) -> None:
+    """Some file systems report a full disk only here."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,166 @@
+"""What the samplers share: the denoiser protocol, and the checks and order of the latents they work on."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("video", "audio")
+LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Latents = dict[str, Tensor]
+Callback = Callable[[int, int, Latents], None]
+
+
+class Denoiser(Protocol):
+    """Predicts clean latents: called as `denoiser(latents, sigma, step=i, substep=False)`, returns x0 per modality."""
+
+    def __call__(self, latents: Latents, sigma: float, *, step: int, substep: bool) -> Mapping[str, Tensor]:
+        """x0 of every modality in `latents`, each with its latent's shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """Checked inputs of a sampler; the lists follow `names`.
+
+    Attributes:
+        names: modalities present, video before audio: the order of all noise draws.
+        latents: (B, T, C) each, contiguous, in the model dtype.
+        masks, cleans: (B, T, 1) fp32 and (B, T, C), or None where every token is denoised.
+    """
+
+    names: tuple[str, ...]
+    latents: list[Tensor]
+    masks: list[Tensor | None]
+    cleans: list[Tensor | None]
+
+    @property
+    def device(self) -> torch.device:
+        """The one device of all latents."""
+        return self.latents[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model dtype."""
+        return self.latents[0].dtype
+
+    def named(self, values: Iterable[Tensor]) -> Latents:
+        """A fresh dict of values in the order of `names`."""
+        return dict(zip(self.names, values, strict=True))
+
+    def predict(
+        self, denoiser: Denoiser, latents: Iterable[Tensor], sigma: float, step: int, substep: bool
+    ) -> list[Tensor]:
+        """One evaluation of the denoiser, checked, as a list in the order of `names`."""
+        predictions = denoiser(self.named(latents), sigma, step=step, substep=substep)
+        found = []
+        for name, latent in zip(self.names, self.latents, strict=True):
+            x0 = predictions.get(name)
+            if not isinstance(x0, Tensor):
+                raise TypeError(f"denoiser must return a tensor for {name!r}, got {type(x0).__name__}")
+            if x0.shape != latent.shape:
+                raise ValueError(
+                    f"denoiser must return {name!r} with shape {tuple(latent.shape)}, got {tuple(x0.shape)}"
+                )
+            found.append(x0)
+        return found
+
+
+def sampler_state(
+    latents: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor | None] | None,
+    clean: Mapping[str, Tensor | None] | None,
+    model_dtype: torch.dtype | None,
+) -> SamplerState:
+    """Checked and ordered sampler inputs, latents cast to the model dtype.
+
+    Raises:
+        TypeError, ValueError: each names the parameter.
+    """
+    _check_names("latents", latents)
+    names = tuple(name for name in MODALITIES if name in latents)
+    if not names:
+        raise ValueError('latents is empty: expected "video", "audio" or both')
+    masks, clean = masks or {}, clean or {}
+    for parameter, given in (("masks", masks), ("clean", clean)):
+        _check_names(parameter, given)
+        for name in given:
+            if name not in latents and given[name] is not None:
+                raise ValueError(f"{parameter}[{name!r}] has no latent: latents holds {', '.join(names)}")
+    if model_dtype is not None and model_dtype not in LATENT_DTYPES:
+        raise TypeError(f"model_dtype must be one of {', '.join(map(str, LATENT_DTYPES))}, got {model_dtype}")
+    first = latents[names[0]]
+    for name in names:
+        _check_latent(name, latents[name], getattr(first, "device", None), masks.get(name), clean.get(name))
+    dtype = model_dtype or first.dtype
+    if model_dtype is None and any(latents[name].dtype != dtype for name in names):
+        raise TypeError(
+            f"latents must share one dtype, got {[latents[name].dtype for name in names]}: give model_dtype"
+        )
+    return SamplerState(
+        names,
+        [latents[name].to(dtype).contiguous() for name in names],
+        [masks.get(name) for name in names],
+        [clean.get(name) for name in names],
+    )
+
+
+def _check_names(parameter: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{parameter} must be a dict of tensors by modality, got {type(given).__name__}")
+    for name in given:
+        if name not in MODALITIES:
+            raise ValueError(f'{parameter} has the unknown key {name!r}: expected "video", "audio" or both')
+
+
+def _check_latent(
+    name: str, latent: Tensor, device: torch.device | None, mask: Tensor | None, clean: Tensor | None
+) -> None:
+    if not isinstance(latent, Tensor):
+        raise TypeError(f"latents[{name!r}] must be a torch.Tensor, got {type(latent).__name__}")
+    if latent.dtype not in LATENT_DTYPES:
+        raise TypeError(f"latents[{name!r}] must be floating point, got {latent.dtype}")
+    if latent.dim() != 3:
+        raise ValueError(f"latents[{name!r}] must be packed (B, T, C), got shape {tuple(latent.shape)}")
+    if latent.device != device:
+        raise ValueError(f"latents[{name!r}] must be on {device} like the other modality, got {latent.device}")
+    if (mask is None) != (clean is None):
+        given, missing = ("clean", "masks") if mask is None else ("masks", "clean")
+        raise ValueError(f"{given}[{name!r}] is given without {missing}[{name!r}]: give both or neither")
+    if mask is None or clean is None:
+        return
+    expected = {"masks": (mask, (*latent.shape[:-1], 1)), "clean": (clean, tuple(latent.shape))}
+    for parameter, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{parameter}[{name!r}] must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{parameter}[{name!r}] must be on {device}, got {tensor.device}")
+    if mask.dtype != torch.float32:
+        raise TypeError(f"masks[{name!r}] must be torch.float32, got {mask.dtype}")
+
+
+def fp32(value: float) -> float:
+    """The fp32 number next to a Python float; schedules are fp32, and a list of floats must mean the same as their tensor."""
+    return ctypes.c_float(value).value
+
+
+def schedule_floats(sigmas: Tensor | Iterable[float]) -> list[float]:
+    """Noise levels as host floats, rounded to fp32.
+
+    Raises:
+        ValueError: not one-dimensional, or fewer than two levels.
+    """
+    if isinstance(sigmas, Tensor):
+        if sigmas.dim() != 1:
+            raise ValueError(f"sigmas must be one-dimensional, got shape {tuple(sigmas.shape)}")
+        sigmas = sigmas.tolist()
+    levels = [fp32(float(sigma)) for sigma in sigmas]
+    if len(levels) < 2:
+        raise ValueError(f"sigmas must hold at least two noise levels, got {len(levels)}")
+    return levels

@@ -1,0 +1,94 @@
+"""Two streams and their events: computing, and a side stream for weights that travel meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
+
+
+class StreamClock(Protocol):
+    """What the device manager asks of streams; a test gives one that writes down what happened when."""
+
+    def side(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block the side stream is the current one."""
+
+    def mark(self) -> Any:
+        """An event on the current stream: everything enqueued so far."""
+
+    def wait(self, event: Any) -> None:
+        """The current stream goes on only after `event`; the host does not wait."""
+
+    def note(self, label: str, nbytes: int = 0) -> None:
+        """Says what is enqueued next on the current stream, and how many bytes it moves."""
+
+    def synchronise(self) -> None:
+        """The host waits until the side stream is empty."""
+
+
+class HostClock:
+    """Device and host are one: whatever was called has happened."""
+
+    def side(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def mark(self) -> None:
+        return None
+
+    def wait(self, event: None) -> None:
+        return None
+
+    def note(self, label: str, nbytes: int = 0) -> None:
+        return None
+
+    def synchronise(self) -> None:
+        return None
+
+
+class CudaClock:
+    """A CUDA device: the caller's current stream computes, one stream of our own moves weights."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+
+    def side(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self._side)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def note(self, label: str, nbytes: int = 0) -> None:
+        return None
+
+    def synchronise(self) -> None:
+        self._side.synchronize()
+
+
+def clock_for(device: torch.device) -> StreamClock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+def side_by_side(
+    clock: StreamClock, first: Callable[[], _First], second: Callable[[], _Second]
+) -> tuple[_First, _Second]:
+    """Runs `first` on the side stream and `second` on the current one; the current stream then waits for both."""
+    start = clock.mark()
+    with clock.side():
+        clock.wait(start)
+        result = first()
+        end = clock.mark()
+    other = second()
+    clock.wait(end)
+    return result, other

@@ -1,0 +1,81 @@
+"""Triton kernel of the gated residual and of the per-head attention gate: elementwise, 2 to 3 passes over the bytes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ltxkern.triton.layout import ceil_div, power_of_two, row_view
+
+# 16 elements a thread at 4 warps: two 16-byte loads of each bf16 operand in flight.
+TILE = 2048
+
+
+@triton.jit
+def _gate_kernel(
+    out_ptr,
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    rows,
+    inner,
+    D,
+    x_b,
+    x_t,
+    y_b,
+    y_t,
+    gate_b,
+    gate_t,
+    gate_d,
+    column_blocks,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """`x + y gate`; without y: `x 2 sigmoid(gate)`."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid // column_blocks) * BR + tl.arange(0, BR)[:, None]
+    column = (pid % column_blocks) * BD + tl.arange(0, BD)[None, :]
+    valid = (row < rows) & (column < D)
+    b = row // inner
+    t = row % inner
+    x = tl.load(x_ptr + b * x_b + t * x_t + column, mask=valid, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column * gate_d, mask=valid, other=0.0).to(tl.float32)
+        x += tl.load(y_ptr + b * y_b + t * y_t + column, mask=valid, other=0.0).to(tl.float32) * gate
+    else:
+        gate = tl.load(gate_ptr + b * gate_b + t * gate_t, mask=row < rows, other=0.0).to(tl.float32)
+        x *= tl.div_rn(2.0, 1.0 + tl.exp(-gate))
+    tl.store(out_ptr + row * D + column, x.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    if x.dim() == 0:
+        x, y, gate = x.reshape(1), None if y is None else y.reshape(1), gate.reshape(1)
+    view = row_view(x, x if y is None else y, gate)
+    assert view is not None
+    width, rows = x.shape[-1], view.outer * view.inner
+    columns = min(TILE, power_of_two(width))
+    together = min(power_of_two(rows), TILE // columns)
+    column_blocks = ceil_div(width, columns)
+    target = out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    _gate_kernel[(ceil_div(rows, together) * column_blocks,)](
+        target, x, y, gate, rows, view.inner, width, *(stride for pair in view.strides for stride in pair),
+        gate.stride(-1) if gate.shape[-1] == width else 0, column_blocks,
+        BR=together, BD=columns, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def launch(out: Tensor, x: Tensor, y: Tensor, gate: Tensor) -> None:
+    """gated_residual on rows that collapse to two dims (see `constraints.gated_residual`)."""
+    _launch(out, x, y, gate)
+
+
+def launch_head_gate(out: Tensor, x: Tensor, logits: Tensor) -> None:
+    """head_gate: a row is one head."""
+    _launch(out, x, None, logits[..., None])

@@ -1,0 +1,83 @@
+"""Strides as the Triton kernels take them: what collapses to a few strides is served, what does not is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size` (1 for 0)."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def ceil_div(size: int, part: int) -> int:
+    """Number of parts of `part` that cover `size`."""
+    return -(-size // part)
+
+
+class ChannelView(NamedTuple):
+    """Strides of an (N, C, *) tensor seen as (N, C, S)."""
+
+    batch: int
+    channel: int
+    position: int
+
+
+def channel_view(x: Tensor) -> ChannelView | None:
+    """`x` as (N, C, S), or None where the dims after the channels do not collapse to one stride."""
+    position, extent = 1, 0
+    for dim in range(x.dim() - 1, 1, -1):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 1:
+            continue
+        if extent == 0:
+            position = stride
+        elif stride != extent:
+            return None
+        extent = size * stride
+        if stride == 0:
+            return None
+    return ChannelView(x.stride(0), x.stride(1), position)
+
+
+class RowView(NamedTuple):
+    """Leading dims of several tensors collapsed to (outer, inner), with the pair of strides of each tensor."""
+
+    outer: int
+    inner: int
+    strides: tuple[tuple[int, int], ...]
+
+
+def row_view(x: Tensor, *others: Tensor) -> RowView | None:
+    """The rows of x (its last dim is a row) and of tensors that broadcast to it; None where they do not collapse to two dims."""
+    views = [x, *(other if other.shape == x.shape else other.expand(x.shape) for other in others)]
+    dims: list[tuple[int, tuple[int, ...]]] = []
+    for dim, size in enumerate(x.shape[:-1]):
+        if size == 1:
+            continue
+        strides = tuple(view.stride(dim) for view in views)
+        if dims and all(
+            before == stride * size if stride else before == 0
+            for before, stride in zip(dims[-1][1], strides, strict=True)
+        ):
+            dims[-1] = (dims[-1][0] * size, strides)
+        else:
+            dims.append((size, strides))
+    if len(dims) > 2:
+        return None
+    none = (1, (0,) * len(views))
+    padded = [none] * (2 - len(dims)) + dims
+    return RowView(padded[0][0], padded[1][0], tuple(zip(padded[0][1], padded[1][1], strict=True)))
+
+
+def unit_rows(*tensors: Tensor) -> bool:
+    """Whether the last dim of every tensor is dense."""
+    return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors)
+
+
+def all_contiguous(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether every tensor that is there is contiguous."""
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)

@@ -1,0 +1,367 @@
+"""Triton kernels of the res2s sampler: SDE step and both half-steps, video and audio in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ltxkern.triton.layout import ceil_div, power_of_two
+from ltxkern.triton.numerics import narrow, scalar
+
+# 8 elements a thread at 4 warps: 16-byte loads of a bf16 state; five fp64 values of each element stay below 128 registers.
+BLOCK = 1024
+
+
+@triton.jit
+def _locate(pid, length, blocks, BLOCK: tl.constexpr):
+    """Slice of a program, index of its first element, indices of all, and which exist."""
+    row = pid // blocks
+    first = (pid % blocks) * BLOCK
+    offset = first + tl.arange(0, BLOCK)
+    return row, row * length + first, row * length + offset, offset < length
+
+
+@triton.jit
+def _token_mask(mask_ptr, clean_ptr, first, at, valid, C, BLOCK: tl.constexpr):
+    """Mask of each element's token, and `clean (1 - mask)`, in fp32."""
+    token = first // C
+    inside = (first - token * C).to(tl.int32) + tl.arange(0, BLOCK)
+    mask = tl.load(mask_ptr + token + inside // C, mask=valid, other=0.0)
+    clean = tl.load(clean_ptr + at, mask=valid, other=0.0).to(tl.float32)
+    return mask, clean * (1.0 - mask)
+
+
+@triton.jit
+def _prediction(x0_ptr, at, valid, mask, kept, dtype: tl.constexpr):
+    """x0, masked in fp32 or wider and rounded to its own dtype, in the compute dtype."""
+    x0 = tl.load(x0_ptr + at, mask=valid, other=0.0)
+    if mask is not None:
+        wide: tl.constexpr = tl.float64 if x0_ptr.dtype.element_ty == tl.float64 else tl.float32
+        x0 = narrow(x0.to(wide) * mask.to(wide) + kept.to(wide), x0_ptr.dtype.element_ty)
+    return x0.to(dtype)
+
+
+@triton.jit
+def _noise(noise_ptr, stats_ptr, row, at, valid, dtype: tl.constexpr):
+    """Ready noise, or raw noise brought to mean 0 and std 1 by the statistics of its slice, in the compute dtype."""
+    noise = tl.load(noise_ptr + at, mask=valid, other=0.0)
+    if stats_ptr is not None:
+        count = tl.load(stats_ptr + row * 3)
+        mean = tl.load(stats_ptr + row * 3 + 1)
+        m2 = tl.load(stats_ptr + row * 3 + 2)
+        noise = (noise.to(tl.float64) - mean) * (1.0 / tl.sqrt(m2 / (count - 1.0)))
+    return noise.to(dtype)
+
+
+@triton.jit
+def _midpoint_tile(
+    pid,
+    latent_ptr,
+    x0_ptr,
+    noise_ptr,
+    mask_ptr,
+    clean_ptr,
+    stats_ptr,
+    mid_ptr,
+    anchor_ptr,
+    length,
+    blocks,
+    C,
+    c,
+    a,
+    b,
+    s,
+    REFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    compute: tl.constexpr = anchor_ptr.dtype.element_ty
+    row, first, at, valid = _locate(pid, length, blocks, BLOCK)
+    mask = None
+    kept = None
+    if mask_ptr is not None:
+        mask, kept = _token_mask(mask_ptr, clean_ptr, first, at, valid, C, BLOCK)
+    start = tl.load(latent_ptr + at, mask=valid, other=0.0).to(compute)
+    target = _prediction(x0_ptr, at, valid, mask, kept, compute)
+    moved = start + scalar(c, compute) * (target - start)
+    noise = _noise(noise_ptr, stats_ptr, row, at, valid, compute)
+    moved = scalar(a, compute) * start + scalar(b, compute) * moved + scalar(s, compute) * noise
+    if mask is not None and kept is not None:
+        moved = moved * mask.to(compute) + kept.to(compute)
+    tl.store(mid_ptr + at, narrow(moved, mid_ptr.dtype.element_ty), mask=valid)
+    anchor = start
+    if REFINE:
+        anchor = (moved - scalar(c, compute) * target) * (1.0 / (1.0 - scalar(c, tl.float64))).to(compute)
+    tl.store(anchor_ptr + at, anchor, mask=valid)
+
+
+@triton.jit
+def _midpoint_kernel(
+    latent_ptr,
+    x0_ptr,
+    noise_ptr,
+    mask_ptr,
+    clean_ptr,
+    stats_ptr,
+    mid_ptr,
+    anchor_ptr,
+    length,
+    blocks,
+    C,
+    latent2_ptr,
+    x02_ptr,
+    noise2_ptr,
+    mask2_ptr,
+    clean2_ptr,
+    stats2_ptr,
+    mid2_ptr,
+    anchor2_ptr,
+    length2,
+    blocks2,
+    C2,
+    programs,
+    c: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    s: tl.float64,
+    REFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Half-step 1 of one modality (the first `programs` programs) and of a second one, if there is one."""
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < programs:
+        _midpoint_tile(
+            pid, latent_ptr, x0_ptr, noise_ptr, mask_ptr, clean_ptr, stats_ptr, mid_ptr, anchor_ptr,
+            length, blocks, C, c, a, b, s, REFINE, BLOCK,
+        )  # fmt: skip
+    elif latent2_ptr is not None:
+        _midpoint_tile(
+            pid - programs, latent2_ptr, x02_ptr, noise2_ptr, mask2_ptr, clean2_ptr, stats2_ptr, mid2_ptr, anchor2_ptr,
+            length2, blocks2, C2, c, a, b, s, REFINE, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _advance_tile(
+    pid,
+    anchor_ptr,
+    x0_ptr,
+    x0_mid_ptr,
+    noise_ptr,
+    mask_ptr,
+    clean_ptr,
+    stats_ptr,
+    out_ptr,
+    length,
+    blocks,
+    C,
+    hb1,
+    hb2,
+    a,
+    b,
+    s,
+    BLOCK: tl.constexpr,
+):
+    compute: tl.constexpr = anchor_ptr.dtype.element_ty
+    row, first, at, valid = _locate(pid, length, blocks, BLOCK)
+    mask = None
+    kept = None
+    if mask_ptr is not None:
+        mask, kept = _token_mask(mask_ptr, clean_ptr, first, at, valid, C, BLOCK)
+    start = tl.load(anchor_ptr + at, mask=valid, other=0.0)
+    early = _prediction(x0_ptr, at, valid, mask, kept, compute)
+    late = _prediction(x0_mid_ptr, at, valid, mask, kept, compute)
+    moved = start + (scalar(hb1, compute) * (early - start) + scalar(hb2, compute) * (late - start))
+    noise = _noise(noise_ptr, stats_ptr, row, at, valid, compute)
+    moved = scalar(a, compute) * start + scalar(b, compute) * moved + scalar(s, compute) * noise
+    if mask is not None and kept is not None:
+        moved = moved * mask.to(compute) + kept.to(compute)
+    tl.store(out_ptr + at, narrow(moved, out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _advance_kernel(
+    anchor_ptr,
+    x0_ptr,
+    x0_mid_ptr,
+    noise_ptr,
+    mask_ptr,
+    clean_ptr,
+    stats_ptr,
+    out_ptr,
+    length,
+    blocks,
+    C,
+    anchor2_ptr,
+    x02_ptr,
+    x0_mid2_ptr,
+    noise2_ptr,
+    mask2_ptr,
+    clean2_ptr,
+    stats2_ptr,
+    out2_ptr,
+    length2,
+    blocks2,
+    C2,
+    programs,
+    hb1: tl.float64,
+    hb2: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    s: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """Half-step 2 of one modality (the first `programs` programs) and of a second one, if there is one."""
+    pid = tl.program_id(0).to(tl.int64)
+    if pid < programs:
+        _advance_tile(
+            pid, anchor_ptr, x0_ptr, x0_mid_ptr, noise_ptr, mask_ptr, clean_ptr, stats_ptr, out_ptr,
+            length, blocks, C, hb1, hb2, a, b, s, BLOCK,
+        )  # fmt: skip
+    elif anchor2_ptr is not None:
+        _advance_tile(
+            pid - programs, anchor2_ptr, x02_ptr, x0_mid2_ptr, noise2_ptr, mask2_ptr, clean2_ptr, stats2_ptr, out2_ptr,
+            length2, blocks2, C2, hb1, hb2, a, b, s, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sde_step_kernel(
+    out_ptr,
+    sample_ptr,
+    denoised_ptr,
+    noise_ptr,
+    stats_ptr,
+    length,
+    blocks,
+    a: tl.float64,
+    b: tl.float64,
+    s: tl.float64,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`a sample + b denoised + s noise`, rounded once."""
+    row, _, at, valid = _locate(tl.program_id(0).to(tl.int64), length, blocks, BLOCK)
+    sample = tl.load(sample_ptr + at, mask=valid, other=0.0).to(COMPUTE)
+    denoised = tl.load(denoised_ptr + at, mask=valid, other=0.0).to(COMPUTE)
+    noise = _noise(noise_ptr, stats_ptr, row, at, valid, COMPUTE)
+    moved = scalar(a, COMPUTE) * sample + scalar(b, COMPUTE) * denoised + scalar(s, COMPUTE) * noise
+    tl.store(out_ptr + at, narrow(moved, out_ptr.dtype.element_ty), mask=valid)
+
+
+def _slices(x: Tensor, stats: Tensor | None) -> tuple[int, int]:
+    """(slices, elements of a slice) that share statistics; without statistics all is one slice."""
+    if stats is None or x.dim() < 2:
+        return 1, x.numel()
+    length = x.shape[-2] * x.shape[-1]
+    return x.numel() // length, length
+
+
+def _block(lengths: Sequence[int]) -> int:
+    return min(BLOCK, power_of_two(max(lengths)))
+
+
+def _dense(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, or contiguous stand-ins for those that are not."""
+    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+
+
+def _hand_back(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for out, target in zip(outputs, targets, strict=True):
+        if target is not out:
+            out.copy_(target)
+
+
+def launch_sde_step(
+    out: Tensor, sample: Tensor, denoised: Tensor, noise: Tensor, coefficients: Sequence[float], stats: Tensor | None
+) -> None:
+    """One SDE step on contiguous tensors."""
+    if sample.numel() == 0:
+        return
+    targets = _dense([out])
+    slices, length = _slices(sample, stats)
+    block = _block([length])
+    blocks = ceil_div(length, block)
+    double = torch.float64 in (sample.dtype, denoised.dtype)
+    _sde_step_kernel[(slices * blocks,)](
+        targets[0], sample, denoised, noise, stats, length, blocks, *coefficients,
+        COMPUTE=tl.float64 if double else tl.float32, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    _hand_back([out], targets)
+
+
+def _launch_pairs(
+    kernel: Any,
+    modalities: Sequence[tuple[list[Tensor | None], Tensor | None]],
+    coefficients: Sequence[float],
+    options: dict[str, Any],
+) -> None:
+    """Two modalities a launch; a modality is its pointers, whose first is the state, and its statistics."""
+    filled = [(pointers, stats) for pointers, stats in modalities if pointers[0] is not None and pointers[0].numel()]
+    for i in range(0, len(filled), 2):
+        pair = filled[i : i + 2]
+        cuts = []
+        for pointers, stats in pair:
+            assert pointers[0] is not None
+            cuts.append((*_slices(pointers[0], stats), pointers[0].shape[-1]))
+        block = _block([length for _, length, _ in cuts])
+        args: list[Any] = []
+        programs = []
+        for (pointers, _), (slices, length, channels) in zip(pair, cuts, strict=True):
+            blocks = ceil_div(length, block)
+            args += [*pointers, length, blocks, channels]
+            programs.append(slices * blocks)
+        if len(pair) == 1:
+            args += [None] * len(pair[0][0]) + [0, 0, 0]
+        kernel[(sum(programs),)](
+            *args, programs[0], *coefficients, BLOCK=block, num_warps=4, enable_fp_fusion=False, **options
+        )
+
+
+def launch_midpoint(
+    out: Sequence[Tensor],
+    latent: Sequence[Tensor],
+    x0: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    clean: Sequence[Tensor | None],
+    stats: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    refine: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Half-step 1 on contiguous tensors: x_mid of all modalities, then the anchors of all, in `out`."""
+    targets = _dense(out)
+    count = len(latent)
+    modalities = [
+        ([latent[i], x0[i], noise[i], mask[i], clean[i], stats[i], targets[i], targets[count + i]], stats[i])
+        for i in range(count)
+    ]
+    _launch_pairs(_midpoint_kernel, modalities, coefficients, {"REFINE": refine})
+    _hand_back(out, targets)
+
+
+def launch_advance(
+    out: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    x0: Sequence[Tensor],
+    x0_mid: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    clean: Sequence[Tensor | None],
+    stats: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    model_dtype: Sequence[torch.dtype],
+) -> None:
+    """Half-step 2 on contiguous tensors: the next latent of each modality in `out`."""
+    targets = _dense(out)
+    modalities = [
+        ([anchor[i], x0[i], x0_mid[i], noise[i], mask[i], clean[i], stats[i], targets[i]], stats[i])
+        for i in range(len(anchor))
+    ]
+    _launch_pairs(_advance_kernel, modalities, coefficients, {})
+    _hand_back(out, targets)

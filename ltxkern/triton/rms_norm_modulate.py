@@ -1,0 +1,117 @@
+"""Triton kernel of RMSNorm + modulation, alone and behind a gated residual: whole rows in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ltxkern.triton.layout import ceil_div, power_of_two, row_view
+from ltxkern.triton.numerics import reciprocal_root
+
+# Rows of 4096 (the video stream) take 8 warps at 16 elements a thread; shorter rows share a program up to this many elements.
+TILE = 4096
+
+
+@triton.jit
+def _modulate_kernel(
+    out_ptr,
+    summed_ptr,
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    weight_ptr,
+    eps,
+    inverse,
+    rows,
+    inner,
+    D,
+    x_b,
+    x_t,
+    y_b,
+    y_t,
+    gate_b,
+    gate_t,
+    scale_b,
+    scale_t,
+    shift_b,
+    shift_t,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """BR rows; with `y_ptr`, x becomes `x + y gate`, is stored rounded, and its rounded value is normalised."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    column = tl.arange(0, BD)[None, :]
+    valid = (row < rows) & (column < D)
+    b = row // inner
+    t = row % inner
+    x = tl.load(x_ptr + b * x_b + t * x_t + column, mask=valid, other=0.0)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + b * y_b + t * y_t + column, mask=valid, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column, mask=valid, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + y * gate).to(x_ptr.dtype.element_ty)
+        tl.store(summed_ptr + row * D + column, x, mask=valid)
+    value = x.to(tl.float32)
+    mean_square = tl.sum(value * value, axis=1, keep_dims=True) * inverse
+    value = value * reciprocal_root(mean_square + eps)
+    if weight_ptr is not None:
+        value *= tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_b + t * scale_t + column, mask=valid, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + b * shift_b + t * shift_t + column, mask=valid, other=0.0).to(tl.float32)
+    value = value * (1.0 + scale) + shift
+    tl.store(out_ptr + row * D + column, value.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+def _launch(
+    out: Tensor,
+    summed: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+) -> None:
+    if x.numel() == 0:
+        return
+    view = row_view(x, x if y is None else y, x if gate is None else gate, scale, shift)
+    assert view is not None
+    width, rows = x.shape[-1], view.outer * view.inner
+    columns = power_of_two(width)
+    together = min(power_of_two(rows), max(1, TILE // 2 // columns))
+    dense = out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dense_sum = summed
+    if summed is not None and not summed.is_contiguous():
+        dense_sum = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _modulate_kernel[(ceil_div(rows, together),)](
+        dense, dense_sum, x, y, gate, scale, shift, None if weight is None else weight.contiguous(),
+        eps, 1.0 / width, rows, view.inner, width, *(stride for pair in view.strides for stride in pair),
+        BR=together, BD=columns, num_warps=min(16, max(4, together * columns // 512)), enable_fp_fusion=True,
+    )  # fmt: skip
+    if dense is not out:
+        out.copy_(dense)
+    if summed is not None and dense_sum is not None and dense_sum is not summed:
+        summed.copy_(dense_sum)
+
+
+def launch(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> None:
+    """rms_norm_modulate on rows that collapse to two dims (see `constraints.rms_norm_modulate`)."""
+    _launch(out, None, x, None, None, scale, shift, eps, weight)
+
+
+def launch_gated(
+    out: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+) -> None:
+    """gated_residual_rms_norm_modulate: out is (sum, norm)."""
+    _launch(out[1], out[0], x, y, gate, scale, shift, eps, weight)

@@ -1,0 +1,61 @@
+"""Registers and local memory of every registered CUDA kernel, read from cubins that NVRTC makes; no GPU, no nvcc.
+
+`python -m tests.csrc.kernel_resources` writes the baseline that test_nvrtc.py holds the kernels to; look at the difference before
+committing it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from ltxkern import nvrtc
+from tests.csrc.shim_build import shim
+
+BASELINE = Path(__file__).with_name("kernel_resources.json")
+ARCHITECTURE = "sm_90"
+_ROW = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+def cuobjdump() -> Path | None:
+    """The one that Triton brings, or None."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return path if path.is_file() else None
+
+
+def kernels_by_header() -> dict[str, list[str]]:
+    """Every kernel that a csrc/cuda/*.cu registers."""
+    result: dict[str, list[str]] = defaultdict(list)
+    for kernel in shim().kernels():
+        result[nvrtc.header_of(kernel)].append(kernel)
+    return dict(result)
+
+
+def measure(kernels: list[str], architecture: str = ARCHITECTURE) -> dict[str, dict[str, int]]:
+    """Registers, stack and local bytes of kernels of one header."""
+    cubin, names = nvrtc.compile_cubin(kernels, architecture)
+    tool = cuobjdump()
+    assert tool is not None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([str(tool), "--dump-resource-usage", file.name], text=True)
+    rows = {name: (int(r), int(stack), int(local)) for name, r, stack, _, local in _ROW.findall(text)}
+    return {
+        kernel: {"registers": rows[name][0], "stack": rows[name][1], "local": rows[name][2]}
+        for kernel, name in zip(kernels, names, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    measured = {name: row for kernels in kernels_by_header().values() for name, row in measure(kernels).items()}
+    registers = {name: row["registers"] for name, row in sorted(measured.items())}
+    BASELINE.write_text(json.dumps(registers, indent=1) + "\n")

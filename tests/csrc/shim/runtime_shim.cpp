@@ -1,0 +1,35 @@
+// The runtime of the shim module: plans launch on fibers instead of a device.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "runtime.h"
+
+namespace ltxk::shim {
+void run_grid(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters);
+void set_schedule(unsigned seed, bool shuffle);
+void set_only(std::size_t first, std::size_t count);
+}  // namespace ltxk::shim
+
+namespace ltxk::runtime {
+
+const char* unavailable() { return nullptr; }
+int enter(int device) { return device; }
+void restore(int) {}
+void zero(void* address, std::size_t bytes, void*) { std::memset(address, 0, bytes); }
+void prepare(const KernelEntry&, const LaunchShape& shape) {
+    if (shape.shared_bytes > 227u * 1024u) throw std::runtime_error("more dynamic shared memory than any device has");
+}
+void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void*) {
+    shim::run_grid(kernel, shape, parameters);
+}
+
+}  // namespace ltxk::runtime
+
+void bind_shim(pybind11::module_& module) {
+    module.def("schedule", &ltxk::shim::set_schedule, pybind11::arg("seed"), pybind11::arg("shuffle") = true,
+               "Seed of the fiber order; shuffle=False runs fibers in thread order.");
+    module.def("only_blocks", &ltxk::shim::set_only, pybind11::arg("first"), pybind11::arg("count"),
+               "Later launches run these blocks of their grid alone; count 0 runs all.");
+}

@@ -1,0 +1,93 @@
+"""Element offsets beyond 2^31: the last blocks of huge grids, on memory that is reserved but never touched elsewhere."""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltxkern import native
+from ltxkern.launch import group_norm_silu as group_norm
+from ltxkern.launch import pixel_norm_silu as pixel_norm
+from ltxkern.native import Launch
+from tests.csrc.shim_build import shim
+from tests.ops.contract import noise
+
+POSITIONS = (1 << 30) + 24
+CHANNELS = 3
+TAIL = 64
+
+
+def reserved(shape: tuple[int, ...]) -> Tensor:
+    """A bf16 tensor over untouched pages: no memory is used until an element is."""
+    size = 2 * torch.Size(shape).numel()
+    try:
+        pages = mmap.mmap(
+            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        )
+    except OSError as error:
+        pytest.skip(f"LARGE OFFSETS NOT TESTED: cannot reserve {size >> 30} GiB of address space: {error}")
+    return torch.frombuffer(pages, dtype=torch.bfloat16).view(shape)
+
+
+@contextmanager
+def only_blocks(first: int, count: int = 1) -> Iterator[None]:
+    shim().only_blocks(first, count)
+    try:
+        yield
+    finally:
+        shim().only_blocks(0, 0)
+
+
+def run(step: native.Step, *tensors: Tensor | None) -> None:
+    native.device_plan(shim(), [step], len(tensors))(*tensors)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_group_norm(last: bool) -> None:
+    x, out = (reserved((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS)) for _ in range(2))
+    x, out = (x.movedim(-1, 1), out.movedim(-1, 1)) if last else (x, out)
+    x[0, :, -TAIL:] = noise(CHANNELS, TAIL, dtype=torch.bfloat16)
+    case = group_norm.describe(out, x, None, None, 1, 1e-5, None, None)
+    assert case.channels_last == last
+    steps, size = group_norm.columns(case, 1 << 20, 64) if last else group_norm.two_pass(case, 2048, 64)
+    stats, _, apply = steps
+    assert isinstance(stats, Launch)
+    assert isinstance(apply, Launch)
+    workspace = torch.zeros(size, dtype=torch.uint8)
+    chunk, chunks = stats.parameters[7], stats.parameters[8]
+    assert isinstance(chunk, int)
+    assert isinstance(chunks, int)
+    with only_blocks(stats.grid[0] - 1):
+        run(stats, out, x, None, None, None, None, workspace)
+    partials = workspace[: 8 * chunks * CHANNELS].view(torch.float32).view(CHANNELS, chunks, 2)
+    wanted = x[0, -1, (chunks - 1) * chunk :].double()
+    torch.testing.assert_close(partials[-1, -1, 0].double(), wanted.mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        partials[-1, -1, 1].double(), (wanted - wanted.mean()).square().sum(), rtol=1e-4, atol=1e-6
+    )
+    workspace[8 * chunks * CHANNELS :].view(torch.float32)[:] = torch.tensor([0.25, 2.0])
+    with only_blocks(0):
+        run(apply, out, x, None, None, None, None, workspace)
+    shown = min(TAIL, POSITIONS - (chunks - 1) * chunk)
+    exact = F.silu((x[0, -1, -shown:].double() - 0.25) * 2)
+    torch.testing.assert_close(out[0, -1, -shown:].double(), exact, rtol=1e-2, atol=1e-3)
+    assert bool((out[0, -1, -shown:] != 0).any())
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_pixel_norm(last: bool) -> None:
+    x, out = (reserved((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS)) for _ in range(2))
+    x, out = (x.movedim(-1, 1), out.movedim(-1, 1)) if last else (x, out)
+    x[0, :, -TAIL:] = noise(CHANNELS, TAIL, dtype=torch.bfloat16)
+    case = pixel_norm.describe(out, x, 1e-6, None)
+    launch = pixel_norm.columns(case, 64) if last else pixel_norm.rows(case, 100 << 10, 64)
+    assert launch.grid[0] < 1 << 31
+    with only_blocks(launch.grid[0] - 1):
+        run(launch, out, x, None)
+    wide = x[0, :, -8:].double()
+    exact = F.silu(wide * torch.rsqrt(wide.square().mean(0) + 1e-6))
+    torch.testing.assert_close(out[0, :, -8:].double(), exact, rtol=1e-2, atol=1e-3)

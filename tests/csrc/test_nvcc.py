@@ -1,0 +1,68 @@
+"""nvcc builds the whole extension for all architectures, spills being errors; the build is kept under build/."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 8 << 20
+
+pytestmark = [
+    pytest.mark.nvcc,
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="CUDA BUILD NOT TESTED: there is no nvcc on PATH"),
+]
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension built for every architecture, as setup.py builds it."""
+    target = tmp_path_factory.mktemp("built")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "LTXKERN_BUILD": "cuda",
+        "LTXKERN_BUILD_DIR": str(ROOT / "build" / f"test-nvcc-{sys.implementation.cache_tag}"),
+        "MAX_JOBS": "2",
+    }
+    environment.pop("TORCH_CUDA_ARCH_LIST", None)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return next((target / "ltxkern").glob("_C*.so"))
+
+
+def test_size(extension: Path) -> None:
+    assert extension.stat().st_size < LIMIT
+
+
+def test_it_needs_no_driver_and_no_torch_library(extension: Path) -> None:
+    needed = subprocess.check_output(["readelf", "-d", str(extension)], text=True)
+    names = [line for line in needed.splitlines() if "NEEDED" in line]
+    assert names
+    assert not [line for line in names if any(word in line for word in ("torch", "c10", "libcuda", "cudart"))]
+
+
+def test_it_loads_without_a_device_and_says_so(extension: Path) -> None:
+    ctypes.CDLL(str(extension))
+    script = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); print(len(m.kernels()) > 0, m.cuda_unavailable())"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True)
+    assert shown.startswith("True ")
+
+
+def test_registered_kernels_are_those_of_the_shim(extension: Path) -> None:
+    from tests.csrc.shim_build import shim
+
+    script = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); print(*m.kernels(), sep='\\n')"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True).splitlines()
+    assert shown == list(shim().kernels())

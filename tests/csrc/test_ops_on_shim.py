@@ -1,0 +1,112 @@
+"""The CUDA kernels of the sampler, LoRA and transformer ops, run from their own source on CPU fibers through the tests of each op.
+
+The op tests are collected here once more, with the CUDA launches on the shim in the place of the CPU kernels: small blocks, small
+chunks, random schedules, fresh memory poisoned.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ltxkern import dispatch, native
+from ltxkern.launch import combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
+from tests.csrc.shim_build import shim
+from tests.ops import (
+    test_combine_guidance,
+    test_gated_residual,
+    test_merge_lora,
+    test_normalize_noise,
+    test_qk_norm_rope,
+    test_res2s,
+    test_rms_norm_modulate,
+)
+
+OPS = (
+    *(
+        "res2s_midpoint",
+        "res2s_advance",
+        "res2s_sde_step",
+        "normalize_noise",
+        "channelwise_normalize",
+        "noise_statistics",
+    ),
+    *("combine_guidance", "merge_lora_", "rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual"),
+    *("head_gate", "qk_norm_rope"),
+)
+LAUNCHES = (combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
+# Not about kernels, or about torch's own products.
+ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads")
+
+
+def planner(threads: int) -> Callable[..., Callable[..., None]]:
+    """`plans.planned`, with the launches on the shim in blocks of this size."""
+
+    def planned(
+        tier: str, steps: Callable[..., Sequence[native.Step]], case: Any, arguments: int
+    ) -> Callable[..., None]:
+        # The merge kernel's tile needs its 256 threads.
+        size = 256 if isinstance(case, merge_lora.Case) else threads
+        return native.device_plan(shim(), steps(case, threads=size), arguments)
+
+    return planned
+
+
+@pytest.fixture(autouse=True, params=[(32, 1), (96, 2), (256, 3)], ids=lambda value: f"{value[0]}threads")
+def on_shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts the CUDA kernels in the place of the CPU ones for one test."""
+    threads, seed = request.param
+    shim().schedule(seed)
+    for launch in LAUNCHES:
+        monkeypatch.setattr(launch, "planned", planner(threads))
+    monkeypatch.setattr(normalize_noise, "CHUNK", 256)
+    monkeypatch.setattr(normalize_noise, "PARTIALS", 8)
+    monkeypatch.setattr(normalize_noise, "FLAGS", 3)
+    monkeypatch.setattr(combine_guidance, "CHUNK", 128)
+    monkeypatch.setattr(combine_guidance, "PARTIALS", 8)
+    monkeypatch.setattr(merge_lora, "SMALL_RANK", 1 << 20)
+    for name in OPS:
+        op = dispatch._registry[name]
+        monkeypatch.setitem(op._kernels, "cpu", op._backends["cuda"].load())
+        if name == "merge_lora_":
+            served = dispatch.Backend("cpu", merge_lora.refuse, op._backends["cpu"].load)
+            monkeypatch.setitem(op._backends, "cpu", served)
+    before = torch.are_deterministic_algorithms_enabled()
+    # Fresh tensors are then filled with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None]:
+    """The same test without its cases of other backends."""
+    alone = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
+    alone.__dict__.update(vars(test))
+    marks = []
+    for mark in vars(test)["pytestmark"]:
+        if mark.name == "parametrize" and "backend" in mark.args[0]:
+            names, values = mark.args[:2]
+            kept = [value for value in values if (value if names == "backend" else value[1]) == "cpu"]
+            mark = pytest.mark.parametrize(names, kept).mark
+        marks.append(mark)
+    alone.__dict__["pytestmark"] = marks
+    return alone
+
+
+def _collect() -> None:
+    modules = (
+        *(test_res2s, test_normalize_noise, test_combine_guidance, test_merge_lora),
+        *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope),
+    )
+    for module in modules:
+        for name, test in vars(module).items():
+            takes_backend = callable(test) and "backend" in getattr(test, "__code__", _collect.__code__).co_varnames
+            if name.startswith("test_") and takes_backend and not any(word in name for word in ELSEWHERE):
+                globals()[f"test_{module.__name__.rsplit('test_', 1)[-1]}_{name[5:]}"] = on_the_shim_alone(test)
+
+
+_collect()

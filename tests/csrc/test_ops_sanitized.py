@@ -1,0 +1,38 @@
+"""The CUDA kernels of the sampler, LoRA and row ops under AddressSanitizer and UndefinedBehaviorSanitizer, in one subprocess."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.csrc.shim_build import ROOT, build
+from tests.csrc.test_sanitized import preload
+
+# Odd sizes, views and in-place calls; one block size is enough where fibers decide the order.
+CASES = "32threads and (bfloat16 or layouts or out or float8 or statistics or modalities)"
+SCRIPT = """
+import sys
+from pathlib import Path
+import pytest
+from tests.csrc import shim_build
+module = shim_build.load(Path(sys.argv[1]))
+shim_build.shim = lambda: module
+sys.exit(pytest.main(["tests/csrc/test_ops_on_shim.py", "-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2]]))
+"""
+
+
+@pytest.mark.slow
+def test_no_access_outside_and_no_undefined_behaviour() -> None:
+    module = build(sanitize=True)
+    environment = os.environ | {
+        "LD_PRELOAD": preload(),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", SCRIPT, str(module), CASES]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,76 @@
+"""The numerical contract of the ops as assertions, and the calls every op must survive: opcheck, compile, poisoned outputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = [torch.float16, torch.bfloat16, torch.float32]
+SAMPLER = [*ACTIVATIONS, torch.float64]
+
+
+def assert_as_close(actual: Tensor, composition: Tensor, exact: Tensor, *, factor: float = 1.5) -> None:
+    """error(op vs fp64) <= factor x error(torch composition vs fp64), RMS and max; half an ulp of the largest value is free.
+
+    Args:
+        actual: the op's result.
+        composition: the torch ops that it replaces, in the same dtype.
+        exact: the same mathematics in fp64 on the same inputs.
+    """
+    assert actual.dtype == composition.dtype
+    assert actual.shape == composition.shape == exact.shape
+    assert exact.dtype == torch.float64
+    if exact.numel() == 0:
+        return
+    assert bool(actual.isfinite().all()), "the op leaves non-finite values"
+    ours, theirs = (actual.double() - exact).abs(), (composition.double() - exact).abs()
+    rounding = float(exact.abs().max()) * torch.finfo(actual.dtype).eps / 2
+    assert float(ours.max()) <= factor * float(theirs.max()) + rounding
+    assert float(ours.square().mean().sqrt()) <= factor * float(theirs.square().mean().sqrt()) + rounding
+
+
+def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An output full of NaN, so that an element never written is seen."""
+    return torch.full(like.shape, torch.nan, dtype=dtype or like.dtype, device=like.device)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every second element of a wider tensor."""
+    view = x.repeat_interleave(2, dim=-1)[..., ::2]
+    assert x.shape[-1] < 2 or not view.is_contiguous()
+    return view
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with the last two dims swapped in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function traced whole, with dynamic shapes: a graph break is an error, and the op must be opaque with a right fake."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Bit-equal tensors, or sequences of them, with equal dtypes and strides."""
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype
+        assert actual.stride() == expected.stride()
+        torch.testing.assert_close(actual, expected, atol=0, rtol=0, equal_nan=True)
+        return
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other)
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Standard normal numbers of a fixed seed, drawn in fp64 so that every dtype holds the same ones rounded."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
+    return (scale * drawn).to(dtype).to(torch.get_default_device())
+
+
+def doubles(values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same values in fp64."""
+    return [None if value is None else value.double() for value in values]

@@ -1,0 +1,215 @@
+"""combine_guidance: four branches, rescale, void scales, and the calls around it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ltxkern
+from tests.ops.contract import (
+    SAMPLER,
+    assert_as_close,
+    assert_same,
+    compiled,
+    doubles,
+    noise,
+    poisoned,
+    strided,
+    transposed,
+)
+from tests.serving import over_backends, serving
+
+SHAPES = [(1, 6, 4), (2, 9, 8), (1, 127, 16), (13,), (3, 1, 7), (1, 2, 3, 4, 5)]
+SCALES = {
+    "off": {},
+    "cfg": {"cfg_scale": 4.0},
+    "below_one": {"cfg_scale": 0.0, "modality_scale": 0.5},
+    "stg": {"stg_scale": 1.5},
+    "hq_video": {"cfg_scale": 3.0, "modality_scale": 3.0, "rescale_scale": 0.45},
+    "hq_audio": {"cfg_scale": 7.0, "modality_scale": 3.0, "rescale_scale": 1.0},
+    "all": {"cfg_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "rescale_scale": 0.7},
+    "rescale": {"rescale_scale": 0.7},
+}
+
+
+def branches(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    base = noise(*shape, dtype=torch.float64, seed=1)
+    return [(base + 0.3 * noise(*shape, dtype=torch.float64, seed=2 + k)).to(dtype) for k in range(4)]
+
+
+def composition(
+    cond: Tensor,
+    uncond: Tensor,
+    perturbed: Tensor,
+    isolated: Tensor,
+    cfg_scale: float = 1.0,
+    stg_scale: float = 0.0,
+    modality_scale: float = 1.0,
+    rescale_scale: float = 0.0,
+) -> Tensor:
+    dtype = cond.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    cond, uncond, perturbed, isolated = (branch.to(wide) for branch in (cond, uncond, perturbed, isolated))
+    pred = cond + (cfg_scale - 1) * (cond - uncond) + stg_scale * (cond - perturbed)
+    pred = pred + (modality_scale - 1) * (cond - isolated)
+    if rescale_scale:
+        pred = pred * (rescale_scale * cond.std() / pred.std() + (1 - rescale_scale))
+    return pred.to(dtype)
+
+
+@over_backends("combine_guidance")
+@pytest.mark.parametrize("dtype", SAMPLER, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+def test_contract(backend: str, dtype: torch.dtype, shape: tuple[int, ...], scales: dict[str, float]) -> None:
+    given = branches(*shape, dtype=dtype)
+    with serving(backend):
+        out = ltxkern.combine_guidance(*given, **scales)
+    exact = composition(*doubles(given), **scales)
+    if dtype == torch.float64:
+        torch.testing.assert_close(out, exact, atol=1e-13, rtol=1e-13)
+    else:
+        assert_as_close(out, composition(*given, **scales), exact)
+
+
+@over_backends("combine_guidance")
+def test_void_branches_are_not_read(backend: str) -> None:
+    cond, uncond, *_ = branches(1, 6, 4)
+    bad = torch.full_like(cond, torch.nan)
+    with serving(backend):
+        out = ltxkern.combine_guidance(cond, uncond, bad, bad, cfg_scale=2.0)
+        assert_same(out, ltxkern.combine_guidance(cond, uncond, cfg_scale=2.0))
+        assert_same(ltxkern.combine_guidance(cond, bad, bad, bad), cond)
+    assert bool(out.isfinite().all())
+
+
+@over_backends("combine_guidance")
+def test_no_guidance_returns_a_fresh_tensor(backend: str) -> None:
+    cond = branches(1, 6, 4)[0]
+    with serving(backend):
+        out = ltxkern.combine_guidance(cond)
+    assert out.data_ptr() != cond.data_ptr()
+
+
+@over_backends("combine_guidance")
+def test_rescale_one_gives_back_the_deviation_of_the_whole_batch(backend: str) -> None:
+    given = branches(3, 11, 8)
+    with serving(backend):
+        out = ltxkern.combine_guidance(*given, cfg_scale=7.0, modality_scale=3.0, rescale_scale=1.0)
+    assert float(out.std()) == pytest.approx(float(given[0].std()), rel=1e-5)
+    assert float(out[0].std()) != pytest.approx(float(given[0][0].std()), rel=1e-3)
+
+
+@over_backends("combine_guidance")
+def test_rescale_far_from_zero(backend: str) -> None:
+    given = [branch + 1e3 for branch in branches(1, 61, 16)]
+    with serving(backend):
+        out = ltxkern.combine_guidance(*given, **SCALES["all"])
+    assert_as_close(out, composition(*given, **SCALES["all"]), composition(*doubles(given), **SCALES["all"]))
+
+
+@over_backends("combine_guidance")
+def test_layouts(backend: str) -> None:
+    given = branches(2, 9, 6)
+    with serving(backend):
+        expected = ltxkern.combine_guidance(*given, **SCALES["all"])
+        for view in (strided, transposed):
+            out = ltxkern.combine_guidance(*(view(branch) for branch in given), **SCALES["all"])
+            assert out.is_contiguous()
+            torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+
+
+@over_backends("combine_guidance")
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
+def test_empty(backend: str, shape: tuple[int, ...]) -> None:
+    given = [torch.empty(shape)] * 4
+    with serving(backend):
+        assert ltxkern.combine_guidance(*given, **SCALES["all"]).shape == shape
+
+
+@over_backends("combine_guidance")
+@pytest.mark.parametrize("scales", [SCALES["all"], SCALES["cfg"]], ids=["all", "cfg"])
+def test_out(backend: str, scales: dict[str, float]) -> None:
+    given = branches(2, 9, 6)
+    target = poisoned(given[0])
+    with serving(backend):
+        expected = ltxkern.combine_guidance(*given, **scales)
+        assert ltxkern.combine_guidance(*given, **scales, out=target) is target
+        cond = given[0].clone()
+        ltxkern.combine_guidance(cond, *given[1:], **scales, out=cond)
+    assert_same(target, expected)
+    assert_same(cond, expected)
+
+
+@over_backends("combine_guidance")
+def test_repeats_bit_for_bit(backend: str) -> None:
+    given = branches(2, 131, 16)
+    with serving(backend):
+        results = [ltxkern.combine_guidance(*given, **SCALES["all"]) for _ in range(2)]
+    assert_same(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        ({"cfg_scale": 3.0}, "cfg_scale is 3.0, so uncond is needed: give it, or use cfg_scale=1"),
+        ({"stg_scale": 1.0}, "stg_scale is 1.0, so perturbed is needed: give it, or use stg_scale=0"),
+        ({"modality_scale": 2.0}, "modality_scale is 2.0, so isolated is needed: give it, or use modality_scale=1"),
+        ({"cfg_scale": math.nan}, "cfg_scale must be finite, got nan"),
+        ({"rescale_scale": math.inf}, "rescale_scale must be finite, got inf"),
+    ],
+)
+def test_scales_that_do_not_fit(scales: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ltxkern.combine_guidance(noise(1, 3, 4), **scales)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"uncond": torch.zeros(1, 3, 5)}, ValueError, r"uncond must have shape \(1, 3, 4\), got \(1, 3, 5\)"),
+        ({"perturbed": torch.zeros(1, 3, 4).half()}, TypeError, "perturbed must be torch.float32, got torch.float16"),
+        ({"isolated": 3.0}, TypeError, "isolated must be a torch.Tensor, got float"),
+        ({"out": torch.zeros(3, 4)}, ValueError, r"out must have shape \(1, 3, 4\), got \(3, 4\)"),
+        ({"cfg_scale": "3"}, TypeError, "cfg_scale must be a number, got str"),
+    ],
+)
+def test_errors(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ltxkern.combine_guidance(noise(1, 3, 4), **given)
+
+
+@over_backends("combine_guidance")
+def test_gradients(backend: str) -> None:
+    given = [branch.double().requires_grad_() for branch in branches(1, 3, 4)]
+    with serving(backend):
+        assert torch.autograd.gradcheck(lambda *x: ltxkern.combine_guidance(*x, **SCALES["all"]), given)
+
+
+@over_backends("combine_guidance")
+@pytest.mark.parametrize("scales", [SCALES["all"], SCALES["cfg"]], ids=["all", "cfg"])
+def test_opcheck(backend: str, scales: dict[str, float]) -> None:
+    full = {"cfg_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "rescale_scale": 0.0, **scales}
+    cond, uncond, perturbed, isolated = branches(2, 5, 3)
+    with serving(backend):
+        torch.library.opcheck(
+            torch.ops.ltxkern.combine_guidance.default,
+            (
+                transposed(cond),
+                uncond,
+                perturbed if full["stg_scale"] else None,
+                isolated if full["modality_scale"] != 1 else None,
+                *full.values(),
+            ),
+        )
+
+
+@over_backends("combine_guidance")
+def test_compile(backend: str) -> None:
+    with serving(backend):
+        function = compiled(lambda *given: ltxkern.combine_guidance(*given, **SCALES["all"]) + 1)
+        for tokens in (5, 8):
+            given = branches(2, tokens, 3)
+            assert_same(function(*given), ltxkern.combine_guidance(*given, **SCALES["all"]) + 1)

@@ -1,0 +1,169 @@
+"""gated_residual and head_gate: contract, broadcasting, calls around them, errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ltxkern
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, compiled, noise, poisoned, strided, transposed
+from tests.serving import over_backends, serving
+
+SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 4, 16)]
+
+
+def gate_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A gate for every element, one row per sample, one row for all, one number per row."""
+    return [shape, (shape[0], *[1] * (len(shape) - 2), shape[-1]), (shape[-1],), (*shape[:-1], 1)]
+
+
+def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + y * gate
+
+
+def gated(x: Tensor, logits: Tensor) -> Tensor:
+    return x * (2 * torch.sigmoid(logits))[..., None]
+
+
+@over_backends("gated_residual")
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", range(4), ids=["full", "sample", "row", "token"])
+def test_residual_contract(backend: str, dtype: torch.dtype, shape: tuple[int, ...], kind: int) -> None:
+    x, y = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=1)
+    gate = noise(*gate_shapes(shape)[kind], dtype=dtype, seed=2)
+    with serving(backend):
+        out = ltxkern.gated_residual(x, y, gate)
+    assert_as_close(out, residual(x, y, gate), residual(x.double(), y.double(), gate.double()))
+
+
+@over_backends("head_gate")
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 4, 8), (2, 7, 3, 5), (3, 1, 1, 1), (5, 64), (1, 61, 32, 4)], ids=str)
+def test_head_gate_contract(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, logits = noise(*shape, dtype=dtype), 3 * noise(*shape[:-1], dtype=dtype, seed=1)
+    with serving(backend):
+        out = ltxkern.head_gate(x, logits)
+    assert_as_close(out, gated(x, logits), gated(x.double(), logits.double()))
+
+
+@over_backends("head_gate")
+def test_head_gate_at_the_ends(backend: str) -> None:
+    x = torch.ones(1, 3, 4)
+    with serving(backend):
+        out = ltxkern.head_gate(x, torch.tensor([[-1e4, 0.0, 1e4]]))
+    torch.testing.assert_close(out[0, :, 0], torch.tensor([0.0, 1.0, 2.0]))
+
+
+@over_backends("gated_residual")
+def test_a_gate_of_another_dtype(backend: str) -> None:
+    x, y, gate = noise(2, 5, 8, dtype=torch.bfloat16), noise(2, 5, 8, dtype=torch.bfloat16), noise(2, 1, 8)
+    with serving(backend):
+        out = ltxkern.gated_residual(x, y, gate)
+        heads = ltxkern.head_gate(x, noise(2, 5))
+    exact = residual(x.double(), y.double(), gate.double())
+    assert_as_close(out, exact.bfloat16(), exact)
+    assert heads.dtype == torch.bfloat16
+
+
+@over_backends("gated_residual")
+@pytest.mark.parametrize("view", [strided, transposed])
+def test_layouts(backend: str, view: Any) -> None:
+    x, y, gate = noise(2, 9, 6), noise(2, 9, 6, seed=1), noise(2, 9, 6, seed=2)
+    with serving(backend):
+        out = ltxkern.gated_residual(view(x), view(y), view(gate))
+        heads = ltxkern.head_gate(view(x), view(gate)[..., 0])
+        assert_same(out, ltxkern.gated_residual(x, y, gate))
+        assert_same(heads, ltxkern.head_gate(x, gate[..., 0].contiguous()))
+
+
+@over_backends("gated_residual")
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_empty(backend: str, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape)
+    with serving(backend):
+        assert ltxkern.gated_residual(x, x, x).shape == shape
+        assert ltxkern.head_gate(x, torch.empty(shape[:-1])).shape == shape
+
+
+@over_backends("gated_residual")
+def test_out(backend: str) -> None:
+    x, y, gate = noise(2, 9, 6), noise(2, 9, 6, seed=1), noise(2, 1, 6, seed=2)
+    logits = noise(2, 9)
+    with serving(backend):
+        for call in (
+            lambda x, **out: ltxkern.gated_residual(x, y, gate, **out),
+            lambda x, **out: ltxkern.head_gate(x, logits, **out),
+        ):
+            expected, target, in_place = call(x), poisoned(x), x.clone()
+            assert call(x, out=target) is target
+            call(in_place, out=in_place)
+            assert_same((target, in_place), (expected, expected))
+
+
+@over_backends("gated_residual")
+def test_gradients(backend: str) -> None:
+    x, y, gate = (noise(2, 3, 4, seed=k).requires_grad_() for k in range(3))
+    logits = noise(2, 3, seed=4).requires_grad_()
+    with serving(backend):
+        ltxkern.gated_residual(x, y, gate).square().sum().backward()
+        ltxkern.head_gate(x, logits).square().sum().backward()
+    copies = [value.detach().clone().requires_grad_() for value in (x, y, gate, logits)]
+    residual(*copies[:3]).square().sum().backward()
+    gated(copies[0], copies[3]).square().sum().backward()
+    for ours, theirs in zip((x, y, gate, logits), copies, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"x": 1.0}, TypeError, "x must be a torch.Tensor, got float"),
+        ({"x": torch.zeros(2, 3, 4).double()}, TypeError, "x must be one of .* got torch.float64"),
+        ({"y": torch.zeros(2, 3, 5)}, ValueError, r"y must have shape \(2, 3, 4\), got \(2, 3, 5\)"),
+        ({"y": torch.zeros(2, 3, 4).half()}, TypeError, "y must be torch.float32, got torch.float16"),
+        ({"gate": torch.zeros(2, 2, 4)}, ValueError, r"gate must broadcast to x's shape \(2, 3, 4\), got \(2, 2, 4\)"),
+        ({"gate": torch.zeros(1, 2, 3, 4)}, ValueError, r"gate must broadcast to x's shape \(2, 3, 4\)"),
+        ({"out": torch.zeros(2, 3)}, ValueError, r"out must have shape \(2, 3, 4\)"),
+    ],
+)
+def test_residual_errors(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    arguments = {"x": torch.zeros(2, 3, 4), "y": torch.zeros(2, 3, 4), "gate": torch.zeros(4), **given}
+    with pytest.raises(error, match=words):
+        ltxkern.gated_residual(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"x": torch.zeros(4)}, ValueError, r"x must have at least 2 dimensions, got shape \(4,\)"),
+        ({"logits": torch.zeros(2, 4)}, ValueError, r"logits must have shape \(2, 3\), got \(2, 4\)"),
+        ({"logits": torch.zeros(2, 3).long()}, TypeError, "logits must be one of"),
+        ({"out": torch.zeros(2, 3, 4).half()}, TypeError, "out must be torch.float32, got torch.float16"),
+    ],
+)
+def test_head_gate_errors(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        ltxkern.head_gate(**{"x": torch.zeros(2, 3, 4), "logits": torch.zeros(2, 3), **given})
+
+
+@over_backends("gated_residual")
+def test_opcheck(backend: str) -> None:
+    x, y, gate = transposed(noise(2, 5, 4)), noise(2, 5, 4, seed=1), noise(2, 1, 4, seed=2)
+    with serving(backend):
+        for first in (x, x.clone().requires_grad_()):
+            torch.library.opcheck(torch.ops.ltxkern.gated_residual.default, (first, y, gate))
+            torch.library.opcheck(torch.ops.ltxkern.head_gate.default, (first, noise(2, 5)))
+
+
+@over_backends("gated_residual")
+def test_compile(backend: str) -> None:
+    def chain(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return ltxkern.head_gate(ltxkern.gated_residual(x, y, gate), gate[..., 0].expand(x.shape[:-1])) + 1
+
+    with serving(backend):
+        function = compiled(chain)
+        for tokens in (5, 8):
+            given = noise(2, tokens, 4), noise(2, tokens, 4, seed=1), noise(2, 1, 4, seed=2)
+            assert_same(function(*given), chain(*given))

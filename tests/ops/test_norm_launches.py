@@ -1,0 +1,121 @@
+"""The choice between the GroupNorm kernels, and what every launch must keep within a device's limits; needs no GPU."""
+
+import pytest
+import torch
+
+from ltxkern.launch import group_norm_silu as launch
+from ltxkern.launch import pixel_norm_silu as pixel
+from ltxkern.launch.tensors import DeviceLimits
+from ltxkern.native import Launch, pack
+
+H200 = DeviceLimits((9, 0), 132, 232448, 50 << 20)
+DEVICES = {
+    "A100": DeviceLimits((8, 0), 108, 166912, 40 << 20),
+    "H200": H200,
+    "B200": DeviceLimits((10, 0), 148, 232448, 126 << 20),
+    "RTX 5090": DeviceLimits((12, 0), 170, 101376, 96 << 20),
+    "RTX 4060": DeviceLimits((8, 9), 24, 101376, 24 << 20),
+}
+SHAPES = {
+    "small": (1, 512, 8, 45, 80),
+    "production": (1, 1024, 16, 17, 30),
+    "production_x2": (1, 1024, 16, 34, 60),
+    "pre_720p": (1, 512, 16, 90, 160),
+    "post_720p": (1, 512, 16, 180, 320),
+    "hunyuan_vae": (1, 128, 20, 256, 256),
+    "odd": (3, 96, 7, 11, 13),
+    "tiny": (1, 32, 1, 1, 1),
+    "beyond_int32": (1, 512, 64, 360, 640),
+    "one_huge_group": (1, 32, 1 << 27),
+}
+
+
+def case_of(shape: tuple[int, ...], *, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> launch.Case:
+    samples, channels, *rest = shape
+    return launch.Case(
+        dtype=dtype,
+        samples=samples,
+        channels=channels,
+        positions=torch.Size(rest).numel(),
+        groups=1 if shape == SHAPES["one_huge_group"] else 32,
+        eps=1e-5,
+        channels_last=last,
+        aligned=True,
+        residual=True,
+        weight_code=0,
+        bias_code=0,
+        conv_bias=False,
+        conv_bias_code=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "launches"),
+    [
+        ("small", "resident", 1),
+        ("production", "resident", 1),
+        ("production_x2", "pipeline", 1),
+        ("pre_720p", "pipeline", 1),
+        ("post_720p", "pipeline", 1),
+        ("hunyuan_vae", "pipeline", 1),
+        ("odd", "resident", 1),
+        ("one_huge_group", "stats", 3),
+    ],
+)
+def test_choice_on_an_h200(shape: str, kernel: str, launches: int) -> None:
+    steps, _ = launch.choose(case_of(SHAPES[shape]), H200)
+    kernels = [step for step in steps if isinstance(step, Launch)]
+    assert kernels[0].kernel.startswith(f"ltxk::group_norm_{kernel}<")
+    assert len(kernels) == launches
+
+
+def test_groups_of_the_small_shape_run_in_one_wave() -> None:
+    steps, workspace = launch.choose(case_of(SHAPES["small"]), H200)
+    (step,) = steps
+    assert isinstance(step, Launch)
+    assert workspace == 0
+    assert step.grid[0] == 32 * step.cluster
+    assert step.grid[0] <= 132 * (233472 // (step.shared_bytes + launch.STATIC_SHARED + 1024))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_limits_are_kept(device: str, shape: str, dtype: torch.dtype, last: bool) -> None:
+    limits = DEVICES[device]
+    case = case_of(SHAPES[shape], dtype=dtype, last=last)
+    steps, workspace = launch.choose(case, limits)
+    for step in steps:
+        if not isinstance(step, Launch):
+            assert step.target.offset + step.bytes <= workspace
+            continue
+        assert 0 < step.grid[0] < 1 << 31
+        assert all(extent < 1 << 16 for extent in step.grid[1:])
+        assert step.block % 32 == 0
+        assert step.shared_bytes + launch.STATIC_SHARED <= limits.shared_bytes
+        assert step.cluster <= limits.cluster_blocks
+        assert step.grid[0] % step.cluster == 0
+        packed, relocations = pack(step.parameters)
+        assert len(packed) < 4096
+        assert all(offset < max(workspace, 1) for _, index, offset in relocations if index == launch.WORKSPACE.index)
+        if step.cooperative:
+            per_processor = (limits.shared_bytes + 1024) // (step.shared_bytes + launch.STATIC_SHARED + 1024)
+            assert step.grid[0] <= limits.multiprocessors * min(per_processor, 2)
+            part, kept = step.parameters[14], step.parameters[15]
+            assert isinstance(part, int)
+            assert isinstance(kept, int)
+            assert kept <= part
+            assert part * (step.parameters[13] or 0) >= case.group_length  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [1, 3, 128, 512, 1024, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_pixel_norm_limits(device: str, channels: int, dtype: torch.dtype) -> None:
+    limits = DEVICES[device]
+    assert channels <= pixel.most_channels(limits.shared_bytes)
+    case = pixel.Case(dtype, 2, channels, 480 * 272 * 121, 1e-6, False, True, 0)
+    for step in (pixel.rows(case, limits.shared_bytes), pixel.columns(case)):
+        assert 0 < step.grid[0] < 1 << 31
+        assert step.shared_bytes + pixel.STATIC_SHARED <= limits.shared_bytes

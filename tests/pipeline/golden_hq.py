@@ -1,0 +1,146 @@
+"""Golden checks of complete HQ two-stage runs through the public pipeline; collected through test_golden.py."""
+
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import ltxkern
+from ltxkern.pipeline.conditioning import ImageCondition
+from ltxkern.pipeline.hq import HQTwoStagePipeline
+from ltxkern.pipeline.request import GenerationRequest, Geometry, find_preset
+from tests.golden import Golden, open_golden
+from tests.pipeline.golden_transformer import transformer, upsampler
+
+COVERS = ("hq/",)
+TOLERANCE = 5e-5
+FRAME_RATE = 24.0
+
+
+@cache
+def golden() -> Golden:
+    return open_golden()
+
+
+def runs() -> list[str]:
+    found = sorted({key.split("/")[1] for key in golden().keys("hq/")})
+    for kind in ("t2v", "i2v"):
+        assert any(name.startswith(kind) for name in found), f"{golden().path} holds no hq run {kind}*"
+    return found
+
+
+@cache
+def pipeline() -> HQTwoStagePipeline:
+    """The golden transformer and upsampler; without a video VAE the latent statistics are the identity, as in the data."""
+    first = golden()[f"hq/{runs()[0]}/stage1/a_out"]
+    config = golden().metadata["meta"]["transformer/config"]
+    geometry = Geometry(
+        video_channels=config["in_channels"],
+        audio_channels=first.shape[1],
+        mel_bins=first.shape[3],
+        blocks=config["num_layers"],
+    )
+    return HQTwoStagePipeline.from_components(transformer=transformer(), upsampler=upsampler(), geometry=geometry)
+
+
+def check(name: str, actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", runs())
+@pytest.mark.parametrize("backend", ["default", *ltxkern.backends()])
+def test_whole_run(name: str, backend: str) -> None:
+    if backend in ("cuda", "nvrtc", "triton"):
+        pytest.skip(f"{backend} serves CUDA tensors; the run on a GPU is in test_hq_gpu.py")
+    data = golden().group(f"hq/{name}/")
+    contexts = golden().group("transformer/")
+    final = data["stage2/v_out"]
+    image_latents = [[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None
+    seen: dict[str, int] = {}
+    with nullcontext() if backend == "default" else ltxkern.use_backend(backend, "torch"):
+        output = pipeline()(
+            embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
+            negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
+            images=[ImageCondition(Path("given as latents"), 0, 1.0)] if image_latents else [],
+            image_latents=image_latents,
+            height=32 * final.shape[3],
+            width=32 * final.shape[4],
+            num_frames=8 * (final.shape[2] - 1) + 1,
+            frame_rate=FRAME_RATE,
+            steps=len(data["stage1/sigmas"]) - 1,
+            initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
+            sde_noise=[
+                {"video": data[f"{stage}/sde_noise_v"].unbind(0), "audio": data[f"{stage}/sde_noise_a"].unbind(0)}
+                for stage in ("stage1", "stage2")
+            ],
+            output_type="latents",
+            callback=lambda stage, done, total, latents: seen.__setitem__(stage, total),
+        )
+    check("sigmas", torch.tensor(output.stages[0].sigmas), data["stage1/sigmas"])
+    check("stage 1 video", output.latents["stage1_video"], data["stage1/v_out"])
+    check("stage 1 audio", output.latents["stage1_audio"], data["stage1/a_out"])
+    check("upsampled", output.latents["upsampled_video"], data["upsampled"])
+    check("stage 2 video", output.latents["video"], final)
+    assert set(seen) == {"stage 1", "stage 2"}
+
+
+@pytest.mark.parametrize("name", runs())
+def test_noised_states(name: str) -> None:
+    """The states that each stage starts from, seen by the transformer's first forward."""
+    data = golden().group(f"hq/{name}/")
+    contexts = golden().group("transformer/")
+    final = data["stage2/v_out"]
+    starts: dict[str, dict[str, Tensor]] = {}
+
+    def factory(policy: object, forward: object) -> object:
+        states = forward.states  # type: ignore[attr-defined]
+        stage = "stage1" if "stage1" not in starts else "stage2"
+        starts[stage] = {key: state.latent for key, state in states.items()}
+        audio = data["stage1/a_out"].transpose(1, 2).flatten(2)
+        video = (data["stage1/v_out"] if stage == "stage1" else final).flatten(2).transpose(1, 2)
+        return lambda latents, sigma, *, step, substep: {"video": video.contiguous(), "audio": audio.contiguous()}
+
+    pipeline().denoiser_factory = factory
+    try:
+        output = pipeline()(
+            embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
+            negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
+            image_latents=[[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None,
+            height=32 * final.shape[3],
+            width=32 * final.shape[4],
+            num_frames=8 * (final.shape[2] - 1) + 1,
+            steps=len(data["stage1/sigmas"]) - 1,
+            initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
+            output_type="latents",
+        )
+    finally:
+        pipeline().denoiser_factory = None
+    check("upsampled", output.latents["upsampled_video"], data["upsampled"])
+    for stage in ("stage1", "stage2"):
+        check(f"{stage} noised video", starts[stage]["video"], data[f"{stage}/v_noised"])
+        check(f"{stage} noised audio", starts[stage]["audio"], data[f"{stage}/a_noised"])
+
+
+def test_defaults_are_the_official_ones() -> None:
+    official = golden().metadata["hq_params"]
+    preset = find_preset("hq")
+    for name, scales in preset.guidance.present.items():
+        wanted = official[name]
+        found = {
+            "cfg_scale": scales.cfg,
+            "stg_scale": scales.stg,
+            "modality_scale": scales.modality,
+            "rescale_scale": scales.rescale,
+            "skip_step": scales.skip_step,
+            "stg_blocks": list(scales.stg_blocks),
+        }
+        assert found == wanted, name
+    assert list(preset.distilled_strengths) == official["distilled_lora_strengths"]
+    assert preset.steps == official["num_inference_steps"]
+    request = GenerationRequest()
+    first = request.plan()[0]
+    assert (first.height, first.width) == (official["stage_1_height"], official["stage_1_width"])
+    assert (request.num_frames, request.frame_rate) == (official["num_frames"], official["frame_rate"])

@@ -1,0 +1,134 @@
+"""The device manager on a GPU: bit-equal phases, peak memory by the allocator, order of events by CUDA events."""
+
+import random
+
+import pytest
+import torch
+
+from ltxkern.pipeline.device_modes import MODES
+from ltxkern.pipeline.devices import TwoStageDeviceManager
+from ltxkern.pipeline.lora import NO_LORA, lora_phases
+from ltxkern.pipeline.stream_clock import CudaClock
+from tests.pipeline.lora_models import assert_weights, linear_weights, random_lora, small_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+WIDTH, HIDDEN, BLOCKS = 2048, 8192, 6
+
+
+def model_on_host():
+    return small_model(width=WIDTH, hidden=HIDDEN, blocks=BLOCKS)
+
+
+def merged_on_device(model, phases):
+    """Weights of a fresh merge of every phase on the GPU, copied to the host."""
+    found = {}
+    with TwoStageDeviceManager("original", device="cuda") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        for phase in phases:
+            manager.switch_lora_phase(phase)
+            found[phase] = {name: weight.cpu() for name, weight in linear_weights(model).items()}
+    return found
+
+
+def on_host(model):
+    torch.cuda.synchronize()
+    return {name: weight.cpu() for name, weight in linear_weights(model).items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_switches_equal_fresh_merges(mode):
+    model = model_on_host()
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=384))
+    expected = merged_on_device(model, phases) | {NO_LORA: pristine}
+    assert_weights(model, pristine)
+    choose = random.Random(0)
+    with TwoStageDeviceManager(mode, device="cuda") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.mode == mode
+        for _ in range(20):
+            phase = choose.choice([*phases, NO_LORA])
+            manager.switch_lora_phase(phase)
+            manager.store.settle()
+            found = on_host(model)
+            assert all(torch.equal(found[name], weight) for name, weight in expected[phase].items())
+    found = on_host(model)
+    assert all(torch.equal(found[name], weight) for name, weight in pristine.items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_peak_memory_of_a_switch(mode):
+    model = model_on_host()
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    weights = sum(weight.nbytes for weight in linear_weights(model).values())
+    block = 2 * WIDTH * HIDDEN * 2
+    with TwoStageDeviceManager(mode, device="cuda") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for phase in (phases[1], phases[0]):
+            manager.switch_lora_phase(phase)
+        torch.cuda.synchronize()
+        # merge_lora_ takes temporaries of 32 MiB beside the blocks.
+        assert torch.cuda.max_memory_allocated() - before <= 2 * block + (64 << 20)
+        limit = {"resident": 2 * weights, "snapshot": weights + 2 * block, "inplace": 2 * weights, "original": weights}
+        assert before <= limit[mode] + (64 << 20)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_forwards_are_identical_to_resident_ones(offload):
+    x = torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16)
+    model = model_on_host()
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    results = []
+    for settings in ({"mode": "resident"}, {"mode": "original", "offload": offload}):
+        with TwoStageDeviceManager(device="cuda", **settings) as manager:
+            manager.attach(model)
+            manager.prepare(*phases)
+            for phase in phases:
+                manager.switch_lora_phase(phase)
+                results.append(model(x).clone())
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
+class TimedClock(CudaClock):
+    """Records a timed event wherever something is noted."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.events = {}
+
+    def note(self, label, nbytes=0):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream())
+        self.events.setdefault(label, event)
+
+
+def test_prefetch_starts_before_stage_1_ends():
+    clock = TimedClock(torch.device("cuda", 0))
+    model = model_on_host()
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    x = torch.randn(8192, WIDTH, device="cuda", dtype=torch.bfloat16)
+    with TwoStageDeviceManager("snapshot", device="cuda", clock=clock) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        torch.cuda.synchronize()
+        clock.events.clear()
+        with manager.stage("stage 1", forwards=5):
+            for _ in range(5):
+                model(x)
+        manager.switch_lora_phase(phases[1])
+        with manager.stage("stage 2"):
+            model(x)
+        torch.cuda.synchronize()
+        prefetch, end = clock.events["prefetch transformer_blocks.0"], clock.events["stage 1 ends"]
+        assert prefetch.elapsed_time(end) > 0

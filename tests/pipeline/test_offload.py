@@ -1,0 +1,149 @@
+"""Offloading: blocks that visit the device merge on arrival and leave as they came; modules that are lent."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ltxkern.pipeline import phase_stores
+from ltxkern.pipeline.devices import TwoStageDeviceManager
+from ltxkern.pipeline.host_copy import HostCopy, lent, module_bytes, storages
+from ltxkern.pipeline.host_memory import HostBudget
+from ltxkern.pipeline.lora import NO_LORA, lora_phases
+from tests.pipeline.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.test_device_timeline import SimulatedClock
+
+
+def merged_copy(model, weights):
+    merged = copy.deepcopy(model)
+    for name, weight in weights.items():
+        merged.get_submodule(name).weight.copy_(weight)
+    return merged
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
+    model = small_model(blocks=blocks)
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    expected = fresh_merges(pristine, [*phases, NO_LORA])
+    reference = {phase: merged_copy(model, weights) for phase, weights in expected.items()}
+    x = torch.randn(2, 48).bfloat16()
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.mode == "original"
+        assert "one by one" in manager.describe()
+        seen = {}
+        for index, block in enumerate(model.transformer_blocks):
+            block[1].register_forward_pre_hook(
+                lambda *_, index=index, block=block: seen.__setitem__(index, block[0].weight.clone())
+            )
+        for phase in (phases[0], phases[1], phases[0], NO_LORA, phases[1]):
+            manager.switch_lora_phase(phase)
+            for _ in range(2):
+                assert torch.equal(model(x), reference[phase](x))
+                for index, weight in seen.items():
+                    assert torch.equal(weight, expected[phase][f"transformer_blocks.{index}.0"])
+        # Two blocks at most are on the device beside the weights outside of them.
+        block_bytes = sum(p.nbytes for p in model.transformer_blocks[0].parameters())
+        assert manager.store.extra_device_bytes <= 2 * block_bytes
+    assert_weights(model, pristine)
+
+
+def test_an_offloaded_forward_that_fails_can_be_repeated(monkeypatch):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    reference = merged_copy(model, fresh_merges(pristine, phases)[phases[0]])
+    x = torch.randn(2, 48).bfloat16()
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        for failing in range(6):
+            calls = iter(range(100))
+            real = phase_stores.merge_phase
+
+            def merge(*args, calls=calls, failing=failing, real=real, **kwargs):
+                if next(calls) == failing:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(phase_stores, "merge_phase", merge)
+                with pytest.raises(KeyboardInterrupt):
+                    model(model(x) @ torch.ones(3, 48).bfloat16())
+            assert torch.equal(model(x), reference(x))
+    assert_weights(model, pristine)
+
+
+def test_the_next_block_travels_while_one_computes():
+    clock = SimulatedClock()
+    model = small_model(blocks=4)
+    with TwoStageDeviceManager("original", offload=True, clock=clock) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        for index, block in enumerate(model.transformer_blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: clock.run(f"compute block {index}", 10.0))
+        model(torch.randn(1, 48).bfloat16())
+    for index in range(1, 4):
+        fetched, before = clock.first(f"fetch transformer_blocks.{index}"), clock.first(f"compute block {index - 1}")
+        assert fetched.stream == "side"
+        assert fetched.start < before.end
+        assert clock.first(f"compute block {index}").start >= fetched.end
+
+
+class Shared(nn.Module):
+    """Two parameters and a buffer in one storage, a tied weight, an empty parameter."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.arange(12.0)
+        self.first = nn.Parameter(base[:6].view(2, 3))
+        self.second = nn.Parameter(base[4:8])
+        self.register_buffer("third", base[8:])
+        self.tied = self.first
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+
+def test_shared_storages_are_counted_and_moved_once():
+    module = Shared()
+    assert len(storages(module)) == 1
+    assert module_bytes(module) == 48
+    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    home = module.first.data_ptr()
+    copy_of = HostCopy(module, HostBudget(0), pin=False)
+    # Another place on the same machine: "cpu:0" differs from "cpu", so that the storages are really copied.
+    copy_of.lend(torch.device("cpu", 0))
+    assert module.first.data_ptr() != home
+    assert module.tied is module.first
+    assert len(storages(module)) == 1
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    module.first.data[0, 0] = 99
+    copy_of.take_home()
+    assert module.first.data_ptr() == home
+    assert module.first[0, 0] == 0
+
+
+def test_a_failure_while_moving_leaves_the_module_at_home(monkeypatch):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    home = [parameter.data_ptr() for parameter in module.parameters()]
+    copies = HostCopy(module, HostBudget(0), pin=False)
+    real, calls = torch.empty, iter(range(100))
+
+    def empty(*args, **kwargs):
+        if kwargs.get("dtype") is torch.uint8 and next(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("full")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        copies.lend(torch.device("cpu", 0))
+    assert [parameter.data_ptr() for parameter in module.parameters()] == home
+
+
+def test_modules_without_weights_can_be_lent():
+    with lent("nothing", nn.Identity(), torch.device("cpu"), HostBudget(0), keep=False):
+        pass

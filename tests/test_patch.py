@@ -1,0 +1,163 @@
+"""Fused norms inside other stacks' models: same numbers, same keys, found where they are, undone without a trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ltxkern.nn import GroupNormSiLU, PixelNormSiLU
+from ltxkern.patch import patch
+
+
+def upsampler() -> nn.Module:
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+
+    return LTX2LatentUpsamplerModel(
+        in_channels=4, mid_channels=32, num_blocks_per_stage=2, use_rational_resampler=False
+    )
+
+
+def stable_diffusion_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+def hunyuan_vae() -> nn.Module:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+
+
+def unet() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    return UNet2DModel(sample_size=16, block_out_channels=(32, 64), down_block_types=down, up_block_types=up)
+
+
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 3, 1))
+
+
+CASES: list[tuple[Any, tuple[int, ...], int]] = [
+    # Each residual block fuses two norms, and the model its first one.
+    (upsampler, (1, 4, 3, 6, 7), 2 * 4 + 1),
+    # Encoder: 2 levels of 1 block and 2 in the middle; decoder: 2 levels of 2 and 2; both end in a norm.
+    (stable_diffusion_vae, (1, 3, 16, 16), 2 * (2 + 2 + 4 + 2) + 2),
+    (hunyuan_vae, (1, 3, 5, 32, 32), 2 * (4 + 2 + 8 + 2) + 2),
+    (sequential, (1, 3, 5, 7), 1),
+]
+
+
+def call(model: nn.Module, x: Tensor) -> Tensor:
+    result = model(x)
+    return result.sample if hasattr(result, "sample") else result
+
+
+@pytest.mark.parametrize(("build", "shape", "sites"), CASES, ids=[case[0].__name__ for case in CASES])
+@torch.no_grad()
+def test_patched_equals_plain_and_undo_restores(build: Any, shape: tuple[int, ...], sites: int) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(shape)
+    plain = call(model, x)
+    structure, keys = str(model), list(model.state_dict())
+    handle = patch(model)
+    assert len(handle.sites) == sites
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(call(model, x), plain, atol=2e-5, rtol=2e-5)
+    assert patch(model).sites == []
+    handle.undo()
+    handle.undo()
+    assert str(model) == structure
+    assert torch.equal(call(model, x), plain)
+
+
+def test_blocks_whose_activation_serves_twice_are_left_alone() -> None:
+    model = unet()
+    structure = str(model)
+    assert patch(model).sites == []
+    assert str(model) == structure
+
+
+def test_hooked_norms_are_left_alone() -> None:
+    model = sequential()
+    model[1].register_forward_hook(lambda *_: None)
+    assert patch(model).sites == []
+
+
+@torch.no_grad()
+def test_context_manager_undoes_on_error() -> None:
+    model = sequential()
+    structure = str(model)
+
+    def fails() -> None:
+        with patch(model):
+            raise RuntimeError("in the block")
+
+    with pytest.raises(RuntimeError, match="in the block"):
+        fails()
+    assert str(model) == structure
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_group_norm_silu_module(dtype: torch.dtype) -> None:
+    norm = nn.GroupNorm(4, 12).to(dtype)
+    with torch.no_grad():
+        norm.weight.mul_(1.5).add_(0.1)
+    fused = GroupNormSiLU.sharing(norm)
+    assert fused.weight is norm.weight
+    x = torch.randn(2, 12, 5, 3, dtype=dtype)
+    expected = torch.nn.functional.silu(norm(x))
+    torch.testing.assert_close(fused(x), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def test_group_norm_silu_module_trains() -> None:
+    norm = nn.GroupNorm(4, 12)
+    x = torch.randn(2, 12, 5)
+    gradients = []
+    for module in (GroupNormSiLU.sharing(norm), nn.Sequential(norm, nn.SiLU())):
+        norm.zero_grad()
+        module(x).square().sum().backward()
+        gradients.append(norm.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixel_norm_silu_module(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 7, 5, 3, dtype=dtype)
+    expected = torch.nn.functional.silu(x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt())
+    torch.testing.assert_close(PixelNormSiLU(1e-6)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_pipeline_components_run_on_the_fused_ops() -> None:
+    import ltxkern.dispatch as dispatch
+    from ltxkern.pipeline.demo import build_demo
+
+    parts = build_demo()
+    for name in ("group_norm_silu", "pixel_norm_silu"):
+        dispatch._registry[name].receipts.clear()
+    parts.upsampler(torch.randn(1, 16, 2, 2, 2))
+    parts.video_vae.decode(torch.randn(1, 16, 2, 2, 2))
+    parts.audio_vae.decode(torch.randn(1, 2, 6, 16))
+    assert dispatch.served()["group_norm_silu"]
+    assert dispatch.served()["pixel_norm_silu"]
+    for name in ("video_vae", "audio_vae", "upsampler"):
+        left = [
+            kind
+            for module in getattr(parts, name).modules()
+            if (kind := type(module).__name__) in ("PerChannelRMSNorm", "SiLU")
+        ]
+        assert left.count("PerChannelRMSNorm") == 0, (name, left)

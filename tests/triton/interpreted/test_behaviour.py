@@ -1,0 +1,371 @@
+"""What the small cases do not show: several chunks, hard values, empty tensors, strides, aliasing, launches, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from triton.runtime.interpreter import GridExecutor
+from triton_cases import (
+    STEPS,
+    Case,
+    assert_close_to_exact,
+    group_norm_case,
+    guidance_case,
+    half_step_cases,
+    merge_case,
+    noise_case,
+    pixel_norm_case,
+)
+
+import ltxkern
+from ltxkern import BackendError, reference, use_backend
+from ltxkern.triton import (
+    combine_guidance,
+    gated_residual,
+    group_norm_silu,
+    merge_lora,
+    normalize_noise,
+    pixel_norm_silu,
+    res2s,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by one with each kernel launch."""
+    launches: list[int] = []
+    stock = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launches.append(1)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return launches
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    problem = case.make("cpu", dtype)
+    out = problem.outputs()
+    problem.call(out)
+    assert_close_to_exact(out, problem, str(case))
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **values: int) -> None:
+    monkeypatch.setattr(module, "LIMITS", replace(module.LIMITS, **values))
+
+
+TWO_PASS = [
+    group_norm_case("spans", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True, affine=torch.float32),
+    group_norm_case("spans-last", (2, 12, 3, 5, 7), 4, channels_last=True, residual=True, conv_bias=True),
+    group_norm_case("mean1e4", (1, 4, 3, 9, 7), 2, mean=1e4),
+    group_norm_case("mean1e4-last", (1, 4, 3, 9, 7), 2, mean=1e4, channels_last=True),
+    group_norm_case("deep", (1, 96, 1, 3, 1), 1),
+]
+
+
+@pytest.mark.parametrize(("dtype", "partials"), [(torch.float32, 2), (torch.bfloat16, 64)])
+@pytest.mark.parametrize("case", TWO_PASS, ids=str)
+def test_group_norm_in_two_passes(
+    case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+) -> None:
+    limits(monkeypatch, group_norm_silu, tile=64, single=1, partials=partials, columns=8, apply_spans=2)
+    check(case, dtype)
+    assert len(count_launches) == 2
+
+
+def test_group_norm_in_one_launch(count_launches: list[int]) -> None:
+    check(group_norm_case("one", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True), torch.float32)
+    assert len(count_launches) == 1
+
+
+@pytest.mark.parametrize("single", [1, 16384])
+@pytest.mark.parametrize("value", [0.0, 3.3e4, 1e-40])
+def test_group_norm_of_a_constant_group_is_its_bias(value: float, single: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, group_norm_silu, tile=32, single=single, partials=4)
+    x = torch.full((1, 4, 5, 7), value)
+    x[:, 2:] = torch.randn(1, 2, 5, 7)
+    weight, bias = torch.rand(4) + 0.5, torch.randn(4)
+    out = ltxkern.group_norm_silu(x, weight, bias, 2)
+    expected = torch.nn.functional.silu(bias[:2]).reshape(1, 2, 1, 1).expand(1, 2, 5, 7)
+    torch.testing.assert_close(out[:, :2], expected, rtol=1e-6, atol=1e-6)
+    assert out[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("single", [1, 16384])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_group_norm_spreads_what_is_not_finite_over_its_group(
+    value: float, single: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(monkeypatch, group_norm_silu, tile=32, single=single, partials=4)
+    x = torch.randn(2, 4, 5, 7)
+    x[1, 3, 2, 6] = value
+    out = ltxkern.group_norm_silu(x, None, None, 2)
+    expected = reference.group_norm_silu(x, None, None, 2)
+    assert out[1, 2:].isnan().all()
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_group_norm_serves_slices_and_its_own_input() -> None:
+    store = torch.randn(3, 10, 4, 9)
+    x = store[1:, 2:8, :, :]
+    expected = reference.group_norm_silu(x.contiguous(), None, None, 3)
+    torch.testing.assert_close(ltxkern.group_norm_silu(x, None, None, 3), expected, rtol=1e-5, atol=1e-6)
+    out = torch.empty(9, 4, 6, 2).permute(3, 2, 1, 0)
+    torch.testing.assert_close(ltxkern.group_norm_silu(x, None, None, 3, out=out), expected, rtol=1e-5, atol=1e-6)
+    fresh = x.contiguous()
+    assert ltxkern.group_norm_silu(fresh, None, None, 3, out=fresh) is fresh
+    torch.testing.assert_close(fresh, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixel_norm_of_several_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, pixel_norm_silu, tile=64, line=4, last_tile=32)
+    check(pixel_norm_case("tiles", (2, 6, 5, 7), weight=torch.float32), dtype)
+    check(pixel_norm_case("tiles-last", (2, 6, 5, 7), channels_last=True), dtype)
+
+
+def test_pixel_norm_keeps_bad_values_in_their_position() -> None:
+    x = torch.randn(1, 6, 3, 5)
+    x[0, 2, 1, 1], x[0, :, 2, 3], x[0, :, 0, 0] = NAN, 0.0, 1e-30
+    out = ltxkern.pixel_norm_silu(x)
+    assert out[0, :, 1, 1].isnan().all()
+    assert (out[0, :, 2, 3] == 0).all()
+    torch.testing.assert_close(out, reference.pixel_norm_silu(x), equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "partials"), [(torch.float64, 1), (torch.bfloat16, 3), (torch.float64, 64)])
+@pytest.mark.parametrize("case", noise_case("chunks", (3, 13, 11)), ids=str)
+def test_noise_in_chunks(
+    case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+) -> None:
+    limits(monkeypatch, normalize_noise, block=16, partials=partials, single=1, flags=4)
+    check(case, dtype)
+    assert len(count_launches) == 2
+
+
+@pytest.mark.parametrize("single", [1, 4096])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("shape", [(3, 5, 4), (5, 4)])
+def test_one_bad_value_makes_all_noise_nan(
+    shape: tuple[int, ...], value: float, single: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(monkeypatch, normalize_noise, block=8, single=single, flags=2)
+    noise = torch.randn(shape, dtype=torch.float64)
+    noise.view(-1)[-1] = value
+    assert ltxkern.normalize_noise(noise).isnan().all()
+    assert reference.normalize_noise(noise).isnan().all()
+    if len(shape) == 3:
+        channelwise = ltxkern.channelwise_normalize(noise)
+        assert channelwise[-1].isnan().all()
+        assert channelwise[:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("single", [1, 4096])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6 / 3])
+def test_a_constant_slice_of_noise_is_nan(value: float, single: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits(monkeypatch, normalize_noise, block=8, single=single)
+    noise = torch.randn(3, 7, 5, dtype=torch.float64)
+    noise[1] = value
+    out = ltxkern.normalize_noise(noise)
+    assert out[1].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[2].isfinite().all()
+    assert ltxkern.noise_statistics(noise)[1].tolist() == [35.0, value, 0.0]
+
+
+def test_noise_of_one_element_is_nan_and_none_is_empty() -> None:
+    assert ltxkern.normalize_noise(torch.randn(2, 1, 1)).isnan().all()
+    assert ltxkern.normalize_noise(torch.randn(0, 4, 3)).shape == (0, 4, 3)
+    assert ltxkern.noise_statistics(torch.randn(0, 4, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", [guidance_case("chunks", (3, 37), 3, 0.7, mean=50.0)], ids=str)
+def test_guidance_in_chunks(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+) -> None:
+    limits(monkeypatch, combine_guidance, block=8, partials=7)
+    check(case, dtype)
+    assert len(count_launches) == 2
+
+
+def test_guidance_without_rescale_is_one_launch(count_launches: list[int]) -> None:
+    cond, uncond = torch.randn(2, 3, 7)
+    ltxkern.combine_guidance(cond, uncond, cfg_scale=3.0)
+    assert len(count_launches) == 1
+
+
+def test_guidance_of_bad_values_and_constants() -> None:
+    cond, uncond = torch.randn(2, 40)
+    cond[7] = INF
+    assert ltxkern.combine_guidance(cond, uncond, cfg_scale=3.0, rescale_scale=0.5).isnan().all()
+    still = torch.full((40,), 0.3)
+    out = ltxkern.combine_guidance(still, still, cfg_scale=3.0, rescale_scale=0.5)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    half_step_cases("blocks", [(2, 9, 6), (2, 5, 4)], step=1, masked=True, raw=True, compute=torch.float64),
+    ids=str,
+)
+def test_half_steps_in_blocks(case: Case, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]) -> None:
+    monkeypatch.setattr(res2s, "BLOCK", 16)
+    check(case, torch.bfloat16)
+    assert len(count_launches) == 1
+
+
+def test_half_step_may_write_over_its_latent_and_skips_an_empty_modality() -> None:
+    latent, x0 = torch.randn(2, 1, 5, 4).bfloat16()
+    noise = torch.randn(1, 5, 4, dtype=torch.float64)
+    expected = ltxkern.res2s_midpoint(latent, x0, noise, STEPS[0])
+    anchor = torch.full_like(noise, NAN)
+    ltxkern.res2s_midpoint(latent, x0, noise, STEPS[0], out=(latent, anchor))
+    assert torch.equal(latent, expected[0])
+    assert torch.equal(anchor, expected[1])
+    empty = torch.empty(1, 0, 4).bfloat16()
+    mids, _ = ltxkern.res2s_midpoint([empty, x0], [empty, x0], [empty, noise], STEPS[0])
+    assert mids[0].shape == (1, 0, 4)
+    assert mids[1].isfinite().all()
+
+
+def test_fractional_mask_rounds_the_prediction_to_its_own_dtype_first() -> None:
+    draw = torch.Generator().manual_seed(3)
+    latent, x0, clean = (torch.randn(1, 7, 6, generator=draw).bfloat16() for _ in range(3))
+    noise = torch.randn(1, 7, 6, generator=draw, dtype=torch.float64)
+    mask = torch.rand(1, 7, 1, generator=draw)
+    got = ltxkern.res2s_midpoint(latent, x0, noise, STEPS[1], mask=mask, clean=clean)
+    with use_backend("torch"):
+        expected = ltxkern.res2s_midpoint(latent, x0, noise, STEPS[1], mask=mask, clean=clean)
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-14)
+    assert torch.equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_over_several_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = replace(merge_lora.HALF, rows=16, columns=16, ranks=16)
+    monkeypatch.setattr(merge_lora, "HALF", tile)
+    monkeypatch.setattr(merge_lora, "FULL", tile)
+    check(merge_case("tiles", (37, 53), [5, 19], None), dtype)
+
+
+def test_merge_changes_only_the_given_rows_of_a_larger_store() -> None:
+    store = torch.zeros(9, 20)
+    ltxkern.merge_lora_(store[2:5, :13], torch.ones(2, 13), torch.ones(3, 2), 0.5)
+    assert (store[2:5, :13] == 1).all()
+    assert store.count_nonzero() == 39
+
+
+def test_gates_over_several_columns_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_residual, "TILE", 16)
+    x, y = torch.randn(2, 3, 4, 37)
+    gate = torch.randn(4, 37)
+    torch.testing.assert_close(ltxkern.gated_residual(x, y, gate), reference.gated_residual(x, y, gate))
+    logits = torch.randn(3, 4)
+    torch.testing.assert_close(ltxkern.head_gate(x, logits), reference.head_gate(x, logits))
+
+
+def test_empty_tensors() -> None:
+    empty = torch.empty(0, 4, 3)
+    assert ltxkern.group_norm_silu(empty, None, None, 2).shape == (0, 4, 3)
+    assert ltxkern.pixel_norm_silu(empty).shape == (0, 4, 3)
+    assert ltxkern.combine_guidance(empty, empty, cfg_scale=2.0, rescale_scale=0.5).shape == (0, 4, 3)
+    assert ltxkern.rms_norm_modulate(empty, torch.ones(3), torch.ones(3)).shape == (0, 4, 3)
+    assert ltxkern.gated_residual(empty, empty, torch.ones(3)).shape == (0, 4, 3)
+    assert ltxkern.head_gate(empty, torch.empty(0, 4)).shape == (0, 4, 3)
+    tables = torch.empty(1, 2, 0, 2)
+    q, _ = ltxkern.qk_norm_rope(
+        torch.empty(2, 0, 8), torch.empty(2, 0, 8), torch.ones(8), torch.ones(8), tables, tables
+    )
+    assert q.shape == (2, 0, 8)
+
+
+def test_rows_of_a_fused_projection_are_served_by_their_strides() -> None:
+    fused = torch.randn(2, 5, 24)
+    q, k = fused[..., :8], fused[..., 8:16]
+    tables = torch.rand(1, 2, 5, 2)
+    got = ltxkern.qk_norm_rope(q, k, torch.ones(8), torch.ones(8), tables, tables)
+    expected = reference.qk_norm_rope(q, k, torch.ones(8), torch.ones(8), tables, tables, 1e-6, "split")
+    torch.testing.assert_close(got, expected)
+    rows = fused[..., 3:11]
+    scale = torch.randn(2, 1, 24)[..., 1:9]
+    torch.testing.assert_close(
+        ltxkern.rms_norm_modulate(rows, scale, scale), reference.rms_norm_modulate(rows, scale, scale, 1e-6, None)
+    )
+
+
+def _strided() -> torch.Tensor:
+    return torch.randn(2, 4, 6).transpose(1, 2)
+
+
+REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
+    "group_norm": (
+        lambda: ltxkern.group_norm_silu(torch.randn(1, 2, 3, 4, 5).permute(0, 1, 3, 2, 4), None, None, 1),
+        "collapse",
+    ),
+    "pixel_norm": (lambda: ltxkern.pixel_norm_silu(torch.randn(1, 1025, 2)), "at most 1024"),
+    "noise": (lambda: ltxkern.normalize_noise(_strided()), "contiguous"),
+    "guidance": (lambda: ltxkern.combine_guidance(_strided(), _strided(), cfg_scale=2.0), "cond has strides"),
+    "half-step": (
+        lambda: ltxkern.res2s_midpoint(_strided(), _strided(), torch.randn(2, 6, 4), STEPS[0]),
+        "takes contiguous",
+    ),
+    "merge-fp64": (lambda: ltxkern.merge_lora_(torch.zeros(3, 3).double(), torch.ones(1, 3), torch.ones(3, 1)), "fp32"),
+    "merge-reference": (
+        lambda: ltxkern.merge_lora_(torch.zeros(3, 3), torch.ones(1, 3), torch.ones(3, 1), rounding="reference"),
+        "bit-equal",
+    ),
+    "merge-five": (
+        lambda: ltxkern.merge_lora_(torch.zeros(3, 3), [torch.ones(1, 3)] * 5, [torch.ones(3, 1)] * 5),
+        "at most 4",
+    ),
+    "rms": (lambda: ltxkern.rms_norm_modulate(_strided(), torch.ones(4), torch.ones(4)), "not dense"),
+    "rope": (
+        lambda: ltxkern.qk_norm_rope(
+            *([torch.randn(1, 2, 40000)] * 2), *([torch.ones(40000)] * 2), *([torch.ones(1, 2, 2, 10000)] * 2)
+        ),
+        "at most 16384",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_in_words(name: str) -> None:
+    call, words = REFUSALS[name]
+    with pytest.raises(BackendError, match=words):
+        call()
+
+
+@contextmanager
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patched:
+        patched.delenv("TRITON_INTERPRET")
+        yield
+
+
+def test_cpu_tensors_are_refused_where_nothing_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _no_interpreter(monkeypatch), pytest.raises(BackendError, match="triton serves CUDA tensors, got one on cpu"):
+        ltxkern.pixel_norm_silu(torch.randn(1, 2, 3))
+
+
+def test_repeats_are_bit_identical() -> None:
+    for case in (group_norm_case("repeat", (2, 8, 5, 7), 4), *noise_case("repeat", (2, 9, 5))):
+        problem = case.make("cpu", torch.float32)
+        first, second = problem.outputs(), problem.outputs()
+        problem.call(first)
+        problem.call(second)
+        assert torch.equal(first[0], second[0])

@@ -1,0 +1,20 @@
+"""Every Triton kernel through the public functions, on tiny odd shapes, in every dtype, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_cases import SMALL_CASES, Case, assert_close_to_exact
+
+from ltxkern import use_backend
+
+ROWS = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in SMALL_CASES for dtype in case.dtypes]
+
+
+@pytest.mark.parametrize(("case", "dtype"), ROWS)
+def test_small_case(case: Case, dtype: torch.dtype) -> None:
+    problem = case.make("cpu", dtype)
+    out = problem.outputs()
+    with use_backend("triton"):
+        problem.call(out)
+    assert_close_to_exact(out, problem, str(case))

@@ -1,0 +1,163 @@
+"""The Triton kernels on a device: against fp64, on streams, in CUDA graphs, bit for bit on repeat, beyond 2^31 elements."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from triton_cases import (
+    SMALL_CASES,
+    Case,
+    Problem,
+    assert_close_to_exact,
+    group_norm_case,
+    guidance_case,
+    half_step_cases,
+    merge_case,
+    modulate_case,
+    noise_case,
+    pixel_norm_case,
+    rope_case,
+)
+
+import ltxkern
+from ltxkern import reference, use_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
+]
+
+MIDDLE_CASES: list[Case] = [
+    group_norm_case("8x45x80", (1, 64, 8, 45, 80), 32, residual=True, conv_bias=True, affine=torch.float32),
+    group_norm_case("17x30-last", (1, 128, 16, 17, 30), 32, channels_last=True, residual=True, conv_bias=True),
+    group_norm_case("prime", (2, 48, 7, 31, 37), 3),
+    group_norm_case("prime-last", (2, 48, 7, 31, 37), 16, channels_last=True),
+    group_norm_case("mean1e4", (1, 32, 8, 45, 80), 8, mean=1e4),
+    group_norm_case("single", (3, 128, 5, 9), 32, residual=True),
+    pixel_norm_case("512", (1, 512, 3, 17, 30)),
+    pixel_norm_case("512-last", (1, 512, 3, 17, 30), channels_last=True, weight=torch.float32),
+    *noise_case("packed", (1, 8160, 128)),
+    *noise_case("slices", (1, 128, 4, 34, 60)),
+    guidance_case("packed", (1, 8160, 128), 3, 0.45),
+    *half_step_cases("packed", [(1, 8160, 128), (1, 126, 128)], step=0, masked=True, raw=True, compute=torch.float64),
+    merge_case("rank384", (512, 768), [384], None),
+    merge_case("odd", (515, 771), [37, 5], None),
+    *modulate_case("4096", (1, 513), (1, 1), 4096, weight=False),
+    rope_case("32x128", 1, 513, 32, 128, "split", 1),
+]
+CASES = SMALL_CASES + MIDDLE_CASES
+ROWS = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in CASES for dtype in case.dtypes]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():
+    with use_backend("triton"):
+        yield
+
+
+def run(problem: Problem) -> list[Tensor]:
+    out = problem.outputs()
+    problem.call(out)
+    return out
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(
+        torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("case", "dtype"), ROWS)
+def test_against_fp64_and_on_repeat(case: Case, dtype: torch.dtype) -> None:
+    problem = case.make("cuda", dtype)
+    first = run(problem)
+    assert_close_to_exact(first, problem, str(case))
+    assert same(first, run(problem)), "two runs differ"
+
+
+@pytest.mark.parametrize("case", MIDDLE_CASES, ids=str)
+def test_on_a_side_stream_and_in_a_graph(case: Case) -> None:
+    problem = case.make("cuda", torch.bfloat16)
+    expected = run(problem)
+    out = problem.outputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        problem.call(out)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same(out, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.call(out)
+    for _ in range(2):
+        for value in out:
+            value.fill_(float("nan"))
+        graph.replay()
+        assert same(out, expected)
+
+
+def test_one_bad_value_makes_all_noise_nan() -> None:
+    noise = torch.randn(128, 34, 60, device="cuda", dtype=torch.float64)
+    noise[77, 3, 5] = float("inf")
+    assert ltxkern.normalize_noise(noise).isnan().all()
+
+
+def _need(gigabytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of device memory, {free:.1f} are free")
+
+
+def test_group_norm_beyond_2_to_31_elements() -> None:
+    _need(14)
+    x = torch.randn(1, 4, 23200, 23200, device="cuda", dtype=torch.bfloat16)
+    out = ltxkern.group_norm_silu(x, None, None, 4)
+    for group in (0, 3):
+        expected = reference.group_norm_silu(x[:, group : group + 1, -64:].float(), None, None, 1)
+        torch.testing.assert_close(out[:, group : group + 1, -64:].float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pixel_norm_beyond_2_to_31_elements(channels_last: bool) -> None:
+    _need(14)
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(1, 128, 4100, 4100, device="cuda", dtype=torch.bfloat16, memory_format=memory).normal_()
+    out = ltxkern.pixel_norm_silu(x)
+    torch.testing.assert_close(out[..., -9:, :], reference.pixel_norm_silu(x[..., -9:, :], 1e-8))
+
+
+def test_noise_beyond_2_to_31_elements() -> None:
+    _need(14)
+    noise = torch.empty(2, 1 << 16, (1 << 14) + 2, device="cuda", dtype=torch.float16).normal_(0.5, 2.0)
+    out = ltxkern.normalize_noise(noise, out=noise.clone())
+    tail = (noise[1, -4:].float() - 0.5) / 2.0
+    torch.testing.assert_close(out[1, -4:].float(), tail, rtol=0.01, atol=0.01)
+    stats = ltxkern.noise_statistics(noise)
+    assert stats[1, 0] == noise[0].numel()
+    torch.testing.assert_close(stats[:, 1].cpu(), torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-3, atol=1e-3)
+
+
+def test_modulate_beyond_2_to_31_elements() -> None:
+    _need(14)
+    x = torch.randn(1, 525_000, 4096, device="cuda", dtype=torch.bfloat16)
+    scale, shift = torch.randn(2, 1, 1, 4096, device="cuda", dtype=torch.bfloat16)
+    out = ltxkern.rms_norm_modulate(x, scale, shift)
+    expected = reference.rms_norm_modulate(x[:, -5:], scale, shift, 1e-6, None)
+    torch.testing.assert_close(out[:, -5:], expected, rtol=0.01, atol=0.02)
+
+
+def test_tensors_of_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.randn(1, 8, 5, device="cuda:1")
+    torch.testing.assert_close(ltxkern.pixel_norm_silu(x), reference.pixel_norm_silu(x, 1e-8))
