@@ -22,7 +22,8 @@ from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
-from ltxkern.pipeline.transformer import LTX2Transformer, ModalityInput, predict_velocity
+from ltxkern.pipeline.transformer import LTX2Transformer, predict_velocity
+from ltxkern.pipeline.transformer_inputs import ModalityInput
 from providers import COMPILE, EAGER, compiler_missing
 from record import Record
 from report import full_report, size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import math
@@ -82,8 +83,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def validate_image_conditions(conditions: Iterable[ImageCondition], num_frames: int) -> None:
-    """Check every condition before anything is loaded: the file is a picture, frame, strength and crf are in range.
+def validate_image_conditions(
+    conditions: Iterable[ImageCondition], num_frames: int, *, check_files: bool = True
+) -> None:
+    """Check every condition before anything is loaded: frame, strength and crf are in range, the file is a picture.
+
+    check_files: False where the pictures come as latents and no file is read.
 
     Raises:
         ValueError: one sentence that names the image and what is wrong with it.
@@ -96,7 +101,8 @@ def validate_image_conditions(conditions: Iterable[ImageCondition], num_frames: 
             raise ValueError(f"{name}: strength {condition.strength} is outside 0..1")
         if not 0 <= condition.crf <= MAX_CRF:
             raise ValueError(f"{name}: crf {condition.crf} is outside 0..{MAX_CRF}")
-        _read_picture(condition.path)
+        if check_files:
+            _read_picture(condition.path)
 
 
 def _read_picture(path: str | Path) -> Image.Image:
@@ -255,17 +261,19 @@ def apply_image_conditions(
         if latent.ndim != 5 or latent.shape[0] not in (1, shape.batch) or tuple(latent.shape[1:]) != expected:
             raise ValueError(f"image latent must be (1, {', '.join(map(str, expected))}), got {tuple(latent.shape)}")
         tokens = patchify(latent.to(state.latent)).expand(shape.batch, -1, -1)
-        mask = torch.full_like(state.mask[:, : tokens.shape[1]], 1.0 - condition.strength)
+        level = ctypes.c_float(1.0 - condition.strength).value  # the value as the fp32 mask holds it
+        mask = torch.full_like(state.mask[:, : tokens.shape[1]], level)
         if condition.frame == 0:
             count = tokens.shape[1]
             state = replace(
                 state,
                 clean=torch.cat((tokens, state.clean[:, count:]), dim=1),
                 mask=torch.cat((mask, state.mask[:, count:]), dim=1),
+                levels=state.levels_with((level,)),
             )
         else:
             positions = keyframe_positions(
                 shape, condition.frame, fps, device=state.latent.device, spatial_ratio=spatial_ratio
             )
-            state = state.append(torch.zeros_like(tokens), tokens, mask, positions)
+            state = state.append(torch.zeros_like(tokens), tokens, mask, positions, levels=(level,))
     return state

@@ -228,6 +228,8 @@ class LatentState:
 
     latent (B, T, C) in the model dtype; clean (B, T, C), what masked tokens return to; mask (B, T, 1) fp32, 1 = denoise
     fully, 0 = keep clean; positions (B, 3 | 1, T, 2) fp32. T may exceed `shape.tokens` by appended conditioning tokens.
+    levels: the distinct values of the mask as host floats, so that the transformer embeds a timestep once per value
+    and not once per token; None where they are not known.
     """
 
     latent: Tensor
@@ -235,6 +237,7 @@ class LatentState:
     mask: Tensor
     positions: Tensor
     shape: LatentShape
+    levels: tuple[float, ...] | None = None
 
     @classmethod
     def create(
@@ -265,7 +268,7 @@ class LatentState:
         else:
             positions = audio_positions(shape, device=device)
         mask = torch.ones(*tokens.shape[:2], 1, dtype=torch.float32, device=device)
-        return cls(tokens, tokens.clone(), mask, positions, shape)
+        return cls(tokens, tokens.clone(), mask, positions, shape, levels=(1.0,))
 
     def noise(
         self, scale: float = 1.0, *, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -291,15 +294,22 @@ class LatentState:
         mixed = torch.lerp(self.clean.float(), mixed, self.mask)
         return replace(self, latent=mixed.to(self.latent.dtype))
 
-    def append(self, latent: Tensor, clean: Tensor, mask: Tensor, positions: Tensor) -> LatentState:
-        """The state with further tokens at the end; `clear_conditioning` takes them off again."""
+    def append(
+        self, latent: Tensor, clean: Tensor, mask: Tensor, positions: Tensor, *, levels: tuple[float, ...] | None = None
+    ) -> LatentState:
+        """The state with further tokens at the end, `levels` those of `mask`; `clear_conditioning` takes them off again."""
         return replace(
             self,
             latent=torch.cat((self.latent, latent), dim=1),
             clean=torch.cat((self.clean, clean), dim=1),
             mask=torch.cat((self.mask, mask), dim=1),
             positions=torch.cat((self.positions, positions), dim=2),
+            levels=self.levels_with(levels),
         )
+
+    def levels_with(self, levels: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        """The distinct mask values once tokens of `levels` join; None where either side is not known."""
+        return None if self.levels is None or levels is None else tuple(dict.fromkeys((*self.levels, *levels)))
 
     def clear_conditioning(self) -> LatentState:
         """Drop appended tokens and reset the mask to ones."""
@@ -310,6 +320,7 @@ class LatentState:
             clean=self.clean[:, :count],
             mask=torch.ones_like(self.mask[:, :count]),
             positions=self.positions[:, :, :count],
+            levels=(1.0,),
         )
 
     def unpack(self) -> Tensor:

@@ -174,8 +174,7 @@ class GenerationRequest:
             if sigmas is not None:
                 _require_schedule(name, [float(sigma) for sigma in sigmas])
         self._require_blocks(geometry)
-        if check_files:
-            validate_image_conditions(self.images, self.num_frames)
+        validate_image_conditions(self.images, self.num_frames, check_files=check_files)
 
     def _require_blocks(self, geometry: Geometry) -> None:
         for name, scales in (("video", self.video_guidance), ("audio", self.audio_guidance)):

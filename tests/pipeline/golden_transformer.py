@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from ltxkern.pipeline.checkpoint import load_component
-from ltxkern.pipeline.transformer import LTX2Transformer, ModalityInput, predict_velocity, predict_velocity_batched
+from ltxkern.pipeline.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
+from ltxkern.pipeline.transformer_inputs import ModalityInput
 from tests.golden import Golden, open_golden
 from tests.official_files import upsampler_section, write_official
 
 COVERS = ("transformer/", "upsampler/")
 # 5e-6 was an independent implementation on the processor of the data; elsewhere fp32 exp, cos and sin of angles near
 # 1000 differ by an ulp, which gives up to 1.1e-5. The data asks for 3 to 10 times its figure.
-TRANSFORMER_TOLERANCE = 2e-5
-UPSAMPLER_TOLERANCE = 5e-6
+TRANSFORMER_TOLERANCE = 3e-5
+UPSAMPLER_TOLERANCE = 1.5e-5
 GOLDEN = open_golden()
 CASES = sorted({key.split("/")[2] for key in GOLDEN.keys("transformer/velocity/")})
 

@@ -182,7 +182,8 @@ def test_round_trip(source: str, demo: Components, official: dict[str, Path], fo
 @pytest.mark.parametrize("source", ["official", "diffusers"])
 def test_loaded_modules_give_the_same_outputs(source: str, demo: Components, official: dict, folder: Path) -> None:
     from ltxkern.pipeline.text import encode_prompts
-    from ltxkern.pipeline.transformer import ModalityInput, predict_velocity
+    from ltxkern.pipeline.transformer import predict_velocity
+    from ltxkern.pipeline.transformer_inputs import ModalityInput
 
     components = loaded_from(source, official, folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)

@@ -93,6 +93,9 @@ def test_validation(tmp_path: Path, changes: dict[str, object], words: str) -> N
     with pytest.raises(ValueError, match=words) as caught:
         validate_image_conditions([ImageCondition(**{"path": path, **changes})], 9)
     assert "\n" not in str(caught.value)
+    if "path" not in changes:
+        with pytest.raises(ValueError, match=words):
+            validate_image_conditions([ImageCondition("", **changes)], 9, check_files=False)
 
 
 def test_validation_names_what_is_no_picture(tmp_path: Path) -> None:
@@ -228,6 +231,19 @@ def test_conditions_land_in_the_state(tmp_path: Path, vae: AutoencoderKLLTX2Vide
     noised = state.noise(generator=torch.Generator().manual_seed(0))
     assert torch.equal(noised.latent[:, 18:24], state.clean[:, 18:24])
     assert noised.clear_conditioning().latent.shape == (1, 18, 8)
+    assert noised.clear_conditioning().levels == before.levels == (1.0,)
+
+
+@pytest.mark.parametrize("strengths", [(0.3, 0.1), (0.9, 0.9), (1.0, 0.0), (1 / 3, 1e-9)])
+def test_the_levels_are_the_values_of_the_mask(strengths: tuple[float, float]) -> None:
+    conditions = [ImageCondition("a", frame, strength) for frame, strength in zip((0, 16), strengths, strict=True)]
+    state = LatentState.create(VideoLatentShape(3, 2, 3, 8))
+    state = apply_image_conditions(state, conditions, [torch.zeros(1, 8, 1, 2, 3)] * 2, fps=24.0)
+    assert state.levels is not None
+    assert len(set(state.levels)) == len(state.levels)
+    assert set(state.mask.flatten().tolist()) == set(state.levels)
+    own = state.append(*(part[:, :1] for part in (state.latent, state.clean, state.mask)), state.positions[:, :, :1])
+    assert own.levels is None
 
 
 def test_conditions_that_do_not_fit(vae: AutoencoderKLLTX2Video) -> None:

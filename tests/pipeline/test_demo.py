@@ -8,7 +8,8 @@ import torch
 from ltxkern.pipeline.components import BUILDABLE, COMPONENT_NAMES, Components
 from ltxkern.pipeline.demo import build_demo, demo_lora
 from ltxkern.pipeline.text import encode_prompts
-from ltxkern.pipeline.transformer import ModalityInput, predict_x0
+from ltxkern.pipeline.transformer import predict_x0
+from ltxkern.pipeline.transformer_inputs import ModalityInput
 
 
 @pytest.fixture(scope="module")

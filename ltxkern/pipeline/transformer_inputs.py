@@ -1,0 +1,129 @@
+"""What a forward of the transformer takes: per modality on the host's terms, and as the tensors the model reads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModalityInput:
+    """What one modality brings to a forward.
+
+    Args:
+        latent: (B, T, C) packed noisy tokens in the model dtype.
+        sigma: noise level as a host float, in [0, 1].
+        mask: (B, T, 1) fp32 denoise mask (0 keeps a token, 1 denoises it), or None for all ones.
+        positions: (B, 3, T, 2) for video, (B, 1, T, 2) for audio; fp32 [start, end), seconds on the time axis.
+        context: (B, L, D) text embeddings in the model dtype; every row is valid, there is no mask.
+        levels: the distinct values of `mask`, each exactly as fp32, where the caller knows them: the timestep
+            embedding and its projection are then computed once per value and not once per token. A mask value that is
+            not among them takes the first one.
+    """
+
+    latent: Tensor
+    sigma: float
+    mask: Tensor | None
+    positions: Tensor
+    context: Tensor
+    levels: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What one guidance branch leaves out: self-attention of some blocks, or the attention between modalities."""
+
+    skip_video_self_attn_blocks: tuple[int, ...] = ()
+    skip_audio_self_attn_blocks: tuple[int, ...] = ()
+    disable_a2v_cross_attn: bool = False
+    disable_v2a_cross_attn: bool = False
+
+
+@dataclass(frozen=True)
+class ModalityTensors:
+    """One modality of a forward on the device; timesteps carry the model's scale (sigma * 1000), fp32."""
+
+    tokens: Tensor  # (B, T, C)
+    timestep: Tensor  # (B, N): one per token, one for all, or with `rows` one per distinct value
+    sigma: Tensor  # (B,)
+    positions: Tensor  # (B, axes, T, 2)
+    context: Tensor  # (B, L, D)
+    rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has
+
+    def flat_rows(self) -> Tensor | None:
+        """`rows` into the (B * N) rows of all items."""
+        if self.rows is None:
+            return None
+        items, count = self.timestep.shape
+        return self.rows + count * torch.arange(items, device=self.rows.device)[:, None]
+
+
+def _float32_exact(value: float) -> bool:
+    return ctypes.c_float(value).value == value
+
+
+def timesteps(item: ModalityInput, mask: Tensor | None) -> Tensor:
+    """mask * sigma as (B, T, 1), or (B, 1, 1) without a mask: fp32, or fp64 where sigma is no fp32 number."""
+    dtype = torch.float32 if _float32_exact(item.sigma) else torch.float64
+    if mask is None:
+        return item.latent.new_full((item.latent.shape[0], 1, 1), item.sigma, dtype=dtype)
+    return mask.to(dtype) * item.sigma
+
+
+def device_tensors(item: ModalityInput, scale: float) -> ModalityTensors:
+    """The tensors of one branch and modality; `scale` is the model's factor on sigma."""
+    # sigma * scale is rounded once: for an fp32 sigma the fp64 product is exact, so both precisions agree.
+    sigma = item.latent.new_full((item.latent.shape[0],), item.sigma * scale, dtype=torch.float32)
+    mask, rows = _distinct(item)
+    timestep = (timesteps(item, mask) * scale).float().squeeze(-1)
+    return ModalityTensors(item.latent, timestep, sigma, item.positions, item.context, rows)
+
+
+def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
+    """The mask values to embed, (B, N, 1), and each token's place among them, None where they are one or T."""
+    if item.mask is None or item.levels is None:
+        return item.mask, None
+    values = [torch.full_like(item.mask[:, :1], level) for level in item.levels]
+    if len(values) == 1:
+        return values[0], None
+    places = (index * (item.mask.squeeze(-1) == level) for index, level in enumerate(item.levels))
+    return torch.cat(values, dim=1), torch.stack(tuple(places)).sum(0)
+
+
+def stack(items: Sequence[ModalityTensors]) -> ModalityTensors:
+    """The branches of one forward, one after another along the batch."""
+    if len(items) == 1:
+        return items[0]
+    columns = {field.name: [getattr(item, field.name) for item in items] for field in fields(ModalityTensors)}
+    if columns["rows"][0] is None:
+        del columns["rows"]
+    return ModalityTensors(**{name: torch.cat(column) for name, column in columns.items()})
+
+
+def check_branch(config: Any, video: ModalityInput | None, audio: ModalityInput | None) -> None:
+    """Refuse shapes that do not fit each other or the transformer's configuration."""
+    sizes = {
+        "video": (video, config.in_channels, 3),
+        "audio": (audio, config.audio_in_channels, 1),
+    }
+    for name, (item, channels, axes) in sizes.items():
+        if item is None:
+            continue
+        if item.latent.ndim != 3 or item.latent.shape[-1] != channels:
+            raise ValueError(f"{name}.latent: expected (B, T, {channels}), got {tuple(item.latent.shape)}")
+        batch, tokens = item.latent.shape[:2]
+        if tuple(item.positions.shape) != (batch, axes, tokens, 2):
+            raise ValueError(
+                f"{name}.positions: expected ({batch}, {axes}, {tokens}, 2), got {tuple(item.positions.shape)}"
+            )
+        if item.mask is not None and tuple(item.mask.shape) != (batch, tokens, 1):
+            raise ValueError(f"{name}.mask: expected ({batch}, {tokens}, 1), got {tuple(item.mask.shape)}")
+        if item.levels is not None and (item.mask is None or not item.levels):
+            raise ValueError(f"{name}.levels: expected the distinct values of a mask, or None")
+        if item.context.ndim != 3 or item.context.shape[0] != batch:
+            raise ValueError(f"{name}.context: expected ({batch}, L, D), got {tuple(item.context.shape)}")
