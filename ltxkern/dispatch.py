@@ -268,7 +268,11 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        return unavailable(backend)
+        if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
+            return reason
+        from ltxkern import native
+
+        return native.lacks(backend, self.name)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:

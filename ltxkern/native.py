@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.launch import inventory
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -187,3 +189,20 @@ def unavailable(tier: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: torch.cuda.is_available() is false"
     return None
+
+
+@functools.cache
+def _registered(tier: str) -> frozenset[str]:
+    return frozenset(extension().cpu_kernels() if tier == "cpu" else extension().kernels())
+
+
+def lacks(tier: str, op: str) -> str | None:
+    """Why the loaded extension cannot serve an op in the tier "cuda" or "cpu", or None if it can: an older build lacks kernels."""
+    wanted = (inventory.CPU if tier == "cpu" else inventory.CUDA).get(op, ())
+    absent = [kernel for kernel in wanted if kernel not in _registered(tier)]
+    if not absent:
+        return None
+    return (
+        f"ltxkern._C was built without {', '.join(absent)}: it is older than this package; rebuild it: "
+        "LTXKERN_BUILD=auto pip install . (in a checkout: python setup.py build_ext --inplace)"
+    )
