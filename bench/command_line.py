@@ -89,14 +89,14 @@ def start_run(arguments: argparse.Namespace) -> Run:
 
 
 def finish(run: Run, arguments: argparse.Namespace) -> int:
-    """Write the asked-for files; the exit status is 1 after a wrong result."""
+    """Write the asked-for files; the exit status is 1 after a wrong result or a crash."""
     results = run.results()
     if arguments.output_json:
         write_json(results, arguments.output_json)
     if arguments.output_csv:
         write_csv(results.records, arguments.output_csv)
     for failure in run.failures:
-        print(f"WRONG RESULT: {failure['op']} {failure['case']}: {failure['error']}", file=sys.stderr)
+        print(f"FAILED: {failure['op']} {failure['case']}: {failure['error']}", file=sys.stderr)
     return 1 if run.failures else 0
 
 
@@ -110,6 +110,7 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
         run_suite(run, suite, parsed.cases)
     except ValueError as error:
         options.error(str(error))
+    run.end()
     results = run.results()
     print("\n".join(machine_lines(results.machine, results.roofs)))
     if not run.check_only:

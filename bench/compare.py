@@ -85,7 +85,7 @@ def report(before: Results, after: Results, threshold: float) -> tuple[str, bool
     for key in sorted(keys_after - keys_before):
         lines.append(f"new: {' '.join(key)}")
     for failure in after.failures:
-        lines.append(f"WRONG RESULT in the second file: {failure['op']} {failure['case']}: {failure['error']}")
+        lines.append(f"FAILED in the second file: {failure['op']} {failure['case']}: {failure['error']}")
     return "\n".join(lines), any(move.change > 0 for move in moved) or bool(after.failures)
 
 

@@ -13,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
-from cases import Case, Suite, select_cases
-from harness import Run
+from cases import CASE_SETS, Case, Suite, select_cases
+from compare import SAME_MACHINE
+from harness import Run, wanted_dtypes
 from suites import SUITES
 from timing import Settings
 
@@ -36,20 +37,26 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def _wanted(config: pytest.Config) -> list[tuple[Suite, Case, str]]:
-    chosen = config.getoption("--dtypes")
+    """Every suite, case and dtype that --cases and --dtypes name; a name that no suite has is a usage error."""
+    names, chosen = config.getoption("--cases"), config.getoption("--dtypes")
+    listed = None if names in CASE_SETS else {name.strip() for name in names.split(",")}
+    if listed and (unknown := listed - {case.name for suite in SUITES for case in suite.cases}):
+        raise pytest.UsageError(f"--cases: no op has {', '.join(sorted(unknown))}; or use {', '.join(CASE_SETS)}")
+    dtypes = tuple(chosen.split(",")) if chosen else None
+    run = Run(_device(), Settings(), torch.get_num_threads(), dtypes=dtypes)
     triples = []
-    names = config.getoption("--cases")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for suite in SUITES:
-        dtypes = [
-            d for d in (chosen.split(",") if chosen else suite.default_dtypes(device)) if d in suite.allowed_dtypes
-        ]
-        if names in ("small", "all", "large", "all-large"):
-            cases = select_cases(suite, names)
-        else:
-            cases = [case for case in suite.cases if case.name in names.split(",")]
-        triples += [(suite, case, dtype) for case in cases for dtype in dtypes]
+        try:
+            kept = wanted_dtypes(run, suite)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        cases = select_cases(suite, names) if listed is None else [case for case in suite.cases if case.name in listed]
+        triples += [(suite, case, dtype) for case in cases for dtype in kept]
     return triples
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,13 +70,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def bench_run(request: pytest.FixtureRequest) -> Run:
     """Device and threads of the session."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     backends = request.config.getoption("--backends")
     wanted = tuple(part.strip() for part in backends.split(",")) if backends else None
-    return Run(device, Settings(), torch.get_num_threads(), backends=wanted)
+    return Run(_device(), Settings(), torch.get_num_threads(), backends=wanted)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """The same facts as in the scripts' results files."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    machine_info["ltxkern"] = machine.describe(device, torch.get_num_threads())
+    """What must be the same for two files to be comparable; `--benchmark-compare` warns where it is not."""
+    facts = machine.describe(_device(), torch.get_num_threads())
+    machine_info["ltxkern"] = {key: facts[key] for key in SAME_MACHINE if key in facts}
+    # The frequency of this moment would make every file look like another machine's.
+    for moving in ("hz_actual", "hz_actual_friendly", "hz_advertised", "hz_advertised_friendly"):
+        machine_info.get("cpu", {}).pop(moving, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """The rest of the facts of the scripts' results files: revision, command, load."""
+    output_json["ltxkern"] = machine.describe(_device(), torch.get_num_threads())

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import machine
 from cases import Call, count_bytes, result_of, tensors_of
 
-MAX_BUFFERS = 256
+MAX_BUFFERS = 4096
 DEVICE_ACTIVITIES = ("kernel", "gpu_memcpy", "gpu_memset")
 
 

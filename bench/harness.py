@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,13 +14,45 @@ from torch.profiler import ProfilerActivity, profile
 
 import machine
 import roofs
-from accuracy import Errors, WrongResultError, check, reference_of
-from cases import DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
+from accuracy import Errors, Reference, WrongResultError, check, reference_of
+from cases import CASE_SETS, DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
+from clocks import ClockSampler
 from counters import buffer_count, count_launches, peak_extra
-from providers import BASELINES, COMPILE, Provider, providers_of
+from providers import BASELINES, COMPILE, EAGER, Provider, providers_of
 from record import Record, Results
 from report import size
 from timing import CallTimer, Settings, Summary, interleave, summarise
+
+SHORTEST = 0.1
+WARM = "cache not cold: all buffers together fit the last-level cache"
+
+
+@dataclass
+class Budget:
+    """Wall time of a whole run, shared evenly by the cases that are still to come: who is quick leaves more to the others."""
+
+    seconds: float
+    cases: int
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._end = self.clock() + self.seconds
+        self._case_end = self._end
+
+    def left(self) -> float:
+        """Seconds until the run should end."""
+        return self._end - self.clock()
+
+    def begin_case(self) -> None:
+        """One case fewer to come; its share begins now."""
+        self._case_end = self.clock() + self.left() / max(1, self.cases)
+        self.cases -= 1
+
+    def fit(self, settings: Settings, providers: int) -> Settings:
+        """The durations, shortened to what is left of the case's share, to a tenth at most."""
+        wanted = settings.milliseconds(providers) / 1e3
+        factor = (self._case_end - self.clock()) / wanted if wanted else 1.0
+        return settings if factor >= 1 else settings.scaled(max(SHORTEST, factor))
 
 
 @dataclass
@@ -31,6 +66,8 @@ class Run:
     backends: tuple[str, ...] | None = None
     check_only: bool = False
     profile_provider: str | None = None
+    budget: Budget | None = None
+    clocks: ClockSampler | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     roof_values: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
@@ -46,12 +83,25 @@ class Run:
         """Note what was left out."""
         self.skipped.append({"op": op, "case": case, "provider": provider, "reason": reason})
 
+    def fail(self, op: str, case: str, error: Exception | str) -> None:
+        """Note a wrong result or a crash; exit status 1 follows."""
+        words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        self.failures.append({"op": op, "case": case, "error": words})
+
     def note_clocks(self) -> None:
-        """Widen the range of GPU clocks seen by a sample taken now."""
-        if self.device.type != "cuda":
-            return
+        """Start reading the GPU's clocks beside what is measured next, and keep what an earlier reading saw."""
+        if self.device.type == "cuda":
+            self.clocks = self.clocks or ClockSampler(machine.nvidia_smi_id(self.device))
+            self._widen_clocks(self.clocks.poll())
+
+    def end(self) -> None:
+        """Wait for the last reading of the clocks."""
+        if self.clocks is not None:
+            self._widen_clocks(self.clocks.finish())
+
+    def _widen_clocks(self, reading: dict[str, float]) -> None:
         seen = self.facts.setdefault("clocks_seen", {})
-        for key, value in machine.gpu_sample(self.device.index or 0).items():
+        for key, value in reading.items():
             low, high = seen.get(key, (value, value))
             seen[key] = (min(low, value), max(high, value))
 
@@ -62,6 +112,17 @@ class Run:
     def gemm_roof(self, dtype: str) -> float:
         """FLOP per second of the matrix product of this run."""
         return self.roof_values.setdefault(f"gemm {dtype}", roofs.gemm_roof(self.device, DTYPES[dtype], self.settings))
+
+
+def count_cases(run: Run, suites: Sequence[Suite], wanted: str) -> int:
+    """How many cases and dtypes a run will go through, those refused for want of memory left out."""
+    by_name = wanted not in CASE_SETS
+    return sum(
+        refusal(run, case, dtype, by_name=by_name) is None
+        for suite in suites
+        for dtype in wanted_dtypes(run, suite)
+        for case in select_cases(suite, wanted)
+    )
 
 
 def refusal(run: Run, case: Case, dtype: str, *, by_name: bool) -> str | None:
@@ -76,38 +137,54 @@ def refusal(run: Run, case: Case, dtype: str, *, by_name: bool) -> str | None:
 
 
 def run_suite(run: Run, suite: Suite, wanted: str) -> None:
-    """Measure the wanted cases of a suite; a wrong result ends the suite and is noted as its failure.
+    """Measure the wanted cases of a suite; a wrong result ends the suite, a crash its case, and both are noted as failures.
 
     Raises:
         ValueError: unknown case or dtype.
     """
-    by_name = wanted not in ("small", "all", "large", "all-large")
-    for dtype in _dtypes(run, suite):
+    by_name = wanted not in CASE_SETS
+    dtypes = wanted_dtypes(run, suite)
+    if not dtypes:
+        run.skip(suite.op, "all cases", "", f"runs in {', '.join(suite.allowed_dtypes)} only")
+    for dtype in dtypes:
         for case in select_cases(suite, wanted):
             reason = refusal(run, case, dtype, by_name=by_name)
             if reason is not None:
                 run.skip(suite.op, f"{case.name} {dtype}", "", reason)
                 continue
+            if run.budget is not None and run.budget.left() <= 0:
+                run.skip(suite.op, f"{case.name} {dtype}", "", f"the time budget of {run.budget.seconds:g} s is spent")
+                continue
+            if run.budget is not None:
+                run.budget.begin_case()
             try:
                 run.records += measure_case(run, suite, case, dtype)
             except WrongResultError as error:
-                run.failures.append({"op": suite.op, "case": f"{case.name} {dtype}", "error": str(error)})
+                run.fail(suite.op, f"{case.name} {dtype}", str(error))
                 return
+            except torch.OutOfMemoryError as error:
+                run.skip(suite.op, f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
+            except Exception as error:
+                # One broken case must not cost the figures of all others: it is shown, kept, and ends in exit status 1.
+                traceback.print_exc(file=sys.stderr)
+                run.fail(suite.op, f"{case.name} {dtype}", error)
             finally:
                 if run.device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
-def _dtypes(run: Run, suite: Suite) -> list[str]:
+def wanted_dtypes(run: Run, suite: Suite) -> list[str]:
+    """Of the asked-for dtypes those that a suite runs in, or its own.
+
+    Raises:
+        ValueError: a dtype that does not exist.
+    """
     if run.dtypes is None:
         return list(suite.default_dtypes(run.device))
     unknown = [name for name in run.dtypes if name not in DTYPES]
     if unknown:
         raise ValueError(f"--dtypes: unknown {', '.join(unknown)}; known are {', '.join(DTYPES)}")
-    kept = [name for name in run.dtypes if name in suite.allowed_dtypes]
-    if not kept:
-        run.skip(suite.op, "all cases", "", f"runs in {', '.join(suite.allowed_dtypes)} only")
-    return kept
+    return [name for name in run.dtypes if name in suite.allowed_dtypes]
 
 
 @torch.no_grad()
@@ -120,10 +197,13 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
     call = suite.prepare(case, DTYPES[dtype], run.device, torch.Generator(run.device).manual_seed(0))
     found, skipped = providers_of(call, run.device, run.backends)
     for skip in skipped:
-        run.skip(suite.op, f"{case.name} {dtype}", skip.name, skip.reason)
+        if skip.crashed:
+            run.fail(suite.op, f"{case.name} {dtype}", f"{skip.name}: {skip.reason}")
+        else:
+            run.skip(suite.op, f"{case.name} {dtype}", skip.name, skip.reason)
     compile_s, found = _compile(run, suite, case, dtype, call, found)
     reference = reference_of(call)
-    checked = {p.name: check(p.name, call, p.function, reference, bounded=p.ours) for p in found}
+    checked, found = _check_all(run, suite, f"{case.name} {dtype}", call, found, reference)
     moved, composed = floor_bytes(call, reference.composed), reference.errors
     del reference
     if run.profile_provider is not None:
@@ -133,8 +213,10 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
         return []
     buffers = [call.args, *[clone_args(call.args) for _ in range(buffer_count(moved, run.device) - 1)]]
     timers = {p.name: CallTimer(p.function, buffers, run.device, run.settings) for p in found}
-    samples = interleave(timers, run.settings.rounds, run.note_clocks)
+    settings = run.settings if run.budget is None else run.budget.fit(run.settings, len(found))
+    samples = interleave(timers, settings.rounds, run.note_clocks, settings)
     load = machine.load_average()
+    warm = "" if len(buffers) * moved >= machine.last_level_cache(run.device) else WARM
     rows = []
     for provider in found:
         name = provider.name
@@ -158,7 +240,7 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
                 contract=suite.contract if provider.ours else "",
                 compile_s=compile_s if name == COMPILE else None,
                 load=load,
-                note=timers[name].note,
+                note="; ".join(part for part in (timers[name].note, warm) if part),
             )
         )
     return with_ratios(rows)
@@ -194,6 +276,23 @@ def with_ratios(rows: list[Record]) -> list[Record]:
     ]
 
 
+def _check_all(
+    run: Run, suite: Suite, title: str, call: Call, found: list[Provider], reference: Reference
+) -> tuple[dict[str, tuple[Errors, bool]], list[Provider]]:
+    """Errors of every provider, and the providers that are to be timed: another library's wrong result leaves only that one out."""
+    checked, kept = {}, []
+    for provider in found:
+        try:
+            checked[provider.name] = check(provider.name, call, provider.function, reference, bounded=provider.ours)
+        except Exception as error:
+            if provider.ours or provider.name == EAGER:
+                raise
+            run.skip(suite.op, title, provider.name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        kept.append(provider)
+    return checked, kept
+
+
 def _compile(
     run: Run, suite: Suite, case: Case, dtype: str, call: Call, found: list[Provider]
 ) -> tuple[float | None, list[Provider]]:
@@ -204,8 +303,8 @@ def _compile(
         start = time.perf_counter()
         try:
             provider.function(*clone_args(call.args))
-        except RuntimeError as error:
-            run.skip(suite.op, f"{case.name} {dtype}", COMPILE, str(error).strip().splitlines()[0])
+        except Exception as error:
+            run.skip(suite.op, f"{case.name} {dtype}", COMPILE, f"{type(error).__name__}: {str(error).strip()[:200]}")
             return None, [p for p in found if p.name != COMPILE]
         return time.perf_counter() - start, found
     return None, found

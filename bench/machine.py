@@ -53,14 +53,10 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def gpu_sample(index: int) -> dict[str, float]:
-    """Clocks, temperature and power of a GPU at this moment, from nvidia-smi; empty without it."""
-    keys = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    line = run_quietly(
-        ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits", "-i", str(index)]
-    )
-    values = [part.strip() for part in line.splitlines()[0].split(",")] if line else []
-    return {key: float(value) for key, value in zip(keys, values, strict=False) if re.fullmatch(r"[\d.]+", value)}
+def nvidia_smi_id(device: torch.device) -> str:
+    """A GPU as nvidia-smi names it: its UUID, since CUDA_VISIBLE_DEVICES renumbers the others."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
 
 
 def _triton_version() -> str | None:
@@ -120,7 +116,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "driver": run_quietly(
-                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
+                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", nvidia_smi_id(device)]
             ),
         }
     return facts

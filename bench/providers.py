@@ -28,10 +28,11 @@ class Provider:
 
 @dataclass(frozen=True)
 class Skip:
-    """A provider that does not run on a case, with the reason."""
+    """A provider that does not run on a case, with the reason; `crashed` where it should have run."""
 
     name: str
     reason: str
+    crashed: bool = False
 
 
 def on_backend(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
@@ -42,6 +43,11 @@ def on_backend(function: Callable[..., Any], backend: str) -> Callable[..., Any]
             return function(*args)
 
     return call
+
+
+def is_wanted(name: str, wanted: Sequence[str] | None) -> bool:
+    """Whether `--backends` names a provider; one of the toolkit's goes by its backend alone too."""
+    return wanted is None or name in wanted or name.removeprefix("ltxkern ") in wanted
 
 
 def compiler_missing(device: torch.device) -> str | None:
@@ -63,7 +69,7 @@ def providers_of(call: Call, device: torch.device, wanted: Sequence[str] | None)
     skipped: list[Skip] = []
 
     def keep(name: str) -> bool:
-        return wanted is None or name in wanted or name.removeprefix("ltxkern ") in wanted
+        return is_wanted(name, wanted)
 
     if keep(EAGER):
         found.append(Provider(EAGER, call.composition))
@@ -86,6 +92,12 @@ def providers_of(call: Call, device: torch.device, wanted: Sequence[str] | None)
             function(*clone_args(call.args))
         except ltxkern.BackendError as error:
             skipped.append(Skip(name, str(error)))
+            continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A backend that said it serves the case: a fault of the toolkit, kept as such; the other providers go on.
+            skipped.append(Skip(name, f"{type(error).__name__}: {str(error).strip()[:300]}", crashed=True))
             continue
         found.append(Provider(name, function, ours=True))
     for name, load in call.peers.items():

@@ -64,9 +64,11 @@ class Results:
 
 
 def write_json(results: Results, path: Path) -> None:
-    """Write a results file."""
+    """Write a results file, whole or not at all: a run writes it again after every op."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": SCHEMA, **asdict(results)}, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"schema": SCHEMA, **asdict(results)}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def read_json(path: Path) -> Results:

@@ -110,7 +110,7 @@ def op_section(op: str, results: Results) -> str:
         lines.append(f"- {provider or 'case'} left out on {', '.join(cases)}: {reason}")
     for failure in results.failures:
         if failure["op"] == op:
-            lines.append(f"- WRONG RESULT on {failure['case']}: {failure['error']}")
+            lines.append(f"- FAILED on {failure['case']}: {failure['error']}")
     notes = sorted({f"{record.case}, {record.provider}: {record.note}" for record in rows if record.note})
     lines += [f"- {note}" for note in notes]
     compiled = [record for record in rows if record.compile_s is not None]

@@ -55,7 +55,7 @@ def section(name: str, results: Results, plots: Sequence[str]) -> str:
         rows = [row(record) for record in results.records if record.op == op]
         lines += [f"### {op}", "", markdown_table(COLUMNS, rows), ""]
     for failure in results.failures:
-        lines.append(f"- WRONG RESULT: {failure['op']} {failure['case']}: {failure['error']}")
+        lines.append(f"- FAILED: {failure['op']} {failure['case']}: {failure['error']}")
     return "\n".join(lines)
 
 

@@ -1,24 +1,52 @@
 """Runs every op's benchmark in one process and writes one report: `python bench/run_all.py --cases small`.
 
-The JSON goes to bench/results/<machine>-<revision>.json unless --output-json names another place; the report is printed, and
-written beside it where --report names a file. Exit status 1: an op gave a wrong result. 2: nothing could be measured.
+The JSON goes to bench/results/<machine>-<revision>.json unless --output-json names another place (with --ops only there), and is
+written again after every op, so that a run that is cut short keeps what it measured. The report is printed, and written where
+--report names a file. Exit status 1: an op gave a wrong result or crashed. 2: nothing could be measured. 130: interrupted.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import machine
-from cases import CASE_SETS
+from cases import CASE_SETS, Suite
 from command_line import finish, parser, relaunch_warm, start_run
-from harness import run_suite
+from harness import Budget, Run, count_cases, run_suite
+from record import write_json
 from report import full_report
 from suites import SUITES
 
 RESULTS = Path(__file__).resolve().parent / "results"
+INTERRUPTED = 130
+# Seconds that a run may take: the small set anywhere under 5 minutes, all cases on a GPU under 8, start and end included.
+SMALL_BUDGET, GPU_BUDGET = 270.0, 430.0
+
+
+def default_budget(run: Run, cases: str) -> float:
+    """Seconds of a run for which --budget says nothing; no end (0) for all cases on a CPU."""
+    if cases == "small":
+        return SMALL_BUDGET
+    return GPU_BUDGET if run.device.type == "cuda" else 0.0
+
+
+def measure(run: Run, suites: Sequence[Suite], parsed: argparse.Namespace) -> None:
+    """Every suite in turn; the results file is brought up to date after each."""
+    began = time.monotonic()
+    try:
+        for suite in suites:
+            print(f"{suite.op} ...", file=sys.stderr, flush=True)
+            run_suite(run, suite, parsed.cases)
+            run.facts["wall_s"] = round(time.monotonic() - began, 1)
+            if parsed.output_json and run.records:
+                write_json(run.results(), parsed.output_json)
+    finally:
+        run.facts["wall_s"] = round(time.monotonic() - began, 1)
+        run.end()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,32 +54,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser("Every op's benchmark, one report.")
     options.add_argument("--ops", help="stems separated by commas (default: all)")
     options.add_argument("--report", type=Path, help="also write the report to this Markdown file")
+    options.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="wall time: each case's samples are shortened to fit, and cases are left out once it is spent; 0 is no limit "
+        f"(default: {SMALL_BUDGET:g} for --cases small, {GPU_BUDGET:g} on a GPU, else 0)",
+    )
     parsed = options.parse_args(arguments)
     if parsed.cases not in CASE_SETS:
         options.error(f"--cases: run_all takes {', '.join(CASE_SETS)}; names go to bench_<op>.py")
     known = [suite.op for suite in SUITES]
-    wanted = parsed.ops.split(",") if parsed.ops else known
+    wanted = [name.strip() for name in parsed.ops.split(",")] if parsed.ops else known
     if unknown := sorted(set(wanted) - set(known)):
         options.error(f"--ops: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     relaunch_warm(parsed)
     run = start_run(parsed)
-    began = time.monotonic()
-    for suite in SUITES:
-        if suite.op in wanted:
-            print(f"{suite.op} ...", file=sys.stderr, flush=True)
-            run_suite(run, suite, parsed.cases)
-    run.facts["wall_s"] = round(time.monotonic() - began, 1)
+    suites = [suite for suite in SUITES if suite.op in wanted]
+    if parsed.output_json is None and not parsed.ops and not run.check_only:
+        parsed.output_json = RESULTS / f"{machine.slug(run.facts)}.json"
+    seconds = default_budget(run, parsed.cases) if parsed.budget is None else parsed.budget
+    interrupted = False
+    try:
+        if seconds > 0:
+            run.budget = Budget(seconds, count_cases(run, suites, parsed.cases))
+        measure(run, suites, parsed)
+    except ValueError as error:
+        options.error(str(error))
+    except KeyboardInterrupt:
+        interrupted = True
     report = full_report(run.results())
     print(report)
     if parsed.report:
         parsed.report.write_text(report + "\n")
+    if interrupted:
+        print("interrupted: what was measured stands above", file=sys.stderr)
+    if not run.records:
+        parsed.output_json = None
+    status = finish(run, parsed)
+    if parsed.output_json:
+        print(f"results: {parsed.output_json}", file=sys.stderr)
+    if interrupted:
+        return INTERRUPTED
     if not run.records and not run.failures and not run.check_only:
         print("nothing was measured: see the reasons above", file=sys.stderr)
         return 2
-    if parsed.output_json is None and run.records:
-        parsed.output_json = RESULTS / f"{machine.slug(run.facts)}.json"
-        print(f"results: {parsed.output_json}", file=sys.stderr)
-    return finish(run, parsed)
+    return status
 
 
 if __name__ == "__main__":

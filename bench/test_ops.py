@@ -9,21 +9,29 @@ import torch
 
 import ltxkern
 from accuracy import check, reference_of
-from cases import DTYPES, Case, Suite, clone_args, floor_bytes
+from cases import CASE_SETS, DTYPES, Case, Suite, clone_args, floor_bytes
 from counters import buffer_count
 from harness import Run, refusal
-from providers import BASELINES, providers_of
+from providers import BASELINES, is_wanted, providers_of
 from timing import CallTimer
 
 NAMES = [*BASELINES, *(f"ltxkern {backend}" for backend in ltxkern.backends())]
 
 
 @pytest.mark.parametrize("provider", NAMES)
-def test_op(benchmark: Any, bench_run: Run, suite: Suite, case: Case, dtype: str, provider: str) -> None:
+def test_op(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    bench_run: Run,
+    suite: Suite,
+    case: Case,
+    dtype: str,
+    provider: str,
+) -> None:
     """One provider on one case. The table holds wall times up to the end of each call; device times stand in extra_info."""
-    if bench_run.backends is not None and provider not in bench_run.backends:
+    if not is_wanted(provider, bench_run.backends):
         pytest.skip(f"{provider} is not among --backends")
-    reason = refusal(bench_run, case, dtype, by_name=False)
+    reason = refusal(bench_run, case, dtype, by_name=request.config.getoption("--cases") not in CASE_SETS)
     if reason is not None:
         pytest.skip(f"{case.name} {reason}")
     device = bench_run.device
@@ -31,7 +39,8 @@ def test_op(benchmark: Any, bench_run: Run, suite: Suite, case: Case, dtype: str
         call = suite.prepare(case, DTYPES[dtype], device, torch.Generator(device).manual_seed(0))
         found, skipped = providers_of(call, device, [provider])
         if not found:
-            pytest.skip("; ".join(skip.reason for skip in skipped))
+            reasons = "; ".join(skip.reason for skip in skipped)
+            (pytest.fail if any(skip.crashed for skip in skipped) else pytest.skip)(reasons)
         reference = reference_of(call)
         function = found[0].function
         check(provider, call, function, reference, bounded=found[0].ours)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 GRAPH_BELOW = 100e-6
+# Many small launches take this long between events on a stream that waits for the host, and far less on the GPU itself.
+CAPTURE_BELOW = 1e-3
 MIN_SAMPLES = 5
 SLOW_CALL = 0.2
 MAX_SAMPLES = 1000
@@ -22,6 +25,14 @@ class Settings:
     rounds: int = 3
     warmup_ms: float = 25.0
     rep_ms: float = 100.0
+
+    def milliseconds(self, providers: int) -> float:
+        """What measuring so many providers takes."""
+        return self.rounds * providers * (self.warmup_ms + self.rep_ms)
+
+    def scaled(self, factor: float) -> Settings:
+        """The same rounds, shorter."""
+        return replace(self, warmup_ms=self.warmup_ms * factor, rep_ms=self.rep_ms * factor)
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,13 @@ def summarise(samples: Sequence[float]) -> Summary:
 class CallTimer:
     """Times `function(*buffer)`, each call on the next buffer, so that no call finds its data in the last-level cache.
 
-    Results stay alive until their buffer comes round again: then fresh outputs lie in cold memory too.
+    Within a round results stay alive until their buffer comes round again: then fresh outputs lie in cold memory too.
 
     Args:
         function: what to time.
         buffers: argument tuples in distinct memory.
-        device: where it runs; on a GPU calls under 100 us are timed as replays of a CUDA graph over all buffers.
+        device: where it runs; on a GPU calls under 100 us are timed as replays of a CUDA graph over all buffers, others by a pair
+            of events each, gaps between their launches included.
         settings: durations.
         clock: seconds; for tests.
     """
@@ -77,6 +89,7 @@ class CallTimer:
         self._next = 0
         self._kept: list[Any] = [None] * len(buffers)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: list[Any] = []
         self.kind = "wall"
         self.note = ""
         self._timed_wall(1)
@@ -85,9 +98,26 @@ class CallTimer:
             self._estimate = min(self._timed_wall(1) for _ in range(2))
         if device.type == "cuda":
             self.kind = "events"
-            self._estimate = self._events(MIN_SAMPLES)[MIN_SAMPLES // 2]
-            if self._estimate < GRAPH_BELOW:
+            if self._estimate < SLOW_CALL:
+                self._estimate = self._events(MIN_SAMPLES)[MIN_SAMPLES // 2]
+            if self._may_be_short():
                 self._capture()
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of the results, so that other providers of the case find the memory free."""
+        self._kept = [None] * len(self._buffers)
+
+    def _may_be_short(self) -> bool:
+        """Whether the GPU may need less than 100 us: it does, or the host needs most of the time to issue the launches."""
+        if self._estimate < GRAPH_BELOW or self._estimate >= CAPTURE_BELOW:
+            return self._estimate < GRAPH_BELOW
+        self._synchronize()
+        start = self._clock()
+        self._step()
+        issued = self._clock() - start
+        self._synchronize()
+        return issued > self._estimate / 2
 
     def _step(self) -> None:
         index = self._next
@@ -116,25 +146,37 @@ class CallTimer:
         return sorted(start.elapsed_time(end) * 1e-3 for start, end in pairs)
 
     def _capture(self) -> None:
-        """Capture one call per buffer; without it (a call that cannot be captured) events stay, and the note says so."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        """Capture one call per buffer and keep the graph where a call takes under 100 us in it.
+
+        Without a graph (a call that cannot be captured) events stay, and the note says so.
+        """
+        current = torch.cuda.current_stream(self._device)
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(current)
+        graph, outputs = torch.cuda.CUDAGraph(), []
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.stream(side), no_host_sync():
+                for _ in range(2):
+                    self._step()
+            current.wait_stream(side)
+            self._release()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 for buffer in self._buffers:
-                    self._kept.append(self._function(*buffer))
+                    outputs.append(self._function(*buffer))
         except RuntimeError as error:
-            self.note = f"not capturable, timed with launch overhead: {str(error).splitlines()[0]}"
-            torch.cuda.synchronize(self._device)
+            # A capture that fails leaves its own stream current.
+            torch.cuda.set_stream(current)
+            self._synchronize()
+            first = error.__context__ or error
+            self.note = f"not capturable, timed with launch overhead: {str(first).splitlines()[0]}"
             return
-        self._graph = graph
-        self.kind = "graph"
-        self._estimate = self._graph_replays(2)[0]
+        self._graph, self._captured = graph, outputs
+        graph.replay()
+        took = self._graph_replays(2)[0]
+        if took < GRAPH_BELOW:
+            self.kind, self._estimate = "graph", took
+        else:
+            self._graph, self._captured = None, []
 
     def _graph_replays(self, replays: int) -> list[float]:
         assert self._graph is not None
@@ -146,9 +188,10 @@ class CallTimer:
         self._synchronize()
         return sorted(start.elapsed_time(end) * 1e-3 / len(self._buffers) for start, end in pairs)
 
-    def _sample(self, milliseconds: float) -> list[float]:
+    def _sample(self, milliseconds: float, least: int) -> list[float]:
         """Calls for about that long; a few at least, and a single one where a call takes very long."""
-        least = MIN_SAMPLES if self._estimate < SLOW_CALL else 1
+        if self._estimate >= SLOW_CALL:
+            least = 1
         per_sample = self._estimate * (len(self._buffers) if self._graph is not None else 1)
         count = max(least, min(MAX_SAMPLES, int(milliseconds * 1e-3 / max(per_sample, 1e-9))))
         if self._graph is not None:
@@ -162,23 +205,46 @@ class CallTimer:
         self._step()
         self._synchronize()
 
-    def sample_round(self) -> list[float]:
+    def sample_round(self, settings: Settings | None = None) -> list[float]:
         """Seconds per call, after a warm-up: the samples of one round."""
+        settings = settings or self._settings
         if self._estimate < SLOW_CALL:
-            self._sample(self._settings.warmup_ms)
-        return self._sample(self._settings.rep_ms)
+            self._sample(settings.warmup_ms, 1)
+        samples = self._sample(settings.rep_ms, MIN_SAMPLES)
+        self._release()
+        return samples
 
     def sample_rounds(self) -> list[float]:
         """The samples of all rounds, where nothing is to be interleaved."""
         return [sample for _ in range(self._settings.rounds) for sample in self.sample_round()]
 
 
-def interleave(timers: dict[str, CallTimer], rounds: int, after_round: Callable[[], None]) -> dict[str, list[float]]:
-    """Samples per provider, every provider once in each round, so that drift of the machine meets all alike."""
+@contextlib.contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Makes torch raise RuntimeError where an op waits for the GPU: inside a capture the same would spoil the allocator."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def interleave(
+    timers: dict[str, CallTimer], rounds: int, at_round: Callable[[], None], settings: Settings | None = None
+) -> dict[str, list[float]]:
+    """Samples per provider, every provider once in each round, so that drift of the machine meets all alike.
+
+    Args:
+        timers: by provider.
+        rounds: how often each comes round.
+        at_round: called before each round.
+        settings: durations instead of the timers' own.
+    """
     samples: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     for index in range(rounds):
+        at_round()
         for name in order if index % 2 == 0 else reversed(order):
-            samples[name] += timers[name].sample_round()
-        after_round()
+            samples[name] += timers[name].sample_round(settings)
     return samples

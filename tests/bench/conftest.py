@@ -1,6 +1,7 @@
-"""Makes the modules of bench/ importable, as its scripts see them."""
+"""Makes the modules of bench/ importable, as its scripts see them, and those of this folder."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "bench"), str(HERE)]

@@ -7,7 +7,9 @@ from dataclasses import replace
 import bench_gated_residual
 import cases
 import compare
+import counters
 import harness
+import machine
 import pytest
 import run_all
 import timing
@@ -154,7 +156,7 @@ def test_planted_wrong_result_stops_the_op_with_its_error():
     assert len(run.failures) == 1
     assert "error against fp64" in run.failures[0]["error"]
     assert run.failures[0]["case"] == "tiny bf16"
-    assert "WRONG RESULT" in full_report(run.results())
+    assert "FAILED" in full_report(run.results())
 
 
 def test_planted_nan_and_wrong_shape_are_wrong_results():
@@ -221,7 +223,7 @@ def test_other_machines_rows_and_failures_are_named():
     text, bad = compare.report(before, after, 0.03)
     assert "gpu differs" in text
     assert "gone: gated_residual tiny bf16 ltxkern torch" in text
-    assert "WRONG RESULT" in text
+    assert "FAILED" in text
     assert bad
 
 
@@ -281,3 +283,134 @@ def test_missing_peers_are_left_out_with_a_line():
     run.backends = ("torch eager", "absent")
     harness.run_suite(run, with_peer, "small")
     assert [s["reason"] for s in run.skipped] == ["not installed: No module named 'absent'"]
+
+
+def test_a_crash_costs_its_case_and_no_other(capsys):
+    def crashing(x, y, gate):
+        raise RuntimeError("no kernel image")
+
+    suite = tiny_suite(crashing)
+    run = run_for()
+    harness.run_suite(run, replace(suite, cases=(suite.cases[0], replace(suite.cases[0], name="next"))), "small")
+    assert [f["case"] for f in run.failures] == ["tiny bf16", "next bf16"]
+    assert "ltxkern torch: RuntimeError: no kernel image" in run.failures[0]["error"]
+    assert [(r.case, r.provider) for r in run.records] == [("tiny", "torch eager"), ("next", "torch eager")]
+
+
+def test_a_crash_while_timing_is_kept_as_a_failure(capsys):
+    calls = []
+
+    def later(x, y, gate):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("illegal memory access")
+        return ltxkern.gated_residual(x, y, gate)
+
+    run = run_for()
+    harness.run_suite(run, tiny_suite(later), "small")
+    assert run.failures == [
+        {"op": "gated_residual", "case": "tiny bf16", "error": "RuntimeError: illegal memory access"}
+    ]
+    assert "illegal memory access" in capsys.readouterr().err
+
+
+def test_out_of_memory_leaves_the_case_out():
+    def greedy(x, y, gate):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    run = run_for()
+    harness.run_suite(run, tiny_suite(greedy), "small")
+    assert run.failures == []
+    assert "Tried to allocate 9 GiB" in run.skipped[0]["reason"]
+
+
+@pytest.mark.parametrize("planted", [lambda x, y, g: x * float("nan"), lambda x, y, g: x[:, :1], lambda *args: 1 / 0])
+def test_a_wrong_peer_is_left_out_and_ours_is_timed(planted):
+    suite = tiny_suite(ltxkern.gated_residual)
+    with_peer = replace(suite, prepare=lambda *args: replace(suite.prepare(*args), peers={"peer": lambda: planted}))
+    run = run_for(("torch eager", "torch", "peer"))
+    harness.run_suite(run, with_peer, "small")
+    assert run.failures == []
+    assert [r.provider for r in run.records] == ["torch eager", "ltxkern torch"]
+    assert [s["provider"] for s in run.skipped] == ["peer"]
+
+
+def test_budget_shares_what_is_left_and_shortens_the_samples():
+    clock = Clock()
+    budget = harness.Budget(10.0, 5, clock)
+    settings = Settings(3, 25, 100)
+    budget.begin_case()
+    clock.spend(1.0)
+    assert budget.fit(settings, 2) == settings
+    short = budget.fit(settings, 8)
+    assert short.milliseconds(8) == pytest.approx(1000)
+    clock.spend(0.999)
+    assert budget.fit(settings, 2) == settings.scaled(harness.SHORTEST)
+    clock.spend(6.001)
+    budget.begin_case()
+    assert budget.fit(settings, 4).milliseconds(4) == pytest.approx(500)
+
+
+def test_a_spent_budget_leaves_cases_out_with_the_reason():
+    run = run_for()
+    run.budget = harness.Budget(-1.0, 1)
+    harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "small")
+    assert run.records == []
+    assert run.skipped[0]["reason"] == "the time budget of -1 s is spent"
+
+
+def test_an_interrupted_run_keeps_the_finished_ops(monkeypatch, tmp_path, capsys):
+    first = tiny_suite(ltxkern.gated_residual)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all, "SUITES", (first, replace(first, op="other", prepare=interrupt)))
+    out = tmp_path / "r.json"
+    arguments = [
+        "--default-allocator",
+        "--rounds",
+        "1",
+        "--rep",
+        "1",
+        "--warmup",
+        "1",
+        "--backends",
+        "torch eager,torch",
+    ]
+    assert run_all.main([*arguments, "--output-json", str(out)]) == 130
+    assert [r.provider for r in read_json(out).records] == ["torch eager", "ltxkern torch"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_run_of_some_ops_does_not_replace_the_machines_results_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_all, "SUITES", (tiny_suite(ltxkern.gated_residual),))
+    monkeypatch.setattr(run_all, "RESULTS", tmp_path)
+    arguments = [
+        "--default-allocator",
+        "--rounds",
+        "1",
+        "--rep",
+        "1",
+        "--warmup",
+        "1",
+        "--backends",
+        "torch eager,torch",
+    ]
+    assert run_all.main([*arguments, "--ops", "gated_residual"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert run_all.main(arguments) == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_small_calls_get_enough_buffers_for_a_cold_cache(monkeypatch):
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 60 << 20)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 139 << 30)
+    assert counters.buffer_count(129_000, CPU) * 129_000 >= 3 * (60 << 20)
+
+
+def test_a_cache_that_stays_warm_is_said(monkeypatch):
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1 << 20)
+    run = run_for()
+    harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "tiny")
+    assert {r.note for r in run.records} == {harness.WARM}
