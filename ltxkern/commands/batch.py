@@ -149,7 +149,7 @@ class Generator:
     def _share(self, request: Any) -> None:
         """All ranks of the job take part in every item; those beyond its branches idle."""
         if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
-            self._job.share(self._pipeline, request, None, self._job.size)
+            self._job.share(self._pipeline, request, None, self._job.size, self._arguments.stage2_parallel)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
         options.make_plan(arguments, request).check()
     quiet = arguments.quiet or not job.leads
     with options.backend_choice(arguments), Bars(quiet) as bars, options.open_pipeline(arguments) as pipeline:
-        shared = job.share(pipeline, request, geometry, arguments.cfg_parallel_size)
+        shared = job.share(pipeline, request, geometry, arguments.cfg_parallel_size, arguments.stage2_parallel)
         if shared is not None or job.leads:
             output = pipeline(**asked, output_type="latents" if kind == "latents" else "stream", progress=bars)
         if job.leads:
@@ -70,6 +70,8 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     if job.leads:
         if shared is not None and not arguments.quiet:
             print(f"cfg parallel on {shared.size} ranks: {shared.traffic}", file=sys.stderr)
+            if shared.sequence is not None:
+                print(f"stage 2 on {shared.size} ranks: {shared.sequence.traffic}", file=sys.stderr)
         print(finished(Path(arguments.output), kind))
     return 0
 

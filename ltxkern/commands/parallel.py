@@ -35,7 +35,7 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
         "--stage2-parallel",
         default="none",
         metavar="HOW",
-        help="none (default): rank 0 runs stage 2; ulysses: not built",
+        help="none (default): rank 0 runs stage 2; ulysses: all ranks share its tokens, equal up to rounding",
     )
 
 
@@ -51,8 +51,10 @@ class Job:
         """Whether this rank prints and writes."""
         return self.ranks is None or self.ranks.rank == 0
 
-    def share(self, pipeline: Any, request: Any, geometry: Any, wanted: int | None) -> CFGParallel | None:
-        """Let the ranks of the job share out the pipeline's guidance branches.
+    def share(
+        self, pipeline: Any, request: Any, geometry: Any, wanted: int | None, stage2: str = "none"
+    ) -> CFGParallel | None:
+        """Let the ranks of the job share out the pipeline's guidance branches, and with "ulysses" the tokens of stage 2.
 
         Returns:
             The ranks' side of it; None where this rank has no part: one rank, or more ranks than branches.
@@ -62,12 +64,19 @@ class Job:
         import torch.distributed as dist
 
         from ltxkern.pipeline.cfg_parallel import CFGParallel
+        from ltxkern.pipeline.sequence_parallel import SequenceParallel
 
-        degree = min(self.size, request.plan(geometry)[0].branches) if wanted is None else wanted
+        by_tokens = stage2 == "ulysses"
+        if wanted is not None:
+            degree = wanted
+        else:
+            degree = self.size if by_tokens else min(self.size, request.plan(geometry)[0].branches)
         group = None if degree == self.size else dist.new_group(range(degree))
         if self.ranks.rank >= degree:
             return None
         parallel = CFGParallel(group, self.ranks)
+        if by_tokens:
+            parallel.sequence = SequenceParallel(group, self.ranks)
         pipeline.share_branches(parallel)
         return parallel
 
@@ -120,8 +129,10 @@ def check_options(arguments: argparse.Namespace, launch: Launch) -> None:
         raise ValueError(
             f"stage2-parallel must be one of {', '.join(STAGE2_PARALLEL)}, got {arguments.stage2_parallel!r}"
         )
-    if arguments.stage2_parallel == "ulysses":
-        raise ValueError("stage2-parallel ulysses is designed (docs/parallel.md) and not built: use none")
+    if arguments.stage2_parallel == "ulysses" and ranks == 1:
+        raise ValueError("stage2-parallel ulysses needs several ranks: start them with torchrun, or use none")
+    if arguments.stage2_parallel == "ulysses" and arguments.pipeline == "one-stage":
+        raise ValueError("stage2-parallel ulysses needs a stage 2, and pipeline one-stage has none: use none")
     if wanted is not None and wanted < 1:
         raise ValueError(f"cfg-parallel-size must be at least 1, got {wanted}: use 1")
     if wanted is not None and wanted != ranks:

@@ -10,16 +10,17 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ltxkern.pipeline.collectives import Collectives, checksum
 from ltxkern.pipeline.guidance import CFGBranch, CFGPolicy, Forward, GuidedDenoiser, Prediction
-from ltxkern.pipeline.ranks import BranchError, RankError, Ranks
+from ltxkern.pipeline.ranks import BranchError, RankError
 from ltxkern.pipeline.sampling import Latents
+from ltxkern.pipeline.sequence_parallel import SequenceParallel
 
 # Multiply-adds that a stage-1 forward of the 48-block model saves (docs/parallel.md): they only order the branches.
 _SAVED = {"disable_a2v_cross_attn": 0.05, "disable_v2a_cross_attn": 0.05}
@@ -30,9 +31,6 @@ _NUMBERS = 5
 _AGREEMENT = 2048
 _ALIGNMENT = 256
 _OK, _FAILED = 0, 1
-
-# torch 2.13 renamed it; the old name warns.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def branch_costs(branches: Sequence[CFGBranch]) -> list[float]:
@@ -77,28 +75,6 @@ def dispatch_branches(n: int, ranks: int, costs: Sequence[float] | None = None) 
     return [tuple(sorted(branches)) for branches in placed]
 
 
-@dataclass
-class Traffic:
-    """What went through the collectives of one rank: their number, and bytes sent and received (its own part left out)."""
-
-    collectives: int = 0
-    evaluations: int = 0
-    sent: int = 0
-    received: int = 0
-
-    def count(self, slot_bytes: int, ranks: int) -> None:
-        """One all-gather of `slot_bytes` from each rank."""
-        self.collectives += 1
-        self.sent += slot_bytes
-        self.received += slot_bytes * (ranks - 1)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.evaluations} evaluations exchanged in {self.collectives} collectives; "
-            f"each rank gave {self.sent / 1e6:.3f} MB and received {self.received / 1e6:.3f} MB"
-        )
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Name, dtype and shape of each tensor of a prediction, and where it lies in a branch's bytes."""
@@ -134,65 +110,39 @@ class _Layout:
 
 
 @dataclass
-class CFGParallel:
+class CFGParallel(Collectives):
     """The ranks that share out guidance branches.
 
     Attributes:
         group: process group of the data; None for the default one.
         ranks: the job's control plane, which explains broken collectives; None where there is none.
-        costs: relative cost of each branch of a policy; None for an estimate by what a branch leaves out.
         traffic: collectives and bytes so far.
+        costs: relative cost of each branch of a policy; None for an estimate by what a branch leaves out.
+        sequence: the same ranks, sharing out the tokens of stages of one branch; None where rank 0 runs these alone.
     """
 
-    group: Any = None
-    ranks: Ranks | None = None
     costs: Sequence[float] | None = None
-    traffic: Traffic = field(default_factory=Traffic)
+    sequence: SequenceParallel | None = None
 
-    @property
-    def rank(self) -> int:
-        """This rank within the group."""
-        return dist.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group: the degree."""
-        return dist.get_world_size(self.group)
-
-    def denoiser(self, policy: CFGPolicy, forward: Forward) -> GuidedDenoiser:
+    def denoiser(self, policy: CFGPolicy, forward: Any) -> GuidedDenoiser:
         """The denoiser_factory of a pipeline run: `run_cfg_parallel` over these ranks, the plain denoiser for a single branch.
 
-        A stage of one branch is run by every rank that takes part in it (see `stages`): nothing needs to be exchanged.
+        A stage of one branch is run by every rank that takes part in it (see `stages`), or shared out by tokens.
         """
-        if len(policy.branches) == 1:
-            return GuidedDenoiser(policy, forward)
-        return run_cfg_parallel(policy, forward, parallel=self)
+        if len(policy.branches) > 1:
+            return run_cfg_parallel(policy, forward, parallel=self)
+        return GuidedDenoiser(policy, forward if self.sequence is None else self.sequence.forward(forward))
 
     def stages(self, policies: Sequence[CFGPolicy]) -> int:
         """How many of a run's stages this rank takes part in.
 
-        Stages of one branch at the end of a run are rank 0's alone: the other ranks have nothing to give and nobody to give it to.
+        Stages of one branch at the end of a run are rank 0's alone, unless their tokens are shared out: the other ranks have
+        nothing to give and nobody to give it to.
         """
-        if self.rank == 0:
+        if self.rank == 0 or self.sequence is not None:
             return len(policies)
         shared = [index for index, policy in enumerate(policies) if len(policy.branches) > 1]
         return shared[-1] + 1 if shared else 0
-
-    def gather(self, own: Tensor) -> Tensor:
-        """(bytes,) of each rank to (ranks, bytes) on every rank; the one collective there is.
-
-        Raises:
-            RankError: a rank is gone.
-        """
-        everyone = own.new_empty(self.size * own.numel())
-        try:
-            _all_gather(everyone, own, group=self.group)
-        except RuntimeError as error:
-            if self.ranks is not None:
-                raise RankError(self.ranks.explain(error)) from error
-            raise RankError(f"the ranks lost each other in a collective: {error}") from error
-        self.traffic.count(own.numel(), self.size)
-        return everyone.view(self.size, -1)
 
 
 def run_cfg_parallel(
@@ -316,7 +266,7 @@ class _Exchange:
         numbers = [_OK if failure is None else _FAILED, self._evaluation, _bits(sigma), len(text), 0]
         head = struct.pack(f"<{_NUMBERS}q", *numbers) + text
         buffer[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8).to(device)
-        buffer[8 * (_NUMBERS - 1) : 8 * _NUMBERS].view(torch.int64)[0] = _checksum(latents.values())
+        buffer[8 * (_NUMBERS - 1) : 8 * _NUMBERS].view(torch.int64)[0] = checksum(latents.values())
         for slot, prediction in enumerate(own if failure is None else ()):
             for name, dtype, shape, where in self._layout.pieces(_HEADER + slot * self._layout.bytes):
                 buffer[where].view(dtype).view(shape).copy_(prediction[name])
@@ -370,16 +320,6 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _checksum(tensors: Any) -> Tensor:
-    """Sum of the bits of tensors as an int64 on their device; independent of order and threads."""
-    sums = []
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.dtype.itemsize]
-        sums.append(flat.view(width).sum(dtype=torch.int64))
-    return torch.stack(sums).sum()
-
-
 def _fingerprints(branches: Sequence[CFGBranch]) -> list[list[Any]]:
     """Name of each branch and, per argument, eight hex digits that differ where the argument does."""
     found = []
@@ -387,7 +327,7 @@ def _fingerprints(branches: Sequence[CFGBranch]) -> list[list[Any]]:
         digests = {}
         for name, value in branch.kwargs.items():
             if isinstance(value, Tensor):
-                content = f"{tuple(value.shape)} {value.dtype} {int(_checksum([value]))}"
+                content = f"{tuple(value.shape)} {value.dtype} {int(checksum([value]))}"
             else:
                 content = repr(value)
             digests[name] = hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -287,7 +287,8 @@ class HQTwoStagePipeline:
             self._attach(request, phases)
         latents = run.stages(policies, phases)
         output = HQOutput(None, None, latents, frame_rate, SAMPLE_RATE, seed, plans)
-        if output_type != "latents" and "video" in latents:
+        leads = self._parallel is None or self._parallel.rank == 0
+        if output_type != "latents" and leads:
             self._decode(output, request, tiling, output_type, progress)
         output.backends = {name: sorted(names) for name, names in served().items()}
         return output
@@ -295,13 +296,19 @@ class HQTwoStagePipeline:
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
 
-        Each rank makes the same calls. Results are on rank 0; the others leave after the last stage that has several branches,
-        with that stage's latents and neither video nor audio.
+        Each rank makes the same calls. Results are on rank 0; the others leave after the last stage that they take part in, with
+        that stage's latents and neither video nor audio.
 
         Args:
             parallel: the ranks; one rank changes nothing.
+        Raises:
+            ValueError: more ranks than attention heads where tokens are shared out too.
         """
         if parallel.size > 1:
+            if parallel.sequence is not None:
+                config = self.components.config("transformer") or {}
+                names = ("num_attention_heads", "audio_num_attention_heads")
+                parallel.sequence.require(heads=min(int(config[name]) for name in names))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 

@@ -14,8 +14,10 @@ from ltxkern.pipeline.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Pred
 from ltxkern.pipeline.latents import LatentState
 from ltxkern.pipeline.res2s import res2s_sample
 from ltxkern.pipeline.sampling import Latents
+from ltxkern.pipeline.sequence_parallel import SequenceParallel
 from ltxkern.pipeline.stage_check import check_latent
-from ltxkern.pipeline.transformer import LTX2Transformer, ModalityInput, predict_x0, predict_x0_batched
+from ltxkern.pipeline.transformer import LTX2Transformer, predict_x0_batched
+from ltxkern.pipeline.transformer_inputs import ModalityInput
 
 StepCallback = Callable[[int, int, dict[str, Tensor]], None]
 
@@ -38,11 +40,15 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class BranchForward:
-    """Turns the packed latents of a moment into the x0 predictions of guidance branches."""
+    """Turns the packed latents of a moment into the x0 predictions of guidance branches.
+
+    sequence: ranks over which the video tokens are shared out; None where this process has them all.
+    """
 
     transformer: LTX2Transformer
     states: Mapping[str, LatentState]
     masked: bool
+    sequence: SequenceParallel | None = None
 
     def inputs(self, latents: Mapping[str, Tensor], sigma: float, branch: CFGBranch) -> dict[str, Any]:
         """Keyword arguments of `predict_x0` for one branch."""
@@ -50,18 +56,20 @@ class BranchForward:
         contexts = {"video": arguments.pop("video_context"), "audio": arguments.pop("audio_context")}
         for name, state in self.states.items():
             mask = state.mask if self.masked else None
-            arguments[name] = ModalityInput(latents[name], sigma, mask, state.positions, contexts[name])
+            levels = state.levels if self.masked else None
+            arguments[name] = ModalityInput(latents[name], sigma, mask, state.positions, contexts[name], levels)
         return {"video": None, "audio": None} | arguments
 
     def __call__(self, latents: Mapping[str, Tensor], sigma: float, branch: CFGBranch) -> dict[str, Tensor]:
         """x0 of one branch."""
-        return predict_x0(self.transformer, **self.inputs(latents, sigma, branch))
+        return self.batched(latents, sigma, [branch])[0]
 
     def batched(
         self, latents: Mapping[str, Tensor], sigma: float, branches: Sequence[CFGBranch]
     ) -> list[dict[str, Tensor]]:
         """x0 of several branches from one forward."""
-        return predict_x0_batched(self.transformer, [self.inputs(latents, sigma, branch) for branch in branches])
+        inputs = [self.inputs(latents, sigma, branch) for branch in branches]
+        return predict_x0_batched(self.transformer, inputs, self.sequence)
 
 
 def batched_runner(max_batch_size: int) -> Runner:

@@ -1,10 +1,8 @@
 """The LTX-2.3 transformer on diffusers' modules, with the official cross-attention timesteps and per-item perturbations."""
 
-import ctypes
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,47 +13,17 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor
 
 from ltxkern.pipeline.latents import to_denoised
-from ltxkern.pipeline.transformer_block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate
-
-
-@dataclass(frozen=True)
-class ModalityInput:
-    """What one modality brings to a forward.
-
-    Args:
-        latent: (B, T, C) packed noisy tokens in the model dtype.
-        sigma: noise level as a host float, in [0, 1].
-        mask: (B, T, 1) fp32 denoise mask (0 keeps a token, 1 denoises it), or None for all ones.
-        positions: (B, 3, T, 2) for video, (B, 1, T, 2) for audio; fp32 [start, end), seconds on the time axis.
-        context: (B, L, D) text embeddings in the model dtype; every row is valid, there is no mask.
-    """
-
-    latent: Tensor
-    sigma: float
-    mask: Tensor | None
-    positions: Tensor
-    context: Tensor
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What one guidance branch leaves out: self-attention of some blocks, or the attention between modalities."""
-
-    skip_video_self_attn_blocks: tuple[int, ...] = ()
-    skip_audio_self_attn_blocks: tuple[int, ...] = ()
-    disable_a2v_cross_attn: bool = False
-    disable_v2a_cross_attn: bool = False
-
-
-@dataclass(frozen=True)
-class ModalityTensors:
-    """One modality of a forward on the device; timesteps carry the model's scale (sigma * 1000), fp32."""
-
-    tokens: Tensor  # (B, T, C)
-    timestep: Tensor  # (B, T), or (B, 1) where all tokens share it
-    sigma: Tensor  # (B,)
-    positions: Tensor  # (B, axes, T, 2)
-    context: Tensor  # (B, L, D)
+from ltxkern.pipeline.sequence_parallel import SequenceParallel, TokenShards
+from ltxkern.pipeline.transformer_block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate, per_token
+from ltxkern.pipeline.transformer_inputs import (
+    ModalityInput,
+    ModalityTensors,
+    Perturbation,
+    check_branch,
+    device_tensors,
+    stack,
+    timesteps,
+)
 
 
 class LTX2Transformer(LTX2VideoTransformer3DModel):
@@ -63,7 +31,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
 
     It differs from the parent in that the attention between modalities takes its scale and shift from the modality's
     own per-token timestep and its gate from the other modality's sigma; in that no text mask is used; and in that
-    each item of a batch may have its own perturbation. One timestep row is computed where all tokens share it.
+    each item of a batch may have its own perturbation. A timestep is embedded once per distinct value.
 
     Source: Lightricks LTX-2, arXiv 2601.03233; official LTX-2.3 conditioning.
     """
@@ -87,12 +55,16 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         video: ModalityTensors | None,
         audio: ModalityTensors | None,
         perturbations: tuple[Perturbation, ...] = (Perturbation(),),
+        shards: TokenShards | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Velocities (B, T, C) of the modalities that are given; the batch is split evenly over `perturbations`."""
+        """Velocities (B, T, C) of the modalities that are given; the batch is split evenly over `perturbations`.
+
+        With `shards`, video is this rank's tokens of a forward that several ranks share, and so is its velocity.
+        """
         present = video if video is not None else audio
         if present is None:
             raise ValueError("video and audio are both None: expected at least one modality")
-        video_stream = self._video_stream(video, audio) if video is not None else None
+        video_stream = self._video_stream(video, audio, shards) if video is not None else None
         audio_stream = self._audio_stream(audio, video) if audio is not None else None
         x = self.proj_in(video.tokens) if video is not None else None
         y = self.audio_proj_in(audio.tokens) if audio is not None else None
@@ -100,13 +72,15 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             x, y = block(x, y, video_stream, audio_stream, _block_keep(index, perturbations, present.tokens))
         if video is not None and x is not None:
             table = self.scale_shift_table
-            x = self._output(x, video.timestep, self.time_embed, table, self.norm_out, self.proj_out)
+            x = self._output(x, video, self.time_embed, table, self.norm_out, self.proj_out)
         if audio is not None and y is not None:
             table = self.audio_scale_shift_table
-            y = self._output(y, audio.timestep, self.audio_time_embed, table, self.audio_norm_out, self.audio_proj_out)
+            y = self._output(y, audio, self.audio_time_embed, table, self.audio_norm_out, self.audio_proj_out)
         return x, y
 
-    def _video_stream(self, video: ModalityTensors, audio: ModalityTensors | None) -> Stream:
+    def _video_stream(
+        self, video: ModalityTensors, audio: ModalityTensors | None, shards: TokenShards | None
+    ) -> Stream:
         dtype = video.tokens.dtype
         cross = None
         if audio is not None:
@@ -114,6 +88,8 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
                 modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
                 gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
                 rope=self.cross_attn_rope(video.positions[:, :1]),
+                rows=video.flat_rows(),
+                shards=shards,
             )
         return Stream(
             context=video.context,
@@ -121,6 +97,8 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
             rope=self.rope(video.positions),
             cross=cross,
+            rows=video.flat_rows(),
+            shards=shards,
         )
 
     def _audio_stream(self, audio: ModalityTensors, video: ModalityTensors | None) -> Stream:
@@ -131,6 +109,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
                 modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
                 gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
                 rope=self.cross_attn_audio_rope(audio.positions[:, :1]),
+                rows=audio.flat_rows(),
             )
         return Stream(
             context=audio.context,
@@ -138,6 +117,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
             rope=self.audio_rope(audio.positions),
             cross=cross,
+            rows=audio.flat_rows(),
         )
 
     def _gate_timestep(self, other: ModalityTensors) -> Tensor:
@@ -148,14 +128,14 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
     @staticmethod
     def _output(
         x: Tensor,
-        timestep: Tensor,
+        item: ModalityTensors,
         embedder: Any,
         table: Tensor,
         norm: Any,
         projection: Any,
     ) -> Tensor:
-        embedded = _timestep_embedding(embedder, timestep, x.dtype)
-        shift, scale = (table[:, None, None] + embedded).unbind(0)
+        embedded = _timestep_embedding(embedder, item.timestep, x.dtype)
+        shift, scale = (per_token(row, item.flat_rows()) for row in (table[:, None, None] + embedded).unbind(0))
         return projection(modulate(norm(x), scale, shift))
 
 
@@ -199,52 +179,6 @@ def _keep(flags: list[bool], like: Tensor) -> Keep:
     return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
 
 
-def _float32_exact(value: float) -> bool:
-    return ctypes.c_float(value).value == value
-
-
-def _timesteps(item: ModalityInput) -> Tensor:
-    """mask * sigma as fp32 (B, T, 1), or (B, 1, 1) without a mask; in fp64 first where sigma is no fp32 number."""
-    dtype = torch.float32 if _float32_exact(item.sigma) else torch.float64
-    if item.mask is None:
-        return item.latent.new_full((item.latent.shape[0], 1, 1), item.sigma, dtype=dtype)
-    return item.mask.to(dtype) * item.sigma
-
-
-def _device_tensors(item: ModalityInput, scale: float) -> ModalityTensors:
-    # sigma * scale is rounded once: for an fp32 sigma the fp64 product is exact, so both precisions agree.
-    sigma = item.latent.new_full((item.latent.shape[0],), item.sigma * scale, dtype=torch.float32)
-    timestep = (_timesteps(item) * scale).float().squeeze(-1)
-    return ModalityTensors(item.latent, timestep, sigma, item.positions, item.context)
-
-
-def _stack(items: Sequence[ModalityTensors]) -> ModalityTensors:
-    if len(items) == 1:
-        return items[0]
-    return ModalityTensors(*(torch.cat([getattr(item, f.name) for item in items]) for f in fields(ModalityTensors)))
-
-
-def _check_branch(transformer: LTX2Transformer, video: ModalityInput | None, audio: ModalityInput | None) -> None:
-    sizes = {
-        "video": (video, transformer.config.in_channels, 3),
-        "audio": (audio, transformer.config.audio_in_channels, 1),
-    }
-    for name, (item, channels, axes) in sizes.items():
-        if item is None:
-            continue
-        if item.latent.ndim != 3 or item.latent.shape[-1] != channels:
-            raise ValueError(f"{name}.latent: expected (B, T, {channels}), got {tuple(item.latent.shape)}")
-        batch, tokens = item.latent.shape[:2]
-        if tuple(item.positions.shape) != (batch, axes, tokens, 2):
-            raise ValueError(
-                f"{name}.positions: expected ({batch}, {axes}, {tokens}, 2), got {tuple(item.positions.shape)}"
-            )
-        if item.mask is not None and tuple(item.mask.shape) != (batch, tokens, 1):
-            raise ValueError(f"{name}.mask: expected ({batch}, {tokens}, 1), got {tuple(item.mask.shape)}")
-        if item.context.ndim != 3 or item.context.shape[0] != batch:
-            raise ValueError(f"{name}.context: expected ({batch}, L, D), got {tuple(item.context.shape)}")
-
-
 def _perturbation(transformer: LTX2Transformer, flags: Mapping[str, Any]) -> Perturbation:
     blocks = len(transformer.transformer_blocks)
     chosen = dict(flags)
@@ -258,7 +192,7 @@ def _perturbation(transformer: LTX2Transformer, flags: Mapping[str, Any]) -> Per
 
 @torch.no_grad()
 def predict_velocity_batched(
-    transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]]
+    transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]], sequence: SequenceParallel | None = None
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """Velocities of several guidance branches from one forward over their concatenated batches.
 
@@ -266,6 +200,7 @@ def predict_velocity_batched(
         transformer: the model.
         branches: keyword arguments of `predict_velocity`, one mapping per branch; `video` and `audio` included. All
             branches have the same modalities and shapes, and differ in context, sigma and perturbation.
+        sequence: ranks over which the video tokens are shared out; every one of them makes the same call.
 
     Returns:
         One (video, audio) pair per branch, as `predict_velocity` gives it alone (equal up to GEMM rounding).
@@ -277,7 +212,7 @@ def predict_velocity_batched(
     for branch in branches:
         flags = dict(branch)
         pair = (flags.pop("video", None), flags.pop("audio", None))
-        _check_branch(transformer, *pair)
+        check_branch(transformer.config, *pair)
         pairs.append(pair)
         perturbations.append(_perturbation(transformer, flags))
     scale = transformer.config.timestep_scale_multiplier
@@ -291,8 +226,11 @@ def predict_velocity_batched(
         masked = len({item.mask is None for item in given}) > 1
         if masked:
             raise ValueError(f"{name}.mask: expected in every branch or in none")
-        stacked.append(_stack([_device_tensors(item, scale) for item in given]) if given else None)
-    outputs = transformer(*stacked, tuple(perturbations))
+        if len({item.levels for item in given}) > 1:
+            raise ValueError(f"{name}.levels: expected the same in every branch, got {[i.levels for i in given]}")
+        stacked.append(stack([device_tensors(item, scale) for item in given]) if given else None)
+    run: Any = transformer if sequence is None else functools.partial(sequence.run, transformer)
+    outputs = run(*stacked, tuple(perturbations))
     chunks = [[None] * len(branches) if out is None else out.chunk(len(branches)) for out in outputs]
     return list(zip(*chunks, strict=True))
 
@@ -335,10 +273,12 @@ def predict_velocity(
 
 
 @torch.no_grad()
-def predict_x0_batched(transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
+def predict_x0_batched(
+    transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]], sequence: SequenceParallel | None = None
+) -> list[dict[str, Tensor]]:
     """Denoised predictions of several branches from one forward; arguments as `predict_velocity_batched`."""
     results = []
-    for branch, velocities in zip(branches, predict_velocity_batched(transformer, branches), strict=True):
+    for branch, velocities in zip(branches, predict_velocity_batched(transformer, branches, sequence), strict=True):
         items = {"video": (branch.get("video"), velocities[0]), "audio": (branch.get("audio"), velocities[1])}
         results.append(
             {name: _to_x0(item, v) for name, (item, v) in items.items() if item is not None and v is not None}
@@ -347,7 +287,7 @@ def predict_x0_batched(transformer: LTX2Transformer, branches: Sequence[Mapping[
 
 
 def _to_x0(item: ModalityInput, velocity: Tensor) -> Tensor:
-    return to_denoised(item.latent, velocity, _timesteps(item))
+    return to_denoised(item.latent, velocity, timesteps(item, item.mask))
 
 
 def predict_x0(
@@ -386,7 +326,7 @@ def needs_cross_timestep_fix() -> bool:
     video = ModalityInput(tokens, 0.5, mask, positions, contexts[0])
     audio = ModalityInput(audio_tokens, 0.5, None, audio_positions, contexts[1])
     ours = predict_velocity(model, video, audio)
-    inputs = [_device_tensors(item, 1000.0) for item in (video, audio)]
+    inputs = [device_tensors(item, 1000.0) for item in (video, audio)]
     stock.load_state_dict(model.state_dict())
 
     def differs(use_cross_timestep: bool) -> bool:

@@ -1,7 +1,7 @@
 """One LTX-2.3 transformer block: diffusers' parameters, a forward in which each attention may be left out per item."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
@@ -10,14 +10,19 @@ from ltxkern.ops.gated_residual import gated_residual
 from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
 from ltxkern.pipeline.attention import Keep, Rope, attend
 
+if TYPE_CHECKING:
+    from ltxkern.pipeline.sequence_parallel import TokenShards
+
 
 @dataclass(frozen=True)
 class CrossStream:
     """What the attention between the modalities reads of one of them."""
 
-    modulation: Tensor  # (B, T | 1, 4 * D): scale, shift for a2v, scale, shift for v2a
+    modulation: Tensor  # (B, N, 4 * D): scale, shift for a2v, scale, shift for v2a
     gate: Tensor  # (B, 1, D)
     rope: Rope
+    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
+    shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,12 @@ class Stream:
     """What every block of a forward reads of one modality."""
 
     context: Tensor  # (B, L, D)
-    modulation: Tensor  # (B, T | 1, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
+    modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
     prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
     rope: Rope
     cross: CrossStream | None  # None where the other modality is absent
+    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
+    shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,18 @@ class BlockKeep:
     v2a: Keep = True
 
 
-def _rows(table: Tensor, modulation: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
-    """Rows start..stop of `table (n, D) + modulation (B, T, n * D)`, each (B, T, D)."""
+def per_token(values: Tensor, rows: Tensor | None) -> Tensor:
+    """(B, N, D) to (B, T, D) by `rows (B, T)` into the B * N rows; unchanged, to be broadcast, without them."""
+    if rows is None:
+        return values
+    return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def _rows(table: Tensor, modulation: Tensor, start: int, stop: int, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """Rows start..stop of `table (n, D) + modulation (B, N, n * D)`, each (B, T | N, D)."""
     width = table.shape[1]
     part = modulation[..., start * width : stop * width].unflatten(-1, (stop - start, width))
-    return (table[start:stop] + part).unbind(-2)
+    return tuple(per_token(row, rows) for row in (table[start:stop] + part).unbind(-2))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -113,7 +127,12 @@ class LTX2Block(LTX2VideoTransformerBlock):
         if keep.v2a is not False:
             context, queries = inputs(2)
             update = attend(
-                self.video_to_audio_attn, queries, context, rope=audio_cross.rope, context_rope=video_cross.rope
+                self.video_to_audio_attn,
+                queries,
+                context,
+                rope=audio_cross.rope,
+                context_rope=video_cross.rope,
+                shards=video_cross.shards,
             )
             updates["audio"] = _kept(update, keep.v2a)
         if "video" in updates:
@@ -124,7 +143,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
 
 
 def _modulated(norm: Any, x: Tensor, table: Tensor, cross: CrossStream, start: int) -> Tensor:
-    scale, shift = _rows(table, cross.modulation, start, start + 2)
+    scale, shift = _rows(table, cross.modulation, start, start + 2, cross.rows)
     return rms_norm_modulate(x, scale, shift, eps=norm.eps)
 
 
@@ -137,15 +156,16 @@ def _attentions(
     text: tuple[Any, Any],
 ) -> Tensor:
     """Self-attention, then attention to the text; the residual between them is fused with the text norm."""
-    shift, scale, gate = _rows(tables[0], stream.modulation, 0, 3)
-    update = attend(own[1], rms_norm_modulate(x, scale, shift, eps=own[0].eps), rope=stream.rope, keep=keep)
-    text_shift, text_scale, text_gate = _rows(tables[0], stream.modulation, 6, 9)
+    shift, scale, gate = _rows(tables[0], stream.modulation, 0, 3, stream.rows)
+    normed = rms_norm_modulate(x, scale, shift, eps=own[0].eps)
+    update = attend(own[1], normed, rope=stream.rope, keep=keep, shards=stream.shards)
+    text_shift, text_scale, text_gate = _rows(tables[0], stream.modulation, 6, 9, stream.rows)
     x, queries = gated_residual_rms_norm_modulate(x, update, gate, text_scale, text_shift, eps=text[0].eps)
-    context_shift, context_scale = _rows(tables[1], stream.prompt_modulation, 0, 2)
+    context_shift, context_scale = _rows(tables[1], stream.prompt_modulation, 0, 2, None)
     update = attend(text[1], queries, modulate(stream.context, context_scale, context_shift))
     return gated_residual(x, update, text_gate)
 
 
 def _feed_forward(network: Any, norm: Any, x: Tensor, table: Tensor, stream: Stream) -> Tensor:
-    shift, scale, gate = _rows(table, stream.modulation, 3, 6)
+    shift, scale, gate = _rows(table, stream.modulation, 3, 6, stream.rows)
     return gated_residual(x, network(rms_norm_modulate(x, scale, shift, eps=norm.eps)), gate)

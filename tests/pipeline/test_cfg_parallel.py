@@ -256,6 +256,7 @@ def test_single_branch_stages_at_the_end_are_the_leads(monkeypatch: pytest.Monke
 
 def arguments(**changes: Any) -> argparse.Namespace:
     options = {"cfg_parallel_size": None, "stage2_parallel": "none", "max_batch_size": 1, "device": None, "image": []}
+    options["pipeline"] = "hq"
     return argparse.Namespace(**{**options, **changes})
 
 
@@ -272,7 +273,12 @@ def arguments(**changes: Any) -> argparse.Namespace:
         (2, {"max_batch_size": 3}, "use max-batch-size 1"),
         (2, {"device": "cuda:1"}, "would put 2 ranks on one device: use cuda or cpu"),
         (1, {"stage2_parallel": "ring"}, "stage2-parallel must be one of none, ulysses, got 'ring'"),
-        (2, {"stage2_parallel": "ulysses"}, "stage2-parallel ulysses is designed"),
+        (1, {"stage2_parallel": "ulysses"}, "stage2-parallel ulysses needs several ranks: start them with torchrun"),
+        (
+            2,
+            {"stage2_parallel": "ulysses", "pipeline": "one-stage"},
+            "needs a stage 2, and pipeline one-stage has none",
+        ),
     ],
 )
 def test_contradictions_are_refused(size: int, changes: dict[str, Any], words: str) -> None:
