@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ltxkern.pipeline import official_config
 from ltxkern.pipeline.components import BUILDABLE, COMPONENT_NAMES, VAE_PARTS, Components, build, component_dtype
+from ltxkern.pipeline.hub import local_path
 from ltxkern.pipeline.lora_file import LoraWeights, load_lora
 from ltxkern.pipeline.official_names import component_of, diffusers_name
 from ltxkern.pipeline.weights_file import ITEM_BYTES, CheckpointError, Header, StoredTensor, listed, read_header
@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 _DIFFUSERS_FOLDERS = {"video_vae": "vae", "upsampler": "latent_upsampler"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,15 @@ def find_model(
     Raises:
         CheckpointError: nothing usable is there, or the download fails.
     """
-    path = _local(path_or_id)
+    path = local_path(path_or_id)
     found = ModelFiles(checkpoint=path)
     if path.is_dir():
         found = _in_folder(path)
     return ModelFiles(
         checkpoint=found.checkpoint,
         folder=found.folder,
-        upsampler=_local(upsampler) if upsampler is not None else found.upsampler,
-        text_encoder=_local(text_encoder) if text_encoder is not None else found.text_encoder,
+        upsampler=local_path(upsampler) if upsampler is not None else found.upsampler,
+        text_encoder=local_path(text_encoder) if text_encoder is not None else found.text_encoder,
     )
 
 
@@ -90,26 +88,6 @@ def _in_folder(path: Path) -> ModelFiles:
             f"{path}: expected a model_index.json or exactly one official LTX-2.3 file, found {names}; name the file"
         )
     return ModelFiles(checkpoint=checkpoints[0], upsampler=upsamplers[0] if len(upsamplers) == 1 else None)
-
-
-def _local(path_or_id: str | Path) -> Path:
-    path = Path(path_or_id).expanduser()
-    if path.exists():
-        return path
-    one_file = None if path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
-    if one_file is None and (not _HUB_ID.fullmatch(str(path_or_id)) or path.suffix == ".safetensors"):
-        raise CheckpointError(f"{path_or_id}: no such file or folder")
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        if one_file is not None:
-            return Path(hf_hub_download(one_file[1], one_file[2]))
-        return Path(snapshot_download(str(path_or_id)))
-    # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors through FileNotFoundError and ConnectionError.
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path_or_id}: no such path here, and the hub did not deliver it ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -222,7 +200,7 @@ def load_component(
     if component not in COMPONENT_NAMES:
         raise ValueError(f"component: expected one of {', '.join(COMPONENT_NAMES)}, got {component!r}")
     if not isinstance(files, ModelFiles):
-        files = ModelFiles(upsampler=_local(files)) if component == "upsampler" else find_model(files)
+        files = ModelFiles(upsampler=local_path(files)) if component == "upsampler" else find_model(files)
     if component in ("text_encoder", "tokenizer"):
         return _load_text(files, component, dtype, device)
     stored = _stored(files, component)

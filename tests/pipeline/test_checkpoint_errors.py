@@ -129,27 +129,6 @@ def test_empty_folder_and_several_files(official: dict[str, Path], tmp_path: Pat
         find_model(tmp_path)
 
 
-def test_offline_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        CheckpointError, match=r"nobody/no-such-model: no such path here, and the hub did not deliver"
-    ) as e:
-        load_components("nobody/no-such-model")
-    assert "\n" not in str(e.value)
-
-
-def test_hub_id_is_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(name: str) -> str:
-        asked.append(name)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert load_components("owner/model", dtype=torch.float32).vocoder is not None
-    assert asked == ["owner/model"]
-
-
 def test_text_encoder_folder_that_is_none(official: dict[str, Path], tmp_path: Path) -> None:
     for component in ("text_encoder", "tokenizer"):
         with pytest.raises(CheckpointError, match="expected a folder with Gemma 3"):
