@@ -49,7 +49,7 @@ def _hub_folder(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=_DIFFUSERS_LAYOUT))
     single = sorted(name for name in sizes if "/" not in name and name.endswith(".safetensors"))
     if len(single) > 1 and "config.json" not in sizes:
-        names = ", ".join(f"{name} ({sizes[name] / 1e9:.1f} GB)" for name in single)
+        names = ", ".join(f"{name} ({(sizes[name] or 0) / 1e9:.1f} GB)" for name in single)
         raise CheckpointError(
             f"{repository} holds several files: name the one to load, for example {repository}/{single[0]}; "
             f"there are {names}"
