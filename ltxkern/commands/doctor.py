@@ -1,8 +1,9 @@
-"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not."""
+"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not. Needs nothing beyond the package's own requirements."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -12,37 +13,36 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print three tables: environment, backends with reasons, op x backend."""
-    from rich.console import Console
-    from rich.table import Table
+def _table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their longest cell, but the last: a reason is shown whole, on one line."""
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        print("  " + "  ".join([*padded, row[-1]]).rstrip())
 
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print three tables: versions, backends with reasons, op x backend."""
     import ltxkern
     from ltxkern.dispatch import BACKENDS, unavailable
     from ltxkern.environment import environment
 
-    console = Console(soft_wrap=False)
     facts = environment()
-    versions = Table("package", "version", title=f"ltxkern {facts['ltxkern']}, Python {facts['python']}")
-    for name, version in facts["packages"].items():
-        versions.add_row(name, version or "not installed")
-    console.print(versions)
-    console.print(f"processor: {facts['processor']}, {facts['cores']} cores, torch uses {facts['threads']} threads")
+    versions = [(name, version or "not installed") for name, version in facts["packages"].items()]
+    _table(f"ltxkern {facts['ltxkern']}, Python {facts['python']}", versions)
+    print(f"\nprocessor: {facts['processor']}, {facts['cores']} cores, torch uses {facts['threads']} threads")
     if not facts["devices"]:
-        console.print("devices: no CUDA device; everything runs on the CPU")
+        print("devices: no CUDA device; everything runs on the CPU")
     for device in facts["devices"]:
         gibibytes = device["memory_bytes"] / 2**30
-        console.print(f"device: {device['name']}, capability {device['capability']}, {gibibytes:.0f} GiB")
-    tiers = Table("backend", "state", title="backends, best first")
-    for name in BACKENDS:
-        tiers.add_row(name, unavailable(name) or "ready")
-    console.print(tiers)
-    table = Table("op", *BACKENDS, title="what serves which op here")
-    for op, row in ltxkern.capabilities().items():
-        table.add_row(op, *("yes" if row[name] is None else "-" for name in BACKENDS))
-    console.print(table)
-    for op, row in ltxkern.capabilities().items():
+        print(f"device: {device['name']}, capability {device['capability']}, {gibibytes:.0f} GiB")
+    _table("backends, best first", [(name, unavailable(name) or "ready") for name in BACKENDS])
+    capabilities = ltxkern.capabilities()
+    served = [(op, *("yes" if row[name] is None else "-" for name in BACKENDS)) for op, row in capabilities.items()]
+    _table("what serves which op here", [("op", *BACKENDS), *served])
+    for op, row in capabilities.items():
         for name, reason in row.items():
             if reason is not None and reason != unavailable(name):
-                console.print(f"{op}, {name}: {reason}")
+                print(f"{op}, {name}: {reason}")
     return 0
