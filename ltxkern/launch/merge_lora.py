@@ -93,7 +93,7 @@ def refuse(
 
 
 @contextmanager
-def _full_precision_reduction() -> Iterator[None]:
+def full_precision_reduction() -> Iterator[None]:
     """Products of the block add their parts in fp32, whatever the process allows otherwise."""
     settings = torch.backends.cuda.matmul
     before = settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction
@@ -124,11 +124,10 @@ def run_device(
 ) -> None:
     """CUDA: the official chain by torch, addmm on tensor cores for one large LoRA, else the tile kernel."""
     if rounding == "reference":
-        with _full_precision_reduction():
-            composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+        composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
         return
     if rounding == "single" and lora_a[0].shape[0] > SMALL_RANK and one_product(weight, lora_a, lora_b):
-        with torch.no_grad(), _full_precision_reduction():
+        with torch.no_grad(), full_precision_reduction():
             weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
         return
     factors_a, factors_b = [a.contiguous() for a in lora_a], [b.contiguous() for b in lora_b]

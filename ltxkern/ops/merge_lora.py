@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ltxkern.triton import constraints, triton_backend
 
 ROUNDINGS = ("single", "reference", "stochastic")
 WEIGHT_DTYPES = (*SAMPLER_DTYPES, torch.float8_e4m3fn)
+CHUNK_BYTES = 32 << 20
 
 
 def rows_per_chunk(rows: int, columns: int, bytes_per_element: int, chunk_bytes: int) -> int:
@@ -67,22 +68,41 @@ def _merge_single(
                 tile.copy_(total)
 
 
-def _merge_reference(
-    weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], limit: int
-) -> None:
-    """The official rule: round(B s) @ A rounded, further LoRAs added by addmm, then the sum with W rounded."""
-    size = weight.dtype.itemsize
+def reference_deltas(
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[Tensor, slice]]:
+    """What the official rule adds to a weight, by the same chunks of rows as `merge_lora_(rounding="reference")`.
+
+    Args:
+        weight: (out, in); only its shape and dtype are read.
+        lora_a, lora_b, scale, chunk_bytes: as `merge_lora_`; at least one LoRA, of rank 1 at least, no scale 0.
+    Yields:
+        (delta, rows): `round(B s) @ A` rounded, further LoRAs added by addmm; weight[rows] + delta is the merged weight.
+    """
+    size, limit = weight.dtype.itemsize, chunk_bytes
     rows = min(
         rows_per_chunk(weight.shape[0], weight.shape[1], size, limit),
         rows_per_chunk(weight.shape[0], lora_a[0].shape[0], size, limit),
     )
     factors = [a.to(weight.dtype) for a in lora_a]
     for top in range(0, weight.shape[0], rows):
-        tile = weight[top : top + rows]
-        delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
-        for k in range(1, len(factors)):
-            delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
-        tile.add_(delta)
+        with launch.full_precision_reduction():
+            delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
+            for k in range(1, len(factors)):
+                delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
+        yield delta, slice(top, top + rows)
+
+
+def _merge_reference(
+    weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], limit: int
+) -> None:
+    """The official rule: the deltas, then the sum with W rounded."""
+    for delta, rows in reference_deltas(weight, lora_a, lora_b, scale, limit):
+        weight[rows].add_(delta)
 
 
 def reference(
@@ -121,7 +141,7 @@ def merge_lora_(
     lora_b: Tensor | Sequence[Tensor],
     scale: float | Sequence[float] = 1.0,
     *,
-    chunk_bytes: int = 32 << 20,
+    chunk_bytes: int = CHUNK_BYTES,
     rounding: str = "single",
     seed: int = 0,
 ) -> Tensor:

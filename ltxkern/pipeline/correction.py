@@ -73,8 +73,8 @@ def apply_correction(weight: Tensor, correction: Correction) -> Tensor:
     index = torch.repeat_interleave(groups, correction.counts.to(torch.int64), output_size=correction.offsets.numel())
     index += correction.offsets
     bits = bit_pattern(weight)
-    distance = correction.codes.to(bits.dtype)
+    distance = correction.codes.to(bits.dtype, copy=True)
     if correction.escapes.numel():
         distance.masked_scatter_(correction.codes == _ESCAPE, correction.escapes)
-    bits[index] = bits[index] + distance
+    bits[index] = distance.add_(bits[index])
     return weight

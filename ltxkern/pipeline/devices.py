@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ltxkern.pipeline.device_modes import MODES, ModeNeeds, choose_mode, mode_needs
-from ltxkern.pipeline.host_copy import HostCopy, lent, module_tensors
+from ltxkern.pipeline.device_modes import MODES, OFFLOADED, ModeNeeds, choose_mode, mode_needs
+from ltxkern.pipeline.host_copy import HostCopy, Lender, module_tensors
 from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, device_available
 from ltxkern.pipeline.lora import NO_LORA, FactorCache, LoRAPhase
 from ltxkern.pipeline.offload_store import OffloadStore
@@ -89,6 +89,7 @@ class TwoStageDeviceManager:
         self._spare_blocks = spare_blocks
         self._offload = offload
         self._factors = FactorCache()
+        self._lender = Lender(self.device, self.budget)
         self._table: WeightTable | None = None
         self._source: PristineSource | None = None
         self._store: PhaseStore | None = None
@@ -96,6 +97,7 @@ class TwoStageDeviceManager:
         self._phases: tuple[LoRAPhase, ...] = ()
         self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._home_is_written = False
+        self._is_placed = False
         self._hooks: list[Any] = []
         self._forwards_left: int | None = None
         self._upcoming: LoRAPhase | None = None
@@ -201,7 +203,11 @@ class TwoStageDeviceManager:
         if mode == "original" and self._offload:
             self._reason += "; blocks stay on the host and visit the device one by one"
         logger.info("device mode %s: %s", mode, self._reason)
-        self._factors.limit = max(0, free - self._needs[mode].device_bytes) if self.device.type == "cuda" else 0
+        taken = self._needs[OFFLOADED if mode == "original" and self._offload else mode].device_bytes
+        self._factors.limit = max(0, free - taken) if self.device.type == "cuda" else 0
+        if self._store is not None:
+            self._store.close()
+        self._is_placed = False
         self._store = self._build(mode)
 
     def _build(self, mode: str) -> PhaseStore:
@@ -217,6 +223,8 @@ class TwoStageDeviceManager:
 
     def _adopt(self, modules: list[str]) -> None:
         """Moves the transformer to the device, and takes in weights that no phase has changed so far."""
+        if self._is_placed and not modules:
+            return
         weights = {}
         for name in filter(self.store.adopts, modules):
             data = self.table.parameter(name).data
@@ -234,6 +242,7 @@ class TwoStageDeviceManager:
         if self.device.type != "cpu" and not isinstance(self._store, OffloadStore):
             HostCopy(self.table.transformer, self.budget, pin=False).lend(self.device)
         self._install_block_hooks()
+        self._is_placed = True
 
     def _install_block_hooks(self) -> None:
         for hook in self._hooks[2:]:
@@ -382,16 +391,17 @@ class TwoStageDeviceManager:
         return self.table.block_checksums()
 
     @contextlib.contextmanager
-    def component(self, name: str, module: Any, *, keep: bool | None = None) -> Iterator[Any]:
+    def component(self, name: str, module: Any, *, keep: bool | None = None, once: bool = False) -> Iterator[Any]:
         """Puts a module on the device for the block.
 
         Args:
             name: of the component, for the log.
             module: anything with or without weights; nothing happens to what is on the device already.
-            keep: leave it there afterwards; None: in mode "resident".
+            keep: leave it there until `close`; None: in mode "resident".
+            once: it is let go afterwards (a text encoder): not worth page-locking.
         """
         keep = self.mode == "resident" if keep is None else keep
-        with lent(name, module, self.device, self.budget, keep=keep):
+        with self._lender.lent(name, module, keep=keep and not once, once=once):
             yield module
 
     def side_by_side(self, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
@@ -417,6 +427,7 @@ class TwoStageDeviceManager:
         Raises:
             LoRAPhaseError: the pristine weights are lost; everything else is undone.
         """
+        self._lender.close()
         if self._table is None:
             return
         try:
@@ -432,7 +443,7 @@ class TwoStageDeviceManager:
             self._factors.keep_only(())
             for hook in self._hooks:
                 hook.remove()
-            self._hooks, self._home, self._home_is_written = [], [], False
+            self._hooks, self._home, self._home_is_written, self._is_placed = [], [], False, False
             self._table = self._source = self._store = self._phase = None
             self._phases = ()
 

@@ -69,6 +69,7 @@ class HostCopy:
         self.module = module
         self._budget = budget
         self._pinned: list[Tensor] = []
+        self._away = False
         if pin and torch.cuda.is_available():
             self._pin()
         self._home = [(tensor, tensor.data) for tensor in module_tensors(module)]
@@ -96,17 +97,28 @@ class HostCopy:
             copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
             return copy.copy_(storage, non_blocking=True)
 
+        self._away = True
         _rebase(self.module, move)
+
+    def is_home(self) -> bool:
+        """Whether the module holds the host weights that this keeps: someone else may have moved or replaced them."""
+        now = list(module_tensors(self.module))
+        return len(now) == len(self._home) and all(
+            tensor is kept and tensor.data_ptr() == data.data_ptr()
+            for tensor, (kept, data) in zip(now, self._home, strict=True)
+        )
 
     def take_home(self) -> None:
         """Points the module to its host weights again; the device's copies are freed, nothing is copied."""
         for tensor, data in self._home:
             tensor.data = data
+        self._away = False
 
     def close(self) -> None:
-        """Takes the module home and gives the page-locked memory back."""
-        self.take_home()
-        if self._pinned:
+        """Takes the module home and gives the page-locked memory back; weights that someone else put there stay."""
+        if self._away:
+            self.take_home()
+        if self._pinned and self.is_home():
             _rebase(self.module, lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage))
             self._home = []
         self._give_back()
@@ -117,27 +129,62 @@ class HostCopy:
         self._pinned.clear()
 
 
-@contextlib.contextmanager
-def lent(name: str, module: nn.Module, device: torch.device, budget: HostBudget, *, keep: bool) -> Iterator[None]:
-    """The module is on the device within the block, and at home again afterwards unless `keep`; an error takes it home.
+def _is_on(module: nn.Module, device: torch.device) -> bool:
+    return all(tensor.device.type == device.type for tensor in module_tensors(module))
+
+
+class Lender:
+    """Lends components to a device by name. A component that comes again finds its host copy page-locked already.
 
     Args:
-        name: for the log.
-        module: with or without weights; nothing happens to what is on the device already.
+        device: they are lent to.
+        budget: counts page-locked memory; a component that does not fit stays pageable.
     """
-    if all(tensor.device.type == device.type for tensor in module_tensors(module)):
-        yield
-        return
-    try:
-        copy = HostCopy(module, budget)
-    except HostBudgetError as error:
-        logger.info("%s stays pageable: %s", name, error)
-        copy = HostCopy(module, budget, pin=False)
-    done = False
-    try:
-        copy.lend(device)
-        yield
-        done = True
-    finally:
-        if not (keep and done):
-            copy.close()
+
+    def __init__(self, device: torch.device, budget: HostBudget) -> None:
+        self._device = device
+        self._budget = budget
+        self._copies: dict[str, HostCopy] = {}
+
+    @contextlib.contextmanager
+    def lent(self, name: str, module: nn.Module, *, keep: bool, once: bool = False) -> Iterator[None]:
+        """The module is on the device within the block, and at home again afterwards unless `keep`; an error takes it home.
+
+        Args:
+            name: of the component.
+            module: with or without weights; nothing happens to what is on the device already.
+            keep: it stays on the device until `close`.
+            once: it is not expected again: nothing is page-locked or kept for it.
+        """
+        if _is_on(module, self._device):
+            yield
+            return
+        copy = HostCopy(module, self._budget, pin=False) if once else self._copy(name, module)
+        done = False
+        try:
+            copy.lend(self._device)
+            yield
+            done = True
+        finally:
+            if not (keep and done):
+                copy.take_home()
+
+    def _copy(self, name: str, module: nn.Module) -> HostCopy:
+        known = self._copies.get(name)
+        if known is not None and known.module is module and known.is_home():
+            return known
+        if known is not None:
+            del self._copies[name]
+            known.close()
+        try:
+            made = HostCopy(module, self._budget)
+        except HostBudgetError as error:
+            logger.info("%s stays pageable: %s", name, error)
+            made = HostCopy(module, self._budget, pin=False)
+        self._copies[name] = made
+        return made
+
+    def close(self) -> None:
+        """Takes all components home and gives page-locked memory back."""
+        while self._copies:
+            self._copies.popitem()[1].close()

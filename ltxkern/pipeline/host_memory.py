@@ -93,18 +93,16 @@ def device_available(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def pin(tensor: Tensor) -> Tensor:
-    """A page-locked copy of a host tensor, or the tensor itself where it is pinned or there is nothing to pin for."""
-    if not torch.cuda.is_available() or tensor.is_pinned():
-        return tensor
-    return tensor.pin_memory()
+def host_bytes(nbytes: int) -> int:
+    """What a host tensor of so many bytes takes: torch rounds page-locked memory up to a power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes and torch.cuda.is_available() else nbytes
 
 
 class HostBudget:
     """Counts the bytes that the manager keeps on the host, and refuses to exceed the limit.
 
     Args:
-        limit: bytes, or None: nine tenths of what is free when it is asked.
+        limit: bytes, or None: nine tenths of what is free and of what has been taken already.
         allocate: called with (shape, dtype); returns a page-locked host tensor where there is a GPU.
     """
 
@@ -120,7 +118,8 @@ class HostBudget:
     @property
     def available(self) -> int:
         """Bytes that may still be taken."""
-        return int(0.9 * host_available()) if self._limit is None else self._limit - self.used
+        limit = int(0.9 * (host_available() + self.used)) if self._limit is None else self._limit
+        return limit - self.used
 
     def take(self, shape: torch.Size, dtype: torch.dtype, what: str) -> Tensor:
         """A host tensor counted against the budget.
@@ -128,7 +127,7 @@ class HostBudget:
         Raises:
             HostBudgetError: the budget, or the host itself, has no room.
         """
-        nbytes = shape.numel() * dtype.itemsize
+        nbytes = host_bytes(shape.numel() * dtype.itemsize)
         if nbytes > self.available:
             raise HostBudgetError(
                 f"{what} needs {nbytes} bytes of host memory and {max(0, self.available)} are left: "
@@ -143,7 +142,7 @@ class HostBudget:
 
     def give_back(self, tensor: Tensor) -> None:
         """Uncounts a tensor that `take` handed out."""
-        self.used -= tensor.nbytes
+        self.used -= host_bytes(tensor.nbytes)
 
 
 def _allocate_pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:

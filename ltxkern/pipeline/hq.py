@@ -369,7 +369,7 @@ class HQTwoStagePipeline:
     def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
         parts = self.components
         with (
-            self.manager.component("text_encoder", parts.text_encoder) as encoder,
+            self.manager.component("text_encoder", parts.text_encoder, once=not self._keep_text_encoder) as encoder,
             self.manager.component("connectors", parts.connectors) as connectors,
         ):
             dtype = next(connectors.parameters()).dtype

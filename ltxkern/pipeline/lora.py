@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.ops.merge_lora import merge_lora_
+from ltxkern.ops.merge_lora import merge_lora_, reference_deltas
 
 # Name and scale of every LoRA that touches one weight: weights with equal keys hold equal bits.
 WeightKey = tuple[tuple[str, float], ...]
@@ -168,18 +169,23 @@ class LoRAPhase:
         merged = " + ".join(f"{Path(lora.name).stem} x {strength:g}" for lora, strength in self.entries)
         return merged or "no LoRA"
 
-    @property
-    def modules(self) -> list[str]:
+    @functools.cached_property
+    def modules(self) -> tuple[str, ...]:
         """Names of the modules whose weight this phase changes."""
-        return sorted({name for lora, _ in self.entries for name in lora.factors})
+        return tuple(sorted({name for lora, _ in self.entries for name in lora.factors}))
+
+    @functools.cached_property
+    def _keys(self) -> dict[str, WeightKey]:
+        found: dict[str, WeightKey] = {}
+        for lora, strength in self.entries:
+            for module, factors in lora.factors.items():
+                if factors.a.shape[0] > 0:
+                    found[module] = (*found.get(module, ()), (lora.name, factors.scale(strength)))
+        return found
 
     def key(self, module: str) -> WeightKey:
         """What this phase merges into one module's weight."""
-        return tuple(
-            (lora.name, lora.factors[module].scale(strength))
-            for lora, strength in self.entries
-            if module in lora.factors and lora.factors[module].a.shape[0] > 0
-        )
+        return self._keys.get(module, PRISTINE_KEY)
 
     def factors(self, module: str) -> tuple[list[LoRAFactors], list[float]]:
         """Factors and scales for one module, in merge order."""
@@ -239,6 +245,10 @@ class FactorCache:
     def on(self, device: torch.device, factors: LoRAFactors) -> tuple[Tensor, Tensor]:
         """Both factors on a device."""
         if factors in self._kept:
+            if device.type == "cuda":
+                # Other streams than the one they came on read them: their memory is not given away before that.
+                for tensor in self._kept[factors]:
+                    tensor.record_stream(torch.cuda.current_stream(device))
             return self._kept[factors]
         # Blocking copies: what is kept may be read by another stream than the one it came on.
         pair = factors.a.to(device), factors.b.to(device)
@@ -289,3 +299,69 @@ def merge_phase(
             rounding=rounding,
         )
     return weight
+
+
+def merge_phase_pair(
+    weight: Tensor,
+    other: Tensor,
+    module: str,
+    phases: tuple[LoRAPhase, LoRAPhase],
+    *,
+    rounding: str = "reference",
+    cache: FactorCache | None = None,
+) -> None:
+    """Merges two phases at once: `weight` becomes the first, in place, `other` the second; each bit-equal to `merge_phase`.
+
+    Args:
+        weight: (out, in), pristine.
+        other: as `weight`; what it holds is overwritten.
+        module: name of its module.
+        phases: what to merge; each changes the module.
+        rounding: as `merge_lora_`.
+        cache: where factors come from that are on the device already.
+
+    Bytes: with "reference", W is read chunk by chunk (32 MiB at most) for both, and each result written once; with the
+    other roundings W is copied first.
+    """
+    first, second = phases
+    if rounding != "reference" or not all(merged_factors(module, phase) for phase in phases):
+        other.copy_(weight)
+        merge_phase(other, module, second, rounding=rounding, cache=cache)
+        merge_phase(weight, module, first, rounding=rounding, cache=cache)
+        return
+    for (delta, rows), (other_delta, _) in zip(
+        phase_deltas(weight, module, first, cache), phase_deltas(weight, module, second, cache), strict=True
+    ):
+        torch.add(weight[rows], other_delta, out=other[rows])
+        weight[rows].add_(delta)
+
+
+def merged_factors(module: str, phase: LoRAPhase) -> list[tuple[LoRAFactors, float]]:
+    """(factors, scale) of what really changes a module's weight: rank and scale are not 0."""
+    return [
+        (factors, scale) for factors, scale in zip(*phase.factors(module), strict=True) if factors.a.shape[0] and scale
+    ]
+
+
+def phase_deltas(
+    weight: Tensor, module: str, phase: LoRAPhase, cache: FactorCache | None = None
+) -> Iterator[tuple[Tensor, slice]]:
+    """`reference_deltas` of what a phase merges into one module, which it changes."""
+    source = cache if cache is not None else FactorCache()
+    found = merged_factors(module, phase)
+    pairs = [source.on(weight.device, factors) for factors, _ in found]
+    return reference_deltas(weight, [a for a, _ in pairs], [b for _, b in pairs], [scale for _, scale in found])
+
+
+def binary_ratio(module: str, before: LoRAPhase, after: LoRAPhase) -> float | None:
+    """What the delta of `before` is multiplied by to give that of `after`, where that is exact; else None.
+
+    It is for one LoRA whose two scales differ by a power of two, as 0.25 and 0.5 do: roundings commute with it, short of
+    under- and overflow.
+    """
+    one, other = merged_factors(module, before), merged_factors(module, after)
+    if len(one) != 1 or len(other) != 1 or one[0][0] is not other[0][0]:
+        return None
+    first, second = one[0][1], other[0][1]
+    ratio = second / first
+    return ratio if abs(math.frexp(ratio)[0]) == 0.5 and first * ratio == second else None

@@ -40,6 +40,7 @@ class OffloadStore(OriginalStore):
         self._device = device
         self._blocks: dict[str, list[_Visitor]] = {}
         self._copies: list[HostCopy] = []
+        self._outer: list[tuple[Tensor, torch.device]] = []
         self._slots: list[dict[tuple[Any, ...], Tensor]] = [{} for _ in range(_SLOTS)]
         self._free: list[Any] = [self.clock.mark() for _ in range(_SLOTS)]
         self._arrivals: dict[str, tuple[int, Any]] = {}
@@ -59,6 +60,7 @@ class OffloadStore(OriginalStore):
         inside = {id(visitor.tensor) for block in self._blocks.values() for visitor in block}
         for tensor in module_tensors(transformer):
             if id(tensor) not in inside:
+                self._outer.append((tensor, tensor.device))
                 tensor.data = tensor.data.to(self._device)
 
     @staticmethod
@@ -143,6 +145,13 @@ class OffloadStore(OriginalStore):
             self._send_home()
             for copy in self._copies:
                 copy.close()
+            for tensor, place in self._outer:
+                tensor.data = tensor.data.to(place)
+        self._copies, self._outer = [], []
+        # The slots go back to the side stream's memory: what it does next may not overtake the last reads.
+        unread = self.clock.mark()
+        with self.clock.side():
+            self.clock.wait(unread)
         self._slots = [{} for _ in range(_SLOTS)]
         self._arrivals.clear()
         self._blocks.clear()

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ltxkern.pipeline.correction import Correction, apply_correction, record_correction
-from ltxkern.pipeline.lora import NO_LORA, PRISTINE_KEY, FactorCache, LoRAPhase, WeightKey, merge_phase
+from ltxkern.pipeline.lora import (
+    NO_LORA,
+    PRISTINE_KEY,
+    FactorCache,
+    LoRAPhase,
+    WeightKey,
+    binary_ratio,
+    merge_phase,
+    merge_phase_pair,
+    phase_deltas,
+)
 from ltxkern.pipeline.stream_clock import StreamClock
 from ltxkern.pipeline.weight_table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
@@ -166,13 +176,12 @@ class ResidentStore(PhaseStore):
         if wanted[0] == wanted[1]:
             return
         if live.key == PRISTINE_KEY and PRISTINE_KEY not in wanted and module not in self._spare:
-            # The one read of W serves both: the copy is made and merged while the pristine weight is at hand.
-            spare = live.tensor.clone()
-            self.merge(spare, module, second)
+            spare = torch.empty_like(live.tensor)
+            self.table.live[module] = LiveWeight(live.tensor, None)
+            pair = first, second
+            merge_phase_pair(live.tensor, spare, module, pair, rounding=self.rounding, cache=self._factors)
             self.table.expect(module, wanted[1], spare)
             self._spare[module] = LiveWeight(spare, wanted[1])
-            self.table.live[module] = LiveWeight(live.tensor, None)
-            self.merge(live.tensor, module, first)
             self.table.expect(module, wanted[0], live.tensor)
             self.table.live[module] = LiveWeight(live.tensor, wanted[0])
             return
@@ -250,7 +259,12 @@ class InplaceStore(PhaseStore):
         self._drop_corrections(None)
         # Both corrections are made now, so that a run finds out here whether they fit.
         for phase in reversed(phases):
-            self.switch(phase)
+            if not all(
+                key == PRISTINE_KEY or (module, key) in self._corrections
+                for module in self.table.live
+                for key in [phase.key(module)]
+            ):
+                self.switch(phase)
         if self.bytes_per_weight > MAX_CORRECTION_BYTES:
             raise CorrectionTooLargeError(
                 f"the exact corrections need {self.bytes_per_weight:.2f} bytes per weight, "
@@ -258,20 +272,62 @@ class InplaceStore(PhaseStore):
             )
 
     def _switch_block(self, modules: Sequence[str], phase: LoRAPhase) -> None:
+        # Tensors that the block before had and this one cannot use are not kept beside it.
+        shapes = {(live.tensor.shape, live.tensor.dtype) for live in map(self.table.live.__getitem__, modules)}
+        self._scratch = {shape: free for shape, free in self._scratch.items() if shape in shapes}
         built = {module: self._take(self.table.live[module].tensor) for module in modules}
-        for module, tensor in built.items():
-            tensor.copy_(self.table.live[module].tensor)
-            self._subtract(module, tensor)
-        self.table.expect_all(built, dict.fromkeys(modules, PRISTINE_KEY))
-        for module, tensor in built.items():
-            if phase.key(module) != PRISTINE_KEY:
-                self._merge(module, tensor, phase)
-        self.table.expect_all(built, {module: phase.key(module) for module in modules})
+        ratios = {module: self._known_ratio(module, phase) for module in modules}
+        wanted = {module: phase.key(module) for module in modules}
+        try:
+            for module, ratio in ratios.items():
+                if ratio is not None:
+                    self._by_one_product(module, built[module], ratio)
+            self._by_two_products({m: tensor for m, tensor in built.items() if ratios[m] is None}, phase)
+            self.table.expect_all(built, wanted)
+        except LoRAPhaseError:
+            if all(ratio is None for ratio in ratios.values()):
+                raise
+            # An under- or overflow is enough; the long way tells whether it was that or a weight that someone changed.
+            self._by_two_products(built, phase)
+            self.table.expect_all(built, wanted)
         for module, tensor in built.items():
             before = self.table.live[module].tensor
             self.table.live[module] = LiveWeight(tensor, phase.key(module))
             self.table.point(module)
             self._scratch[tensor.shape, tensor.dtype].append(before)
+
+    def _known_ratio(self, module: str, phase: LoRAPhase) -> float | None:
+        """Of the deltas of `phase` and of the present one, where one product serves both and a checksum proves the result."""
+        key, wanted = self.table.live[module].key, phase.key(module)
+        if self.rounding != "reference" or key is None or PRISTINE_KEY in (key, wanted):
+            return None
+        if (module, wanted) not in self._corrections:
+            return None
+        return binary_ratio(module, self._phase_of[module, key], phase)
+
+    def _by_one_product(self, module: str, tensor: Tensor, ratio: float) -> None:
+        """(W - d), corrected, + ratio d."""
+        live = self.table.live[module]
+        assert live.key is not None
+        entry = (module, live.key)
+        deltas = list(phase_deltas(tensor, module, self._phase_of[entry], self._factors))
+        for delta, rows in deltas:
+            torch.sub(live.tensor[rows], delta, out=tensor[rows])
+        apply_correction(tensor, self._corrections[entry])
+        for delta, rows in deltas:
+            tensor[rows].add_(delta, alpha=ratio)
+
+    def _by_two_products(self, built: Mapping[str, Tensor], phase: LoRAPhase) -> None:
+        """Back to pristine, then the merge, for weights of one block."""
+        for module, tensor in built.items():
+            tensor.copy_(self.table.live[module].tensor)
+            self._subtract(module, tensor)
+        # Where the result has a checksum already, that one will tell.
+        unproven = {m: tensor for m, tensor in built.items() if (m, phase.key(m)) not in self.table.checksums}
+        self.table.expect_all(unproven, dict.fromkeys(unproven, PRISTINE_KEY))
+        for module, tensor in built.items():
+            if phase.key(module) != PRISTINE_KEY:
+                self._merge(module, tensor, phase)
 
     def _subtract(self, module: str, tensor: Tensor) -> None:
         key = self.table.live[module].key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ class SnapshotStore(PhaseStore):
         self._budget = budget
         self._spare_blocks = spare_blocks
         self._snapshots: dict[tuple[str, WeightKey], Tensor] = {}
+        self._prepared: tuple[LoRAPhase, ...] = ()
         self._spare: dict[str, LiveWeight] = {}
         self._spare_free: Any = None
-        self._arrivals: dict[str, Any] = {}
-        self._spare_arrivals: dict[str, Any] = {}
+        # Events after which a block, or its spare buffers, may be read.
+        self._arrivals: dict[str, list[Any]] = {}
+        self._spare_arrivals: dict[str, list[Any]] = {}
 
     def prepare(self, phases: Sequence[LoRAPhase]) -> None:
         """Takes snapshots, the phase of stage 2 first; that of stage 1 too where the host budget allows it.
@@ -43,6 +46,9 @@ class SnapshotStore(PhaseStore):
         Raises:
             HostBudgetError: not even one phase fits; nothing is kept then.
         """
+        if self._prepared == tuple(phases):
+            return
+        self._prepared = ()
         super().prepare(phases)
         self._drop_snapshots()
         if len(phases) < 2:
@@ -51,11 +57,10 @@ class SnapshotStore(PhaseStore):
         changed = [module for module in self.table.live if first.key(module) != second.key(module)]
         self._allocate_spare(changed)
         self._take_snapshot(second, changed)
-        try:
+        # Stage 1 starts a run, where nothing has to be hidden: without a snapshot its weights are merged again from pristine.
+        with contextlib.suppress(HostBudgetError):
             self._take_snapshot(first, changed)
-        except HostBudgetError:
-            # Stage 1 starts a run, where nothing has to be hidden: its weights are merged again from pristine.
-            return
+        self._prepared = self.phases
 
     def _allocate_spare(self, changed: Sequence[str]) -> None:
         self.settle()
@@ -122,12 +127,20 @@ class SnapshotStore(PhaseStore):
                     self.clock.wait(self._spare_free)
                     started = True
                 self.clock.note(f"prefetch {block}", sum(self._spare[module].tensor.nbytes for module in wanted))
-                for module in wanted:
-                    tensor = self._spare[module].tensor
-                    self._spare[module] = LiveWeight(tensor, None)
-                    self._fill(tensor, module, phase)
-                    self._spare[module] = LiveWeight(tensor, phase.key(module))
-                self._spare_arrivals[block] = self.clock.mark()
+                with self._arriving(self._spare_arrivals, block):
+                    for module in wanted:
+                        tensor = self._spare[module].tensor
+                        self._spare[module] = LiveWeight(tensor, None)
+                        self._fill(tensor, module, phase)
+                        self._spare[module] = LiveWeight(tensor, phase.key(module))
+
+    @contextlib.contextmanager
+    def _arriving(self, arrivals: dict[str, list[Any]], block: str) -> Iterator[None]:
+        """What is enqueued within has to be waited for, even where it ends half-way in an exception."""
+        try:
+            yield
+        finally:
+            arrivals.setdefault(block, []).append(self.clock.mark())
 
     def release(self, block: str, phase: LoRAPhase) -> None:
         modules = [
@@ -143,27 +156,29 @@ class SnapshotStore(PhaseStore):
         with self.clock.side():
             self.clock.wait(unread)
             self.clock.note(f"fetch {block}", sum(self.table.live[module].tensor.nbytes for module in modules))
-            for module in modules:
-                tensor = self.table.live[module].tensor
-                self.table.live[module] = LiveWeight(tensor, None)
-                self._fill(tensor, module, phase)
-                self.table.live[module] = LiveWeight(tensor, phase.key(module))
-            self._arrivals[block] = self.clock.mark()
+            with self._arriving(self._arrivals, block):
+                for module in modules:
+                    tensor = self.table.live[module].tensor
+                    self.table.live[module] = LiveWeight(tensor, None)
+                    self._fill(tensor, module, phase)
+                    self.table.live[module] = LiveWeight(tensor, phase.key(module))
 
     def switch(self, phase: LoRAPhase) -> None:
-        unread = self.clock.mark()
+        # Whatever becomes a spare buffer below has been read by what is enqueued now.
+        unread = self._spare_free = self.clock.mark()
         for block, modules in self.stale(phase):
             ready = [m for m in modules if m in self._spare and self._spare[m].key == phase.key(m)]
+            if ready:
+                self.clock.note(f"swap {block}")
+                # What is on its way to either of the two is still on its way after the swap; there may be nothing.
+                pending = self._arrivals.setdefault(block, [])
+                pending += self._spare_arrivals.pop(block, ())
             for module in ready:
                 live = self.table.live[module]
                 spare = self._spare.pop(module)
                 self.table.live[module] = spare
                 self._spare[module] = live
                 self.table.point(module)
-            if ready:
-                self.clock.note(f"swap {block}")
-                self._arrivals[block] = self._spare_arrivals.pop(block, None)
-                self._spare_free = unread
             missing = [module for module in modules if module not in ready]
             if missing:
                 self._fetch_over(block, missing, phase, unread)
@@ -173,21 +188,22 @@ class SnapshotStore(PhaseStore):
         return [block for block in self.table.blocks if block != OUTER_BLOCK]
 
     def before_block(self, block: str) -> None:
-        if block in self._arrivals:
-            self.clock.wait(self._arrivals.pop(block))
+        for event in self._arrivals.pop(block, ()):
+            self.clock.wait(event)
 
     def settle(self) -> None:
         for block in list(self._arrivals):
             self.before_block(block)
         for block in list(self._spare_arrivals):
-            self.clock.wait(self._spare_arrivals[block])
+            for event in self._spare_arrivals.pop(block):
+                self.clock.wait(event)
 
     def close(self) -> None:
         self.settle()
         self.clock.synchronise()
         self._spare.clear()
         self._spare_arrivals.clear()
-        self.phases = ()
+        self.phases = self._prepared = ()
         self._drop_all()
 
     def _drop_all(self) -> None:

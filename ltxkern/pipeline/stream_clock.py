@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils._pytree import tree_iter
 
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
@@ -23,6 +24,9 @@ class StreamClock(Protocol):
 
     def wait(self, event: Any) -> None:
         """The current stream goes on only after `event`; the host does not wait."""
+
+    def hand_over(self, value: Any) -> None:
+        """Tensors in `value`, made on the side stream, are read by the current one: their memory stays until then."""
 
     def note(self, label: str, nbytes: int = 0) -> None:
         """Says what is enqueued next on the current stream, and how many bytes it moves."""
@@ -41,6 +45,9 @@ class HostClock:
         return None
 
     def wait(self, event: None) -> None:
+        return None
+
+    def hand_over(self, value: Any) -> None:
         return None
 
     def note(self, label: str, nbytes: int = 0) -> None:
@@ -68,6 +75,11 @@ class CudaClock:
     def wait(self, event: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)
 
+    def hand_over(self, value: Any) -> None:
+        for tensor in tree_iter(value):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
     def note(self, label: str, nbytes: int = 0) -> None:
         return None
 
@@ -85,10 +97,18 @@ def side_by_side(
 ) -> tuple[_First, _Second]:
     """Runs `first` on the side stream and `second` on the current one; the current stream then waits for both."""
     start = clock.mark()
-    with clock.side():
-        clock.wait(start)
-        result = first()
-        end = clock.mark()
-    other = second()
-    clock.wait(end)
+    ends = []
+    try:
+        with clock.side():
+            clock.wait(start)
+            try:
+                result = first()
+            finally:
+                ends.append(clock.mark())
+        other = second()
+    finally:
+        # After an exception too: what the side stream still reads must not be given away before.
+        for end in ends:
+            clock.wait(end)
+    clock.hand_over(result)
     return result, other

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ltxkern.pipeline.lora import PRISTINE_KEY, LoRAPhase, WeightKey
+from ltxkern.pipeline.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
 
 OUTER_BLOCK = "outer"
 _BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*blocks|layers)\.\d+(?=\.)")
@@ -41,8 +43,15 @@ def checksum(tensor: Tensor) -> Tensor:
     words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
     columns = next(size for size in (1024, 64, 8, 1) if words.numel() % size == 0)
     rows = words.view(-1, columns).sum(dim=1, dtype=torch.int64)
-    factors = torch.arange(rows.numel(), device=rows.device) * 2 + 1
-    return torch.stack((rows.sum(), (rows * factors).sum()))
+    return (rows * _row_factors(rows.numel(), rows.device)).sum(dim=1)
+
+
+@functools.lru_cache(maxsize=32)
+def _row_factors(rows: int, device: torch.device) -> Tensor:
+    """(2, rows) int64: ones, and odd row numbers; few row counts occur, and a switch asks for thousands."""
+    numbers = torch.arange(rows) * 2 + 1
+    # Made on the host: the blocking copy leaves nothing for other streams to wait for.
+    return torch.stack((torch.ones_like(numbers), numbers)).to(device)
 
 
 class PristineSource(Protocol):
@@ -88,6 +97,7 @@ class CheckpointPristine:
         folder = path / "transformer" if (path / "transformer").is_dir() else path
         self._dtype = dtype
         self._stored: dict[str, tuple[Path, str]] = {}
+        self._open: dict[Path, Any] = {}
         for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]:
             for key in read_header(file).tensors:
                 name = diffusers_name("transformer", key) if component_of(key) == "transformer" else key
@@ -102,8 +112,10 @@ class CheckpointPristine:
         if module not in self._stored:
             raise LoRAPhaseError(f"the checkpoint holds no weight of {module}")
         path, key = self._stored[module]
-        with safe_open(str(path), framework="pt") as file:
-            return file.get_tensor(key).to(self._dtype)
+        # Kept open: the header lists thousands of tensors and would be read for each of them.
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        return self._open[path].get_tensor(key).to(self._dtype)
 
     def host_bytes(self) -> int:
         return 0
@@ -129,10 +141,15 @@ class WeightTable:
         self.live: dict[str, LiveWeight] = {}
         self.blocks: dict[str, tuple[str, ...]] = {}
         self.checksums: dict[tuple[str, WeightKey], tuple[int, ...]] = {}
+        self._owners: dict[str, nn.Module] = {}
+        self._fitting: weakref.WeakSet[LoRA] = weakref.WeakSet()
 
     def parameter(self, module: str) -> nn.Parameter:
         """The parameter that a module computes with."""
-        weight = self.transformer.get_submodule(module).weight
+        owner = self._owners.get(module)
+        if owner is None:
+            owner = self._owners[module] = self.transformer.get_submodule(module)
+        weight = owner.weight
         if not isinstance(weight, nn.Parameter):
             raise TypeError(f"{module}.weight must be a parameter, got {type(weight).__name__}")
         return weight
@@ -146,8 +163,12 @@ class WeightTable:
         modules: set[str] = set()
         for phase in phases:
             for lora, _ in phase.entries:
-                lora.check(self.transformer)
+                if lora not in self._fitting:
+                    lora.check(self.transformer)
+                    self._fitting.add(lora)
             modules.update(phase.modules)
+        if modules <= self.live.keys():
+            return []
         by_storage: dict[int, str] = {}
         for module in sorted(modules | set(self.live)):
             pointer = self.parameter(module).untyped_storage().data_ptr()
@@ -165,7 +186,9 @@ class WeightTable:
 
     def point(self, module: str) -> None:
         """Makes the module compute with the table's tensor."""
-        self.parameter(module).data = self.live[module].tensor
+        parameter, tensor = self.parameter(module), self.live[module].tensor
+        if parameter.data_ptr() != tensor.data_ptr():
+            parameter.data = tensor
 
     def holds(self, phase: LoRAPhase) -> bool:
         """Whether every weight holds this phase and is what its module computes with."""

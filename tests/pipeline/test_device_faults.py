@@ -34,7 +34,22 @@ def fail_at(monkeypatch):
                 raise state["error"]
         return real(weight, module, phase, **kwargs)
 
+    real_pair = phase_stores.merge_phase_pair
+
+    def merge_pair(weight, other, module, phases, **kwargs):
+        merge(other.copy_(weight), module, phases[1], **kwargs)
+        merge(weight.clone(), module, phases[0], **kwargs)
+        real_pair(weight, other, module, phases, **kwargs)
+
+    real_deltas = phase_stores.phase_deltas
+
+    def deltas(weight, module, phase, cache):
+        merge(torch.empty_like(weight), module, phase)
+        return real_deltas(weight, module, phase, cache)
+
     monkeypatch.setattr(phase_stores, "merge_phase", merge)
+    monkeypatch.setattr(phase_stores, "merge_phase_pair", merge_pair)
+    monkeypatch.setattr(phase_stores, "phase_deltas", deltas)
 
     def arm(count, error=MidwayError):
         state["left"], state["error"] = count, error
@@ -115,7 +130,7 @@ def test_an_exception_anywhere_in_prepare(mode, fail_at):
 class InterruptAtLine:
     """Raises KeyboardInterrupt before the n-th line that runs in the manager's own files."""
 
-    FILES = ("phase_stores.py", "snapshot_store.py", "weight_table.py", "devices.py")
+    FILES = ("phase_stores.py", "snapshot_store.py", "weight_table.py", "devices.py", "pipeline/lora.py")
 
     def __init__(self, line):
         self.left = line

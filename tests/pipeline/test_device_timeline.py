@@ -47,6 +47,9 @@ class SimulatedClock:
         self.waits.append((self.stream, self.busy_until[self.stream], event))
         self.busy_until[self.stream] = max(self.busy_until[self.stream], event)
 
+    def hand_over(self, value):
+        pass
+
     def note(self, label, nbytes=0):
         self.run(label, nbytes / BYTES_PER_TIME)
 

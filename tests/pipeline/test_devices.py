@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ltxkern.launch.merge_lora import cpu_has_bfloat16_products
 from ltxkern.pipeline import devices, host_memory, phase_stores
 from ltxkern.pipeline.correction import bit_pattern
 from ltxkern.pipeline.demo import build_demo, demo_lora
@@ -81,8 +82,10 @@ def test_single_rounding_and_a_second_request_with_other_strengths(mode):
 
 
 @pytest.fixture
-def rounded_fp32_product(monkeypatch):
-    """bf16 products taken in fp32 and rounded, as tensor cores do: torch's own on this CPU is fifty times slower."""
+def quick_product(monkeypatch):
+    """Where the processor has no bf16 products torch's take minutes here: then fp32 ones that are rounded stand for them."""
+    if cpu_has_bfloat16_products():
+        return
     product = torch.matmul
 
     def matmul(a, b, **kwargs):
@@ -111,7 +114,7 @@ def real_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("rounded_fp32_product")
+@pytest.mark.usefixtures("quick_product")
 def test_three_switches_on_real_layer_shapes_in_every_mode():
     model, lora = real_layers()
     pristine = linear_weights(model)
@@ -201,19 +204,14 @@ def test_equal_and_empty_phases_are_free(mode, monkeypatch):
         assert len(merges) >= len(lora.factors)
 
 
-def peak_of(work):
-    with AllocationTrace() as trace:
-        work()
-    return trace.peak
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_peak_extra_memory_of_a_switch(mode):
-    model = small_model(width=256, hidden=512, blocks=6)
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=2))
-    weights = sum(w.nbytes for w in linear_weights(model).values())
     block = 2 * 256 * 512 * 2
-    with TwoStageDeviceManager(mode) as manager:
+    # The trace holds the weights from the start: a switch that replaces them frees what it replaces.
+    with AllocationTrace() as trace, TwoStageDeviceManager(mode) as manager:
+        model = small_model(width=256, hidden=512, blocks=6)
+        phases = lora_phases([], random_lora("distilled", model, seed=1, rank=2))
+        weights = sum(w.nbytes for w in linear_weights(model).values())
         manager.attach(model)
         manager.prepare(*phases)
         # What the manager keeps beside one copy, on the device: a second copy, two blocks, a correction, nothing.
@@ -221,9 +219,69 @@ def test_peak_extra_memory_of_a_switch(mode):
         assert manager.store.extra_device_bytes <= kept
         limit = {"resident": 0, "snapshot": 0, "inplace": 2 * block, "original": block}[mode]
         for phase in (phases[1], phases[0], phases[1]):
-            assert peak_of(lambda phase=phase: manager.switch_lora_phase(phase)) <= limit + 64 * 1024
+            before = trace.peak = trace.live
+            manager.switch_lora_phase(phase)
+            assert trace.peak - before <= limit + 64 * 1024
+            # And a switch leaves nothing behind; both ways take the same.
+            assert trace.live == before
         if mode == "inplace":
             assert manager.store.host_bytes == 0
+
+
+def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(monkeypatch):
+    model = small_model()
+    lora = random_lora("distilled", model, seed=1)
+    calls = []
+
+    def counted(real):
+        return lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+
+    for name in ("merge_phase", "phase_deltas"):
+        monkeypatch.setattr(phase_stores, name, counted(getattr(phase_stores, name)))
+    for strengths, products in (((0.25, 0.5), 1), ((0.3, 0.7), 2), ((0.5, -0.125), 1)):
+        phases = lora_phases([], lora, strengths)
+        expected = fresh_merges(linear_weights(model), phases)
+        with TwoStageDeviceManager("inplace") as manager:
+            manager.attach(model)
+            manager.prepare(*phases)
+            calls.clear()
+            manager.switch_lora_phase(phases[1])
+            assert len(calls) == products * len(lora.factors)
+            assert_weights(model, expected[phases[1]])
+
+
+def test_inplace_takes_two_products_where_one_does_not_give_the_bits(monkeypatch):
+    model = small_model()
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    expected = fresh_merges(linear_weights(model), phases)
+    with TwoStageDeviceManager("inplace") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        monkeypatch.setattr(phase_stores, "binary_ratio", lambda *_: 1.0)
+        for phase in (phases[1], phases[0]):
+            manager.switch_lora_phase(phase)
+            assert_weights(model, expected[phase])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_preparing_the_same_phases_again_merges_nothing(mode, monkeypatch):
+    model = small_model()
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    with TwoStageDeviceManager(mode) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+
+        def refuse(*_, **__):
+            raise AssertionError("merged again")
+
+        with monkeypatch.context() as patch:
+            for name in ("merge_phase", "merge_phase_pair", "phase_deltas"):
+                patch.setattr(phase_stores, name, refuse)
+            manager.prepare(*phases)
+            if mode in ("resident", "snapshot"):
+                manager.switch_lora_phase(phases[1])
+                manager.prepare(*phases)
+        assert manager.phase == phases[0]
 
 
 def test_inplace_falls_back_where_the_correction_would_be_too_large():
@@ -415,6 +473,29 @@ class TestHostMemory:
             budget.take(torch.Size([10]), torch.float32, "that")
         budget.give_back(tensor)
         assert budget.available == 100
+
+    def test_without_a_limit_many_small_pieces_leave_a_tenth_free(self, monkeypatch):
+        total, taken = 1000, []
+
+        def allocate(shape, dtype):
+            taken.append(shape.numel())
+            return torch.empty(shape, dtype=dtype)
+
+        monkeypatch.setattr(host_memory, "host_available", lambda: total - sum(taken))
+        budget = HostBudget(None, allocate)
+        for _ in range(90):
+            budget.take(torch.Size([10]), torch.uint8, "a piece")
+        with pytest.raises(HostBudgetError, match="and 0 are left"):
+            budget.take(torch.Size([10]), torch.uint8, "a piece")
+        assert sum(taken) == 900
+
+    def test_page_locked_memory_counts_as_torch_takes_it(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        budget = HostBudget(1000, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        tensor = budget.take(torch.Size([129]), torch.uint8, "this")
+        assert budget.used == 256
+        budget.give_back(tensor)
+        assert budget.used == 0
 
     def test_a_host_that_gives_nothing_is_a_budget_error(self):
         def allocate(shape, dtype):

@@ -7,8 +7,18 @@ from torch import nn
 
 from ltxkern.pipeline.checkpoint import CheckpointError
 from ltxkern.pipeline.demo import build_demo, demo_lora
-from ltxkern.pipeline.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, dequantise, lora_phases, merge_phase
-from tests.pipeline.lora_models import random_lora, small_model
+from ltxkern.pipeline.lora import (
+    NO_LORA,
+    LoRA,
+    LoRAFactors,
+    LoRAPhase,
+    binary_ratio,
+    dequantise,
+    lora_phases,
+    merge_phase,
+    merge_phase_pair,
+)
+from tests.pipeline.lora_models import linear_weights, random_lora, small_model
 
 
 def one_lora(name="a", *, rank=3, alpha=None, seed=0, size=(5, 4), dtype=torch.float32):
@@ -148,3 +158,44 @@ def test_misfits_name_the_lora_and_the_modules():
     factors["nowhere"] = wrong
     with pytest.raises(ValueError, match=r"LoRA mine.*nowhere.*proj_in"):
         LoRA("mine", factors).check(model)
+
+
+@pytest.mark.parametrize("rounding", ["reference", "single"])
+@pytest.mark.parametrize("strengths", [((1.0, 0.5), (0.25, 0.5)), ((0.0, 0.7), (0.3, 0.0)), ((1.0, 0.0), (0.5, 1.5))])
+@pytest.mark.parametrize("alpha", [None, 0.0, 2.5])
+def test_a_pair_of_phases_equals_two_merges(rounding, strengths, alpha):
+    model = small_model()
+    user, distilled = random_lora("user", model, seed=1), random_lora("distilled", model, seed=2)
+    distilled = LoRA("distilled", {name: LoRAFactors(f.a, f.b, alpha) for name, f in distilled.factors.items()})
+    first, second = (LoRAPhase(((user, one), (distilled, other))) for one, other in strengths)
+    for name, weight in linear_weights(model).items():
+        expected = [merge_phase(weight.clone(), name, phase, rounding=rounding) for phase in (first, second)]
+        other = torch.full_like(weight, float("nan"))
+        merge_phase_pair(weight, other, name, (first, second), rounding=rounding)
+        assert torch.equal(weight, expected[0])
+        assert torch.equal(other, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ratio"),
+    [
+        (0.25, 0.5, 2.0),
+        (1.0, -0.125, -0.125),
+        (0.3, 0.6, 2.0),
+        (0.3, 0.7, None),
+        (0.5, 1.5, None),
+        (1e-300, 1e300, None),
+    ],
+)
+def test_deltas_are_multiples_where_the_scales_are(first, second, ratio):
+    model = small_model()
+    lora = random_lora("distilled", model, seed=1)
+    assert binary_ratio("proj_in", LoRAPhase(((lora, first),)), LoRAPhase(((lora, second),))) == ratio
+
+
+def test_two_loras_or_another_one_have_no_ratio():
+    model = small_model()
+    one, other = random_lora("one", model, seed=1), random_lora("other", model, seed=2)
+    single = LoRAPhase(((one, 1.0),))
+    for phase in (LoRAPhase(((one, 1.0), (other, 1.0))), LoRAPhase(((other, 1.0),)), LoRAPhase()):
+        assert binary_ratio("proj_in", single, phase) is None

@@ -1,6 +1,7 @@
 """Offloading: blocks that visit the device merge on arrival and leave as they came; modules that are lent."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from ltxkern.pipeline import phase_stores
 from ltxkern.pipeline.devices import TwoStageDeviceManager
-from ltxkern.pipeline.host_copy import HostCopy, lent, module_bytes, storages
+from ltxkern.pipeline.host_copy import HostCopy, Lender, module_bytes, storages
 from ltxkern.pipeline.host_memory import HostBudget
 from ltxkern.pipeline.lora import NO_LORA, lora_phases
 from tests.pipeline.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
@@ -144,6 +145,91 @@ def test_a_failure_while_moving_leaves_the_module_at_home(monkeypatch):
     assert [parameter.data_ptr() for parameter in module.parameters()] == home
 
 
+class TestLender:
+    """Another place on the same machine stands for the device: "cpu:0" differs from "cpu", so that storages are copied."""
+
+    @pytest.fixture
+    def lender(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.UntypedStorage, "is_pinned", lambda self, device="cuda": False)
+        self.taken = []
+
+        def allocate(shape, dtype):
+            self.taken.append(shape.numel())
+            return torch.empty(shape, dtype=dtype)
+
+        made = Lender(torch.device("meta"), HostBudget(10_000, allocate))
+        made._device = torch.device("cpu", 0)
+        # Modules on the host do not count as being there.
+        monkeypatch.setattr("ltxkern.pipeline.host_copy._is_on", lambda module, device: False)
+        return made
+
+    def test_a_module_that_comes_again_is_pinned_once(self, lender):
+        module = nn.Linear(8, 8)
+        before = module.weight.detach().clone()
+        for _ in range(3):
+            with lender.lent("part", module, keep=False):
+                assert torch.equal(module.weight, before)
+        assert len(self.taken) == 2
+        assert lender._budget.used > 0
+        lender.close()
+        assert lender._budget.used == 0
+        assert torch.equal(module.weight, before)
+
+    def test_another_module_or_other_weights_take_its_place(self, lender):
+        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+        with lender.lent("part", first, keep=False):
+            pass
+        used = lender._budget.used
+        with lender.lent("part", second, keep=False):
+            pass
+        assert lender._budget.used == used
+        second.weight.data = torch.ones(8, 8)
+        with lender.lent("part", second, keep=False):
+            assert second.weight.sum() == 64
+        assert lender._budget.used == used
+
+    def test_what_comes_once_or_has_no_room_stays_pageable(self, lender):
+        with lender.lent("text", nn.Linear(8, 8), keep=False, once=True):
+            pass
+        assert not lender._copies
+        with lender.lent("large", nn.Linear(80, 80), keep=False):
+            pass
+        assert lender._budget.used == 0
+
+    def test_what_is_kept_comes_home_at_the_end_and_after_an_error(self, lender):
+        module = nn.Linear(8, 8)
+        with lender.lent("part", module, keep=True):
+            there = module.weight.data_ptr()
+        assert module.weight.data_ptr() == there
+        lender.close()
+        assert module.weight.data_ptr() != there
+
+        def fail():
+            with lender.lent("part", module, keep=True):
+                assert module.weight.data_ptr() != home
+                raise KeyError
+
+        home = module.weight.data_ptr()
+        with pytest.raises(KeyError):
+            fail()
+        assert lender._copies["part"].is_home()
+
+
+def test_offloading_brings_the_weights_outside_the_blocks_home_again():
+    model = small_model(blocks=2)
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        outer = manager.store._outer
+        found = {id(tensor) for tensor, place in outer if place.type == "cpu"}
+        assert found == {id(t) for t in (*model.proj_in.parameters(), *model.proj_out.parameters(), model.table)}
+        # Tensors elsewhere, as far as the CPU can show them.
+        there = SimpleNamespace(data=SimpleNamespace(to=lambda place: f"now on {place}"))
+        outer.append((there, torch.device("cpu")))
+    assert there.data == "now on cpu"
+
+
 def test_modules_without_weights_can_be_lent():
-    with lent("nothing", nn.Identity(), torch.device("cpu"), HostBudget(0), keep=False):
+    with Lender(torch.device("cpu"), HostBudget(0)).lent("nothing", nn.Identity(), keep=False):
         pass
