@@ -15,9 +15,11 @@ from ltxkern.commands import options, parallel
 if TYPE_CHECKING:
     from ltxkern.pipeline.batch import Item, Manifest, Outcome
     from ltxkern.pipeline.batch_ray import Placement
+    from ltxkern.pipeline.cfg_parallel import CFGParallel
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
 _OUTPUT_ONLY = ("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts", "ray", "workers")
+_OUTPUT_ONLY += ("cfg_parallel_size",)  # its results are those of one process, bit for bit
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,6 +49,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run what is not done yet; 0 where every item is done, 2 where one failed."""
+    if not arguments.ray:
+        with parallel.job(arguments) as job:
+            return _run_on_ranks(arguments, job)
+    items, manifest, todo = _open(arguments)
+    _run_with_ray(arguments, todo, manifest)
+    return _report(items, todo, manifest)
+
+
+def _open(arguments: argparse.Namespace) -> tuple[list[Item], Manifest, list[Item]]:
+    """The items, what is known of them, and those that need to run."""
     from ltxkern.pipeline.batch import Manifest, pending, read_items
 
     if arguments.format not in FORMATS:
@@ -56,23 +68,24 @@ def run(arguments: argparse.Namespace) -> int:
     items = read_items(arguments.prompts)
     folder = Path(arguments.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if arguments.ray:
-        manifest = Manifest(folder)
-        todo = list(pending(items, manifest, settings(arguments)))
-        _run_with_ray(arguments, todo, manifest)
-    else:
-        with parallel.job(arguments) as job:
-            manifest = Manifest(folder)
-            todo = list(pending(items, manifest, settings(arguments)))
-            if job.ranks is not None:
-                # The lead writes the manifest: nobody may read it later than all have read it.
-                job.ranks.compare({"items to do": [item.name for item in todo]})
-            _run_here(arguments, job, todo, manifest)
-            job.finish()
-            if not job.leads:
-                return 0
+    manifest = Manifest(folder)
+    return items, manifest, list(pending(items, manifest, settings(arguments)))
+
+
+def _run_on_ranks(arguments: argparse.Namespace, job: parallel.Job) -> int:
+    items, manifest, todo = _open(arguments)
+    if job.ranks is not None:
+        # The lead writes the manifest: nobody may read it later than all have read it.
+        job.ranks.compare({"items to do": [item.name for item in todo]})
+    _run_here(arguments, job, todo, manifest)
+    job.finish()
+    return _report(items, todo, manifest) if job.leads else 0
+
+
+def _report(items: list[Item], todo: list[Item], manifest: Manifest) -> int:
     failed = [manifest.outcomes[item.name] for item in items if manifest.outcomes[item.name].status != "done"]
-    print(f"{len(items) - len(failed)} of {len(items)} done ({len(items) - len(todo)} before), in {folder}")
+    before = len(items) - len(todo)
+    print(f"{len(items) - len(failed)} of {len(items)} done ({before} before), in {manifest.folder}")
     for outcome in failed:
         print(f"{outcome.name} failed: {outcome.error}", file=sys.stderr)
     return 2 if failed else 0
@@ -119,6 +132,7 @@ class Generator:
 
     def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
         self._arguments, self._job = arguments, job
+        self.shared: CFGParallel | None = None
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(options.backend_choice(arguments))
         self._pipeline = self._stack.enter_context(options.open_pipeline(arguments))
@@ -149,7 +163,9 @@ class Generator:
     def _share(self, request: Any) -> None:
         """All ranks of the job take part in every item; those beyond its branches idle."""
         if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
-            self._job.share(self._pipeline, request, None, self._job.size, self._arguments.stage2_parallel)
+            self.shared = self._job.share(
+                self._pipeline, request, None, self._job.size, self._arguments.stage2_parallel
+            )
 
 
 @dataclass(frozen=True)
@@ -206,6 +222,8 @@ def _run_here(arguments: argparse.Namespace, job: parallel.Job, todo: list[Item]
             outcome = _outcome(arguments, item, generator)
             if job.leads:
                 _note(arguments, manifest, outcome)
+        if job.leads and not arguments.quiet:
+            parallel.report_traffic(generator.shared)
 
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
@@ -219,7 +237,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
         import ray
     except ModuleNotFoundError as error:
         raise ValueError('ray is not installed: pip install "ltxkern[ray]", or leave --ray out') from error
-    from ltxkern.pipeline.batch_ray import run_with_ray
+    from ltxkern.pipeline.batch_ray import require_capacity, run_with_ray
 
     size = arguments.cfg_parallel_size or 1
     parallel.check_options(arguments, Launch(size=size))
@@ -228,6 +246,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=arguments.verbose)
     gpus = 0.0 if arguments.device == "cpu" else float(ray.cluster_resources().get("GPU", 0.0) > 0)
     groups = arguments.workers or max(1, int(ray.cluster_resources().get("GPU", 1.0)) // size)
+    require_capacity(min(groups, len(todo)), size, gpus)
     # A relative path means another folder on each worker.
     plain = {name: value for name, value in vars(arguments).items() if name not in ("run", "parser")}
     plain["output"] = str(manifest.folder.absolute())

@@ -68,10 +68,8 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
             output.save(arguments.output, progress=bars.frames(asked["num_frames"]))
     job.finish()
     if job.leads:
-        if shared is not None and not arguments.quiet:
-            print(f"cfg parallel on {shared.size} ranks: {shared.traffic}", file=sys.stderr)
-            if shared.sequence is not None:
-                print(f"stage 2 on {shared.size} ranks: {shared.sequence.traffic}", file=sys.stderr)
+        if not arguments.quiet:
+            parallel.report_traffic(shared)
         print(finished(Path(arguments.output), kind))
     return 0
 

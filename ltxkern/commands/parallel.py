@@ -118,6 +118,15 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
         raise SystemExit(EXIT_FAILED) from error
 
 
+def report_traffic(shared: CFGParallel | None) -> None:
+    """Print what the ranks exchanged; nothing where a rank was alone."""
+    if shared is None:
+        return
+    print(f"cfg parallel on {shared.size} ranks: {shared.traffic}", file=sys.stderr)
+    if shared.sequence is not None:
+        print(f"stage 2 on {shared.size} ranks: {shared.sequence.traffic}", file=sys.stderr)
+
+
 def check_options(arguments: argparse.Namespace, launch: Launch) -> None:
     """Refuse parallel options that contradict each other, the model options or the number of ranks.
 

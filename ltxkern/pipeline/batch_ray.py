@@ -92,6 +92,26 @@ class _Group:
             ray.kill(actor)
 
 
+def require_capacity(groups: int, size: int, gpus: float) -> None:
+    """Refuse what the Ray cluster can never place side by side: its actors would wait for ever.
+
+    Args:
+        groups, size, gpus: as `run_with_ray`; each rank takes one CPU beside its GPUs.
+    Raises:
+        ValueError: one sentence.
+    """
+    import ray
+
+    found = ray.cluster_resources()
+    for kind, each in (("GPU", gpus), ("CPU", 1.0)):
+        needed, there = groups * size * each, found.get(kind, 0.0)
+        if needed > there:
+            raise ValueError(
+                f"{groups} workers of {size} ranks need {needed:g} {kind}s and the Ray cluster has {there:g}: "
+                "use fewer --workers or a smaller --cfg-parallel-size"
+            )
+
+
 def run_with_ray(
     items: Sequence[Item],
     make: MakeWorker,

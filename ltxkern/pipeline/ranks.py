@@ -62,6 +62,9 @@ class Launch:
             if "RANK" in given or "WORLD_SIZE" in given:
                 raise ValueError(f"RANK and WORLD_SIZE must both be set, got {given}: start the ranks with torchrun")
             return cls()
+        for name, text in given.items():
+            if not text.isdecimal():
+                raise ValueError(f"{name} must be a whole number, got {text!r}: start the ranks with torchrun")
         rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
         if not 0 <= rank < size:
             raise ValueError(f"RANK must be between 0 and WORLD_SIZE - 1, got {rank} of {size}")
@@ -345,7 +348,8 @@ class _Watch(threading.Thread):
             return
         # The main thread sits in a call that no exception reaches.
         if self.first:
-            sys.stderr.write(f"ltxkern: error: {self.failure}\n")
+            # A progress bar may stand on the line.
+            sys.stderr.write(f"\nltxkern: error: {self.failure}\n")
             sys.stderr.flush()
         os._exit(EXIT_FAILED)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,19 @@ def test_ray_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("workers", "size", "needed"), [("2", "2", 4), ("1", "3", 3)])
+def test_workers_that_never_fit_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str, size: str, needed: int
+) -> None:
+    """Ray would leave them waiting, and the batch with them."""
+    path = write(tmp_path, {"prompt": "a"}, {"prompt": "b"})
+    several = ["--ray", "--workers", workers, "--cfg-parallel-size", size]
+    assert main(["batch", str(path), "-o", str(tmp_path / "out"), *SMALL, *several]) == 2
+    assert f"{workers} workers of {size} ranks need {needed} CPUs and the Ray cluster has 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_cfg_group_of_ray_actors(tmp_path: Path) -> None:
     """Two ranks share out the branches of each item; the bits are those of one process, and a bad item stops no other."""
     lines = [{"prompt": "rain", "name": "rain"}, {"prompt": "snow", "height": 65}, {"prompt": "fog", "name": "fog"}]
@@ -238,4 +253,29 @@ def test_a_cfg_group_of_ray_actors(tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     assert main(["batch", str(path), "-o", str(alone), *SMALL, "--quiet"]) == 2
     for name in ("rain", "fog"):
+        assert (folder / f"{name}.safetensors").read_bytes() == (alone / f"{name}.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three ranks share out every item, one item is refused on all of them, one rank speaks; run again alone, nothing runs."""
+    path = write(tmp_path, {"prompt": "rain", "name": "rain"}, {"prompt": "snow", "height": 65}, {"prompt": "fog"})
+    folder, alone = tmp_path / "ranks", tmp_path / "alone"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(root)}
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "ltxkern"]
+
+    def batch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+        line = [*command, "batch", str(path), "-o", str(folder), *SMALL]
+        return subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+
+    first = batch(folder, *several)
+    assert first.returncode != 0
+    assert first.stdout.splitlines() == [f"2 of 3 done (0 before), in {folder}"]
+    assert first.stderr.count("00002 failed: ValueError: height 65 is not a multiple of 64") == 1
+    assert "cfg parallel on 3 ranks: 10 evaluations exchanged in 12 collectives" in first.stderr
+    assert main(["batch", str(path), "-o", str(folder), *SMALL]) == 2
+    assert f"2 of 3 done (2 before), in {folder}" in capsys.readouterr().out
+    assert batch(alone, sys.executable, "-m", "ltxkern").returncode == 2
+    for name in ("rain", "00003"):
         assert (folder / f"{name}.safetensors").read_bytes() == (alone / f"{name}.safetensors").read_bytes()

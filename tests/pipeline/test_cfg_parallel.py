@@ -184,7 +184,7 @@ def test_one_failure_ends_every_rank(failures: dict[str, Any], scenario: str, co
     found = failures[scenario]
     assert found["exit_codes"] == codes, found
     assert found["seconds"] < 30
-    lines = [line for text in found["said"] for line in text.splitlines()]
+    lines = [line for text in found["said"] for line in text.splitlines() if line]
     assert len(lines) == 1, lines
     assert lines[0].startswith("ltxkern: error: ")
     assert words in lines[0]
@@ -307,6 +307,8 @@ def test_the_launchers_environment(environment: dict[str, str], expected: Launch
 def test_environments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="RANK and WORLD_SIZE must both be set"):
         Launch.from_environment({"RANK": "0"})
+    with pytest.raises(ValueError, match="RANK must be a whole number, got 'x'"):
+        Launch.from_environment({"RANK": "x", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="RANK must be between 0 and WORLD_SIZE - 1, got 2 of 2"):
         Launch.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
 
