@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.cfg_parallel import CFGParallel
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
-_OUTPUT_ONLY = ("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts", "ray", "workers")
-_OUTPUT_ONLY += ("cfg_parallel_size",)  # its results are those of one process, bit for bit
+# What no result depends on; a CFG group gives the bits of one process.
+_OUTPUT_ONLY = (
+    *("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts"),
+    *("ray", "workers", "cfg_parallel_size"),
+)
 
 
 def add_parser(subparsers: Any) -> None:
