@@ -7,7 +7,7 @@ PIP     := $(PY) -m pip --disable-pip-version-check
 DEMO    ?= demo.mp4
 PROMPT  ?= a red kite over a winter beach, waves and gulls
 
-.PHONY: demo test setup setup-dev lint bench clean
+.PHONY: demo test setup setup-dev lint bench release clean
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
@@ -39,6 +39,10 @@ lint: setup-dev
 
 bench: setup-dev
 	$(PY) bench/run_all.py --cases small
+
+# sdist, pure, CPU and CUDA wheel in dist/, each tried in an empty environment; RELEASE="--only sdist,pure,cpu" without nvcc.
+release: setup-dev
+	$(PY) .ci/release.py $(RELEASE)
 
 clean:
 	rm -rf build dist $(VENV)/.ready $(VENV)/.ready-dev

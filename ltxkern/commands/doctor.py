@@ -1,4 +1,4 @@
-"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not. Needs nothing beyond the package's own requirements."""
+"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not; without any optional package."""
 
 from __future__ import annotations
 
