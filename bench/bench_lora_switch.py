@@ -2,6 +2,10 @@
 
 Rows: `prepare` (both phases made ready, first one merged), `switch` (either direction, in turn). The floor of a switch is one
 read and one write of the patched weights at the copy roof; a mode that keeps both phases stays below it.
+
+Baselines of the same run, on the same weights and factors, which lie on the device: `matmul + add_` (the delta of the strengths'
+difference added in place), `PEFT-style merge` (the old delta subtracted, the new one added), and `dynamic LoRA` (nothing merged,
+every Linear adds its product in the forward: no switch, but each forward pays; row `forward`).
 """
 
 from __future__ import annotations
@@ -12,17 +16,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import machine
-from bench_dit import CASES, build
+from bench_dit import CASES, build, diffusers_forward, inputs_of
 from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
+from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.devices import TwoStageDeviceManager
 from ltxkern.pipeline.lora import LoRA, LoRAPhase
 from record import Record
 from report import full_report, size
-from timing import summarise
+from timing import CallTimer, interleave, summarise
 
 MODES = ("resident", "snapshot", "inplace", "original")
 STRENGTHS = (0.25, 0.5)
@@ -87,6 +93,134 @@ def row(
     )
 
 
+def switch_by_difference(weight: Tensor, a: Tensor, b: Tensor, old: float, new: float) -> None:
+    """`matmul + add_`."""
+    weight.add_(b @ a, alpha=new - old)
+
+
+def switch_like_peft(weight: Tensor, a: Tensor, b: Tensor, old: float, new: float) -> None:
+    """PEFT's unmerge and merge: each takes the delta, scales it, and adds it."""
+    weight -= (b @ a) * old
+    weight += (b @ a) * new
+
+
+BASELINES = {"matmul + add_": switch_by_difference, "PEFT-style merge": switch_like_peft}
+
+
+def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """All Linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def on_device(lora: LoRA, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) of every module, in the model's dtype."""
+    return {name: (f.a.to(device, dtype), f.b.to(device, dtype)) for name, f in lora.factors.items()}
+
+
+@torch.no_grad()
+def measure_baseline(run: Run, provider: str, case: Case, blocks: int, rank: int, dtype: str) -> Record:
+    """Switches of the whole model back and forth, and how many weights equal a fresh merge after the first."""
+    model, _ = build(case, blocks, DTYPES[dtype], run.device)
+    modules, change = linears(model), BASELINES[provider]
+    factors = on_device(random_lora(model, rank), run.device, DTYPES[dtype])
+    probe = max(modules, key=lambda name: modules[name].weight.numel())
+    expected = merge_lora_(modules[probe].weight.clone(), *factors[probe], STRENGTHS[1], rounding="reference")
+    for name, module in modules.items():
+        merge_lora_(module.weight, *factors[name], STRENGTHS[0], rounding="reference")
+
+    def switch(old: float, new: float) -> None:
+        for name, module in modules.items():
+            change(module.weight, *factors[name], old, new)
+
+    on_gpu = run.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(run.device)
+        torch.cuda.reset_peak_memory_stats(run.device)
+    before = torch.cuda.memory_allocated(run.device) if on_gpu else 0
+    samples, share = [], 0.0
+    for index in range(run.settings.rounds):
+        samples.append(timed(run, lambda: switch(*STRENGTHS)))
+        if index == 0:
+            share = (modules[probe].weight == expected).double().mean().item()
+        samples.append(timed(run, lambda: switch(*STRENGTHS[::-1])))
+    run.note_clocks()
+    return row(
+        run,
+        f"{case.name} {blocks} blocks rank {rank} switch",
+        provider,
+        samples,
+        2 * linear_bytes(model),
+        (blocks, rank),
+        dtype=dtype,
+        peak_extra_bytes=torch.cuda.max_memory_allocated(run.device) - before if on_gpu else None,
+        bit_equal=share == 1.0,
+        note=f"{share:.1%} of the largest weight equal a fresh merge after one switch",
+    )
+
+
+def add_dynamic(
+    modules: dict[str, torch.nn.Linear], factors: dict[str, tuple[Tensor, Tensor]], strength: float
+) -> list:
+    """Hooks by which every Linear adds `strength (x A^T) B^T`."""
+
+    def hook(a: Tensor, b: Tensor) -> Any:
+        return lambda module, inputs, output: output + (inputs[0] @ a.t()) @ b.t() * strength
+
+    return [module.register_forward_hook(hook(*factors[name])) for name, module in modules.items()]
+
+
+@torch.no_grad()
+def measure_forwards(run: Run, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+    """diffusers' forward with the LoRA as hooks, then with merged weights; both give the same within the dtype's precision."""
+    model, twin = build(case, blocks, DTYPES[dtype], run.device)
+    inputs = inputs_of(case, model, DTYPES[dtype], run.device)
+    factors = on_device(random_lora(model, rank), run.device, DTYPES[dtype])
+    del model
+    modules, forward = linears(twin), diffusers_forward(twin, inputs)
+    title, shape = f"{case.name} {blocks} blocks rank {rank} forward", (blocks, rank)
+    plain = forward()[0]
+    hooks = add_dynamic(modules, factors, STRENGTHS[1])
+    dynamic = CallTimer(forward, [()], run.device, run.settings)
+    samples = {"dynamic LoRA": list(interleave({"dynamic": dynamic}, run.settings.rounds, run.note_clocks)["dynamic"])}
+    with_hooks = forward()[0]
+    for hook in hooks:
+        hook.remove()
+    for name, module in modules.items():
+        merge_lora_(module.weight, *factors[name], STRENGTHS[1], rounding="reference")
+    merged = CallTimer(forward, [()], run.device, run.settings)
+    samples["merged LoRA"] = list(interleave({"merged": merged}, run.settings.rounds, run.note_clocks)["merged"])
+    # The hooks do what a merge does, or the baseline would be none.
+    effect = (forward()[0] - plain).double().norm()
+    error = (forward()[0] - with_hooks).double().norm() / effect
+    floor = summarise(samples["merged LoRA"]).median
+    records = []
+    for provider, values in samples.items():
+        times = summarise(values)
+        records.append(
+            Record(
+                op="lora_switch",
+                case=title,
+                shape=list(shape),
+                dtype=dtype,
+                provider=provider,
+                median_us=times.median * 1e6,
+                min_us=times.minimum * 1e6,
+                p20_us=times.p20 * 1e6,
+                p80_us=times.p80 * 1e6,
+                samples=times.count,
+                timer=dynamic.kind,
+                buffers=1,
+                bytes=0,
+                flops=0,
+                gb_per_s=0.0,
+                floor_us=floor * 1e6,
+                percent_of_roof=100 * floor / times.median,
+                note=f"the two differ by {error:.1e} of the LoRA's effect",
+            )
+        )
+    return records
+
+
 @torch.no_grad()
 def measure_mode(run: Run, mode: str, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
     """Prepare, then switch back and forth; two switches a round."""
@@ -128,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
     options.add_argument("--rank", type=int, help="of the LoRA (default: 384, 16 for the small case)")
     options.add_argument("--modes", default=",".join(MODES))
+    options.add_argument("--no-baselines", action="store_true", help="the device modes alone")
     parsed = options.parse_args(arguments)
     if unknown := sorted(set(parsed.modes.split(",")) - set(MODES)):
         options.error(f"--modes: unknown {', '.join(unknown)}; known are {', '.join(MODES)}")
@@ -153,6 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.records += measure_mode(run, mode, case, blocks, rank, dtype)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
+    if not parsed.no_baselines:
+        for provider in BASELINES:
+            run.records.append(measure_baseline(run, provider, case, blocks, rank, dtype))
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+        run.records += measure_forwards(run, case, blocks, rank, dtype)
     run.records = with_ratios(run.records)
     print(full_report(run.results()))
     return finish(run, parsed)

@@ -1,0 +1,50 @@
+"""The baselines of the phase-switch benchmark do what they are named after."""
+
+import copy
+
+import pytest
+import torch
+from bench_lora_switch import BASELINES, STRENGTHS, add_dynamic, linear_bytes, linears, on_device, random_lora
+from torch import nn
+
+from ltxkern.ops.merge_lora import merge_lora_
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)).double().requires_grad_(False)
+
+
+def merged(model, factors, strength):
+    made = copy.deepcopy(model)
+    for name, module in linears(made).items():
+        merge_lora_(module.weight, *factors[name], strength)
+    return made
+
+
+@pytest.mark.parametrize("provider", BASELINES)
+def test_a_switch_reaches_the_other_strength(provider, model):
+    factors = on_device(random_lora(model, 3), torch.device("cpu"), torch.float64)
+    changed = merged(model, factors, STRENGTHS[0])
+    for name, module in linears(changed).items():
+        BASELINES[provider](module.weight, *factors[name], *STRENGTHS)
+    expected = merged(model, factors, STRENGTHS[1])
+    for name, module in linears(changed).items():
+        torch.testing.assert_close(module.weight, expected.get_submodule(name).weight, rtol=1e-12, atol=1e-14)
+        assert not torch.equal(module.weight, model.get_submodule(name).weight)
+
+
+def test_a_dynamic_lora_gives_the_merged_output(model):
+    factors = on_device(random_lora(model, 3), torch.device("cpu"), torch.float64)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected, plain = merged(model, factors, 0.5)(x), model(x)
+    hooks = add_dynamic(linears(model), factors, 0.5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-13)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(model(x), plain)
+
+
+def test_the_bytes_are_those_of_the_patched_weights(model):
+    assert linear_bytes(model) == (6 * 8 + 8 * 5) * 8
