@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+
+PICTURES_ALONE = "--no-audio (audio=False) compares the pictures alone"
 
 FrameScorer = Callable[[Tensor, Tensor], float]
 
@@ -55,7 +58,7 @@ class Comparison:
         kind: "video" (mp4) or "latents".
         frames: scores per picture; empty for latents.
         latents: scores per tensor, and per latent frame under "video frame <i>"; empty for mp4.
-        audio: score of the waveforms of two mp4 files; None where both are silent.
+        audio: score of the waveforms of two mp4 files; None where neither has any, or it was left out.
         notes: what was left out, and why.
     """
 
@@ -107,18 +110,19 @@ class Comparison:
         return "\n".join(lines + self.notes)
 
 
-def compare_outputs(a: str | Path, b: str | Path, *, perceptual: bool = True) -> Comparison:
+def compare_outputs(a: str | Path, b: str | Path, *, perceptual: bool = True, audio: bool = True) -> Comparison:
     """Score one output against another.
 
     Args:
         a: the reference, .mp4 or .safetensors (keys "video" and "audio").
         b: of the same kind.
         perceptual: also LPIPS and CLIP, where the packages `lpips` and `open_clip` are installed.
+        audio: also the sound of two mp4 files.
     Returns:
         The scores.
     Raises:
-        ValueError: different kinds, sizes, frame counts, keys or sample rates, or values that are not finite.
-        OSError: a file cannot be read.
+        ValueError: different kinds, sizes, frame counts, keys or sample rates, values that are not finite, or a damaged file.
+        OSError: a file cannot be opened.
 
     Source: Wang et al. 2004 (SSIM).
     """
@@ -130,8 +134,8 @@ def compare_outputs(a: str | Path, b: str | Path, *, perceptual: bool = True) ->
     if kinds == {".safetensors"}:
         return _compare_latents(first, second)
     if kinds == {".mp4"}:
-        return _compare_videos(first, second, perceptual)
-    raise ValueError(f"expected two .mp4 or two .safetensors files, got {first.name} and {second.name}")
+        return _compare_videos(first, second, perceptual, audio)
+    raise ValueError(f"expected two .mp4 or two .safetensors files, got {first} and {second}")
 
 
 def signal_score(a: Tensor, b: Tensor) -> SignalScore:
@@ -187,9 +191,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def _compare_latents(a: Path, b: Path) -> Comparison:
-    from safetensors.torch import load_file
-
-    first, second = load_file(str(a)), load_file(str(b))
+    first, second = _load_latents(a), _load_latents(b)
     if set(first) != set(second):
         raise ValueError(f"{a.name} holds {sorted(first)}, {b.name} holds {sorted(second)}: expected the same keys")
     scores: dict[str, SignalScore] = {}
@@ -208,7 +210,17 @@ def _compare_latents(a: Path, b: Path) -> Comparison:
     return Comparison(str(a), str(b), "latents", latents=scores)
 
 
-def _compare_videos(a: Path, b: Path, perceptual: bool) -> Comparison:
+def _load_latents(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _compare_videos(a: Path, b: Path, perceptual: bool, sound: bool) -> Comparison:
     scorers, notes = _perceptual_scorers() if perceptual else ({}, [])
     frames = []
     for index, (x, y) in enumerate(zip_longest(_pictures(a), _pictures(b))):
@@ -220,33 +232,57 @@ def _compare_videos(a: Path, b: Path, perceptual: bool) -> Comparison:
             raise ValueError(f"{a.name} is {sizes[0]}, {b.name} is {sizes[1]}: expected one size")
         others = {name: scorer(x, y) for name, scorer in scorers.items()}
         frames.append(FrameScore(index, psnr(x, y), ssim(x, y), others))
-    audio, audio_notes = _compare_audio(a, b)
+    audio, audio_notes = _compare_audio(a, b) if sound else (None, ["audio: left out as asked for"])
     return Comparison(str(a), str(b), "video", frames=frames, audio=audio, notes=notes + audio_notes)
 
 
 def _pictures(path: Path) -> Iterator[Tensor]:
     """Frames as (3, H, W) in [0, 1]."""
-    import av
-
-    with av.open(str(path)) as container:
+    with _opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path} has no video stream")
-        for frame in container.decode(video=0):
+        for frame in _decoded(container, path, "video"):
             yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A container; what FFmpeg says of a file that is none is put in words that name it."""
+    import av
+
+    try:
+        container = av.open(str(path))
+    except av.error.InvalidDataError as error:
+        raise ValueError(f"{path} is no mp4 that can be read (cut short, or another kind of file): {error}") from error
+    with container:
+        yield container
+
+
+def _decoded(container: Any, path: Path, kind: str) -> Iterator[Any]:
+    """Frames of the first stream of a kind."""
+    import av
+
+    count = 0
+    try:
+        for frame in container.decode(**{kind: 0}):
+            yield frame
+            count += 1
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: {kind} cannot be decoded behind frame {count}: {error}") from error
 
 
 def _waveform(path: Path) -> tuple[Tensor, int] | None:
     """(channels, samples) fp32 and the sample rate; None without an audio stream."""
     import av
 
-    with av.open(str(path)) as container:
+    with _opened(path) as container:
         if not container.streams.audio:
             return None
         rate = int(container.streams.audio[0].rate)
         resampler = av.AudioResampler(format="fltp", rate=rate)
         parts = [
             torch.from_numpy(piece.to_ndarray())
-            for frame in container.decode(audio=0)
+            for frame in _decoded(container, path, "audio")
             for piece in resampler.resample(frame)
         ]
     return (torch.cat(parts, dim=1), rate) if parts else None
@@ -257,11 +293,12 @@ def _compare_audio(a: Path, b: Path) -> tuple[SignalScore | None, list[str]]:
     if first is None and second is None:
         return None, ["audio: neither file has any"]
     if first is None or second is None:
-        raise ValueError(f"{(a if first is None else b)} has no audio, the other file has")
+        raise ValueError(f"{(a if first is None else b)} has no audio, the other file has: {PICTURES_ALONE}")
     (x, rate_x), (y, rate_y) = first, second
     if rate_x != rate_y or x.shape[0] != y.shape[0]:
         raise ValueError(
-            f"audio: {x.shape[0]} channels at {rate_x} Hz and {y.shape[0]} channels at {rate_y} Hz: expected the same"
+            f"audio: {x.shape[0]} channels at {rate_x} Hz and {y.shape[0]} channels at {rate_y} Hz: expected the same; "
+            f"{PICTURES_ALONE}"
         )
     length = min(x.shape[1], y.shape[1])
     notes = []

@@ -20,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--no-perceptual", action="store_true", help="leave LPIPS and CLIP out even where they are installed"
     )
+    parser.add_argument("--no-audio", action="store_true", help="compare the pictures of two mp4 files alone")
     parser.set_defaults(run=run)
 
 
@@ -27,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
     from ltxkern.compare import compare_outputs
 
-    comparison = compare_outputs(arguments.a, arguments.b, perceptual=not arguments.no_perceptual)
+    comparison = compare_outputs(
+        arguments.a, arguments.b, perceptual=not arguments.no_perceptual, audio=not arguments.no_audio
+    )
     print(comparison.table())
     if arguments.json is not None:
         Path(arguments.json).write_text(comparison.to_json() + "\n")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ltxkern.cli import main
 from ltxkern.compare import compare_outputs, psnr, signal_score, ssim
 
 
@@ -142,3 +143,39 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
             compare_outputs(tmp_path / first, tmp_path / second)
     with pytest.raises(FileNotFoundError):
         compare_outputs(tmp_path / "three.mp4", tmp_path / "missing.mp4")
+
+
+def test_damaged_files_are_named_in_one_sentence(tmp_path):
+    write_clip(tmp_path / "a.mp4", smooth_frames(12), np.zeros((2, 4000), np.float32))
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.mp4").write_text("hello")
+    # The index of packets is whole, the pictures it points to are not.
+    start = whole.index(b"mdat") + 4
+    (tmp_path / "spoiled.mp4").write_bytes(whole[:start] + bytes(len(whole[start:-2000])) + whole[-2000:])
+    save_file({"video": torch.zeros(1, 2, 1, 1, 1)}, tmp_path / "a.safetensors")
+    latents = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(latents[:-3])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    for first, second, words in (
+        ("a.mp4", "cut.mp4", "cut.mp4 is no mp4 that can be read"),
+        ("a.mp4", "text.mp4", "text.mp4 is no mp4 that can be read"),
+        ("spoiled.mp4", "a.mp4", "spoiled.mp4"),
+        ("a.safetensors", "cut.safetensors", "cut.safetensors cannot be read as safetensors"),
+        ("empty.safetensors", "a.safetensors", "empty.safetensors cannot be read as safetensors"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare_outputs(tmp_path / first, tmp_path / second)
+
+
+def test_pictures_can_be_compared_where_only_one_file_has_sound(tmp_path, capsys):
+    write_clip(tmp_path / "quiet.mp4", smooth_frames(2))
+    write_clip(tmp_path / "loud.mp4", smooth_frames(2), np.zeros((2, 4000), np.float32))
+    arguments = ["compare", str(tmp_path / "quiet.mp4"), str(tmp_path / "loud.mp4")]
+    assert main(arguments) == 2
+    assert "--no-audio" in capsys.readouterr().err
+    assert main([*arguments, "--no-audio", "--json", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [frame["psnr"] for frame in result["frames"]] == ["inf", "inf"]
+    assert result["audio"] is None
+    assert "audio: left out as asked for" in result["notes"]
