@@ -75,10 +75,13 @@ def read_json(path: Path) -> Results:
     """Read a results file.
 
     Raises:
-        ValueError: another schema.
+        ValueError: not JSON, or another schema.
     """
-    data = json.loads(path.read_text())
-    if data.pop("schema", None) != SCHEMA:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} is not a results file of schema {SCHEMA}: measure again with this revision")
     records = [Record(**row) for row in data.pop("records")]
     return Results(records=records, **data)

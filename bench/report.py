@@ -11,6 +11,8 @@ COLUMNS = (
     "case", "dtype", "provider", "median", "min", "p20..p80", "bytes", "GB/s", "% roof", "vs eager", "vs compile",
     "launches", "extra mem", "error", "timer",
 )  # fmt: skip
+# The slowest and the fastest copy of a machine left alone are closer than this.
+SHARED_MEMORY = 1.2
 
 
 def duration(microseconds: float) -> str:
@@ -94,6 +96,12 @@ def machine_lines(machine: dict[str, Any], roofs: dict[str, float]) -> list[str]
     for name, value in roofs.items():
         unit = "TFLOP/s" if name.startswith("gemm") else "GB/s"
         lines.append(f"Roof {name}: {value / (1e12 if unit == 'TFLOP/s' else 1e9):.4g} {unit}, measured in this run")
+    low, high = machine.get("copy_roof_seen", (1.0, 1.0))
+    if high > SHARED_MEMORY * low:
+        lines.append(
+            f"CAUTION: the copy ran at {low / 1e9:.4g} to {high / 1e9:.4g} GB/s in the course of the run: others used the memory, "
+            "and `% roof` (against the fastest copy) and times vary with them"
+        )
     lines.append("Cold cache: every call takes the next of several buffers whose sum exceeds the last-level cache.")
     return lines
 

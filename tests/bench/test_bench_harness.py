@@ -203,15 +203,42 @@ def test_planted_slow_down_of_a_fifth_is_reported(monkeypatch, tmp_path, capsys)
     assert "nothing moved" in capsys.readouterr().out
 
 
-def test_a_change_within_the_spread_is_not_reported():
+def test_a_change_within_the_spread_is_unclear_and_no_failure():
     run = run_for()
     harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "small")
     noisy = [replace(r, median_us=100.0, p20_us=80.0, p80_us=130.0) for r in run.records]
     before = replace(run.results(), records=noisy)
     after = replace(before, records=[replace(r, median_us=120.0) for r in noisy])
     text, slower = compare.report(before, after, 0.03)
-    assert "nothing moved" in text
+    assert "nothing moved beyond its spread" in text
+    assert text.count("| unclear |") == 2
+    assert "+20.0 %" in text
     assert not slower
+    after = replace(before, records=[replace(r, median_us=108.0) for r in noisy])
+    assert "unclear" not in compare.report(before, after, 0.03)[0]
+
+
+def test_a_row_says_how_far_eager_and_the_roofs_moved():
+    run = run_for()
+    harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "small")
+    quiet = [replace(r, median_us=100.0, p20_us=100.0, p80_us=100.0) for r in run.records]
+    before = replace(run.results(), records=quiet)
+    moved = [replace(r, median_us=130.0 if "ltxkern" in r.provider else 112.0) for r in quiet]
+    text, slower = compare.report(before, replace(before, records=moved, roofs={"copy": 0.8e9}), 0.03)
+    assert slower
+    assert re.search(r"slower \| gated_residual .* ltxkern torch .*\+30.0 % .* \+12.0 %", text), text
+    assert "the copy roof moved by -20 %" in text
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"schema": 0}'])
+def test_files_that_are_no_results_are_usage_errors(tmp_path, capsys, content):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as status:
+        compare.main([str(path), str(path)])
+    assert status.value.code == 2
+    assert "x.json" in capsys.readouterr().err
 
 
 def test_other_machines_rows_and_failures_are_named():
@@ -414,3 +441,19 @@ def test_a_cache_that_stays_warm_is_said(monkeypatch):
     run = run_for()
     harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "tiny")
     assert {r.note for r in run.records} == {harness.WARM}
+
+
+def test_the_fastest_copy_of_the_run_is_the_roof_of_all_its_rows(monkeypatch):
+    rates = iter([2e9, 1e9, 4e9])
+    monkeypatch.setattr(harness.roofs, "copy_roof", lambda device, settings: next(rates))
+    run = run_for()
+    run.roof_values = {}
+    for _ in range(3):
+        harness.run_suite(run, tiny_suite(ltxkern.gated_residual), "small")
+    results = run.results()
+    assert results.roofs == {"copy": 4e9}
+    assert {r.floor_us for r in results.records} == {results.records[0].bytes / 4e9 * 1e6}
+    assert results.records[0].percent_of_roof == pytest.approx(
+        100 * results.records[0].floor_us / results.records[0].median_us
+    )
+    assert "CAUTION: the copy ran at 1 to 4 GB/s" in full_report(results)
