@@ -1,19 +1,13 @@
-"""Element offsets beyond 2^31: the last blocks of huge grids, on memory that is reserved but never touched elsewhere."""
-
-import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Element offsets beyond 2^31 in the norm kernels: the last blocks of huge grids; test_large_offsets_of_ops.py has the others."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ltxkern import native
 from ltxkern.launch import group_norm_silu as group_norm
 from ltxkern.launch import pixel_norm_silu as pixel_norm
 from ltxkern.native import Launch
-from tests.csrc.shim_build import shim
+from tests.csrc.reserved import only_blocks, reserved, run
 from tests.ops.contract import noise
 
 POSITIONS = (1 << 30) + 24
@@ -21,34 +15,9 @@ CHANNELS = 3
 TAIL = 64
 
 
-def reserved(shape: tuple[int, ...]) -> Tensor:
-    """A bf16 tensor over untouched pages: no memory is used until an element is."""
-    size = 2 * torch.Size(shape).numel()
-    try:
-        pages = mmap.mmap(
-            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        )
-    except OSError as error:
-        pytest.skip(f"LARGE OFFSETS NOT TESTED: cannot reserve {size >> 30} GiB of address space: {error}")
-    return torch.frombuffer(pages, dtype=torch.bfloat16).view(shape)
-
-
-@contextmanager
-def only_blocks(first: int, count: int = 1) -> Iterator[None]:
-    shim().only_blocks(first, count)
-    try:
-        yield
-    finally:
-        shim().only_blocks(0, 0)
-
-
-def run(step: native.Step, *tensors: Tensor | None) -> None:
-    native.device_plan(shim(), [step], len(tensors))(*tensors)
-
-
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_group_norm(last: bool) -> None:
-    x, out = (reserved((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS)) for _ in range(2))
+    x, out = (reserved(*((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS))) for _ in range(2))
     x, out = (x.movedim(-1, 1), out.movedim(-1, 1)) if last else (x, out)
     x[0, :, -TAIL:] = noise(CHANNELS, TAIL, dtype=torch.bfloat16)
     case = group_norm.describe(out, x, None, None, 1, 1e-5, None, None)
@@ -80,7 +49,7 @@ def test_group_norm(last: bool) -> None:
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_pixel_norm(last: bool) -> None:
-    x, out = (reserved((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS)) for _ in range(2))
+    x, out = (reserved(*((1, POSITIONS, CHANNELS) if last else (1, CHANNELS, POSITIONS))) for _ in range(2))
     x, out = (x.movedim(-1, 1), out.movedim(-1, 1)) if last else (x, out)
     x[0, :, -TAIL:] = noise(CHANNELS, TAIL, dtype=torch.bfloat16)
     case = pixel_norm.describe(out, x, 1e-6, None)
