@@ -132,9 +132,11 @@ def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int,
     dist.destroy_process_group()
 
 
-def killed_rank(models: Mapping[torch.dtype, Components], folder: Path, port: int, rank: int, size: int) -> None:
-    """Rank 1 is killed in stage 2, between the collectives of a forward."""
-    with (folder / f"killed {rank}.txt").open("wb") as file:
+def failing_rank(
+    models: Mapping[torch.dtype, Components], folder: Path, port: int, how: str, rank: int, size: int
+) -> None:
+    """Rank 1 is killed in stage 2, between the collectives of a forward, or raises there."""
+    with (folder / f"{how} {rank}.txt").open("wb") as file:
         os.dup2(file.fileno(), 2)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -143,30 +145,35 @@ def killed_rank(models: Mapping[torch.dtype, Components], folder: Path, port: in
         share = CFGParallel(ranks=job.ranks, sequence=SequenceParallel(ranks=job.ranks))
         if rank == 1:
             block = models[torch.float32].transformer.transformer_blocks[1]
-            block.ff.register_forward_pre_hook(lambda *_: die_in(share.sequence, 3))
+            block.ff.register_forward_pre_hook(lambda *_: fail_in(share.sequence, 3, how))
         generate(models, cases(folder)["t2v"], share)
         job.finish()
 
 
-def die_in(sequence: SequenceParallel | None, forward: int) -> None:
-    """End this process as a crash does, in the given forward of stage 2."""
-    if sequence is not None and sequence.traffic.evaluations == forward:
-        os.kill(os.getpid(), signal.SIGKILL)
+def fail_in(sequence: SequenceParallel | None, forward: int, how: str) -> None:
+    """In the given forward of stage 2 raise, or end this process as a crash does."""
+    if sequence is None or sequence.traffic.evaluations != forward:
+        return
+    if how == "raises":
+        raise FloatingPointError("the device caught fire")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(folder: Path) -> None:
-    """All degrees, one launch each, and the one in which a rank is killed."""
+    """All degrees, one launch each, and those in which a rank fails."""
     torch.set_num_threads(1)
     models = {dtype: build_demo(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     codes: dict[str, list[int | None]] = {"1": forked(reference, models, folder)}
     for degree in DEGREES:
         with launcher() as port:
             codes[str(degree)] = forked(rank_main, models, folder, port, count=degree)
-    started = time.monotonic()
-    with launcher() as port:
-        codes["killed"] = forked(killed_rank, models, folder, port, count=2)
-    results = {"exit_codes": codes, "killed_seconds": time.monotonic() - started}
-    results["said"] = [(folder / f"killed {rank}.txt").read_text() for rank in range(2)]
+    results: dict[str, Any] = {"exit_codes": codes}
+    for how in ("killed", "raises"):
+        started = time.monotonic()
+        with launcher() as port:
+            codes[how] = forked(failing_rank, models, folder, port, how, count=2)
+        said = [(folder / f"{how} {rank}.txt").read_text() for rank in range(2)]
+        results[how] = {"seconds": time.monotonic() - started, "said": "".join(said)}
     (folder / "results.json").write_text(json.dumps(results))
 
 

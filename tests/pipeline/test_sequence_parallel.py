@@ -19,7 +19,7 @@ FORWARDS, BLOCKS, WIDTH, AUDIO_WIDTH, CHANNELS = 7, 2, 64, 32, 16  # of the demo
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Every case on every degree, and the run in which a rank is killed."""
+    """Every case on every degree, and the runs in which a rank fails."""
     folder = tmp_path_factory.mktemp("sequence")
     return folder, launch("tests.pipeline.sequence_ranks", folder)
 
@@ -91,13 +91,21 @@ def test_ranks_out_of_step_are_told(runs: tuple[Path, dict[str, Any]]) -> None:
         assert of_rank(runs, 2, rank)["out of step"] == expected
 
 
-def test_a_rank_killed_in_stage_2_ends_the_job(runs: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("killed", -9, "rank 1 is gone: it was killed, or its machine does not answer"),
+        ("raises", 2, "the device caught fire"),
+    ],
+)
+def test_a_rank_that_fails_in_stage_2_ends_the_job(
+    runs: tuple[Path, dict[str, Any]], how: str, code: int, words: str
+) -> None:
     """Within the 30 seconds of the contract, with one line."""
     results = runs[1]
-    assert results["exit_codes"]["killed"] == [2, -9]
-    assert results["killed_seconds"] < 30
-    said = [line for line in "".join(results["said"]).splitlines() if line]
-    assert said == ["ltxkern: error: rank 1 is gone: it was killed, or its machine does not answer"]
+    assert results["exit_codes"][how] == [2, code]
+    assert results[how]["seconds"] < 30
+    assert [line for line in results[how]["said"].splitlines() if line] == [f"ltxkern: error: {words}"]
 
 
 def test_every_rank_takes_part_in_a_shared_stage(monkeypatch: pytest.MonkeyPatch) -> None:
