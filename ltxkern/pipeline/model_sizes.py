@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class ModelSizes:
     transformer: WeightSizes
     text_tokens: int
     dtype: torch.dtype
+    _modules: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def geometry(self) -> Geometry:
@@ -47,8 +48,11 @@ class ModelSizes:
         return geometry_from_configs(self.configs.get("transformer"), self.configs.get("audio_vae"))
 
     def module(self, component: str, **changes: Any) -> Any:
-        """The component on the meta device, in the dtype it runs in."""
-        return meta_module(component, {**self.configs[component], **changes}, self.dtype)
+        """The component on the meta device, in the dtype it runs in; built once, which takes longer than to run it."""
+        key = (component, *sorted(changes.items()))
+        if key not in self._modules:
+            self._modules[key] = meta_module(component, {**self.configs[component], **changes}, self.dtype)
+        return self._modules[key]
 
 
 def meta_module(component: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -97,7 +101,7 @@ def model_sizes(
     sizes = WeightSizes(0, 0, 0, ())
     if "transformer" in modules:
         sizes = _transformer_sizes(modules["transformer"], loras, rank)
-    return ModelSizes(configs, nbytes, sizes, text_tokens, dtype)
+    return ModelSizes(configs, nbytes, sizes, text_tokens, dtype, {(name,): module for name, module in modules.items()})
 
 
 def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]], dict[str, int], int]:

@@ -1,5 +1,6 @@
 """The device manager on a GPU: bit-equal phases, peak memory by the allocator, order of events by CUDA events."""
 
+import gc
 import random
 
 import pytest
@@ -65,9 +66,15 @@ def test_random_switches_equal_fresh_merges(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_peak_memory_of_a_switch(mode):
     model = model_on_host()
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    lora = random_lora("distilled", model, seed=1, rank=64)
+    phases = lora_phases([], lora)
     weights = sum(weight.nbytes for weight in linear_weights(model).values())
     block = 2 * WIDTH * HIDDEN * 2
+    # cuBLAS takes its workspace with the first product; what earlier tests left is none of the manager's.
+    torch.ones(64, 64, device="cuda", dtype=torch.bfloat16) @ torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    gc.collect()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
     with TwoStageDeviceManager(mode, device="cuda") as manager:
         manager.attach(model)
         manager.prepare(*phases)
@@ -79,8 +86,9 @@ def test_peak_memory_of_a_switch(mode):
         torch.cuda.synchronize()
         # merge_lora_ takes temporaries of 32 MiB beside the blocks.
         assert torch.cuda.max_memory_allocated() - before <= 2 * block + (64 << 20)
-        limit = {"resident": 2 * weights, "snapshot": weights + 2 * block, "inplace": 2 * weights, "original": weights}
-        assert before <= limit[mode] + (64 << 20)
+        # Factors stay on the device where there is room; a correction of at most one byte per weight is half of them.
+        kept = {"resident": 2 * weights, "snapshot": weights + 2 * block, "inplace": 1.5 * weights, "original": weights}
+        assert before - start <= kept[mode] + lora.nbytes + (64 << 20)
 
 
 @pytest.mark.parametrize("offload", [True, False])
@@ -98,6 +106,69 @@ def test_forwards_are_identical_to_resident_ones(offload):
                 results.append(model(x).clone())
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
+
+
+def test_snapshots_and_lent_components_are_page_locked():
+    model = model_on_host()
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    component = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
+    before = {name: tensor.clone() for name, tensor in component.state_dict().items()}
+    with TwoStageDeviceManager("snapshot", device="cuda") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert all(snapshot.is_pinned() for snapshot in manager.store._snapshots.values())
+        for _ in range(2):
+            with manager.component("part", component):
+                assert all(tensor.is_cuda for tensor in component.state_dict().values())
+            assert all(tensor.is_pinned() for tensor in component.state_dict().values())
+        assert manager.budget.used > 0
+    assert manager.budget.used == 0
+    for name, tensor in component.state_dict().items():
+        assert not tensor.is_pinned()
+        assert torch.equal(tensor, before[name])
+
+
+def test_everything_is_on_the_host_again_after_offloading():
+    model = model_on_host()
+    pristine = linear_weights(model)
+    with TwoStageDeviceManager("original", device="cuda", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+        model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert_weights(model, pristine)
+
+
+def test_a_switch_between_prepared_phases_waits_for_nothing():
+    """The host only enqueues; "warn" and "error" of torch's sync debug mode see every blocking call."""
+    model = model_on_host()
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+    for mode in ("resident", "snapshot"):
+        with TwoStageDeviceManager(mode, device="cuda") as manager:
+            manager.attach(model)
+            manager.prepare(*phases)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for phase in (phases[1], phases[0]) * 2:
+                    with manager.stage("stage"):
+                        pass
+                    manager.switch_lora_phase(phase)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_results_of_the_side_stream_outlive_their_handing_over():
+    manager = TwoStageDeviceManager("original", device="cuda")
+    x = torch.randn(1 << 20, device="cuda")
+    expected = (x * 2 + 1).sum()
+    for _ in range(20):
+        made, _ = manager.side_by_side(lambda: x * 2, lambda: x @ x)
+        total = (made + 1).sum()
+        del made
+        # Without record_stream the side stream would write over what is still being read.
+        manager.side_by_side(lambda: torch.full_like(x, float("nan")), lambda: None)
+        assert torch.equal(total, expected)
 
 
 class TimedClock(CudaClock):
@@ -130,5 +201,10 @@ def test_prefetch_starts_before_stage_1_ends():
         with manager.stage("stage 2"):
             model(x)
         torch.cuda.synchronize()
-        prefetch, end = clock.events["prefetch transformer_blocks.0"], clock.events["stage 1 ends"]
-        assert prefetch.elapsed_time(end) > 0
+        end = clock.events["stage 1 ends"]
+        assert clock.events["prefetch transformer_blocks.0"].elapsed_time(end) > 0
+        # Blocks that no spare buffer waits for come during the last forward, one by one.
+        for index in range(1, BLOCKS - 1):
+            earlier, later = (clock.events[f"fetch transformer_blocks.{n}"] for n in (index, index + 1))
+            assert earlier.elapsed_time(later) >= 0
+        assert clock.events["fetch transformer_blocks.1"].elapsed_time(end) > 0
