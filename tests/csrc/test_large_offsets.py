@@ -60,3 +60,23 @@ def test_pixel_norm(last: bool) -> None:
     wide = x[0, :, -8:].double()
     exact = F.silu(wide * torch.rsqrt(wide.square().mean(0) + 1e-6))
     torch.testing.assert_close(out[0, :, -8:].double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["resident", "resident_cluster", "pipeline"])
+def test_group_norm_on_chip(kernel: str) -> None:
+    groups, length = (1 << 20) + 3, 2048
+    x, out = (reserved(1, groups, length) for _ in range(2))
+    x[0, -1] = noise(length, dtype=torch.bfloat16)
+    case = group_norm.describe(out, x, None, None, groups, 1e-5, None, None)
+    if kernel == "pipeline":
+        # A team a group: the last team alone is at work.
+        (_, launch), size = group_norm.pipeline(case, 2, groups, kept_bytes=1024, threads=64)
+    else:
+        (launch,), size = group_norm.resident(case, 2 if kernel == "resident_cluster" else 1, threads=64)
+    assert isinstance(launch, Launch)
+    blocks = launch.grid[0] // groups
+    with only_blocks(launch.grid[0] - blocks, blocks):
+        run(launch, out, x, None, None, None, None, torch.zeros(size, dtype=torch.uint8))
+    wide = x[0, -1].double()
+    exact = F.silu((wide - wide.mean()) / (wide.var(correction=0) + 1e-5).sqrt())
+    torch.testing.assert_close(out[0, -1].double(), exact, rtol=1e-2, atol=1e-3)

@@ -4,6 +4,11 @@ Huge tensors lie on reserved memory (`reserved.py`). The last blocks of a launch
 on a small copy of what they see.
 """
 
+import os
+import platform
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,6 +22,7 @@ from ltxkern.launch import combine_guidance, merge_lora, normalize_noise, qk_nor
 from ltxkern.launch.tensors import PARAM_CODES
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.reserved import only_blocks, planner, reserved, run
+from tests.csrc.shim_build import ROOT
 from tests.ops.contract import assert_same, noise
 
 BF16 = torch.bfloat16
@@ -279,3 +285,19 @@ def test_strides_of_rows_on_the_cpu() -> None:
             ),
         ):
             assert_same(far, near)
+
+
+def test_no_cpu_kernel_narrows_an_index() -> None:
+    """The compiler sees no 64-bit value that becomes a 32-bit one in csrc/cpu, whose kernels take whole tensors."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("INDEX WIDTHS OF CPU KERNELS NOT TESTED: needs g++ on x86-64")
+    flags = ("-std=c++17", "-fsyntax-only", "-fopenmp", "-march=x86-64-v4", "-DLTXK_ISA=avx512", "-DLTXK_ISA_avx512=1")
+    warnings = ("-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion")
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        command = [compiler, *flags, *warnings, f"-I{ROOT / 'csrc'}", str(source)]
+        environment = os.environ | {"LC_ALL": "C"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        narrowed = [line for line in done.stderr.splitlines() if re.search(r"conversion from '.*long.*' to", line)]
+        assert narrowed == []
