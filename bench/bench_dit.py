@@ -7,6 +7,7 @@ toolkit's forward makes; what the forward takes beyond it is what fusion can win
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import machine
+from accuracy import WrongResultError
 from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
@@ -25,10 +27,12 @@ from ltxkern.pipeline.latents import AudioLatentShape, VideoLatentShape, audio_p
 from ltxkern.pipeline.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.transformer_inputs import ModalityInput
 from providers import COMPILE, EAGER, compiler_missing
-from record import Record
+from record import Record, write_json
 from report import full_report, size
 from timing import CallTimer, interleave, summarise
 
+# Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
+ROUNDINGS = 8
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
 CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 CONFIG = {
@@ -202,15 +206,24 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
     functions: dict[str, Callable[[], Any]] = {EAGER: diffusers_forward(theirs, inputs), "ltxkern": toolkit}
     title = f"{case.name} {blocks} blocks"
     with ContractionLog() as log:
-        toolkit()
+        result = toolkit()
+    errors = {"ltxkern": distance(result, functions[EAGER]())}
+    check_distance("ltxkern", errors["ltxkern"], dtype, blocks)
     for name in [n for n in functions if not wanted(run, n)]:
         del functions[name]
     timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
-    reason = compiler_missing(run.device)
+    reason, compile_s = compiler_missing(run.device), None
     if wanted(run, COMPILE) and reason is None:
-        compiled = compile_blocks(case, blocks, dtype, run.device, ours)
-        timers[COMPILE] = CallTimer(diffusers_forward(compiled, inputs), [()], run.device, run.settings)
-    elif reason is not None:
+        forward = diffusers_forward(compile_blocks(case, blocks, dtype, run.device, ours), inputs)
+        start = time.perf_counter()
+        try:
+            errors[COMPILE] = distance(forward(), functions[EAGER]())
+        except Exception as error:
+            run.skip("dit", title, COMPILE, f"{type(error).__name__}: {str(error).strip()[:200]}")
+        else:
+            compile_s = time.perf_counter() - start
+            timers[COMPILE] = CallTimer(forward, [()], run.device, run.settings)
+    elif wanted(run, COMPILE) and reason is not None:
         run.skip("dit", title, COMPILE, reason)
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     median, least, high = floor_seconds(log, run)
@@ -234,9 +247,28 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
                 **times(s.median, s.minimum, s.p20, s.p80, median, log.flops()),
                 samples=s.count,
                 timer=timers[name].kind,
+                compile_s=compile_s if name == COMPILE else None,
+                note=f"relative RMS distance from diffusers {errors[name]:.1e}" if name in errors else "",
             )
         )
     run.records += with_ratios(rows)
+
+
+def distance(result: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The larger relative RMS distance of the two modalities' velocities."""
+    pairs = zip(result, expected, strict=True)
+    return max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+
+
+def check_distance(name: str, found: float, dtype: torch.dtype, blocks: int) -> None:
+    """Hold a forward to diffusers' on the same weights; roundings of every block add up like a random walk.
+
+    Raises:
+        WrongResultError: further away than `ROUNDINGS` units of the number format in each block explain.
+    """
+    limit = ROUNDINGS * torch.finfo(dtype).eps * blocks**0.5
+    if not found <= limit:
+        raise WrongResultError(f"{name}: relative RMS distance from diffusers is {found:.2e}, allowed {limit:.2e}")
 
 
 def times(median: float, least: float, p20: float, p80: float, floor: float, flops: int) -> dict[str, Any]:
@@ -290,11 +322,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
                 run.skip("dit", f"{case.name} {dtype}", "", reason)
                 continue
-            measure(run, case, blocks, dtype)
+            try:
+                measure(run, case, blocks, dtype)
+            except WrongResultError as error:
+                run.fail("dit", f"{case.name} {dtype}", str(error))
+            except torch.OutOfMemoryError as error:
+                run.skip("dit", f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
+            if parsed.output_json and run.records:
+                write_json(run.results(), parsed.output_json)
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+    run.end()
     print(full_report(run.results()))
-    return finish(run, parsed) if run.records else 2
+    return finish(run, parsed) if run.records or run.failures else 2
 
 
 if __name__ == "__main__":

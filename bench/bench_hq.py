@@ -6,6 +6,7 @@ measured without a download; its pictures are noise, its times are not. The firs
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import machine
 from bench_lora_switch import random_lora
+from cases import DTYPES
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.pipeline.components import PRODUCTION_CONFIGS, build, component_dtype
@@ -88,7 +90,7 @@ def random_contexts(device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(1, 1024, width, device=device, dtype=torch.bfloat16) for width in (4096, 2048))
 
 
-def rows_of(times: list[dict[str, float]], model: str, shape: tuple[int, ...], load: float) -> list[Record]:
+def rows_of(times: list[dict[str, float]], model: str, shape: tuple[int, ...], dtype: str, load: float) -> list[Record]:
     """One row per stage over all counted runs."""
     rows = []
     for stage in times[0]:
@@ -98,7 +100,7 @@ def rows_of(times: list[dict[str, float]], model: str, shape: tuple[int, ...], l
                 op="hq",
                 case=f"{model} {stage}",
                 shape=list(shape),
-                dtype="bf16",
+                dtype=dtype,
                 provider="ltxkern",
                 median_us=summary.median * 1e6,
                 min_us=summary.minimum * 1e6,
@@ -132,7 +134,17 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
         if index:
             times.append(clock.close())
     run.facts["peak_bytes"] = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
-    run.records += rows_of(times, model, size, machine.load_average())
+    kind = next(pipeline.components.transformer.parameters()).dtype
+    name = next(name for name, dtype in DTYPES.items() if dtype == kind)
+    run.records += rows_of(times, model, size, name, machine.load_average())
+
+
+def size_of(text: str) -> tuple[int, int, int]:
+    """Height, width and frames of `--size`."""
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTHxFRAMES, e.g. 512x768x25, got {text!r}")
+    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,13 +156,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--text-encoder", help="with a path: the text encoder folder")
     options.add_argument("--device-mode", default="auto")
     options.add_argument("--steps", type=int, help="of stage 1 (default: the preset's 15)")
-    options.add_argument("--size", help="HxWxF (default: 64x64x9 for the demo, 1088x1920x121 otherwise)")
+    options.add_argument(
+        "--size",
+        type=size_of,
+        metavar="HxWxF",
+        help="height, width, frames (default: 64x64x9 for the demo, 1088x1920x121 otherwise)",
+    )
     parsed = options.parse_args(arguments)
+    size = parsed.size or (DEMO_SIZE if parsed.model == "demo" else FULL_SIZE)
     relaunch_warm(parsed)
     run = start_run(parsed)
-    size = (
-        tuple(map(int, parsed.size.split("x"))) if parsed.size else DEMO_SIZE if parsed.model == "demo" else FULL_SIZE
-    )
     if parsed.model == "random-full":
         if machine.free_bytes(run.device) < RANDOM_FULL_BYTES:
             print(f"random-full wants {text_size(RANDOM_FULL_BYTES)} ({RANDOM_FULL_BYTES} bytes) free on {run.device}")
@@ -166,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text_encoder=parsed.text_encoder,
         )
     measure(run, pipeline, Path(parsed.model).name, size, parsed.steps)
+    run.end()
     print(full_report(run.results()))
     return finish(run, parsed)
 

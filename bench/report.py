@@ -75,8 +75,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
 
 
-def machine_lines(machine: dict[str, Any], roofs: dict[str, float]) -> list[str]:
-    """The machine and its roofs in words."""
+def machine_lines(machine: dict[str, Any], roofs: dict[str, float], *, cold: bool = True) -> list[str]:
+    """The machine and its roofs in words, and whether the rows were measured on rotated buffers."""
     lines = [f"Machine: {machine['gpu'] if 'gpu' in machine else machine['cpu']}, {machine['threads']} CPU threads"]
     if "gpu" in machine:
         clocks = machine.get("clocks_seen", {})
@@ -102,8 +102,15 @@ def machine_lines(machine: dict[str, Any], roofs: dict[str, float]) -> list[str]
             f"CAUTION: the copy ran at {low / 1e9:.4g} to {high / 1e9:.4g} GB/s in the course of the run: others used the memory, "
             "and `% roof` (against the fastest copy) and times vary with them"
         )
-    lines.append("Cold cache: every call takes the next of several buffers whose sum exceeds the last-level cache.")
+    if cold:
+        lines.append("Cold cache: every call takes the next of several buffers whose sum exceeds the last-level cache.")
     return lines
+
+
+def lines_of(results: Results) -> list[str]:
+    """`machine_lines` of a run; whole models (one buffer) are not called cold."""
+    cold = not results.records or any(record.buffers > 1 for record in results.records)
+    return machine_lines(results.machine, results.roofs, cold=cold)
 
 
 def op_section(op: str, results: Results) -> str:
@@ -131,7 +138,7 @@ def op_section(op: str, results: Results) -> str:
 def full_report(results: Results) -> str:
     """The whole run as Markdown."""
     ops = list(dict.fromkeys([r.op for r in results.records] + [s["op"] for s in results.skipped + results.failures]))
-    parts = ["# Benchmark report", "", *[f"- {line}" for line in machine_lines(results.machine, results.roofs)], ""]
+    parts = ["# Benchmark report", "", *[f"- {line}" for line in lines_of(results)], ""]
     for op in ops:
         parts += [op_section(op, results), ""]
     return "\n".join(parts)

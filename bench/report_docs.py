@@ -11,7 +11,7 @@ from pathlib import Path
 from ladder import ladder_section
 from plots import write_plots
 from record import Record, Results, read_json
-from report import COLUMNS, error_text, machine_lines, markdown_table, row
+from report import COLUMNS, error_text, lines_of, markdown_table, row
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python bench/report_docs.py"
@@ -48,7 +48,7 @@ def section(name: str, results: Results, plots: Sequence[str]) -> str:
     """One machine and revision."""
     title = results.machine.get("gpu") or results.machine["cpu"]
     lines = [f"## {title}, {results.machine['revision']}", "", f"File: `bench/results/{name}`.", ""]
-    lines += [f"- {line}" for line in machine_lines(results.machine, results.roofs)]
+    lines += [f"- {line}" for line in lines_of(results)]
     lines += ["", "### Best of the toolkit per case", "", summary_line(results.records), ""]
     lines += [f"![{Path(plot).stem}]({plot})\n" for plot in plots]
     for op in dict.fromkeys(record.op for record in results.records):

@@ -4,7 +4,9 @@ import json
 import re
 from dataclasses import replace
 
+import bench_dit
 import bench_gated_residual
+import bench_hq
 import cases
 import compare
 import counters
@@ -457,3 +459,22 @@ def test_the_fastest_copy_of_the_run_is_the_roof_of_all_its_rows(monkeypatch):
         100 * results.records[0].floor_us / results.records[0].median_us
     )
     assert "CAUTION: the copy ran at 1 to 4 GB/s" in full_report(results)
+
+
+def test_a_transformer_forward_is_held_to_diffusers():
+    right = (torch.randn(2, 3), torch.randn(4))
+    assert bench_dit.distance(right, right) == 0.0
+    far = bench_dit.distance((right[0], right[1] * 1.5), right)
+    assert far == pytest.approx(0.5)
+    bench_dit.check_distance("x", 1e-3, torch.bfloat16, 48)
+    for wrong in (far, float("nan")):
+        with pytest.raises(WrongResultError, match="distance from diffusers"):
+            bench_dit.check_distance("x", wrong, torch.bfloat16, 48)
+
+
+def test_sizes_of_whole_runs_are_checked(capsys):
+    assert bench_hq.size_of("512x768x25") == (512, 768, 25)
+    for wrong in ("512x768", "axbxc", "512"):
+        with pytest.raises(SystemExit):
+            bench_hq.main(["--size", wrong, "--default-allocator"])
+    assert "HEIGHTxWIDTHxFRAMES" in capsys.readouterr().err
