@@ -199,6 +199,7 @@ class HQTwoStagePipeline:
         *,
         video_guidance: GuidanceScales | None = None,
         audio_guidance: GuidanceScales | None = None,
+        guidance_policy: type[CFGPolicy] = MultiModalPolicy,
         distilled_strengths: tuple[float, float] | None = None,
         eta: float = 0.5,
         audio_source: str = "stage1",
@@ -226,6 +227,7 @@ class HQTwoStagePipeline:
             frame_rate: frames per second.
             steps: of stage 1; None for the preset's (15 in HQ).
             video_guidance, audio_guidance: scales of stage 1; None for the preset's.
+            guidance_policy: what stage 1 makes of the scales: which branches run and how they combine.
             distilled_strengths: of the distilled LoRA in stage 1 and 2, for this request alone.
             eta: noise share of a res2s step.
             audio_source: "stage1" (published) or "stage2".
@@ -280,7 +282,8 @@ class HQTwoStagePipeline:
         self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
         run = DenoisingRun(self, request, plans, initial_noise, sde_noise, image_latents, callback, progress)
         phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(plans)]
-        policies = self._policies(request, embeddings, negative_embeddings, progress)
+        policies = self._policies(request, guidance_policy, embeddings, negative_embeddings, progress)
+        plans[0] = replace(plans[0], branches=len(policies[0].branches))
         if self._parallel is not None:
             phases = phases[: self._parallel.stages(policies[: len(plans)])]
         if phases:
@@ -331,26 +334,29 @@ class HQTwoStagePipeline:
     def _policies(
         self,
         request: GenerationRequest,
+        policy: type[CFGPolicy],
         embeddings: PromptEmbeddings | Sequence[Tensor] | None,
         negative: PromptEmbeddings | Sequence[Tensor] | None,
         progress: Progress | None,
     ) -> list[CFGPolicy]:
         """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device."""
         guidance = request.guidance(self.geometry)
-        wants_negative = any(scales.cfg != 1 for scales in guidance.present.values())
+        # Which branches somebody's own policy runs is only known once it is built.
+        unknown = not issubclass(policy, MultiModalPolicy)
+        wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
         if embeddings is None:
             texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
             encoded = self._encode(texts, progress)
             embeddings = _stack(encoded[: request.batch])
             if len(encoded) > request.batch:
                 negative = _stack(encoded[request.batch :])
-        if wants_negative and negative is None:
+        if wants_negative and negative is None and not unknown:
             raise ValueError(
                 "negative_embeddings are needed where a cfg scale is not 1: give them, or set both cfg scales to 1"
             )
         positive = _contexts("embeddings", embeddings, request.batch, self.device)
         opposite = None if negative is None else _contexts("negative_embeddings", negative, request.batch, self.device)
-        return [MultiModalPolicy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
+        return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
 
     def _encode(self, texts: list[str], progress: Progress | None) -> list[PromptEmbeddings]:
         report(progress, "text", 0, 1)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.demo import build_demo
-from ltxkern.pipeline.guidance import GuidanceRequest, GuidanceScales, GuidedDenoiser, MultiModalPolicy
+from ltxkern.pipeline.guidance import (
+    CFGBranch,
+    CFGPolicy,
+    GuidanceRequest,
+    GuidanceScales,
+    GuidedDenoiser,
+    MultiModalPolicy,
+    PlainCFGPolicy,
+)
+from ltxkern.pipeline.hq import HQTwoStagePipeline
 from ltxkern.pipeline.latents import AudioLatentShape, LatentState, VideoLatentShape
 from ltxkern.pipeline.stage import BranchForward, batched_runner
 from ltxkern.pipeline.transformer import LTX2Transformer
@@ -121,3 +130,39 @@ def test_the_combination_is_the_same(transformer: LTX2Transformer) -> None:
     ]
     for modality in ("video", "audio"):
         torch.testing.assert_close(results[0][modality], results[1][modality], atol=2e-4, rtol=2e-4)
+
+
+class Mean(CFGPolicy):
+    """Somebody's own scheme: the mean of the predictions for the prompt and for the negative prompt."""
+
+    def __init__(self, branches: tuple[CFGBranch, ...]) -> None:
+        self.branches = branches
+
+    @classmethod
+    def build(cls, request: Any, positive: Any, negative: Any = None) -> "Mean":
+        if negative is None:
+            raise ValueError("negative is needed for a mean: give it")
+        return cls((CFGBranch("for", True, positive), CFGBranch("against", False, negative)))
+
+    def combine(self, predictions: Any) -> dict[str, Tensor]:
+        first, second = predictions["for"], predictions["against"]
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+
+def test_the_pipeline_takes_a_policy() -> None:
+    """Plain guidance leaves the modality scale out; one's own policy runs its own branches, its negative prompt encoded."""
+    scales = GuidanceScales(cfg=3.0, modality=3.0, rescale=0.5)
+    size: dict[str, Any] = {"height": 64, "width": 128, "num_frames": 9, "steps": 2, "output_type": "latents"}
+    both = {"video_guidance": scales, "audio_guidance": scales}
+    alone = {name: replace(scales, modality=1.0) for name in both}
+    void = {name: GuidanceScales() for name in both}
+    with HQTwoStagePipeline.from_pretrained("demo", dtype=torch.float32, device="cpu") as pipeline:
+        plain = pipeline("kite", **size, **both, guidance_policy=PlainCFGPolicy)
+        expected = pipeline("kite", **size, **alone)
+        mean = pipeline("kite", **size, **void, guidance_policy=Mean)
+        unguided = pipeline("kite", **size, **void)
+        with pytest.raises(ValueError, match="negative is needed for a mean"):
+            pipeline(**size, guidance_policy=Mean, embeddings=(torch.ones(1, 4, 64), torch.ones(1, 4, 32)))
+    assert all(torch.equal(plain.latents[name], expected.latents[name]) for name in expected.latents)
+    assert [output.stages[0].branches for output in (plain, mean, unguided)] == [2, 2, 1]
+    assert not torch.equal(mean.latents["video"], unguided.latents["video"])
