@@ -8,6 +8,17 @@ from typing import Any
 from record import Record, Results
 
 SPECIAL = ("dit", "lora_switch", "hq")
+# One colour per provider in every plot; further baselines stand in the tables.
+COLOURS = {
+    "torch eager": "#9a9a9a",
+    "torch.compile": "#f2a33a",
+    "ltxkern cuda": "#1b5fa8",
+    "ltxkern nvrtc": "#6fb1e0",
+    "ltxkern triton": "#2a9d6f",
+    "ltxkern cpu": "#8a2f62",
+    "ltxkern torch": "#cdb8d8",
+}
+MARKERS = "osD^v<>PX*hp"
 
 
 def _pyplot() -> Any:
@@ -42,27 +53,40 @@ def write_plots(stem: str, results: Results, folder: Path) -> list[str]:
 
 
 def _roofline(records: list[Record], roofs: dict[str, float], title: str, path: Path) -> None:
+    """Colour says who, marker says which op."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for provider in dict.fromkeys(record.provider for record in records):
-        rows = [record for record in records if record.provider == provider and not record.flops]
-        axes.plot([r.bytes for r in rows], [r.gb_per_s for r in rows], "o", label=provider, alpha=0.7)
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    shown = [record for record in records if record.provider in COLOURS and not record.flops]
+    markers = dict(zip(dict.fromkeys(record.op for record in shown), MARKERS, strict=False))
+    for record in shown:
+        axes.plot(
+            record.bytes, record.gb_per_s, markers[record.op], color=COLOURS[record.provider], alpha=0.85, markersize=6
+        )
+    handles = [
+        pyplot.Line2D([], [], color=colour, linewidth=5, label=name)
+        for name, colour in COLOURS.items()
+        if any(record.provider == name for record in shown)
+    ]
+    handles += [
+        pyplot.Line2D([], [], color="black", marker=marker, linestyle="", label=op) for op, marker in markers.items()
+    ]
     if "copy" in roofs:
-        axes.axhline(roofs["copy"] / 1e9, color="black", linewidth=1, label="copy roof, same run")
-    axes.set(xscale="log", yscale="log", xlabel="bytes that one call must move", ylabel="GB/s", title=title)
-    axes.legend(fontsize="small")
+        handles.append(axes.axhline(roofs["copy"] / 1e9, color="black", linewidth=1, label="copy roof, same run"))
+    axes.set(xscale="log", yscale="log", xlabel="bytes that one call must move", ylabel="GB/s of those bytes")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(handles=handles, fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
 
 
 def _bars(records: list[Record], metric: str, title: str, path: Path) -> None:
     pyplot = _pyplot()
     keys = list(dict.fromkeys((r.op, r.case, r.dtype) for r in records))
-    # Eager is the unit of the speed-up and has no bar there; further baselines stand in the tables.
-    shown = ("torch.compile",) if metric == "speed-up" else ("torch eager", "torch.compile")
+    # Eager is the unit of the speed-up and has no bar there.
     names = dict.fromkeys(record.provider for record in records)
-    providers = [name for name in names if name in shown or name.startswith("ltxkern")]
+    providers = [name for name in names if name in COLOURS and (metric != "speed-up" or name != "torch eager")]
     by_key = {record.key: record for record in records}
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.11 * len(keys) * (len(providers) + 1)))
+    figure, axes = pyplot.subplots(figsize=(9, 1.8 + 0.11 * len(keys) * (len(providers) + 1)))
     height = 0.8 / max(1, len(providers))
     for index, provider in enumerate(providers):
         positions, values = [], []
@@ -71,14 +95,20 @@ def _bars(records: list[Record], metric: str, title: str, path: Path) -> None:
             if record is None:
                 continue
             value = record.percent_of_roof if metric == "percent_of_roof" else record.ratios.get("torch eager", 1.0)
-            positions.append(place + index * height)
+            positions.append(place + (index + 0.5) * height)
             values.append(value)
-        axes.barh(positions, values, height, label=provider)
+        axes.barh(positions, values, height, label=provider, color=COLOURS[provider])
     labels = [f"{op} {case} {dtype}" for op, case, dtype in keys]
     axes.set_yticks([place + 0.4 for place in range(len(keys))], labels, fontsize="small")
+    for place in range(1, len(keys)):
+        if keys[place][0] != keys[place - 1][0]:
+            axes.axhline(place - 0.1, color="black", linewidth=0.4)
     axes.invert_yaxis()
     axes.axvline(100 if metric == "percent_of_roof" else 1, color="black", linewidth=0.8)
     axes.margins(y=0.01)
-    axes.set_title(title, fontsize="medium")
-    axes.legend(fontsize="small")
+    axes.grid(True, axis="x", linewidth=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("% of the roof" if metric == "percent_of_roof" else "median of torch eager / median")
+    axes.set_title(title, fontsize="medium", pad=28)
+    axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncol=max(1, len(providers)), frameon=False)
     _save(figure, path)
