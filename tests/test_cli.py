@@ -209,6 +209,14 @@ def test_plan_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ltxkern: error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("free", ["-1", "nan", "inf", "much"])
+def test_free_memory_must_be_a_number(free: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["plan", f"--device-free-gib={free}"])
+    assert error.value.code == 2
+    assert f"expected a number of GiB of at least 0, got '{free}'" in capsys.readouterr().err
+
+
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("a.mp4", "1"), ("b.mp4", "2")):
         assert run("-o", str(tmp_path / name), "--seed", seed) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from ltxkern.commands import options
@@ -19,10 +20,21 @@ def add_parser(subparsers: Any) -> None:
     )
     options.add_request_options(parser)
     options.add_model_options(parser)
-    parser.add_argument("--device-free-gib", type=float, metavar="F", help="plan for this much free device memory")
-    parser.add_argument("--host-free-gib", type=float, metavar="F", help="plan for this much free host memory")
+    parser.add_argument("--device-free-gib", type=_gib, metavar="F", help="plan for this much free device memory")
+    parser.add_argument("--host-free-gib", type=_gib, metavar="F", help="plan for this much free host memory")
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.set_defaults(run=run, parser=parser)
+
+
+def _gib(text: str) -> float:
+    """A finite number of GiB, 0 at least."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB of at least 0, got {text!r}")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -47,7 +47,11 @@ class OffloadStore(OriginalStore):
         self._next_slot = 0
         self._present: tuple[str, int] | None = None
         self._current = NO_LORA
-        self._settle_blocks(self.table.transformer, budget)
+        try:
+            self._settle_blocks(self.table.transformer, budget)
+        except BaseException:
+            self.close()
+            raise
 
     def _settle_blocks(self, transformer: nn.Module, budget: HostBudget) -> None:
         for name, module in transformer.named_modules():

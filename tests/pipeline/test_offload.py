@@ -53,6 +53,31 @@ def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
     assert_weights(model, pristine)
 
 
+def test_a_failure_while_blocks_are_settled_is_undone(monkeypatch):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    closed = []
+    real, calls = HostCopy.__init__, iter(range(10))
+
+    def init(self, *args, **kwargs):
+        if next(calls) == 2:
+            raise MemoryError
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(HostCopy, "close", lambda self: closed.append(self))
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        phases = lora_phases([], random_lora("distilled", model, seed=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(HostCopy, "__init__", init)
+            with pytest.raises(MemoryError):
+                manager.prepare(*phases)
+        assert len(closed) == 2
+        assert_weights(model, pristine)
+        manager.prepare(*phases)
+    assert_weights(model, pristine)
+
+
 def test_an_offloaded_forward_that_fails_can_be_repeated(monkeypatch):
     model = small_model(blocks=3)
     pristine = linear_weights(model)
