@@ -24,7 +24,7 @@ GENERATED = ("performance.md",)
 MARKER = re.compile(r"(?P<figure>-?\d[\d,]*(?:\.\d+)?)\s*[^\d<]{0,24}<!-- result: (?P<file>[^#\s]+)#(?P<row>.+?) -->")
 ANY_MARKER = re.compile(r"<!-- (result: .+?|not measured: .+?) -->")
 FIGURE = re.compile(
-    r"(?<![\w.])\d[\d,.]*\s?(?:us|µs|ms|GB/s|TB/s|TFLOP/s|% of (?:the )?roof|x (?:faster|slower)|x as fast)\b"
+    r"(?<![\w.])\d[\d,.]*(?:\s?(?:us|µs|ms|GB/s|TB/s|TFLOP/s|% of (?:the )?roof|times (?:faster|slower|as fast|as long))\b|x(?!\w))"
 )
 BLOCK = re.compile(r"<!-- ladder: (?P<edge>begin|end) -->")  # between them a report writes from results files
 SCALES = {"us": 1.0, "ms": 1e-3, "s": 1e-6}
