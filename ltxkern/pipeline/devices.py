@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ltxkern.pipeline.device_modes import MODES, OFFLOADED, ModeNeeds, choose_mode, mode_needs
+from ltxkern.pipeline.forward_hooks import ForwardHooks
 from ltxkern.pipeline.host_copy import HostCopy, Lender, module_tensors
 from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, device_available
 from ltxkern.pipeline.lora import NO_LORA, FactorCache, LoRAPhase
@@ -98,7 +99,7 @@ class TwoStageDeviceManager:
         self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._home_is_written = False
         self._is_placed = False
-        self._hooks: list[Any] = []
+        self._hooks: ForwardHooks | None = None
         self._forwards_left: int | None = None
         self._upcoming: LoRAPhase | None = None
         self._needs: dict[str, ModeNeeds] = {}
@@ -126,8 +127,7 @@ class TwoStageDeviceManager:
         self._table = WeightTable(transformer)
         self._phase = NO_LORA
         self._home = [(tensor, tensor.data) for tensor in module_tensors(transformer)]
-        self._hooks = [transformer.register_forward_pre_hook(self._before_forward)]
-        self._hooks.append(transformer.register_forward_hook(self._after_forward))
+        self._hooks = ForwardHooks(transformer, self._before_forward, lambda: self._after_block(OUTER_BLOCK))
 
     @property
     def mode(self) -> str | None:
@@ -191,24 +191,24 @@ class TwoStageDeviceManager:
             activation_bytes=activation_bytes,
             spare_blocks=self._spare_blocks,
         )
+        unified = self.device.type == "cpu"
         free = device_available(self.device)
-        if self.device.type == "cuda":
-            free += sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
+        if not unified:
+            free += sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
         mode, self._reason = self.requested_mode, "asked for"
         if mode == "auto":
-            unified = self.device.type == "cpu"
             mode, self._reason = choose_mode(self._needs, free, self.budget.available, unified=unified)
         if mode == "original" and self._offload is None:
-            self._offload = self.device.type != "cpu" and self._needs["original"].device_bytes > free
+            self._offload = not unified and self._needs["original"].device_bytes > free
+        needs = self._needs[mode]
         if mode == "original" and self._offload:
+            needs = self._needs[OFFLOADED]
             self._reason += "; blocks stay on the host and visit the device one by one"
         logger.info("device mode %s: %s", mode, self._reason)
-        taken = self._needs[OFFLOADED if mode == "original" and self._offload else mode].device_bytes
-        self._factors.limit = max(0, free - taken) if self.device.type == "cuda" else 0
+        self._factors.limit = 0 if unified else max(0, free - needs.device_bytes)
         if self._store is not None:
             self._store.close()
-        self._is_placed = False
-        self._store = self._build(mode)
+        self._store, self._is_placed = self._build(mode), False
 
     def _build(self, mode: str) -> PhaseStore:
         if mode != "inplace" and self._source is None:
@@ -241,33 +241,22 @@ class TwoStageDeviceManager:
         self.table.adopt(weights)
         if self.device.type != "cpu" and not isinstance(self._store, OffloadStore):
             HostCopy(self.table.transformer, self.budget, pin=False).lend(self.device)
-        self._install_block_hooks()
+        self._follow_blocks()
         self._is_placed = True
 
-    def _install_block_hooks(self) -> None:
-        for hook in self._hooks[2:]:
-            hook.remove()
-        del self._hooks[2:]
-        for block in self.store.hooked_blocks:
-            module = self.table.transformer.get_submodule(block)
-            self._hooks.append(module.register_forward_pre_hook(self._before(block)))
-            self._hooks.append(module.register_forward_hook(self._after(block)))
+    def _follow_blocks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.follow(self.store.hooked_blocks, self.store.before_block, self._after_block)
 
-    def _before(self, block: str) -> Callable[..., None]:
-        return lambda *_: self.store.before_block(block)
+    def _after_block(self, block: str) -> None:
+        if self._store is None:
+            return
+        self._store.after_block(block)
+        if self._forwards_left == 0 and self._upcoming is not None and self._store.fetches_ahead:
+            self._phase = None
+            self._store.release(block, self._upcoming)
 
-    def _after(self, block: str) -> Callable[..., None]:
-        def released(*_: Any) -> None:
-            if self._store is None:
-                return
-            self._store.after_block(block)
-            if self._forwards_left == 0 and self._upcoming is not None and self._store.fetches_ahead:
-                self._phase = None
-                self._store.release(block, self._upcoming)
-
-        return released
-
-    def _before_forward(self, *_: Any) -> None:
+    def _before_forward(self) -> None:
         if self._phase is None and self._upcoming is not None and self._phases:
             previous = next(phase for phase in self._phases if phase != self._upcoming)
             logger.warning("more forwards in this stage than announced: its weights are fetched again")
@@ -279,9 +268,6 @@ class TwoStageDeviceManager:
             self._forwards_left -= 1
         if self._store is not None:
             self._store.before_block(OUTER_BLOCK)
-
-    def _after_forward(self, *_: Any) -> None:
-        self._after(OUTER_BLOCK)()
 
     def _fall_back(self, error: Exception, wanted: tuple[LoRAPhase, ...]) -> None:
         """From "inplace" to "snapshot", and to "original" where "auto" chose; else the error stands."""
@@ -302,7 +288,7 @@ class TwoStageDeviceManager:
                 source.add(module, live.tensor.clone())
             self._source = source
         self._store = self._build(following)
-        self._install_block_hooks()
+        self._follow_blocks()
         try:
             self._store.prepare(wanted)
         except HostBudgetError as again:
@@ -441,10 +427,10 @@ class TwoStageDeviceManager:
                 for tensor, data in self._home:
                     tensor.data = data
             self._factors.keep_only(())
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks, self._home, self._home_is_written, self._is_placed = [], [], False, False
-            self._table = self._source = self._store = self._phase = None
+            if self._hooks is not None:
+                self._hooks.remove()
+            self._home, self._home_is_written, self._is_placed = [], False, False
+            self._table = self._source = self._store = self._phase = self._hooks = None
             self._phases = ()
 
     def __enter__(self) -> TwoStageDeviceManager:
