@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Builds the release archives and proves each in an empty environment: sdist, pure wheel, CPU wheel, CUDA wheel.
 
     python .ci/release.py                          # all four, into dist/

@@ -299,5 +299,9 @@ def test_no_cpu_kernel_narrows_an_index() -> None:
         environment = os.environ | {"LC_ALL": "C"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        narrowed = [line for line in done.stderr.splitlines() if re.search(r"conversion from .*long.* to '(?!float|double)", line)]
+        narrowed = [
+            line
+            for line in done.stderr.splitlines()
+            if re.search(r"conversion from .*long.* to '(?!float|double)", line)
+        ]
         assert narrowed == []
