@@ -301,7 +301,8 @@ class InplaceStore(PhaseStore):
         key, wanted = self.table.live[module].key, phase.key(module)
         if self.rounding != "reference" or key is None or PRISTINE_KEY in (key, wanted):
             return None
-        if (module, wanted) not in self._corrections:
+        # The checksum comes after the correction: an exception in between leaves nothing that could prove the result.
+        if (module, wanted) not in self._corrections or (module, wanted) not in self.table.checksums:
             return None
         return binary_ratio(module, self._phase_of[module, key], phase)
 

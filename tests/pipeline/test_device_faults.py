@@ -1,5 +1,6 @@
 """Faults in the middle of a switch: the manager is in a defined phase or refuses to run, and can be brought back."""
 
+import contextlib
 import itertools
 import sys
 
@@ -125,6 +126,25 @@ def test_an_exception_anywhere_in_prepare(mode, fail_at):
             manager.switch_lora_phase(phases[1])
             assert_weights(model, expected[phases[1]])
         assert_weights(model, pristine)
+
+
+def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkeypatch):
+    """After a failure in `prepare` there may be a correction and no checksum yet: a wrong ratio would go unnoticed."""
+    monkeypatch.setattr(phase_stores, "binary_ratio", lambda *_: 1.0)
+    for count in range(30):
+        model = small_model(blocks=1)
+        phases = lora_phases([], random_lora("distilled", model, seed=1))
+        expected = fresh_merges(linear_weights(model), phases)
+        with TwoStageDeviceManager("inplace") as manager:
+            manager.attach(model)
+            fail_at(count)
+            with contextlib.suppress(MidwayError):
+                manager.prepare(*phases)
+            fail_at(10**6)
+            manager.prepare(*phases)
+            for phase in (phases[0], phases[1], phases[0]):
+                manager.switch_lora_phase(phase)
+                assert_weights(model, expected[phase])
 
 
 class InterruptAtLine:
