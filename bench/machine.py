@@ -86,6 +86,12 @@ def free_bytes(device: torch.device) -> int:
     return int(available.group(1)) << 10 if available else 4 << 30
 
 
+def without_folder(argument: str) -> str:
+    """An argument as it may be published: of an absolute path only the name, for results files are committed."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if value.startswith("/") else argument
+
+
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything about the machine that a reader needs beside a figure."""
     import ltxkern
@@ -103,7 +109,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "backends": ltxkern.backends(),
         "revision": revision(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join(["python", *[os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *map(without_folder, sys.argv[1:])]),
         "allocator": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
         "llc_bytes": last_level_cache(device),
     }

@@ -478,3 +478,10 @@ def test_sizes_of_whole_runs_are_checked(capsys):
         with pytest.raises(SystemExit):
             bench_hq.main(["--size", wrong, "--default-allocator"])
     assert "HEIGHTxWIDTHxFRAMES" in capsys.readouterr().err
+
+
+def test_published_commands_hold_no_folders_of_the_machine(monkeypatch):
+    given = ["bench/run_all.py", "--report", "/home/me/x.md", "--output-json=/home/me/y.json", "--cases", "small"]
+    monkeypatch.setattr(machine.sys, "argv", [str(machine.ROOT / given[0]), *given[1:]])
+    command = machine.describe(CPU, 1)["command"]
+    assert command == "python bench/run_all.py --report x.md --output-json=y.json --cases small"
