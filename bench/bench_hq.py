@@ -23,6 +23,8 @@ from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.pipeline.components import PRODUCTION_CONFIGS, build, component_dtype
 from ltxkern.pipeline.hq import HQTwoStagePipeline
+from ltxkern.pipeline.planner import CUDA_OVERHEAD, plan
+from ltxkern.pipeline.request import GenerationRequest
 from record import Record
 from report import full_report
 from report import size as text_size
@@ -133,7 +135,18 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
         run.note_clocks()
         if index:
             times.append(clock.close())
-    run.facts["peak_bytes"] = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+    if run.device.type == "cuda":
+        # The planner's contract is 10 %; CUDA_OVERHEAD is what the allocator does not count.
+        mode, asked = (
+            pipeline.manager.mode or "original",
+            GenerationRequest(height=height, width=width, num_frames=frames),
+        )
+        planned = plan(pipeline.components, asked, device=run.device, mode=mode).peak_bytes() - CUDA_OVERHEAD
+        run.facts |= {
+            "peak_bytes": torch.cuda.max_memory_allocated(run.device),
+            "planned_peak_bytes": planned,
+            "mode": mode,
+        }
     kind = next(pipeline.components.transformer.parameters()).dtype
     name = next(name for name, dtype in DTYPES.items() if dtype == kind)
     run.records += rows_of(times, model, size, name, machine.load_average())

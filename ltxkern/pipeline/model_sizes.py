@@ -73,7 +73,8 @@ def model_sizes(
     """Reads configurations and headers; no weights.
 
     Args:
-        model: "demo", an official file, a diffusers folder or hub id, or components that are there already.
+        model: "demo", an official file, a diffusers folder or hub id, or components; of these nothing is loaded, and a text
+            encoder that is not loaded does not count.
         dtype: the model runs in.
         loras: files or LoRAs that the phases merge; None: one of rank 384 (4 for the demo) over every Linear.
         upsampler, text_encoder: as for `find_model`.
@@ -107,13 +108,15 @@ def model_sizes(
 def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]], dict[str, int], int]:
     configs: dict[str, Mapping[str, Any]] = {}
     nbytes = {}
+    # Reading a component that is not there yet, or was released, would load it: a text encoder of 23 GiB to be counted.
     for name in (*BUILDABLE, "text_encoder"):
-        module = getattr(components, name)
-        if module is not None:
-            nbytes[name] = sum(tensor.nbytes for tensor in module_tensors(module))
-            if name in BUILDABLE:
-                configs[name] = {key: value for key, value in module.config.items() if not key.startswith("_")}
-    limit = getattr(components.tokenizer, "model_max_length", MAX_TEXT_TOKENS)
+        if components.is_loaded(name):
+            nbytes[name] = sum(tensor.nbytes for tensor in module_tensors(getattr(components, name)))
+        config = components.config(name) if name in BUILDABLE else None
+        if config is not None:
+            configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}
+    tokenizer = components.tokenizer if components.is_loaded("tokenizer") else None
+    limit = getattr(tokenizer, "model_max_length", MAX_TEXT_TOKENS)
     return configs, nbytes, min(MAX_TEXT_TOKENS, limit)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from ltxkern.pipeline import hq
-from ltxkern.pipeline.components import BUILDABLE, PRODUCTION_CONFIGS
+from ltxkern.pipeline.components import BUILDABLE, PRODUCTION_CONFIGS, Components
 from ltxkern.pipeline.demo import DEMO_CONFIGS
 from ltxkern.pipeline.device_modes import MODES
 from ltxkern.pipeline.memory_trace import peak_bytes, unfolded_bytes
@@ -55,6 +55,24 @@ def test_the_peak_is_within_ten_percent_of_the_measured_one(mode, demo_plan):
 def test_nothing_is_loaded_for_a_plan(demo_plan):
     made = measured_peak(lambda: plan("demo", replace(SMALL, height=64, width=64, num_frames=9)))
     assert made < sum(demo_plan.sizes.nbytes.values()) / 10
+
+
+def test_components_that_are_not_loaded_are_counted_without_loading():
+    class Source:
+        def has(self, name):
+            return name in DEMO_CONFIGS or name == "text_encoder"
+
+        def config(self, name):
+            return DEMO_CONFIGS[name]
+
+        def load(self, name):
+            raise AssertionError(f"{name} was loaded")
+
+    transformer = meta_module("transformer", DEMO_CONFIGS["transformer"], torch.float32)
+    made = plan(Components(source=Source(), transformer=transformer), SMALL, dtype=torch.float32)
+    whole = model_sizes("demo", dtype=torch.float32)
+    assert set(made.sizes.nbytes) == set(DEMO_CONFIGS)
+    assert all(made.sizes.nbytes[name] == whole.nbytes[name] for name in DEMO_CONFIGS)
 
 
 def test_stages_components_and_forwards(demo_plan):
