@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.ops.merge_lora import merge_lora_, reference_deltas
+from ltxkern.pipeline.lora_file import dequantise, load_lora
 
 # Name and scale of every LoRA that touches one weight: weights with equal keys hold equal bits.
 WeightKey = tuple[tuple[str, float], ...]
@@ -20,31 +21,6 @@ PRISTINE_KEY: WeightKey = ()
 
 HQ_STRENGTHS = (0.25, 0.5)
 TWO_STAGE_STRENGTHS = (0.0, 1.0)
-
-_FLOAT8 = tuple(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
-)
-
-
-def dequantise(factor: Tensor, scale: Tensor | float | None = None) -> Tensor:
-    """A stored factor as a tensor that the merge can read.
-
-    Args:
-        factor: fp16, bf16, fp32, fp64, or fp8 (e4m3, e5m2).
-        scale: multiplier of an fp8 factor: one number, or one per row (rows,) or (rows, 1).
-
-    Returns:
-        fp16, bf16, fp32 and fp64 without a scale as they are; fp8 without a scale in bf16 (exact); with a scale in
-        fp32, `factor * scale` rounded once.
-    """
-    if scale is None:
-        return factor.to(torch.bfloat16) if factor.dtype in _FLOAT8 else factor
-    multiplier = torch.as_tensor(scale, dtype=torch.float32, device=factor.device)
-    if multiplier.dim() == 1 and multiplier.numel() == factor.shape[0]:
-        multiplier = multiplier[:, None]
-    return factor.to(torch.float32) * multiplier
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +67,6 @@ class LoRA:
             CheckpointError: not a LoRA, halves missing, ranks that disagree, modules or shapes that do not fit; the
                 file and the keys are named.
         """
-        from ltxkern.pipeline.checkpoint import load_lora
-
         loaded = load_lora(path, transformer=transformer)
         return cls.from_tensors(str(Path(path).absolute()), loaded)
 

@@ -8,13 +8,37 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ltxkern.pipeline.lora import dequantise
 from ltxkern.pipeline.official_names import lora_module
 from ltxkern.pipeline.weights_file import CheckpointError, StoredTensor, listed, read_header
 
 logger = logging.getLogger(__name__)
 
 LoraWeights = dict[str, tuple[torch.Tensor, torch.Tensor, float | None]]
+
+_FLOAT8 = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+)
+
+
+def dequantise(factor: torch.Tensor, scale: torch.Tensor | float | None = None) -> torch.Tensor:
+    """A stored factor as a tensor that the merge can read.
+
+    Args:
+        factor: fp16, bf16, fp32, fp64, or fp8 (e4m3, e5m2).
+        scale: multiplier of an fp8 factor: one number, or one per row (rows,) or (rows, 1).
+
+    Returns:
+        fp16, bf16, fp32 and fp64 without a scale as they are; fp8 without a scale in bf16 (exact); with a scale in
+        fp32, `factor * scale` rounded once.
+    """
+    if scale is None:
+        return factor.to(torch.bfloat16) if factor.dtype in _FLOAT8 else factor
+    multiplier = torch.as_tensor(scale, dtype=torch.float32, device=factor.device)
+    if multiplier.dim() == 1 and multiplier.numel() == factor.shape[0]:
+        multiplier = multiplier[:, None]
+    return factor.to(torch.float32) * multiplier
 
 
 def load_lora(path: str | Path, *, transformer: torch.nn.Module | None = None) -> LoraWeights:

@@ -23,7 +23,6 @@ from ltxkern.pipeline.sampling import Latents
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.guidance import CFGBranch, Forward
-    from ltxkern.pipeline.stage import BranchForward
     from ltxkern.pipeline.transformer_inputs import ModalityTensors
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,8 +50,8 @@ class SequenceParallel(Collectives):
                     f"use at most {count} ranks"
                 )
 
-    def forward(self, forward: BranchForward) -> Forward:
-        """The forward of a stage with its video tokens shared out.
+    def forward(self, forward: Any) -> Forward:
+        """The forward of a stage (a `BranchForward`) with its video tokens shared out.
 
         Every rank calls it alike and gets the whole prediction. One all-gather of 24 bytes a forward makes sure that all are at
         the same point.

@@ -13,11 +13,11 @@ from ltxkern.pipeline.lora import (
     LoRAFactors,
     LoRAPhase,
     binary_ratio,
-    dequantise,
     lora_phases,
     merge_phase,
     merge_phase_pair,
 )
+from ltxkern.pipeline.lora_file import dequantise
 from tests.pipeline.lora_models import linear_weights, random_lora, small_model
 
 
