@@ -1,6 +1,7 @@
 // Launching on a CUDA device through the statically linked CUDA runtime.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -40,9 +41,16 @@ void zero(void* address, std::size_t bytes, void* stream) {
 }
 
 void prepare(const KernelEntry& kernel, const LaunchShape& shape) {
-    if (shape.shared_bytes > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-              "cudaFuncSetAttribute");
+    cudaFuncAttributes now;
+    check(cudaFuncGetAttributes(&now, kernel.function), "cudaFuncGetAttributes");
+    // Static shared memory counts against the 48 KiB that need no request.
+    if (shape.shared_bytes + now.sharedSizeBytes <= 48 * 1024) return;
+    // Never lowered: an earlier plan of the same kernel may need more than this one.
+    int bytes = std::max(static_cast<int>(shape.shared_bytes), now.maxDynamicSharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+    // Such kernels keep their data in shared memory: as many blocks as it holds, whatever the L1 cache loses.
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "cudaFuncSetAttribute");
 }
 
 void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void* stream) {

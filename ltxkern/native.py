@@ -1,7 +1,8 @@
 """The compiled tiers: the prebuilt extension `ltxkern._C`, or its CUDA sources through NVRTC, or the reason why not.
 
-An op's launch module works out a tuple of steps (which kernel, which grid, which parameters) from shapes alone; this module turns
-the steps into a plan that is called with tensors. The prebuilt tier, the NVRTC tier and the tests' CPU shim take the same steps.
+An op's launch module works out a tuple of steps (`ltxkern.steps`: which kernel, which grid, which parameters) from shapes alone;
+this module turns them into a plan that is called with tensors. The prebuilt tier, the NVRTC tier and the tests' CPU shim take the
+same steps.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,83 +18,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.launch import inventory
-
-
-@dataclass(frozen=True)
-class Argument:
-    """The address of the call's `index`-th tensor, plus `offset` bytes; null where that tensor is None."""
-
-    index: int
-    offset: int = 0
-
-
-Parameter = Argument | int | float | None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One CUDA kernel launch.
-
-    Args:
-        kernel: C++ name expression, exactly as `LTXK_KERNEL(...)` registers it.
-        grid: blocks, up to three dimensions.
-        block: threads per block.
-        parameters: the fields of the kernel's parameter struct in order, 8 bytes each: int as i64, float as double, None as a
-            null pointer.
-        shared_bytes: dynamic shared memory.
-        cluster: blocks per thread-block cluster (compute capability 9.0 and newer); 1 for none.
-        cooperative: all blocks are resident at once.
-    """
-
-    kernel: str
-    grid: tuple[int, ...]
-    block: int
-    parameters: tuple[Parameter, ...]
-    shared_bytes: int = 0
-    cluster: int = 1
-    cooperative: bool = False
-
-
-@dataclass(frozen=True)
-class Zero:
-    """Set `bytes` bytes of an argument to zero."""
-
-    target: Argument
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One CPU kernel call, by its registered name."""
-
-    kernel: str
-    parameters: tuple[Parameter, ...]
-
-
-Step = Launch | Zero
-
-
-def pack(parameters: Sequence[Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
-    """The parameter struct as bytes, and where addresses go into it: (slot, argument, offset)."""
-    packed = bytearray()
-    relocations = []
-    for slot, value in enumerate(parameters):
-        if isinstance(value, Argument):
-            relocations.append((slot, value.index, value.offset))
-            packed += bytes(8)
-        elif value is None:
-            packed += bytes(8)
-        elif isinstance(value, float):
-            packed += struct.pack("<d", value)
-        else:
-            packed += struct.pack("<q", value)
-    return bytes(packed), relocations
-
-
-def grid3(grid: tuple[int, ...]) -> tuple[int, int, int]:
-    """A grid with all three dimensions."""
-    x, y, z = (*grid, 1, 1)[:3]
-    return x, y, z
+from ltxkern.steps import Call, Step, Zero, grid3, pack
 
 
 def device_plan(module: ModuleType, steps: Sequence[Step], arguments: int) -> Any:

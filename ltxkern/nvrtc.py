@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.native import Launch, Step, Zero, grid3, pack
+from ltxkern.steps import Launch, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")
 
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
 _MAGIC = b"ltxkern-cubin-1\n"
+# Numbers of the driver's function and launch attributes.
+_STATIC_SHARED = 1
 _MAX_DYNAMIC_SHARED = 8
+_SHARED_CARVEOUT = 9
 _COOPERATIVE = 2
 _CLUSTER_DIMENSION = 4
 
@@ -184,6 +188,25 @@ def _function(kernel: str, device: int) -> ctypes.c_void_p:
     return function
 
 
+_shared_allowed: dict[tuple[str, int], int] = {}
+_shared_lock = threading.Lock()
+
+
+def _allow_shared(kernel: str, device: int, bytes_wanted: int) -> None:
+    """Allows dynamic shared memory beyond what a kernel has without a request: 48 KiB less its static memory. Never lowered."""
+    if bytes_wanted <= _shared_allowed.get((kernel, device), 0):
+        return
+    function, static = _function(kernel, device), ctypes.c_int()
+    _check(_driver().cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function), "cuFuncGetAttribute")
+    with _shared_lock:
+        if bytes_wanted <= _shared_allowed.get((kernel, device), 0):
+            return
+        if bytes_wanted + static.value > 48 << 10:
+            for attribute, value in ((_MAX_DYNAMIC_SHARED, bytes_wanted), (_SHARED_CARVEOUT, 100)):
+                _check(_driver().cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
+        _shared_allowed[kernel, device] = bytes_wanted
+
+
 def _zero(step: Zero) -> Callable[[list[int], int, int], None]:
     def run(addresses: list[int], device: int, stream: int) -> None:
         address = ctypes.c_uint64(addresses[step.target.index] + step.target.offset)
@@ -216,8 +239,7 @@ def _launch(step: Launch) -> Callable[[list[int], int, int], None]:
         buffer = (ctypes.c_char * len(parameters)).from_buffer(parameters)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         function = _function(step.kernel, device)
-        if step.shared_bytes > 48 << 10:
-            _check(_driver().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, step.shared_bytes), "cuFuncSetAttribute")
+        _allow_shared(step.kernel, device, step.shared_bytes)
         config = _Config(grid, block, step.shared_bytes, stream, attributes, count)
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launch of {step.kernel}")
 

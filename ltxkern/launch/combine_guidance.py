@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, contiguous, dense, hand_back, planned
 from ltxkern.launch.tensors import PARAM_CODES, aligned16, ceil_div, param_code
-from ltxkern.native import Argument, Call, Launch
+from ltxkern.steps import Argument, Call, Launch
 
 OUT, COND, UNCOND, PERTURBED, ISOLATED, WORKSPACE = (Argument(i) for i in range(6))
 ARGUMENTS = 6

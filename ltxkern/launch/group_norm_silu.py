@@ -22,7 +22,7 @@ from ltxkern.launch.tensors import (
     param_code,
     round_up,
 )
-from ltxkern.native import Argument, Call, Launch, Step, Zero
+from ltxkern.steps import Argument, Call, Launch, Parameter, Step, Zero
 
 # Order of the tensors in every call of a plan.
 OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
@@ -110,8 +110,8 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     partial_bytes = 8 * tiles * case.channels
     finals = Argument(WORKSPACE.index, partial_bytes)
     name = f"<{CUDA_NAMES[case.dtype]}, {vector}>"
-    stats: tuple[native.Parameter, ...] = (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape, lanes, rows)
-    apply: tuple[native.Parameter, ...] = (
+    stats: tuple[Parameter, ...] = (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape, lanes, rows)
+    apply: tuple[Parameter, ...] = (
         *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
         finals,
         *shape,
@@ -131,7 +131,7 @@ def _on_chip_vector(case: Case) -> int:
 
 def _on_chip_parameters(
     case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
-) -> tuple[native.Parameter, ...]:
+) -> tuple[Parameter, ...]:
     return (
         *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
         *(case.channels, case.group_channels, case.positions, case.samples * case.groups),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, planned
 from ltxkern.launch.tensors import PARAM_CODES, ceil_div
-from ltxkern.native import Argument, Launch, Parameter
+from ltxkern.steps import Argument, Launch, Parameter
 
 # LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
 LORAS = 4

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, dense, hand_back, planned
 from ltxkern.launch.tensors import aligned16, ceil_div, param_code
-from ltxkern.native import Argument, Call, Launch, Parameter
+from ltxkern.steps import Argument, Call, Launch, Parameter
 
 OUT, X, WORKSPACE = (Argument(i) for i in range(3))
 ARGUMENTS = 3

@@ -20,7 +20,7 @@ from ltxkern.launch.tensors import (
     matched,
     param_code,
 )
-from ltxkern.native import Argument, Call, Launch
+from ltxkern.steps import Argument, Call, Launch, Parameter
 
 OUT, X, WEIGHT = (Argument(i) for i in range(3))
 ARGUMENTS = 3
@@ -47,7 +47,7 @@ class Case(NamedTuple):
         return vector if self.aligned and length % vector == 0 else 1
 
 
-def _parameters(case: Case, lanes: int) -> tuple[native.Parameter, ...]:
+def _parameters(case: Case, lanes: int) -> tuple[Parameter, ...]:
     return (X, OUT, WEIGHT, case.weight_code, case.samples, case.channels, case.positions, lanes, case.eps)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltxkern import native
 from ltxkern.dispatch import Backend
 from ltxkern.launch.tensors import refuse_device
-from ltxkern.native import Call, Step
+from ltxkern.steps import Call, Step
 
 TIERS = ("cuda", "nvrtc", "cpu")
 # Threads of a block of the elementwise kernels.

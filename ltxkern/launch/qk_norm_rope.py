@@ -9,7 +9,7 @@ from torch import Tensor
 from ltxkern.launch.plans import THREADS, dense, hand_back, planned
 from ltxkern.launch.rows import dense_rows, vector_of
 from ltxkern.launch.tensors import ceil_div, param_code, round_up
-from ltxkern.native import Argument, Call, Launch, Parameter
+from ltxkern.steps import Argument, Call, Launch, Parameter
 
 Q, K, Q_WEIGHT, K_WEIGHT, COS, SIN, Q_OUT, K_OUT = (Argument(i) for i in range(8))
 ARGUMENTS = 8

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, contiguous, dense, hand_back, planned
 from ltxkern.launch.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, ceil_div, param_code
-from ltxkern.native import Argument, Call, Launch, Parameter
+from ltxkern.steps import Argument, Call, Launch, Parameter
 
 # Modalities of one launch (kModalities in csrc/include/ltxkern/res2s.cuh); more take further launches.
 MODALITIES = 4

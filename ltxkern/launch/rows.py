@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, dense, hand_back, planned
 from ltxkern.launch.tensors import aligned16, ceil_div, param_code, round_up
-from ltxkern.native import Argument, Call, Launch, Parameter
+from ltxkern.steps import Argument, Call, Launch, Parameter
 from ltxkern.triton.layout import RowView, power_of_two, row_view
 
 

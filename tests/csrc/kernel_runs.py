@@ -13,9 +13,10 @@ from ltxkern import native
 from ltxkern.launch import group_norm_silu as group_norm
 from ltxkern.launch import pixel_norm_silu as pixel_norm
 from ltxkern.ops.group_norm_silu import reference
+from ltxkern.steps import Step
 from tests.ops.contract import assert_as_close, noise, poisoned
 
-Plan = tuple[tuple[native.Step, ...], int]
+Plan = tuple[tuple[Step, ...], int]
 Planner = Callable[[group_norm.Case], Plan]
 
 CONTIGUOUS: dict[str, Planner] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import native
+from ltxkern.steps import Launch, Step
 from tests.csrc.shim_build import shim
 
 
@@ -35,7 +36,7 @@ def only_blocks(first: int, count: int = 1) -> Iterator[None]:
         shim().only_blocks(0, 0)
 
 
-def run(step: native.Step, *tensors: Tensor | None) -> None:
+def run(step: Step, *tensors: Tensor | None) -> None:
     """One step on the shim."""
     native.device_plan(shim(), [step], len(tensors))(*tensors)
 
@@ -43,14 +44,12 @@ def run(step: native.Step, *tensors: Tensor | None) -> None:
 def planner(threads: int, blocks: int | None = None) -> Callable[..., Callable[..., None]]:
     """What stands in for `plans.planned`: launches on the shim, of the last `blocks` of each grid or of all."""
 
-    def planned(
-        tier: str, steps: Callable[..., Sequence[native.Step]], case: Any, arguments: int
-    ) -> Callable[..., None]:
+    def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         made = steps(case, threads=threads)
 
         def run_all(*tensors: Tensor | None) -> None:
             for step in made:
-                assert isinstance(step, native.Launch)
+                assert isinstance(step, Launch)
                 assert step.grid[0] < 1 << 31
                 if blocks is None:
                     run(step, *tensors)

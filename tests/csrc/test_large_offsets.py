@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ltxkern.launch import group_norm_silu as group_norm
 from ltxkern.launch import pixel_norm_silu as pixel_norm
-from ltxkern.native import Launch
+from ltxkern.steps import Launch
 from tests.csrc.reserved import only_blocks, reserved, run
 from tests.ops.contract import noise
 

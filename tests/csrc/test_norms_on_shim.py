@@ -5,6 +5,7 @@ import torch
 
 from ltxkern import native
 from ltxkern.launch import group_norm_silu as group_norm
+from ltxkern.steps import Launch
 from tests.csrc import kernel_runs
 from tests.csrc.shim_build import shim
 from tests.ops.contract import noise
@@ -62,7 +63,7 @@ def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
     x = noise(1, 2, 1500)
     case = group_norm.describe(x, x, None, None, 1, 1e-5, None, None)
     steps, _ = group_norm.two_pass(case, chunk_bytes=4, threads=32)
-    assert [step.kernel for step in steps if isinstance(step, native.Launch)][1] == "ltxk::group_norm_finalize"
+    assert [step.kernel for step in steps if isinstance(step, Launch)][1] == "ltxk::group_norm_finalize"
     shim().schedule(0)
     kernel_runs.run_group_norm(
         shim(),

@@ -15,6 +15,7 @@ import torch
 
 from ltxkern import dispatch, native
 from ltxkern.launch import combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
+from ltxkern.steps import Step
 from tests.csrc.shim_build import shim
 from tests.ops import (
     test_combine_guidance,
@@ -46,9 +47,7 @@ ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads")
 def planner(threads: int) -> Callable[..., Callable[..., None]]:
     """`plans.planned`, with the launches on the shim in blocks of this size."""
 
-    def planned(
-        tier: str, steps: Callable[..., Sequence[native.Step]], case: Any, arguments: int
-    ) -> Callable[..., None]:
+    def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         # The merge kernel's tile needs its 256 threads.
         size = 256 if isinstance(case, merge_lora.Case) else threads
         return native.device_plan(shim(), steps(case, threads=size), arguments)

@@ -22,6 +22,7 @@ from ltxkern.launch import (
 )
 from ltxkern.launch.tensors import DeviceLimits
 from ltxkern.ops.res2s_step import res2s_steps
+from ltxkern.steps import Launch, Zero
 from tests.ops.contract import noise
 
 LAUNCHES = (combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
@@ -119,7 +120,7 @@ def test_launches_name_only_listed_kernels(tier: str, monkeypatch: pytest.Monkey
     named: set[str] = set()
 
     def planned(_: str, steps: Callable[[Any], Sequence[Any]], case: Any, arguments: int) -> Callable[..., None]:
-        named.update(step.kernel for step in steps(case) if not isinstance(step, native.Zero))
+        named.update(step.kernel for step in steps(case) if not isinstance(step, Zero))
         return lambda *tensors: None
 
     for launch in LAUNCHES:
@@ -150,7 +151,7 @@ def test_norm_launches_name_only_listed_kernels(dtype: torch.dtype, last: bool) 
         group = group_norm_silu.Case(dtype, 1, shape[1], shape[2], 4, 1e-5, last, True, False, 0, 0, False, 0)
         pixel = pixel_norm_silu.Case(dtype, 1, shape[1], shape[2], 1e-8, last, True, 0)
         steps, _ = group_norm_silu.choose(group, limits)
-        names = {step.kernel for step in steps if isinstance(step, native.Launch)}
+        names = {step.kernel for step in steps if isinstance(step, Launch)}
         assert names <= set(inventory.CUDA["group_norm_silu"]), x.shape
         launch = pixel_norm_silu.columns(pixel) if last else pixel_norm_silu.rows(pixel, limits.shared_bytes)
         assert launch.kernel in inventory.CUDA["pixel_norm_silu"]

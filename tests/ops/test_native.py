@@ -11,6 +11,7 @@ import torch
 import ltxkern
 from ltxkern import native
 from ltxkern.launch import group_norm_silu as group_norm
+from ltxkern.steps import Argument, pack
 from tests.ops.contract import noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def test_raw_addresses_give_the_same_bits() -> None:
     case = group_norm.describe(plain, x, weight, weight, 3, 1e-5, None, None)
     plan = native.extension().CpuPlan(group_norm.ARGUMENTS)
     for call in group_norm.cpu_calls(case):
-        plan.add_call(call.kernel, *native.pack(call.parameters))
+        plan.add_call(call.kernel, *pack(call.parameters))
     plan(1, plain, x, weight, weight, None, None, None)
     plan.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
     assert torch.equal(plain, raw)
@@ -94,7 +95,7 @@ def test_meta_tensors_and_wrong_arguments_are_refused() -> None:
 
 
 def test_parameters_are_eight_byte_fields() -> None:
-    packed, relocations = native.pack((native.Argument(2, 16), None, -3, 0.5))
+    packed, relocations = pack((Argument(2, 16), None, -3, 0.5))
     assert packed == bytes(16) + (-3).to_bytes(8, "little", signed=True) + bytes.fromhex("000000000000e03f")
     assert relocations == [(0, 2, 16)]
 

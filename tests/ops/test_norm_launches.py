@@ -6,7 +6,7 @@ import torch
 from ltxkern.launch import group_norm_silu as launch
 from ltxkern.launch import pixel_norm_silu as pixel
 from ltxkern.launch.tensors import DeviceLimits
-from ltxkern.native import Launch, pack
+from ltxkern.steps import Launch, pack
 
 H200 = DeviceLimits((9, 0), 132, 232448, 50 << 20)
 DEVICES = {

@@ -90,7 +90,9 @@ def test_graph_capture_and_replay(backend: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 128, 9, 34, 60), (1, 1024, 3, 17, 30), (2, 7, 5, 11), (1, 4096, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 9, 34, 60), (1, 96, 4, 16, 16), (1, 1024, 3, 17, 30), (2, 7, 5, 11), (1, 4096, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_pixel_norm(backend: str, shape: tuple[int, ...], last: bool) -> None:
     use(backend)
@@ -100,3 +102,12 @@ def test_pixel_norm(backend: str, shape: tuple[int, ...], last: bool) -> None:
         out = ltxkern.pixel_norm_silu(x)
     exact = F.silu(x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-8))
     torch.testing.assert_close(out.double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "nvrtc"])
+def test_a_smaller_plan_leaves_a_larger_one_its_shared_memory(backend: str) -> None:
+    use(backend)
+    large, small = (torch.randn(1, 512, *rest, device="cuda").bfloat16() for rest in ((8, 45, 80), (4, 45, 80)))
+    with ltxkern.use_backend(backend):
+        first, *_, last = (ltxkern.group_norm_silu(x, None, None, 32) for x in (large, small, large))
+    assert torch.equal(first, last)

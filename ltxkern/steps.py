@@ -1,0 +1,87 @@
+"""The steps of a call as data: kernel launches, zeroed memory and CPU calls, with their parameters by address or by value.
+
+The launch modules make them from shapes, every tier turns them into a plan.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The address of the call's `index`-th tensor, plus `offset` bytes; null where that tensor is None."""
+
+    index: int
+    offset: int = 0
+
+
+Parameter = Argument | int | float | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One CUDA kernel launch.
+
+    Args:
+        kernel: C++ name expression, exactly as `LTXK_KERNEL(...)` registers it.
+        grid: blocks, up to three dimensions.
+        block: threads per block.
+        parameters: the fields of the kernel's parameter struct in order, 8 bytes each: int as i64, float as double, None as a
+            null pointer.
+        shared_bytes: dynamic shared memory.
+        cluster: blocks per thread-block cluster (compute capability 9.0 and newer); 1 for none.
+        cooperative: all blocks are resident at once.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    block: int
+    parameters: tuple[Parameter, ...]
+    shared_bytes: int = 0
+    cluster: int = 1
+    cooperative: bool = False
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Set `bytes` bytes of an argument to zero."""
+
+    target: Argument
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One CPU kernel call, by its registered name."""
+
+    kernel: str
+    parameters: tuple[Parameter, ...]
+
+
+Step = Launch | Zero
+
+
+def pack(parameters: Sequence[Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """The parameter struct as bytes, and where addresses go into it: (slot, argument, offset)."""
+    packed = bytearray()
+    relocations = []
+    for slot, value in enumerate(parameters):
+        if isinstance(value, Argument):
+            relocations.append((slot, value.index, value.offset))
+            packed += bytes(8)
+        elif value is None:
+            packed += bytes(8)
+        elif isinstance(value, float):
+            packed += struct.pack("<d", value)
+        else:
+            packed += struct.pack("<q", value)
+    return bytes(packed), relocations
+
+
+def grid3(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """A grid with all three dimensions."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
