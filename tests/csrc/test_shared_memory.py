@@ -59,12 +59,12 @@ class Driver:
         self.static = static
         self.dynamic = 48 * KIB - static
 
-    def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:
+    def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:  # noqa: N802
         assert attribute == nvrtc._STATIC_SHARED
         value._obj.value = self.static
         return 0
 
-    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:  # noqa: N802
         if attribute == nvrtc._MAX_DYNAMIC_SHARED:
             assert value + self.static <= 227 * KIB
             self.dynamic = value
