@@ -12,6 +12,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 // Everything of one instruction set lives in its own namespace, so that the linker never merges two of them.
 #define LTXK_CPU_BEGIN namespace ltxk { namespace LTXK_ISA {
@@ -139,5 +142,22 @@ inline float exp_branchless(float v) {
 }
 
 inline float silu(float v) { return v / (1.0f + exp_branchless(-v)); }
+
+// Whether a call that moves so many bytes should write past the caches: through them each line would first be read, and evicted
+// before anyone asks for it. Processors of several dies report the sum of their last-level caches, of which a core reaches 32 MB.
+inline bool streams(i64 bytes) {
+    static const i64 cache = [] {
+        i64 most = i64{32} << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+        i64 found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+        if (found > 0 && found < most) return found;
+#endif
+        return most;
+    }();
+    return bytes > cache;
+}
+
+// The line into the second-level cache; no address is a wrong one.
+inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 LTXK_CPU_END

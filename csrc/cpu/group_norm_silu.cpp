@@ -1,7 +1,7 @@
-// GroupNorm + SiLU on the CPU: statistics in chunks that stay in L1, merged by Chan's rule in double, then one apply sweep.
+// GroupNorm + SiLU on the CPU: statistics of chunks, merged by Chan's rule in double, then one apply sweep.
 //
 // Chunks and the order of their merging depend on the shape alone, so results do not depend on the number of threads.
-#include <type_traits>
+#include <atomic>
 #include <vector>
 
 #include "cpu/simd.h"
@@ -60,63 +60,84 @@ inline const float* as_float<float>(const float* in, float*, i64) {
     return in;
 }
 
-// Two passes over a chunk that the first one brought into L1; four sums, so that additions do not wait for each other.
+struct Sums {
+    double plain, squared;
+};
+
+// Of x - pivot; four sums, so that additions do not wait for each other.
 template <class T>
-static Partial chunk_moments(const T* x, i64 count, double shift) {
-    constexpr i64 kStep = 4 * kLanes;
-    Floats sums[4] = {}, squares[4] = {}, residues[4] = {};
-    float sum = 0.0f, m2 = 0.0f, residue = 0.0f;
-    i64 body = count / kStep * kStep;
-    for (i64 i = 0; i < body; i += kStep)
-        for (int k = 0; k < 4; ++k) sums[k] += load_lanes(x + i + k * kLanes);
-    for (i64 i = body; i < count; ++i) sum += to_float(x[i]);
-    sum += sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    float mean = sum / static_cast<float>(count);
-    for (i64 i = 0; i < body; i += kStep)
-        for (int k = 0; k < 4; ++k) {
-            Floats d = load_lanes(x + i + k * kLanes) - mean;
-            residues[k] += d;
+static Sums sums_about(const T* x, i64 count, float pivot) {
+    constexpr int kSums = 4;
+    Floats sums[kSums] = {}, squares[kSums] = {}, v[kSums];
+    float sum = 0.0f, squared = 0.0f;
+    i64 body = count / (kSums * kLanes) * (kSums * kLanes);
+    for (i64 i = 0; i < body; i += kSums * kLanes) {
+        load_block(x + i, v);
+        for (int k = 0; k < kSums; ++k) {
+            Floats d = v[k] - pivot;
+            sums[k] += d;
             squares[k] += d * d;
         }
+    }
     for (i64 i = body; i < count; ++i) {
-        float d = to_float(x[i]) - mean;
-        residue += d;
-        m2 += d * d;
+        float d = to_float(x[i]) - pivot;
+        sum += d;
+        squared += d * d;
     }
-    residue += sum_lanes((residues[0] + residues[1]) + (residues[2] + residues[3]));
-    m2 += sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    // The residue corrects what rounding left in the mean.
-    double correction = static_cast<double>(residue) / static_cast<double>(count);
-    double squared = static_cast<double>(m2) - correction * correction * static_cast<double>(count);
-    return {static_cast<double>(count), mean + correction + shift, squared > 0.0 || squared != squared ? squared : 0.0};
+    sum += sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    squared += sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    return {sum, squared};
 }
 
-// The chunk without its last, partial vector, written as U.
-template <class T, class U>
-static void apply_body(const T* x, const T* residual, U* out, i64 body, Floats mean, Floats scale, Floats offset) {
-    if (residual) {
-        for (i64 i = 0; i < body; i += kLanes)
-            store_lanes(out + i, silu_lanes((load_lanes(x + i) - mean) * scale + offset + load_lanes(residual + i)));
-        return;
-    }
-    for (i64 i = 0; i < body; i += kLanes) store_lanes(out + i, silu_lanes((load_lanes(x + i) - mean) * scale + offset));
-}
-
+// One pass about a pivot, the mean of the chunk's beginning.
 template <class T>
-static void apply_chunk(const T* x, const T* residual, T* out, i64 count, const Affine& a) {
+static Partial chunk_moments(const T* x, i64 count, double shift) {
+    i64 beginning = count < 64 ? count : 64;
+    double n = static_cast<double>(count);
+    float pivot = to_float(x[0]);
+    pivot += static_cast<float>(sums_about(x, beginning, pivot).plain / static_cast<double>(beginning));
+    Sums sums = sums_about(x, count, pivot);
+    // Further than the deviation from the mean a pivot costs digits of the squares: then once more, about the mean.
+    if (!(sums.plain * sums.plain <= 0.5 * n * sums.squared)) {
+        pivot += static_cast<float>(sums.plain / n);
+        sums = sums_about(x, count, pivot);
+    }
+    double m2 = sums.squared - sums.plain * sums.plain / n;
+    return {n, pivot + sums.plain / n + shift, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
+}
+
+// Whole blocks. Meanwhile the elements at `ahead` come into the cache: arithmetic alone would leave the memory idle.
+template <class T, bool kStream, bool kResidual>
+static void apply_body(const T* x, const T* residual, T* out, i64 body, Floats mean, Floats scale, Floats offset, const T* ahead) {
+    for (i64 i = 0; i < body; i += kBlock) {
+        Floats v[kVectors], added[kVectors];
+        load_block(x + i, v);
+        for (int k = 0; k < kVectors; ++k) v[k] = (v[k] - mean) * scale + offset;
+        if constexpr (kResidual) {
+            load_block(residual + i, added);
+            for (int k = 0; k < kVectors; ++k) v[k] += added[k];
+        }
+        for (i64 k = 0; k < kBlock; k += 64 / static_cast<i64>(sizeof(T))) prefetch_line(ahead + i + k);
+        silu_vectors(v);
+        store_block<kStream>(out + i, v);
+    }
+}
+
+template <class T, bool kStream>
+static void apply_chunk(const T* x, const T* residual, T* out, i64 count, const Affine& a, const T* ahead) {
     Floats mean = broadcast(a.mean), scale = broadcast(a.scale), offset = broadcast(a.offset);
-    i64 body = count / kLanes * kLanes, rest = count - body;
-    if constexpr (std::is_same_v<T, bf16>) {
-        // Rounding to bf16 in a loop of its own: one long chain of operations per vector leaves the core waiting.
-        alignas(64) float staged[kChunk];
-        apply_body(x, residual, staged, body, mean, scale, offset);
-        for (i64 i = 0; i < body; i += kLanes) store_lanes(out + i, load_lanes(staged + i));
-    } else {
-        apply_body(x, residual, out, body, mean, scale, offset);
+    i64 body = count / kBlock * kBlock, whole = count / kLanes * kLanes, rest = count - whole;
+    if (residual)
+        apply_body<T, kStream, true>(x, residual, out, body, mean, scale, offset, ahead);
+    else
+        apply_body<T, kStream, false>(x, nullptr, out, body, mean, scale, offset, ahead);
+    for (i64 i = body; i < whole; i += kLanes) {
+        Floats v = (load_lanes(x + i) - mean) * scale + offset;
+        store_lanes(out + i, silu_lanes(residual ? v + load_lanes(residual + i) : v));
     }
     if (rest == 0) return;
-    Floats v = (load_part(x + body, rest) - mean) * scale + offset;
-    store_part(out + body, silu_lanes(residual ? v + load_part(residual + body, rest) : v), rest);
+    Floats v = (load_part(x + whole, rest) - mean) * scale + offset;
+    store_part(out + whole, silu_lanes(residual ? v + load_part(residual + whole, rest) : v), rest);
 }
 
 // Groups [first, last) of a contiguous activation, one after the other: the apply sweep reads what the statistics left in cache.
@@ -125,6 +146,8 @@ static void contiguous(const GroupNormSilu& p, int threads) {
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
+    i64 bytes = p.samples * p.channels * p.positions * static_cast<i64>(sizeof(T));
+    bool stream = out != x && out != residual && streams(bytes * (residual ? 3 : 2));
     i64 chunks = (p.positions + kChunk - 1) / kChunk, per_group = p.group_channels * chunks;
     i64 groups = p.samples * p.channels / p.group_channels;
     std::vector<Partial> partials(static_cast<std::size_t>(groups < threads ? groups * per_group : per_group * threads));
@@ -145,13 +168,19 @@ static void contiguous(const GroupNormSilu& p, int threads) {
         for (i64 i = 0; i < per_group; ++i) total.merge(from[i]);
         return total;
     };
-    auto apply = [&](i64 group, i64 index, const Partial& total) {
+    auto apply = [&](i64 group, i64 index, const Partial& total, const T* ahead) {
         i64 start, count, channel;
         span(group, index, start, count, channel);
-        apply_chunk(x + start, residual ? residual + start : nullptr, out + start, count, affine_of(p, channel, total.mean, total.m2));
+        Affine affine = affine_of(p, channel, total.mean, total.m2);
+        const T* added = residual ? residual + start : nullptr;
+        if (stream && reinterpret_cast<std::uintptr_t>(out + start) % kStreamAlignment == 0)
+            apply_chunk<T, true>(x + start, added, out + start, count, affine, ahead);
+        else
+            apply_chunk<T, false>(x + start, added, out + start, count, affine, ahead);
     };
 
     if (groups >= threads) {
+        std::atomic<i64> taken{0};
 #pragma omp parallel num_threads(threads)
         {
 #if defined(_OPENMP)
@@ -159,12 +188,17 @@ static void contiguous(const GroupNormSilu& p, int threads) {
 #else
             Partial* mine = partials.data();
 #endif
-#pragma omp for schedule(dynamic, 1)
-            for (i64 group = 0; group < groups; ++group) {
+            for (i64 group = taken++, next; group < groups; group = next) {
+                next = taken++;
                 for (i64 i = 0; i < per_group; ++i) measure(group, i, mine);
                 Partial total = merged(mine);
-                for (i64 i = per_group - 1; i >= 0; --i) apply(group, i, total);
+                for (i64 i = per_group - 1; i >= 0; --i) {
+                    i64 ahead, count, channel;
+                    span(next < groups ? next : group, per_group - 1 - i, ahead, count, channel);
+                    apply(group, i, total, x + ahead);
+                }
             }
+            end_streaming();
         }
         return;
     }
@@ -173,8 +207,12 @@ static void contiguous(const GroupNormSilu& p, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 i = 0; i < per_group; ++i) measure(group, i, mine);
         Partial total = merged(mine);
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (i64 i = 0; i < per_group; ++i) apply(group, i, total);
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static) nowait
+            for (i64 i = 0; i < per_group; ++i) apply(group, i, total, x);
+            end_streaming();
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 // Vectors of one instruction set: load and store of the three activation types as fp32, and SiLU; written once for all widths.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/cpu.h"
 
 LTXK_CPU_BEGIN
@@ -83,9 +85,9 @@ inline void store_lanes(f16* address, Floats v) {
 inline Floats reciprocal(Floats d) {
 #if defined(__AVX512F__)
     Floats r = (Floats)_mm512_rcp14_ps((__m512)d);
-    Floats refined = r + r * (1.0f - d * r);
-    // The step makes NaN of 0 * inf; the estimate of 1 / inf is exact.
-    return (Floats)_mm512_mask_mov_ps((__m512)refined, _mm512_cmp_ps_mask((__m512)r, _mm512_setzero_ps(), _CMP_EQ_OQ), (__m512)r);
+    // Of the NaN of inf * 0, max returns its second operand, which leaves the estimate of 1 / inf: 0.
+    Floats rest = (Floats)_mm512_max_ps((__m512)(1.0f - d * r), _mm512_set1_ps(-1.0f));
+    return r + r * rest;
 #else
     return 1.0f / d;
 #endif
@@ -103,25 +105,53 @@ inline Floats clamp_lanes(Floats v, float low, float high) {
 #endif
 }
 
-// exp(v) for -87 <= v <= 88, smaller ones as -87, inf from about 88.4 on; relative error about 1e-7; NaN stays NaN.
-inline Floats exp_lanes(Floats v) {
-    v = clamp_lanes(v, -87.0f, 89.0f);
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    Floats shifted = v * 1.44269504088896341f + 12582912.0f;
-    Floats n = shifted - 12582912.0f;
-    Floats r = v - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    // Estrin's order: a shorter chain of dependent operations than Horner's.
-    Floats square = r * r;
-    Floats low = r * 1.6666665459e-1f + 5.0000001201e-1f, middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
-    Floats high = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    Floats p = (high * square + middle) * square + low;
-    p = p * square + (r + 1.0f);
-    return p * (Floats)(((Words)shifted << 23) + 0x3f800000);
+// v / (1 + exp(-v)) of N vectors, as torch computes it: NaN for -inf, -0 far below zero. One vector is a chain of some twenty
+// operations that wait for each other; N chains side by side keep the core busy. exp(-v) to about 1e-7, relative.
+template <int N>
+inline void silu_vectors(Floats (&v)[N]) {
+    constexpr float kLog2E = 1.44269504088896341f;
+    Floats shifted[N], f[N], p[N];
+    for (int k = 0; k < N; ++k) f[k] = clamp_lanes(v[k], -88.72284f, 87.0f);  // from 2^128, inf, down to a normal number
+#if defined(__AVX512F__)
+    // exp(-v) = 2^(n / 16) 2^f, n whole, |f| <= 1/32. Adding 1.5 * 2^19 rounds to a sixteenth and leaves n in the low bits, of
+    // which the permutation takes four as index of 2^(0/16) .. 2^(15/16); the others are the exponent.
+    constexpr float kRound = 786432.0f;
+    const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+                                         1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f,
+                                         1.91520656f);
+#else
+    // exp(-v) = 2^n 2^f, n whole, |f| <= 1/2. Adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits.
+    constexpr float kRound = 12582912.0f;
+#endif
+    for (int k = 0; k < N; ++k) shifted[k] = kRound - f[k] * kLog2E;
+    for (int k = 0; k < N; ++k) p[k] = shifted[k] - kRound;
+    for (int k = 0; k < N; ++k) f[k] = -f[k] * kLog2E - p[k];
+#if defined(__AVX512F__)
+    for (int k = 0; k < N; ++k) p[k] = f[k] * 5.55041087e-2f + 2.40226507e-1f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 6.93147181e-1f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 1.0f;
+    for (int k = 0; k < N; ++k) {
+        UWords power = (UWords)_mm512_permutexvar_ps((__m512i)shifted[k], powers);
+        shifted[k] = (Floats)(power + (((UWords)shifted[k] << 19) & 0xff800000u));
+    }
+#else
+    for (int k = 0; k < N; ++k) p[k] = f[k] * 1.55946782e-4f + 1.34066439e-3f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 9.61769297e-3f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 5.55031055e-2f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 2.40226528e-1f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 6.93147215e-1f;
+    for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + 1.0f;
+    for (int k = 0; k < N; ++k) shifted[k] = (Floats)(((UWords)shifted[k] << 23) + 0x3f800000u);
+#endif
+    for (int k = 0; k < N; ++k) p[k] = p[k] * shifted[k] + 1.0f;
+    for (int k = 0; k < N; ++k) v[k] *= reciprocal(p[k]);
 }
 
-// v / (1 + exp(-v)), as torch computes it: NaN for -inf, -0 far below zero.
-inline Floats silu_lanes(Floats v) { return v * reciprocal(1.0f + exp_lanes(-v)); }
+inline Floats silu_lanes(Floats v) {
+    Floats one[1] = {v};
+    silu_vectors(one);
+    return one[0];
+}
 
 // Ends of a row: the same arithmetic on a part of a vector.
 template <class T>
@@ -141,6 +171,91 @@ inline float sum_lanes(Floats v) {
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += v[i];
     return sum;
+}
+
+// Vectors of a block, which a loop of long chains works on at once.
+#if defined(__AVX512F__)
+constexpr int kVectors = 8;
+#else
+constexpr int kVectors = 4;
+#endif
+constexpr i64 kBlock = kVectors * kLanes;
+
+// N vectors. Of bf16 the lanes lie as they are cheapest to unpack: the even elements of two vectors, then the odd ones; store_block
+// puts them back.
+template <class T, int N>
+inline void load_block(const T* address, Floats (&v)[N]) {
+    static_assert(N % 2 == 0, "vectors come in pairs");
+#if defined(__AVX2__)
+    if constexpr (std::is_same_v<T, bf16>) {
+        for (int k = 0; k < N; k += 2) {
+            UWords pairs = load_raw<UWords>(address + k * kLanes);
+            v[k] = (Floats)(pairs << 16);
+            v[k + 1] = (Floats)(pairs & 0xffff0000u);
+        }
+        return;
+    }
+#endif
+    for (int k = 0; k < N; ++k) v[k] = load_lanes(address + k * kLanes);
+}
+
+#if defined(__AVX2__)
+// Nearest even, in the upper halves. A NaN keeps its bits, as rounding could carry into its sign: it is a quiet one.
+inline UWords round_upper(Floats v) {
+    UWords bits = (UWords)v;
+#if defined(__AVX512F__)
+    __mmask16 odd = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(0x10000));
+    __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+    return (UWords)_mm512_mask_add_epi32((__m512i)bits, number, (__m512i)bits, half);
+#else
+    UWords rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return (UWords)_mm256_blendv_ps((__m256)rounded, (__m256)v, _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q));
+#endif
+}
+#endif
+
+// kStream: past the caches, to an address aligned to the vector.
+template <bool kStream, class V>
+inline void store_whole(void* address, V v) {
+#if defined(__AVX512F__)
+    if constexpr (kStream && sizeof(V) == 64) return _mm512_stream_ps(static_cast<float*>(address), (__m512)v);
+#endif
+#if defined(__AVX2__)
+    if constexpr (kStream && sizeof(V) == 32) return _mm256_stream_ps(static_cast<float*>(address), (__m256)v);
+    if constexpr (kStream && sizeof(V) == 16) return _mm_stream_ps(static_cast<float*>(address), (__m128)v);
+#endif
+    __builtin_memcpy(address, &v, sizeof(v));
+}
+
+// The lanes as load_block left them; kStream: past the caches, to an address of kStreamAlignment.
+constexpr std::uintptr_t kStreamAlignment = 64;
+template <bool kStream, class T, int N>
+inline void store_block(T* address, Floats (&v)[N]) {
+    for (int k = 0; k < N; k += 2) {
+        T* at = address + k * kLanes;
+        if constexpr (std::is_same_v<T, float>) {
+            store_whole<kStream>(at, v[k]);
+            store_whole<kStream>(at + kLanes, v[k + 1]);
+#if defined(__AVX2__)
+        } else if constexpr (std::is_same_v<T, bf16>) {
+            store_whole<kStream>(at, (round_upper(v[k]) >> 16) | (round_upper(v[k + 1]) & 0xffff0000u));
+#endif
+        } else {
+            alignas(64) T staged[2 * kLanes];
+            store_lanes(staged, v[k]);
+            store_lanes(staged + kLanes, v[k + 1]);
+            store_whole<kStream>(at, load_raw<Halves>(staged));
+            store_whole<kStream>(at + kLanes, load_raw<Halves>(staged + kLanes));
+        }
+    }
+}
+
+// Before another thread reads what was streamed.
+inline void end_streaming() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
 }
 
 LTXK_CPU_END

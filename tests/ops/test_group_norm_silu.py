@@ -117,9 +117,9 @@ def test_non_finite_values_stay_in_their_group(backend: str, value: float, last:
 
 @over_backends("group_norm_silu")
 def test_extreme_arguments_of_silu(backend: str) -> None:
-    residual = torch.tensor([-torch.inf, torch.inf, -1e30, -200.0, -89.0, -87.0, -20.0, -0.0, 20.0, 1e30]).reshape(
-        1, 1, 10
-    )
+    values = [-torch.inf, torch.inf, torch.nan, -1e30, -200.0, -89.0, -88.72, -87.0, -20.0, -0.0, 20.0, 89.0, 1e30]
+    # Whole blocks of vectors, single vectors and a part of one.
+    residual = torch.tensor(values).repeat(23).reshape(1, 1, -1)
     with serving(backend):
         out = ltxkern.group_norm_silu(torch.zeros_like(residual), None, None, 1, residual=residual)
     torch.testing.assert_close(out, F.silu(residual), equal_nan=True, atol=1e-35, rtol=1e-5)
@@ -157,6 +157,20 @@ def test_out_in_place_and_again(backend: str, last: bool) -> None:
         again = x.clone()
         ltxkern.group_norm_silu(again, weight, bias, 4, out=again)
     assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_stores_past_the_caches_change_no_bit(dtype: torch.dtype, offset: int) -> None:
+    """The CPU kernel writes large results past the caches, but neither in place nor to unaligned rows."""
+    if ltxkern.capabilities()["group_norm_silu"]["cpu"] is not None:
+        pytest.skip("no CPU backend")
+    x = noise(1, 4, 1, (5 << 20) // dtype.itemsize + 3 * offset, dtype=dtype)
+    out = poisoned(x)
+    with ltxkern.use_backend("cpu"):
+        ltxkern.group_norm_silu(x, None, None, 4, out=out)
+        ltxkern.group_norm_silu(x, None, None, 4, out=x)
+    assert torch.equal(out, x)
 
 
 def test_threads_do_not_change_a_bit() -> None:
