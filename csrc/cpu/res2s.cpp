@@ -1,65 +1,13 @@
 // The res2s sampler between two model calls on the CPU: SDE step and both half-steps, chunk by chunk in L1.
 //
-// Parameter structs as in include/ltxkern/res2s.cuh. A chunk is read whole before it is written: outputs may be inputs.
+// A chunk is read whole before it is written: outputs may be inputs.
 #include "cpu/typed.h"
 
 LTXK_CPU_BEGIN
 
-constexpr i64 kModalities = 4;
+#include "include/ltxkern/res2s_parameters.cuh"
+
 constexpr i64 kChunk = kTypedChunk;
-
-struct Extent {
-    i64 size, slice, channels, first_block;
-};
-
-struct MidpointModality {
-    const void* latent;
-    const void* x0;
-    const void* noise;
-    const float* mask;
-    const void* clean;
-    const double* stats;
-    void* middle;
-    void* anchor;
-    i64 latent_type, x0_type, noise_type, clean_type;
-    Extent extent;
-};
-
-struct Res2sMidpoint {
-    MidpointModality modality[kModalities];
-    i64 count;
-    double c, a, b, s, gain;
-};
-
-struct AdvanceModality {
-    const void* anchor;
-    const void* x0;
-    const void* x0_mid;
-    const void* noise;
-    const float* mask;
-    const void* clean;
-    const double* stats;
-    void* out;
-    i64 x0_type, x0_mid_type, noise_type, clean_type, out_type;
-    Extent extent;
-};
-
-struct Res2sAdvance {
-    AdvanceModality modality[kModalities];
-    i64 count;
-    double hb1, hb2, a, b, s;
-};
-
-struct Res2sSdeStep {
-    const void* sample;
-    const void* denoised;
-    const void* noise;
-    const double* stats;
-    void* out;
-    i64 sample_type, denoised_type, noise_type;
-    Extent extent;
-    double a, b, s;
-};
 
 template <class C>
 constexpr i64 kComputeType = sizeof(C) == 8 ? kF64 : kF32;
