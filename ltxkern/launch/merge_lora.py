@@ -17,8 +17,8 @@ from ltxkern.steps import Argument, Launch, Parameter
 # LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
 LORAS = 4
 TILE = 64
-# Up to this rank the tile kernel's products cost less than reading and writing the weight.
-SMALL_RANK = 32
+# Up to this rank the tile kernel's products, on the plain cores, cost less than reading and writing the weight.
+SMALL_RANK = 16
 CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
 HALVES = (torch.float16, torch.bfloat16)
 Composition = Callable[..., None]

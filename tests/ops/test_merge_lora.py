@@ -12,7 +12,7 @@ from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from tests.ops.contract import SAMPLER, assert_as_close, assert_same, compiled, noise
 from tests.serving import over_backends, serving
 
-SIZES = [(24, 40, 4), (1, 1, 1), (7, 13, 3), (33, 5, 17), (64, 31, 1)]
+SIZES = [(24, 40, 4), (1, 1, 1), (7, 13, 3), (33, 5, 17), (64, 31, 1), (70, 132, 20)]
 
 
 def lora(rows: int, columns: int, rank: int, dtype: torch.dtype, count: int = 1) -> tuple[list[Tensor], list[Tensor]]:

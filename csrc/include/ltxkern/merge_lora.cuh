@@ -80,8 +80,9 @@ LTXK_DEVICE u8 to_e4m3(float v, u32 noise) {
 }
 
 struct LoraTiles {
-    float b[kRankStep][kTile + 1];  // [rank][row]; the odd stride keeps the transposing stores off one bank
-    float a[kRankStep][kTile];      // [rank][column]
+    // The padding keeps the transposing stores to b off one bank, and its rows on 16 bytes.
+    alignas(16) float b[kRankStep][kTile + 4];  // [rank][row]
+    alignas(16) float a[kRankStep][kTile];      // [rank][column]
 };
 
 LTXK_DEVICE float factor_at(const void* factor, i64 type, i64 at) {
@@ -90,62 +91,100 @@ LTXK_DEVICE float factor_at(const void* factor, i64 type, i64 at) {
     return value[0];
 }
 
-// Ranks [rank, rank + kRankStep) of both factors into shared memory, zero outside the matrices.
-LTXK_DEVICE void load_tiles(const MergeLora& p, const LoraFactors& lora, i64 row, i64 column, i64 rank, LoraTiles& tiles) {
-    for (int i = static_cast<int>(threadIdx.x); i < kTile * kRankStep; i += static_cast<int>(blockDim.x)) {
-        int k = i % kRankStep, r = i / kRankStep;
-        bool inside = row + r < p.rows && rank + k < lora.rank;
-        tiles.b[k][r] = inside ? factor_at(lora.b, lora.b_type, (row + r) * lora.rank + rank + k) : 0.0f;
-        int c = i % kTile;
-        k = i / kTile;
-        inside = column + c < p.columns && rank + k < lora.rank;
-        tiles.a[k][c] = inside ? factor_at(lora.a, lora.a_type, (rank + k) * p.columns + column + c) : 0.0f;
-    }
+// Whether rows of this stride from this address can be met in accesses of four elements of `bytes` bytes.
+LTXK_DEVICE bool in_fours(const void* base, i64 stride, i64 bytes) {
+    return stride % 4 == 0 && reinterpret_cast<u64>(base) % static_cast<u64>(4 * bytes) == 0;
 }
 
-LTXK_DEVICE void merge_element(const MergeLora& p, i64 row, i64 column, float delta) {
-    if (row >= p.rows || column >= p.columns) return;
-    i64 at = row * p.row_stride + column * p.column_stride;
-    if (p.type == kE4M3) {
-        u8* weight = static_cast<u8*>(p.weight) + at;
-        u32 noise = p.stochastic ? counter_bits(p.seed, row * p.columns + column) >> 12 : 1u << 20;
-        *weight = to_e4m3(from_e4m3(*weight) + delta, noise);
+// Elements [at, at + 4) of a factor, of which `count` exist; zero in place of the others.
+LTXK_DEVICE void four_of(const void* factor, i64 type, i64 at, i64 count, bool vectors, float (&values)[4]) {
+    if (vectors && count >= 4) {
+        load_typed(factor, type, at, values);
         return;
     }
-    float value[1] = {factor_at(p.weight, p.type, at) + delta};
-    store_typed(p.weight, p.type, at, value);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) values[k] = k < count ? factor_at(factor, type, at + k) : 0.0f;
 }
 
-// Block = 256 threads on one tile of 64 x 64; a thread owns 4 x 4 elements, 16 apart, so that neighbours write neighbours.
-__global__ void __launch_bounds__(256) merge_lora(MergeLora p) {
+// Ranks [rank, rank + kRankStep) of both factors into shared memory, zero outside the matrices: four elements of each a thread.
+LTXK_DEVICE void load_tiles(const MergeLora& p, const LoraFactors& lora, i64 row, i64 column, i64 rank, LoraTiles& tiles) {
+    float values[4];
+    int thread = static_cast<int>(threadIdx.x), k = thread % 4 * 4, r = thread / 4;
+    i64 left = row + r < p.rows ? lora.rank - rank - k : 0;
+    four_of(lora.b, lora.b_type, (row + r) * lora.rank + rank + k, left, in_fours(lora.b, lora.rank, type_bytes(lora.b_type)), values);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tiles.b[k + i][r] = static_cast<float>(lora.scale) * values[i];
+    int c = thread % 16 * 4;
+    k = thread / 16;
+    left = rank + k < lora.rank ? p.columns - column - c : 0;
+    four_of(lora.a, lora.a_type, (rank + k) * p.columns + column + c, left, in_fours(lora.a, p.columns, type_bytes(lora.a_type)), values);
+    Pack<float, 4> pack = {{values[0], values[1], values[2], values[3]}};
+    store<float, 4>(&tiles.a[k][c], pack);
+}
+
+LTXK_DEVICE u8 merged_e4m3(const MergeLora& p, i64 row, i64 column, u8 weight, float delta) {
+    u32 noise = p.stochastic ? counter_bits(p.seed, row * p.columns + column) >> 12 : 1u << 20;
+    return to_e4m3(from_e4m3(weight) + delta, noise);
+}
+
+// Adds to the weights [column, column + 4) of a row, of which `count` exist.
+LTXK_DEVICE void merge_four(const MergeLora& p, i64 row, i64 column, i64 count, bool vectors, const float (&delta)[4]) {
+    i64 at = row * p.row_stride + column * p.column_stride;
+    if (vectors && count >= 4) {
+        if (p.type == kE4M3) {
+            u8* address = static_cast<u8*>(p.weight) + at;
+            Pack<u8, 4> pack = load<u8, 4>(address);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) pack.value[k] = merged_e4m3(p, row, column + k, pack.value[k], delta[k]);
+            store<u8, 4>(address, pack);
+            return;
+        }
+        float values[4];
+        load_typed(p.weight, p.type, at, values);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) values[k] += delta[k];
+        store_typed(p.weight, p.type, at, values);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if (k >= count) continue;
+        i64 here = at + k * p.column_stride;
+        if (p.type == kE4M3) {
+            u8* address = static_cast<u8*>(p.weight) + here;
+            *address = merged_e4m3(p, row, column + k, *address, delta[k]);
+        } else {
+            float value[1] = {factor_at(p.weight, p.type, here) + delta[k]};
+            store_typed(p.weight, p.type, here, value);
+        }
+    }
+}
+
+// Block = 256 threads on one tile of 64 x 64; a thread owns 4 x 4 neighbouring elements, so that it reads four from either factor at once.
+__global__ void __launch_bounds__(256, 3) merge_lora(MergeLora p) {
     LTXK_SHARED(LoraTiles, tiles);
     i64 row = static_cast<i64>(blockIdx.x) / p.column_tiles * kTile, column = static_cast<i64>(blockIdx.x) % p.column_tiles * kTile;
-    int x = static_cast<int>(threadIdx.x) % 16, y = static_cast<int>(threadIdx.x) / 16;
+    int x = static_cast<int>(threadIdx.x) % 16 * 4, y = static_cast<int>(threadIdx.x) / 16 * 4;
     float total[4][4] = {};
     for (i64 index = 0; index < p.count; ++index) {
         const LoraFactors& lora = p.lora[index];
-        float sums[4][4] = {};
         for (i64 rank = 0; rank < lora.rank; rank += kRankStep) {
             __syncthreads();
             load_tiles(p, lora, row, column, rank, tiles);
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < kRankStep; ++k) {
-                float b[4], a[4];
+                Pack<float, 4> b = load<float, 4>(&tiles.b[k][y]), a = load<float, 4>(&tiles.a[k][x]);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    b[i] = tiles.b[k][y + 16 * i];
-                    a[i] = tiles.a[k][x + 16 * i];
-                }
-#pragma unroll
-                for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] += b[i / 4] * a[i % 4];
+                for (int i = 0; i < 16; ++i) total[i / 4][i % 4] += b.value[i / 4] * a.value[i % 4];
             }
         }
-#pragma unroll
-        for (int i = 0; i < 16; ++i) total[i / 4][i % 4] += static_cast<float>(lora.scale) * sums[i / 4][i % 4];
     }
+    i64 bytes = p.type == kE4M3 ? 1 : type_bytes(p.type);
+    bool vectors = p.column_stride == 1 && in_fours(p.weight, p.row_stride, bytes);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) merge_element(p, row + y + 16 * (i / 4), column + x + 16 * (i % 4), total[i / 4][i % 4]);
+    for (int i = 0; i < 4; ++i)
+        if (row + y + i < p.rows) merge_four(p, row + y + i, column + x, p.columns - column - x, vectors, total[i]);
 }
 
 }  // namespace ltxk
