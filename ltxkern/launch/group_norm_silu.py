@@ -143,11 +143,16 @@ def _affine_bytes(case: Case) -> int:
     return 12 * case.group_channels
 
 
+def _resident_threads(part: int, vector: int) -> int:
+    """Threads of a block that holds `part` elements: four accesses each, where there are enough."""
+    return min(512, max(32, round_up(ceil_div(part, 4 * vector), 32)))
+
+
 def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tuple[Step, ...], int]:
     """One launch, a cluster of blocks per group, the group in shared memory: 2 units. Returns the steps and workspace bytes."""
     vector = _on_chip_vector(case)
     part = round_up(ceil_div(case.group_length, cluster), vector)
-    threads = threads or min(512, max(32, round_up(ceil_div(part, 4 * vector), 32)))
+    threads = threads or _resident_threads(part, vector)
     shared = round_up(part * case.itemsize, 16) + _affine_bytes(case)
     launch = Launch(
         f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",
@@ -185,9 +190,15 @@ def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
         return None
     fitting = []
     for size in (1, 2, 4, 8):
-        shared = round_up(ceil_div(case.group_length, size) * case.itemsize, 16) + 16 + _affine_bytes(case)
+        part = ceil_div(case.group_length, size)
+        # A cluster costs two barriers of its own: no block of one is left with less than an access a thread.
+        if size > 1 and part * case.itemsize < 16 * 512:
+            break
+        shared = round_up(part * case.itemsize, 16) + 16 + _affine_bytes(case)
         if size <= limits.cluster_blocks and shared + STATIC_SHARED <= limits.shared_bytes:
-            per_processor = min(4, (limits.shared_bytes + 1024) // (shared + STATIC_SHARED + 1024))
+            # Registers let 1024 threads in: see the kernel's launch bounds.
+            by_threads = 1024 // _resident_threads(part, vector)
+            per_processor = min(by_threads, (limits.shared_bytes + 1024) // (shared + STATIC_SHARED + 1024))
             fitting.append((size, groups * size <= limits.multiprocessors * per_processor))
     waves = [size for size, one_wave in fitting if one_wave]
     return max(waves) if waves else min((size for size, _ in fitting), default=None)

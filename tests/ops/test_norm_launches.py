@@ -75,7 +75,15 @@ def test_groups_of_the_small_shape_run_in_one_wave() -> None:
     assert isinstance(step, Launch)
     assert workspace == 0
     assert step.grid[0] == 32 * step.cluster
-    assert step.grid[0] <= 132 * (233472 // (step.shared_bytes + launch.STATIC_SHARED + 1024))
+    assert step.grid[0] <= 132 * min(1024 // step.block, 233472 // (step.shared_bytes + launch.STATIC_SHARED + 1024))
+
+
+@pytest.mark.parametrize(("positions", "cluster"), [(64, 1), (640, 2), (6400, 8)])
+def test_small_groups_take_no_cluster(positions: int, cluster: int) -> None:
+    (step,), _ = launch.choose(case_of((1, 512, positions)), H200)
+    assert isinstance(step, Launch)
+    assert step.cluster == cluster
+    assert step.grid[0] <= 132 * (1024 // step.block)
 
 
 @pytest.mark.parametrize("device", DEVICES)
