@@ -12,20 +12,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from triton_cases import (
-    SMALL_CASES,
-    Case,
-    Problem,
-    assert_close_to_exact,
-    group_norm_case,
-    guidance_case,
-    half_step_cases,
-    merge_case,
-    modulate_case,
-    noise_case,
-    pixel_norm_case,
-    rope_case,
-)
+from problems import Case, Problem
+from sampler_cases import guidance_case, half_step_cases, merge_case, noise_case
+from triton_cases import SMALL_CASES, assert_close_to_exact, group_norm_case, modulate_case, pixel_norm_case, rope_case
 
 import ltxkern
 from ltxkern import reference, use_backend

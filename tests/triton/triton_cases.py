@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
-import numpy as np
 import torch
+from problems import Case, Draw, Problem, problem
+from sampler_cases import guidance_case, half_step_cases, merge_case, noise_case, sde_case
 from torch import Tensor
 
 import ltxkern
 from ltxkern import reference
-
-HALF_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SAMPLER_DTYPES = (*HALF_DTYPES, torch.float64)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`call(out)` writes into poisoned outputs; `exact` is fp64; `composed` is the torch composition in the op's dtypes."""
-
-    call: Callable[[list[Tensor]], object]
-    outputs: Callable[[], list[Tensor]]
-    exact: list[Tensor]
-    composed: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op with one set of sizes; `make(device, dtype)` builds the problem."""
-
-    name: str
-    make: Callable[[str, torch.dtype], Problem]
-    dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
-
-    def __str__(self) -> str:
-        return self.name
-
-
-class Draw:
-    """Seeded tensors, the same numbers on every device."""
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
-        self.device, self.dtype = device, dtype
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        value = torch.randn(shape, generator=self.generator, dtype=torch.float64) * std + mean
-        return value.to(dtype or self.dtype).to(self.device)
-
-
-def poisoned(models: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors like the models, full of NaN."""
-    return [torch.full_like(model, float("nan")) for model in models]
-
-
-def _problem(call: Callable[[list[Tensor]], object], exact: Sequence[Tensor], composed: Sequence[Tensor]) -> Problem:
-    return Problem(call, lambda: poisoned(composed), list(exact), list(composed))
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -101,7 +55,7 @@ def group_norm_case(
             y = y + added.double()
         composed = reference.group_norm_silu(x, weight, bias, groups, eps, added, shift)
         options = {"residual": added, "conv_bias": shift}
-        return _problem(
+        return problem(
             lambda out: ltxkern.group_norm_silu(x, weight, bias, groups, eps, **options, out=out[0]),
             [y / (1 + torch.exp(-y))],
             [composed],
@@ -130,225 +84,13 @@ def pixel_norm_case(
         y = y / (y.square().mean(1, keepdim=True) + 1e-8).sqrt()
         if factor is not None:
             y = y * _per_channel(factor, x)
-        return _problem(
+        return problem(
             lambda out: ltxkern.pixel_norm_silu(x, weight=factor, out=out[0]),
             [y / (1 + torch.exp(-y))],
             [reference.pixel_norm_silu(x, 1e-8, factor)],
         )
 
     return Case(f"pixel_norm_silu-{name}", make)
-
-
-def _standardised(x: Tensor) -> Tensor:
-    """In extended precision, since fp64 noise is held to fp64 arithmetic; twice, as the sampler's rule says, equals once."""
-    v = x.detach().cpu().double().numpy().astype(np.longdouble)
-    v = v - v.mean((-2, -1), keepdims=True)
-    count = v.shape[-1] * v.shape[-2]
-    v = v / np.sqrt((v * v).sum((-2, -1), keepdims=True) / (count - 1))
-    return torch.from_numpy(v.astype(np.float64)).to(x.device)
-
-
-def noise_case(
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    mean: float = 0.0,
-    std: float = 1.0,
-    dtypes: tuple[torch.dtype, ...] = SAMPLER_DTYPES,
-) -> list[Case]:
-    """normalize_noise, channelwise_normalize and noise_statistics of a shape."""
-
-    def normalize(device: str, dtype: torch.dtype) -> Problem:
-        x = Draw(device, dtype)(*shape, mean=mean, std=std)
-        return _problem(
-            lambda out: ltxkern.normalize_noise(x, out=out[0]), [_standardised(x)], [reference.normalize_noise(x)]
-        )
-
-    def channelwise(device: str, dtype: torch.dtype) -> Problem:
-        x = Draw(device, dtype)(*shape, mean=mean, std=std)
-        return _problem(
-            lambda out: ltxkern.channelwise_normalize(x, out=out[0]),
-            [_standardised(x)],
-            [reference.channelwise_normalize(x)],
-        )
-
-    def statistics(device: str, dtype: torch.dtype) -> Problem:
-        x = Draw(device, dtype)(*shape, mean=mean, std=std)
-        stats = reference.noise_statistics(x)
-        return _problem(lambda out: ltxkern.noise_statistics(x, out=out[0]), [stats], [stats])
-
-    makers = {"normalize_noise": normalize, "channelwise_normalize": channelwise, "noise_statistics": statistics}
-    return [Case(f"{op}-{name}", make, dtypes) for op, make in makers.items()]
-
-
-def guidance_case(name: str, shape: tuple[int, ...], branches: int, rescale: float, mean: float = 0.0) -> Case:
-    """combine_guidance with one to three further branches."""
-
-    def make(device: str, dtype: torch.dtype) -> Problem:
-        draw = Draw(device, dtype)
-        cond, *others = [draw(*shape, mean=mean) for _ in range(4)]
-        used = [other if i < branches else None for i, other in enumerate(others)]
-        scales = [3.0 if branches > 0 else 1.0, 1.25 if branches > 1 else 0.0, 2.5 if branches > 2 else 1.0]
-        base = cond.double()
-        pred = base.clone()
-        for other, factor in zip(used, (scales[0] - 1, scales[1], scales[2] - 1), strict=True):
-            if other is not None:
-                pred += factor * (base - other.double())
-        if rescale:
-            pred = pred * (rescale * base.std() / pred.std() + 1 - rescale)
-        names = ("cfg_scale", "stg_scale", "modality_scale")
-        return _problem(
-            lambda out: ltxkern.combine_guidance(
-                cond, *used, **dict(zip(names, scales, strict=True)), rescale_scale=rescale, out=out[0]
-            ),
-            [pred],
-            [reference.combine_guidance(cond, *used, *scales, rescale)],
-        )
-
-    return Case(f"combine_guidance-{name}", make, SAMPLER_DTYPES)
-
-
-STEPS = ltxkern.res2s_steps([1.0, 0.93, 0.6, 0.31])
-
-
-def sde_case(name: str, shape: tuple[int, ...], *, wide: bool, raw: bool) -> Case:
-    """One SDE step; `wide`: sample and noise in fp64; `raw`: unnormalised noise with its statistics."""
-
-    def make(device: str, dtype: torch.dtype) -> Problem:
-        draw = Draw(device, dtype)
-        kind = torch.float64 if wide else dtype
-        sample, denoised = draw(*shape, dtype=kind), draw(*shape)
-        noise = draw(*shape, dtype=kind, mean=0.2 if raw else 0.0, std=1.3 if raw else 1.0)
-        stats = reference.noise_statistics(noise) if raw else None
-        a, b, s = STEPS[1].advance
-        ready = _standardised(noise) if raw else noise.double()
-        return _problem(
-            lambda out: ltxkern.res2s_sde_step(
-                sample, denoised, STEPS[1].sigma, STEPS[1].sigma_next, noise, noise_stats=stats, out=out[0]
-            ),
-            [a * sample.double() + b * denoised.double() + s * ready],
-            [reference.res2s_sde_step(sample, denoised, noise, [a, b, s], stats)],
-        )
-
-    return Case(f"res2s_sde_step-{name}", make, SAMPLER_DTYPES)
-
-
-@dataclass(frozen=True)
-class Modality:
-    """Inputs of a half-step for one modality, and their mask in fp64."""
-
-    state: Tensor
-    x0: Tensor
-    second: Tensor
-    noise: Tensor
-    mask: Tensor | None
-    clean: Tensor | None
-    stats: Tensor | None
-
-    def masked(self, value: Tensor) -> Tensor:
-        if self.mask is None:
-            return value
-        return value * self.mask.double() + self.clean.double() * (1 - self.mask.double())
-
-    def ready(self) -> Tensor:
-        return self.noise.double() if self.stats is None else _standardised(self.noise)
-
-
-def _modality(draw: Draw, shape: tuple[int, ...], masked: bool, raw: bool) -> Modality:
-    noise = draw(*shape, dtype=torch.float64, mean=0.2 if raw else 0.0, std=1.3 if raw else 1.0)
-    mask = None
-    if masked:
-        mask = (torch.rand((*shape[:-1], 1), generator=draw.generator) > 0.4).float().to(draw.device)
-    return Modality(
-        draw(*shape), draw(*shape), draw(*shape), noise, mask, draw(*shape) if masked else None,
-        reference.noise_statistics(noise) if raw else None,
-    )  # fmt: skip
-
-
-def half_step_cases(
-    name: str, shapes: list[tuple[int, ...]], *, step: int, masked: bool, raw: bool, compute: torch.dtype
-) -> list[Case]:
-    """Both half-steps for one or several modalities."""
-    plan = STEPS[step]
-
-    def columns(parts: list[Modality], *names: str) -> list[list[Tensor | None]]:
-        return [[getattr(part, name) for part in parts] for name in names]
-
-    def midpoint(device: str, dtype: torch.dtype) -> Problem:
-        draw = Draw(device, dtype)
-        parts = [_modality(draw, shape, masked, raw) for shape in shapes]
-        c, (a, b, s) = plan.contraction, plan.substep
-        mids, anchors = [], []
-        for part in parts:
-            x, d = part.state.double(), part.masked(part.x0.double())
-            moved = part.masked(a * x + b * (x + c * (d - x)) + s * part.ready())
-            mids.append(moved)
-            anchors.append((moved - c * d) / (1 - c) if plan.refine else x)
-        latent, x0, noise, mask, clean, stats = columns(parts, "state", "x0", "noise", "mask", "clean", "stats")
-        composed = reference.res2s_midpoint(latent, x0, noise, mask, clean, stats, [c, a, b, s], plan.refine, compute)
-        count = len(parts)
-        return _problem(
-            lambda out: ltxkern.res2s_midpoint(
-                latent, x0, noise, plan, mask=mask, clean=clean, noise_stats=stats, compute_dtype=compute,
-                out=(out[:count], out[count:]),
-            ),
-            mids + anchors,
-            composed,
-        )  # fmt: skip
-
-    def advance(device: str, dtype: torch.dtype) -> Problem:
-        draw = Draw(device, dtype)
-        parts = [_modality(draw, shape, masked, raw) for shape in shapes]
-        parts = [replace(part, state=draw(*shape, dtype=compute)) for part, shape in zip(parts, shapes, strict=True)]
-        hb1, hb2, (a, b, s) = plan.h * plan.b1, plan.h * plan.b2, plan.advance
-        results = []
-        for part in parts:
-            x, first, second = (
-                part.state.double(), part.masked(part.x0.double()), part.masked(part.second.double())
-            )  # fmt: skip
-            moved = x + (hb1 * (first - x) + hb2 * (second - x))
-            results.append(part.masked(a * x + b * moved + s * part.ready()))
-        names = ("state", "x0", "second", "noise", "mask", "clean", "stats")
-        anchor, x0, second, noise, mask, clean, stats = columns(parts, *names)
-        composed = reference.res2s_advance(
-            anchor, x0, second, noise, mask, clean, stats, [hb1, hb2, a, b, s], [dtype] * len(parts)
-        )
-        return _problem(
-            lambda out: ltxkern.res2s_advance(
-                anchor, x0, second, noise, plan, mask=mask, clean=clean, noise_stats=stats, model_dtype=dtype, out=out
-            ),
-            results,
-            composed,
-        )
-
-    return [
-        Case(f"res2s_midpoint-{name}", midpoint, SAMPLER_DTYPES),
-        Case(f"res2s_advance-{name}", advance, SAMPLER_DTYPES),
-    ]
-
-
-def merge_case(name: str, shape: tuple[int, int], ranks: list[int], factor: torch.dtype | None) -> Case:
-    """merge_lora_; `factor`: dtype of the factors, the weight's if None."""
-
-    def make(device: str, dtype: torch.dtype) -> Problem:
-        draw = Draw(device, dtype)
-        weight = draw(*shape)
-        a = [draw(rank, shape[1], dtype=factor, std=0.3) for rank in ranks]
-        b = [draw(shape[0], rank, dtype=factor, std=0.3) for rank in ranks]
-        scales = [0.7, -0.4, 1.3, 0.25][: len(ranks)]
-        exact = weight.double()
-        for a_k, b_k, s in zip(a, b, scales, strict=True):
-            exact = exact + s * (b_k.double() @ a_k.double())
-        composed = weight.clone()
-        reference.merge_lora_(composed, a, b, scales, 32 << 20, "single")
-
-        def call(out: list[Tensor]) -> None:
-            out[0].copy_(weight)
-            ltxkern.merge_lora_(out[0], a, b, scales)
-
-        return _problem(call, [exact], [composed])
-
-    return Case(f"merge_lora-{name}", make)
 
 
 def modulate_case(
@@ -360,7 +102,7 @@ def modulate_case(
         draw = Draw(device, dtype)
         x, scale, shift = draw(*lead, width, std=std), draw(*rows, width), draw(*rows, width)
         factor = draw(width) if weight else None
-        return _problem(
+        return problem(
             lambda out: ltxkern.rms_norm_modulate(x, scale, shift, weight=factor, out=out[0]),
             [_modulated(x, scale, shift, factor)],
             [reference.rms_norm_modulate(x, scale, shift, 1e-6, factor)],
@@ -372,7 +114,7 @@ def modulate_case(
         gate, scale, shift = (draw(*rows, width) for _ in range(3))
         factor = draw(width) if weight else None
         composed = reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, 1e-6, factor)
-        return _problem(
+        return problem(
             lambda out: ltxkern.gated_residual_rms_norm_modulate(
                 x, y, gate, scale, shift, weight=factor, out=tuple(out)
             ),
@@ -396,7 +138,7 @@ def gate_cases() -> list[Case]:
         def make(device: str, dtype: torch.dtype) -> Problem:
             draw = Draw(device, dtype)
             x, y, gate = draw(2, 5, 37), draw(2, 5, 37), draw(*gate_shape)
-            return _problem(
+            return problem(
                 lambda out: ltxkern.gated_residual(x, y, gate, out=out[0]),
                 [x.double() + y.double() * gate.double()],
                 [reference.gated_residual(x, y, gate)],
@@ -407,7 +149,7 @@ def gate_cases() -> list[Case]:
     def head(device: str, dtype: torch.dtype) -> Problem:
         draw = Draw(device, dtype)
         x, logits = draw(2, 5, 3, 24), draw(2, 5, 3, std=3.0)
-        return _problem(
+        return problem(
             lambda out: ltxkern.head_gate(x, logits, out=out[0]),
             [x.double() * 2 * torch.sigmoid(logits.double())[..., None]],
             [reference.head_gate(x, logits)],
@@ -438,7 +180,7 @@ def rope_case(name: str, batch: int, tokens: int, heads: int, depth: int, layout
             pair = (first * c - second * s, second * c + first * s)
             joined = torch.cat(pair, -1) if layout == "split" else torch.stack(pair, -1).flatten(-2)
             exact.append(joined.flatten(-2))
-        return _problem(
+        return problem(
             lambda out: ltxkern.qk_norm_rope(q, k, *weights, cos, sin, layout=layout, out=tuple(out)),
             exact,
             reference.qk_norm_rope(q, k, *weights, cos, sin, 1e-6, layout),

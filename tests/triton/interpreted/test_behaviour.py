@@ -9,18 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from problems import Case
+from sampler_cases import STEPS, guidance_case, half_step_cases, merge_case, noise_case
 from triton.runtime.interpreter import GridExecutor
-from triton_cases import (
-    STEPS,
-    Case,
-    assert_close_to_exact,
-    group_norm_case,
-    guidance_case,
-    half_step_cases,
-    merge_case,
-    noise_case,
-    pixel_norm_case,
-)
+from triton_cases import assert_close_to_exact, group_norm_case, pixel_norm_case
 
 import ltxkern
 from ltxkern import BackendError, reference, use_backend

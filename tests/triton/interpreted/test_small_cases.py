@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_cases import SMALL_CASES, Case, assert_close_to_exact
+from problems import Case
+from triton_cases import SMALL_CASES, assert_close_to_exact
 
 from ltxkern import use_backend
 

@@ -1,0 +1,225 @@
+"""Small problems of the noise, guidance, sampler and LoRA ops: the result in fp64 by its own formula, and the composition's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from problems import SAMPLER_DTYPES, Case, Draw, Problem, problem
+from torch import Tensor
+
+import ltxkern
+from ltxkern import reference
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """In extended precision, since fp64 noise is held to fp64 arithmetic; twice, as the sampler's rule says, equals once."""
+    v = x.detach().cpu().double().numpy().astype(np.longdouble)
+    v = v - v.mean((-2, -1), keepdims=True)
+    count = v.shape[-1] * v.shape[-2]
+    v = v / np.sqrt((v * v).sum((-2, -1), keepdims=True) / (count - 1))
+    return torch.from_numpy(v.astype(np.float64)).to(x.device)
+
+
+def noise_case(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    dtypes: tuple[torch.dtype, ...] = SAMPLER_DTYPES,
+) -> list[Case]:
+    """normalize_noise, channelwise_normalize and noise_statistics of a shape."""
+
+    def normalize(device: str, dtype: torch.dtype) -> Problem:
+        x = Draw(device, dtype)(*shape, mean=mean, std=std)
+        return problem(
+            lambda out: ltxkern.normalize_noise(x, out=out[0]), [_standardised(x)], [reference.normalize_noise(x)]
+        )
+
+    def channelwise(device: str, dtype: torch.dtype) -> Problem:
+        x = Draw(device, dtype)(*shape, mean=mean, std=std)
+        return problem(
+            lambda out: ltxkern.channelwise_normalize(x, out=out[0]),
+            [_standardised(x)],
+            [reference.channelwise_normalize(x)],
+        )
+
+    def statistics(device: str, dtype: torch.dtype) -> Problem:
+        x = Draw(device, dtype)(*shape, mean=mean, std=std)
+        stats = reference.noise_statistics(x)
+        return problem(lambda out: ltxkern.noise_statistics(x, out=out[0]), [stats], [stats])
+
+    makers = {"normalize_noise": normalize, "channelwise_normalize": channelwise, "noise_statistics": statistics}
+    return [Case(f"{op}-{name}", make, dtypes) for op, make in makers.items()]
+
+
+def guidance_case(name: str, shape: tuple[int, ...], branches: int, rescale: float, mean: float = 0.0) -> Case:
+    """combine_guidance with one to three further branches."""
+
+    def make(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        cond, *others = [draw(*shape, mean=mean) for _ in range(4)]
+        used = [other if i < branches else None for i, other in enumerate(others)]
+        scales = [3.0 if branches > 0 else 1.0, 1.25 if branches > 1 else 0.0, 2.5 if branches > 2 else 1.0]
+        base = cond.double()
+        pred = base.clone()
+        for other, factor in zip(used, (scales[0] - 1, scales[1], scales[2] - 1), strict=True):
+            if other is not None:
+                pred += factor * (base - other.double())
+        if rescale:
+            pred = pred * (rescale * base.std() / pred.std() + 1 - rescale)
+        names = ("cfg_scale", "stg_scale", "modality_scale")
+        return problem(
+            lambda out: ltxkern.combine_guidance(
+                cond, *used, **dict(zip(names, scales, strict=True)), rescale_scale=rescale, out=out[0]
+            ),
+            [pred],
+            [reference.combine_guidance(cond, *used, *scales, rescale)],
+        )
+
+    return Case(f"combine_guidance-{name}", make, SAMPLER_DTYPES)
+
+
+STEPS = ltxkern.res2s_steps([1.0, 0.93, 0.6, 0.31])
+
+
+def sde_case(name: str, shape: tuple[int, ...], *, wide: bool, raw: bool) -> Case:
+    """One SDE step; `wide`: sample and noise in fp64; `raw`: unnormalised noise with its statistics."""
+
+    def make(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        kind = torch.float64 if wide else dtype
+        sample, denoised = draw(*shape, dtype=kind), draw(*shape)
+        noise = draw(*shape, dtype=kind, mean=0.2 if raw else 0.0, std=1.3 if raw else 1.0)
+        stats = reference.noise_statistics(noise) if raw else None
+        a, b, s = STEPS[1].advance
+        ready = _standardised(noise) if raw else noise.double()
+        return problem(
+            lambda out: ltxkern.res2s_sde_step(
+                sample, denoised, STEPS[1].sigma, STEPS[1].sigma_next, noise, noise_stats=stats, out=out[0]
+            ),
+            [a * sample.double() + b * denoised.double() + s * ready],
+            [reference.res2s_sde_step(sample, denoised, noise, [a, b, s], stats)],
+        )
+
+    return Case(f"res2s_sde_step-{name}", make, SAMPLER_DTYPES)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Inputs of a half-step for one modality, and their mask in fp64."""
+
+    state: Tensor
+    x0: Tensor
+    second: Tensor
+    noise: Tensor
+    mask: Tensor | None
+    clean: Tensor | None
+    stats: Tensor | None
+
+    def masked(self, value: Tensor) -> Tensor:
+        if self.mask is None:
+            return value
+        return value * self.mask.double() + self.clean.double() * (1 - self.mask.double())
+
+    def ready(self) -> Tensor:
+        return self.noise.double() if self.stats is None else _standardised(self.noise)
+
+
+def _modality(draw: Draw, shape: tuple[int, ...], masked: bool, raw: bool) -> Modality:
+    noise = draw(*shape, dtype=torch.float64, mean=0.2 if raw else 0.0, std=1.3 if raw else 1.0)
+    mask = None
+    if masked:
+        mask = (torch.rand((*shape[:-1], 1), generator=draw.generator) > 0.4).float().to(draw.device)
+    return Modality(
+        draw(*shape), draw(*shape), draw(*shape), noise, mask, draw(*shape) if masked else None,
+        reference.noise_statistics(noise) if raw else None,
+    )  # fmt: skip
+
+
+def half_step_cases(
+    name: str, shapes: list[tuple[int, ...]], *, step: int, masked: bool, raw: bool, compute: torch.dtype
+) -> list[Case]:
+    """Both half-steps for one or several modalities."""
+    plan = STEPS[step]
+
+    def columns(parts: list[Modality], *names: str) -> list[list[Tensor | None]]:
+        return [[getattr(part, name) for part in parts] for name in names]
+
+    def midpoint(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        parts = [_modality(draw, shape, masked, raw) for shape in shapes]
+        c, (a, b, s) = plan.contraction, plan.substep
+        mids, anchors = [], []
+        for part in parts:
+            x, d = part.state.double(), part.masked(part.x0.double())
+            moved = part.masked(a * x + b * (x + c * (d - x)) + s * part.ready())
+            mids.append(moved)
+            anchors.append((moved - c * d) / (1 - c) if plan.refine else x)
+        latent, x0, noise, mask, clean, stats = columns(parts, "state", "x0", "noise", "mask", "clean", "stats")
+        composed = reference.res2s_midpoint(latent, x0, noise, mask, clean, stats, [c, a, b, s], plan.refine, compute)
+        count = len(parts)
+        return problem(
+            lambda out: ltxkern.res2s_midpoint(
+                latent, x0, noise, plan, mask=mask, clean=clean, noise_stats=stats, compute_dtype=compute,
+                out=(out[:count], out[count:]),
+            ),
+            mids + anchors,
+            composed,
+        )  # fmt: skip
+
+    def advance(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        parts = [_modality(draw, shape, masked, raw) for shape in shapes]
+        parts = [replace(part, state=draw(*shape, dtype=compute)) for part, shape in zip(parts, shapes, strict=True)]
+        hb1, hb2, (a, b, s) = plan.h * plan.b1, plan.h * plan.b2, plan.advance
+        results = []
+        for part in parts:
+            x, first, second = (
+                part.state.double(), part.masked(part.x0.double()), part.masked(part.second.double())
+            )  # fmt: skip
+            moved = x + (hb1 * (first - x) + hb2 * (second - x))
+            results.append(part.masked(a * x + b * moved + s * part.ready()))
+        names = ("state", "x0", "second", "noise", "mask", "clean", "stats")
+        anchor, x0, second, noise, mask, clean, stats = columns(parts, *names)
+        composed = reference.res2s_advance(
+            anchor, x0, second, noise, mask, clean, stats, [hb1, hb2, a, b, s], [dtype] * len(parts)
+        )
+        return problem(
+            lambda out: ltxkern.res2s_advance(
+                anchor, x0, second, noise, plan, mask=mask, clean=clean, noise_stats=stats, model_dtype=dtype, out=out
+            ),
+            results,
+            composed,
+        )
+
+    return [
+        Case(f"res2s_midpoint-{name}", midpoint, SAMPLER_DTYPES),
+        Case(f"res2s_advance-{name}", advance, SAMPLER_DTYPES),
+    ]
+
+
+def merge_case(name: str, shape: tuple[int, int], ranks: list[int], factor: torch.dtype | None) -> Case:
+    """merge_lora_; `factor`: dtype of the factors, the weight's if None."""
+
+    def make(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        weight = draw(*shape)
+        a = [draw(rank, shape[1], dtype=factor, std=0.3) for rank in ranks]
+        b = [draw(shape[0], rank, dtype=factor, std=0.3) for rank in ranks]
+        scales = [0.7, -0.4, 1.3, 0.25][: len(ranks)]
+        exact = weight.double()
+        for a_k, b_k, s in zip(a, b, scales, strict=True):
+            exact = exact + s * (b_k.double() @ a_k.double())
+        composed = weight.clone()
+        reference.merge_lora_(composed, a, b, scales, 32 << 20, "single")
+
+        def call(out: list[Tensor]) -> None:
+            out[0].copy_(weight)
+            ltxkern.merge_lora_(out[0], a, b, scales)
+
+        return problem(call, [exact], [composed])
+
+    return Case(f"merge_lora-{name}", make)
