@@ -64,7 +64,14 @@ def _environment_choice() -> tuple[str, ...] | None:
 
 @functools.cache
 def _disabled() -> frozenset[str]:
-    return frozenset(part.strip() for part in os.environ.get("LTXKERN_DISABLE", "").split(",") if part.strip())
+    """What LTXKERN_DISABLE switches off: entries `backend` or `op:backend`; ValueError for what is neither."""
+    entries = frozenset(part.strip() for part in os.environ.get("LTXKERN_DISABLE", "").split(",") if part.strip())
+    for entry in entries:
+        op, _, backend = entry.rpartition(":")
+        backend_names(backend, f"LTXKERN_DISABLE={entry}")
+        if op and op not in _registry:
+            raise ValueError(f"LTXKERN_DISABLE={entry}: unknown op {op!r}; known are {', '.join(sorted(_registry))}")
+    return entries
 
 
 @functools.cache

@@ -127,6 +127,13 @@ def test_a_switched_off_backend_says_so() -> None:
     assert "switched off" in done.stdout
 
 
+@pytest.mark.parametrize("entry", ["no_such_op:cpu", "gpu"])
+def test_a_wrong_entry_of_what_is_switched_off_is_an_error(entry: str) -> None:
+    done = run("import torch, ltxkern; ltxkern.pixel_norm_silu(torch.ones(1, 4, 3))", LTXKERN_DISABLE=f"torch,{entry}")
+    assert done.returncode != 0
+    assert f"LTXKERN_DISABLE={entry}: unknown" in done.stderr
+
+
 @needs_extension
 def test_receipts_name_the_backend() -> None:
     with ltxkern.use_backend("cpu"):
