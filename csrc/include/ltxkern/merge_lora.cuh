@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(256, 3) merge_lora(MergeLora p) {
             __syncthreads();
             load_tiles(p, lora, row, column, rank, tiles);
             __syncthreads();
-#pragma unroll
+#pragma unroll 2
             for (int k = 0; k < kRankStep; ++k) {
                 Pack<float, 4> b = load<float, 4>(&tiles.b[k][y]), a = load<float, 4>(&tiles.a[k][x]);
 #pragma unroll
