@@ -157,6 +157,13 @@ inline bool streams(i64 bytes) {
     return bytes > cache;
 }
 
+// Before another thread reads what was streamed.
+inline void end_streaming() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // The line into the second-level cache; no address is a wrong one.
 inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 2); }
 

@@ -7,7 +7,9 @@ LTXK_CPU_BEGIN
 
 #include "include/ltxkern/res2s_parameters.cuh"
 
-constexpr i64 kChunk = kTypedChunk;
+constexpr i64 kChunk = 256;
+// Elements from a piece to the one that is fetched meanwhile: processors do not look beyond a page by themselves.
+constexpr i64 kAhead = 4 * kChunk;
 
 template <class C>
 constexpr i64 kComputeType = sizeof(C) == 8 ? kF64 : kF32;
@@ -23,6 +25,11 @@ static Piece piece_at(const Extent& e, i64 modality, i64 index) {
     i64 per_slice = (e.slice + kChunk - 1) / kChunk, inside = index % per_slice * kChunk;
     i64 count = e.slice - inside < kChunk ? e.slice - inside : kChunk;
     return {modality, index / per_slice * e.slice + inside, count};
+}
+
+static void fetch_ahead(const void* base, i64 type, const Piece& piece) {
+    const char* address = element_address(base, type, piece.first + kAhead);
+    for (i64 i = 0; i < piece.count * type_bytes(type); i += 64) prefetch_line(address + i);
 }
 
 // mask of each element's token and clean * (1 - mask), in fp32 as torch has them.
@@ -77,9 +84,12 @@ static void mask_result(C* values, const Keep& keep, i64 count) {
 }
 
 template <class C>
-static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece) {
+static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece, bool stream) {
     const MidpointModality& m = p.modality[piece.modality];
     alignas(64) C buffers[4][kChunk];
+    fetch_ahead(m.latent, m.latent_type, piece);
+    fetch_ahead(m.x0, m.x0_type, piece);
+    fetch_ahead(m.noise, m.noise_type, piece);
     Keep keep;
     if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
     const C* state = as_compute(m.latent, m.latent_type, piece.first, piece.count, buffers[0]);
@@ -97,14 +107,18 @@ static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece) {
     } else {
         for (i64 i = 0; i < piece.count; ++i) anchor[i] = state[i];
     }
-    store_compute(middle, m.middle, m.latent_type, piece.first, piece.count);
-    store_compute(anchor, m.anchor, kComputeType<C>, piece.first, piece.count);
+    store_compute(middle, m.middle, m.latent_type, piece.first, piece.count, stream && m.middle != m.latent);
+    store_compute(anchor, m.anchor, kComputeType<C>, piece.first, piece.count, stream);
 }
 
 template <class C>
-static void advance_piece(const Res2sAdvance& p, const Piece& piece) {
+static void advance_piece(const Res2sAdvance& p, const Piece& piece, bool stream) {
     const AdvanceModality& m = p.modality[piece.modality];
     alignas(64) C buffers[5][kChunk];
+    fetch_ahead(m.anchor, kComputeType<C>, piece);
+    fetch_ahead(m.x0, m.x0_type, piece);
+    fetch_ahead(m.x0_mid, m.x0_mid_type, piece);
+    fetch_ahead(m.noise, m.noise_type, piece);
     Keep keep;
     if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
     const Keep* kept = m.mask ? &keep : nullptr;
@@ -120,12 +134,15 @@ static void advance_piece(const Res2sAdvance& p, const Piece& piece) {
         result[i] = a * anchor[i] + b * moved + s * noise[i];
     }
     if (m.mask) mask_result(result, keep, piece.count);
-    store_compute(result, m.out, m.out_type, piece.first, piece.count);
+    store_compute(result, m.out, m.out_type, piece.first, piece.count, stream);
 }
 
 template <class C>
 static void sde_step_piece(const Res2sSdeStep& p, const Piece& piece) {
     alignas(64) C buffers[4][kChunk];
+    fetch_ahead(p.sample, p.sample_type, piece);
+    fetch_ahead(p.denoised, p.denoised_type, piece);
+    fetch_ahead(p.noise, p.noise_type, piece);
     const C* sample = as_compute(p.sample, p.sample_type, piece.first, piece.count, buffers[0]);
     const C* denoised = as_compute(p.denoised, p.denoised_type, piece.first, piece.count, buffers[1]);
     const C* noise = ready_noise(p.noise, p.noise_type, p.stats, p.extent, piece, buffers[2]);
@@ -134,30 +151,49 @@ static void sde_step_piece(const Res2sSdeStep& p, const Piece& piece) {
     store_compute(buffers[3], p.out, p.denoised_type, piece.first, piece.count);
 }
 
-// All modalities as one run of pieces, shared evenly among the threads.
-template <class P, class Work>
+template <class C>
+static i64 bytes_of(const MidpointModality& m) {
+    i64 each = 2 * type_bytes(m.latent_type) + type_bytes(m.x0_type) + type_bytes(m.noise_type) + static_cast<i64>(sizeof(C));
+    return m.extent.size * each;
+}
+template <class C>
+static i64 bytes_of(const AdvanceModality& m) {
+    i64 each = type_bytes(m.x0_type) + type_bytes(m.x0_mid_type) + type_bytes(m.noise_type) + type_bytes(m.out_type);
+    return m.extent.size * (each + static_cast<i64>(sizeof(C)));
+}
+
+// All modalities as one run of pieces, shared evenly among the threads; `work` is told whether to write past the caches.
+template <class C, class P, class Work>
 static void over_modalities(const P& p, int threads, const Work& work) {
-    i64 starts[kModalities + 1] = {0};
-    for (i64 k = 0; k < p.count; ++k) starts[k + 1] = starts[k] + pieces_of(p.modality[k].extent);
+    i64 starts[kModalities + 1] = {0}, bytes = 0;
+    for (i64 k = 0; k < p.count; ++k) {
+        starts[k + 1] = starts[k] + pieces_of(p.modality[k].extent);
+        bytes += bytes_of<C>(p.modality[k]);
+    }
     i64 total = starts[p.count];
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 index = 0; index < total; ++index) {
-        i64 k = 0;
-        while (index >= starts[k + 1]) ++k;
-        work(piece_at(p.modality[k].extent, k, index - starts[k]));
+    bool stream = streams(bytes);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (i64 index = 0; index < total; ++index) {
+            i64 k = 0;
+            while (index >= starts[k + 1]) ++k;
+            work(piece_at(p.modality[k].extent, k, index - starts[k]), stream);
+        }
+        if (stream) end_streaming();
     }
 }
 
 template <class C>
 static void res2s_midpoint(const void* parameters, int threads) {
     const auto& p = *static_cast<const Res2sMidpoint*>(parameters);
-    over_modalities(p, threads, [&](const Piece& piece) { midpoint_piece<C>(p, piece); });
+    over_modalities<C>(p, threads, [&](const Piece& piece, bool stream) { midpoint_piece<C>(p, piece, stream); });
 }
 
 template <class C>
 static void res2s_advance(const void* parameters, int threads) {
     const auto& p = *static_cast<const Res2sAdvance*>(parameters);
-    over_modalities(p, threads, [&](const Piece& piece) { advance_piece<C>(p, piece); });
+    over_modalities<C>(p, threads, [&](const Piece& piece, bool stream) { advance_piece<C>(p, piece, stream); });
 }
 
 template <class C>

@@ -251,11 +251,4 @@ inline void store_block(T* address, Floats (&v)[N]) {
     }
 }
 
-// Before another thread reads what was streamed.
-inline void end_streaming() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
-
 LTXK_CPU_END

@@ -225,6 +225,26 @@ def test_out(backend: str) -> None:
         assert_same((lists[0][0], lists[1][0]), expected)
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_stores_past_the_caches_change_no_bit(offset: int) -> None:
+    """The CPU kernel writes large fp64 results past the caches: bit-equal to the same tokens in two small calls."""
+    if ltxkern.capabilities()["res2s_midpoint"]["cpu"] is not None:
+        pytest.skip("no CPU backend")
+    tokens, half = 8000, 4000
+    latent, x0, second, draw = (noise(1, tokens, 127 + offset, dtype=torch.float64, seed=seed) for seed in range(4))
+    memory = torch.full((3, latent.numel() + 1), torch.nan, dtype=torch.float64)
+    middle, anchor, result = (row[offset : offset + latent.numel()].view_as(latent) for row in memory)
+    with ltxkern.use_backend("cpu"):
+        ltxkern.res2s_midpoint(latent, x0, draw, REFINED, out=(middle, anchor))
+        ltxkern.res2s_advance(anchor, x0, second, draw, REFINED, out=result)
+        for part in (slice(0, half), slice(half, tokens)):
+            small, start = ltxkern.res2s_midpoint(latent[:, part], x0[:, part], draw[:, part], REFINED)
+            ended = ltxkern.res2s_advance(start, x0[:, part], second[:, part], draw[:, part], REFINED)
+            assert torch.equal(middle[:, part], small)
+            assert torch.equal(anchor[:, part], start)
+            assert torch.equal(result[:, part], ended)
+
+
 @over_backends("res2s_advance")
 def test_model_dtype(backend: str) -> None:
     given = inputs(1, 9, 6, dtype=torch.float32)
