@@ -19,6 +19,8 @@ LORAS = 4
 TILE = 64
 # Up to this rank the tile kernel's products, on the plain cores, cost less than reading and writing the weight.
 SMALL_RANK = 16
+# Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
+CPU_CHUNK = 4 << 20
 CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
 HALVES = (torch.float16, torch.bfloat16)
 Composition = Callable[..., None]
@@ -161,7 +163,8 @@ def run_cpu(
         with torch.no_grad():
             weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
         return
-    composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    limit = min(chunk_bytes, CPU_CHUNK) if rounding == "reference" else chunk_bytes
+    composition(weight, lora_a, lora_b, scale, limit, rounding, seed)
 
 
 def run(tier: str, composition: Composition, *args: Any) -> None:
