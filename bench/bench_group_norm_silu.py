@@ -11,21 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, count_bytes
 from command_line import main
 
 GROUPS, EPS = 32, 1e-5
 
 
-def composition(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, conv_bias: Tensor | None) -> Tensor:
-    """`silu(group_norm(x + conv_bias) + residual)` as models write it."""
+def composition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    conv_bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`silu(group_norm(x + conv_bias) + residual)` as models write it; it has no use for `out`."""
     if conv_bias is not None:
         x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
     y = F.group_norm(x, GROUPS, weight, bias, EPS)
     return F.silu(y if residual is None else y + residual)
 
 
-def in_place(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, conv_bias: Tensor | None) -> Tensor:
+def in_place(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    conv_bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
     """The same with the SiLU in place."""
     if conv_bias is not None:
         x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
@@ -33,9 +47,16 @@ def in_place(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, c
     return F.silu(y if residual is None else y.add_(residual), inplace=True)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, conv_bias: Tensor | None) -> Tensor:
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    conv_bias: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
     """The toolkit's op."""
-    return ltxkern.group_norm_silu(x, weight, bias, GROUPS, EPS, residual=residual, conv_bias=conv_bias)
+    return ltxkern.group_norm_silu(x, weight, bias, GROUPS, EPS, residual=residual, conv_bias=conv_bias, out=out)
 
 
 def load_sglang() -> Callable[..., Any]:
@@ -58,12 +79,14 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         x = x.contiguous(memory_format=torch.channels_last_3d)
         residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last_3d)
     plain = residual is None and conv_bias is None and not case.options.get("channels_last")
+    args = (x, 1 + 0.1 * random(case.shape[1]), 0.1 * random(case.shape[1]), residual, conv_bias)
     return Call(
-        args=(x, 1 + 0.1 * random(case.shape[1]), 0.1 * random(case.shape[1]), residual, conv_bias),
+        args=(*args, torch.zeros_like(x)) if case.options.get("out") else args,
         op=fused,
         composition=composition,
         other={"torch eager, in-place SiLU": in_place},
-        peers={"sglang": load_sglang} if plain else {},
+        peers={"sglang": load_sglang} if plain and not case.options.get("out") else {},
+        reads=count_bytes(args),
     )
 
 
@@ -73,6 +96,7 @@ SUITE = Suite(
     cases=(
         Case("ltx23_upsampler_low", LOW, "small"),
         Case("ltx2_upsampler_small", (1, 512, 8, 45, 80), "small"),
+        Case("ltx2_upsampler_small_out", (1, 512, 8, 45, 80), options={"out": True}),
         Case("ltx23_upsampler_low_residual", LOW, "small", {"residual": True}),
         Case("ltx23_upsampler_low_conv_bias", LOW, options={"conv_bias": True}),
         Case("ltx23_upsampler_low_channels_last", LOW, options={"channels_last": True}),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from bench_normalize_noise import normalize
+from cases import Call, Case, Suite, count_bytes
 from command_line import main
 
 # One step from the middle of the 15-step schedule; h < 0.5 and sigma > 0.03, so that the anchor is refined.
@@ -94,6 +95,34 @@ def fused_sde_step(sample: Tensor, denoised: Tensor, noise: Tensor) -> Tensor:
     return ltxkern.res2s_sde_step(sample, denoised, STEP.sigma, STEP.sigma_next, noise)
 
 
+def whole_step(
+    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: Any
+) -> list[Tensor]:
+    """Both half-steps as samplers run them, each on noise that it normalises first; the anchor by its closed form."""
+    middle, anchor = midpoint([latent], [x0], [normalize(first_noise)], None)
+    return [middle, anchor, *advance([anchor], [x0], [second], [normalize(second_noise)], None)]
+
+
+def whole_step_iterated(
+    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: Any
+) -> list[Tensor]:
+    """The same with the 100 anchor iterations."""
+    middle, anchor = midpoint_iterated([latent], [x0], [normalize(first_noise)], None)
+    return [middle, anchor, *advance([anchor], [x0], [second], [normalize(second_noise)], None)]
+
+
+def fused_whole_step(
+    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: list[Tensor]
+) -> list[Tensor]:
+    """The toolkit's: statistics and half-step, twice, into given outputs."""
+    middle, anchor, result, first_stats, second_stats = outputs
+    ltxkern.noise_statistics(first_noise, out=first_stats)
+    ltxkern.res2s_midpoint(latent, x0, first_noise, STEP, noise_stats=first_stats, out=(middle, anchor))
+    ltxkern.noise_statistics(second_noise, out=second_stats)
+    ltxkern.res2s_advance(anchor, x0, second, second_noise, STEP, noise_stats=second_stats, out=result)
+    return [middle, anchor, result]
+
+
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """States and predictions in the model dtype, noise and anchor in fp64."""
     shapes = [case.shape, (1, 126, 128)]
@@ -101,6 +130,23 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     def random(kind: torch.dtype) -> list[Tensor]:
         return [torch.randn(s, device=device, dtype=torch.float64, generator=generator).to(kind) for s in shapes]
 
+    if case.options["half"] == "both":
+        state, x0, second = (random(dtype)[0] for _ in range(3))
+        args = (state, x0, second, random(torch.float64)[0], random(torch.float64)[0])
+        stats = [torch.zeros(1, 3, dtype=torch.float64, device=device) for _ in range(2)]
+        outputs = [
+            torch.zeros_like(state),
+            torch.zeros_like(state, dtype=torch.float64),
+            torch.zeros_like(state),
+            *stats,
+        ]
+        return Call(
+            (*args, outputs),
+            op=fused_whole_step,
+            composition=whole_step,
+            other={"torch eager, 100 iterations": whole_step_iterated},
+            reads=count_bytes(args),
+        )
     raw = case.options.get("raw_noise", False)
     state, x0, second, noise = random(dtype), random(dtype), random(dtype), random(torch.float64)
     stats = [ltxkern.reference.noise_statistics(n) for n in noise] if raw else None
@@ -122,12 +168,14 @@ SUITE = Suite(
         Case("stage1_advance", STAGE1, "small", {"half": "advance"}),
         Case("stage1_midpoint_raw_noise", STAGE1, options={"half": "midpoint", "raw_noise": True}),
         Case("stage1_advance_raw_noise", STAGE1, options={"half": "advance", "raw_noise": True}),
+        Case("stage1_step_raw_noise_out", STAGE1, options={"half": "both"}),
         Case("stage1_sde_step", STAGE1, options={"half": "sde"}),
         Case("stage2_midpoint", STAGE2, options={"half": "midpoint"}),
         Case("stage2_advance", STAGE2, options={"half": "advance"}),
         Case("stage2_midpoint_raw_noise", STAGE2, options={"half": "midpoint", "raw_noise": True}),
     ),
     prepare=prepare,
+    allowed_dtypes=("bf16", "fp16", "fp32", "fp64"),
 )
 
 if __name__ == "__main__":

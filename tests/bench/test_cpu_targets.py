@@ -1,0 +1,41 @@
+"""The CPU targets: each names a case that exists, and a missed or absent figure counts as missed."""
+
+from dataclasses import fields
+from typing import Any
+
+import cpu_targets
+import pytest
+from cases import DTYPES, select_cases
+from record import Record
+from suites import SUITES
+
+
+@pytest.mark.parametrize("target", cpu_targets.TARGETS, ids=lambda t: f"{t.case}-{t.dtype}-{t.baseline}")
+def test_a_target_names_a_case_that_exists(target: cpu_targets.Target) -> None:
+    suite = next(suite for suite in SUITES if suite.op == target.op)
+    assert [case.name for case in select_cases(suite, target.case)] == [target.case]
+    assert target.dtype in DTYPES
+    assert target.dtype in (*suite.allowed_dtypes, *suite.dtypes)
+
+
+def record(provider: str, minimum: float) -> Record:
+    given: dict[str, Any] = {f.name: 0 for f in fields(Record) if f.default is f.default_factory}
+    target = cpu_targets.TARGETS[0]
+    return Record(
+        **given | {"op": target.op, "case": target.case, "dtype": target.dtype, "provider": provider, "min_us": minimum}
+    )
+
+
+@pytest.mark.parametrize(("baseline", "verdict", "missed"), [(231.0, "met", 0), (229.0, "missed", 1)])
+def test_ratios_are_of_the_best_calls(baseline: float, verdict: str, missed: int) -> None:
+    target = cpu_targets.TARGETS[0]
+    assert target.ratio == 2.3
+    rows, count = cpu_targets.rows_of([target], [record(cpu_targets.OURS, 100.0), record(target.baseline, baseline)])
+    assert rows[0][-1] == verdict
+    assert count == missed
+
+
+def test_what_was_not_measured_is_missed() -> None:
+    rows, count = cpu_targets.rows_of(cpu_targets.TARGETS, [record(cpu_targets.OURS, 100.0)])
+    assert {row[-1] for row in rows} == {"not measured"}
+    assert count == len(cpu_targets.TARGETS)
