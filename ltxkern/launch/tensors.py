@@ -63,11 +63,15 @@ def device_limits(index: int) -> DeviceLimits:
 
 def refuse_device(x: Tensor) -> str | None:
     """Why the CUDA tiers cannot serve this tensor for where it lies, or None."""
-    if x.device.type != "cuda":
-        return f"needs CUDA tensors, got {x.device}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"needs compute capability 8.0 or newer, {x.device} has {torch.cuda.get_device_capability(x.device)}"
-    return None
+    return _refuse_capability(x.device.index) if x.is_cuda else f"needs CUDA tensors, got {x.device}"
+
+
+@functools.cache
+def _refuse_capability(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= (8, 0):
+        return None
+    return f"needs compute capability 8.0 or newer, cuda:{index} has {capability}"
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,6 +1,7 @@
 """Golden checks of complete HQ two-stage runs through the public pipeline; collected through test_golden.py."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ltxkern.pipeline.hq import HQTwoStagePipeline
 from ltxkern.pipeline.request import GenerationRequest, Geometry, find_preset
 from tests.golden import Golden, open_golden
 from tests.pipeline.golden_transformer import transformer, upsampler
+from tests.serving import device_of
 
 COVERS = ("hq/",)
 TOLERANCE = 5e-5
@@ -33,7 +35,7 @@ def runs() -> list[str]:
 
 
 @cache
-def pipeline() -> HQTwoStagePipeline:
+def pipeline(device: str = "cpu") -> HQTwoStagePipeline:
     """The golden transformer and upsampler; without a video VAE the latent statistics are the identity, as in the data."""
     first = golden()[f"hq/{runs()[0]}/stage1/a_out"]
     config = golden().metadata["meta"]["transformer/config"]
@@ -43,42 +45,49 @@ def pipeline() -> HQTwoStagePipeline:
         mel_bins=first.shape[3],
         blocks=config["num_layers"],
     )
-    return HQTwoStagePipeline.from_components(transformer=transformer(), upsampler=upsampler(), geometry=geometry)
+    # Copies: other tests hold the same modules.
+    modules = {"transformer": transformer(), "upsampler": upsampler()}
+    moved = {name: deepcopy(module).to(device) for name, module in modules.items()}
+    return HQTwoStagePipeline.from_components(**moved, geometry=geometry)
 
 
 def check(name: str, actual: Tensor, expected: Tensor) -> None:
+    actual, expected = actual.cpu(), expected.cpu()
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", runs())
-@pytest.mark.parametrize("backend", ["default", *ltxkern.backends()])
+@pytest.mark.parametrize("backend", ["default", *(name for name in ltxkern.backends() if device_of(name) == "cpu")])
 def test_whole_run(name: str, backend: str) -> None:
-    if backend in ("cuda", "nvrtc", "triton"):
-        pytest.skip(f"{backend} serves CUDA tensors; the run on a GPU is in test_hq_gpu.py")
-    data = golden().group(f"hq/{name}/")
-    contexts = golden().group("transformer/")
+    with nullcontext() if backend == "default" else ltxkern.use_backend(backend, "torch"):
+        whole_run(name, "cpu")
+
+
+def whole_run(name: str, device: str) -> None:
+    """One recorded run on a device, every stage against the official one."""
+    data = {key: value.to(device) for key, value in golden().group(f"hq/{name}/").items()}
+    contexts = {key: value.to(device) for key, value in golden().group("transformer/").items()}
     final = data["stage2/v_out"]
     image_latents = [[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None
     seen: dict[str, int] = {}
-    with nullcontext() if backend == "default" else ltxkern.use_backend(backend, "torch"):
-        output = pipeline()(
-            embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
-            negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
-            images=[ImageCondition(Path("given as latents"), 0, 1.0)] if image_latents else [],
-            image_latents=image_latents,
-            height=32 * final.shape[3],
-            width=32 * final.shape[4],
-            num_frames=8 * (final.shape[2] - 1) + 1,
-            frame_rate=FRAME_RATE,
-            steps=len(data["stage1/sigmas"]) - 1,
-            initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
-            sde_noise=[
-                {"video": data[f"{stage}/sde_noise_v"].unbind(0), "audio": data[f"{stage}/sde_noise_a"].unbind(0)}
-                for stage in ("stage1", "stage2")
-            ],
-            output_type="latents",
-            callback=lambda stage, done, total, latents: seen.__setitem__(stage, total),
-        )
+    output = pipeline(device)(
+        embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
+        negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
+        images=[ImageCondition(Path("given as latents"), 0, 1.0)] if image_latents else [],
+        image_latents=image_latents,
+        height=32 * final.shape[3],
+        width=32 * final.shape[4],
+        num_frames=8 * (final.shape[2] - 1) + 1,
+        frame_rate=FRAME_RATE,
+        steps=len(data["stage1/sigmas"]) - 1,
+        initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
+        sde_noise=[
+            {"video": data[f"{stage}/sde_noise_v"].unbind(0), "audio": data[f"{stage}/sde_noise_a"].unbind(0)}
+            for stage in ("stage1", "stage2")
+        ],
+        output_type="latents",
+        callback=lambda stage, done, total, latents: seen.__setitem__(stage, total),
+    )
     check("sigmas", torch.tensor(output.stages[0].sigmas), data["stage1/sigmas"])
     check("stage 1 video", output.latents["stage1_video"], data["stage1/v_out"])
     check("stage 1 audio", output.latents["stage1_audio"], data["stage1/a_out"])
