@@ -13,7 +13,7 @@ from ltxkern.launch.plans import THREADS, contiguous, dense, hand_back, planned
 from ltxkern.launch.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, ceil_div, param_code
 from ltxkern.steps import Argument, Call, Launch, Parameter
 
-# Modalities of one launch (kModalities in csrc/include/ltxkern/res2s.cuh); more take further launches.
+# Modalities of one launch (kModalities in csrc/include/ltxkern/res2s_parameters.cuh); more take further launches.
 MODALITIES = 4
 # Elements of a thread where all tensors allow vector access: two 16-byte loads of an fp64 operand.
 VECTOR = 4
