@@ -66,3 +66,29 @@ def test_registered_kernels_are_those_of_the_shim(extension: Path) -> None:
     )
     shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True).splitlines()
     assert shown == list(shim().kernels())
+
+
+OLDER_NVCC = """#!/usr/bin/env bash
+if [ "$*" = "--version" ]; then echo "Cuda compilation tools, release 12.4, V12.4.131"; exit; fi
+case "$*" in *_1[0-9][0-9]*) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
+exec {nvcc} "$@"
+"""
+
+
+def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
+    import pybind11
+
+    older = tmp_path / "bin" / "nvcc"
+    older.parent.mkdir()
+    older.write_text(OLDER_NVCC.format(nvcc=shutil.which("nvcc")))
+    older.chmod(0o755)
+    folders = (str(older.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    environment = os.environ | {"PATH": os.pathsep.join(folders)}
+    environment.pop("CUDACXX", None)
+    command = [
+        *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DLTXKERN_CUDA=ON"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "CUDA ON 80-real;90-real;90-virtual" in done.stdout
