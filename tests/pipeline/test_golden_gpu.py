@@ -33,7 +33,7 @@ def forced(backend: str, *ops: str) -> Iterator[str]:
         pytest.skip(reason)
     for op in dispatch._registry.values():
         op.receipts.clear()
-    with ltxkern.use_backend(backend, "torch"), torch.backends.cudnn.flags(allow_tf32=False):
+    with ltxkern.use_backend(backend, "torch"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield device_of(backend)
     served = dispatch.served()
     assert all(backend in served.get(op, ()) for op in ops), served
