@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -111,6 +112,46 @@ def whole_step_iterated(
     return [middle, anchor, *advance([anchor], [x0], [second], [normalize(second_noise)], None)]
 
 
+def published_sde(sample: Tensor, advanced: Tensor, noise: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """The SDE step in the published order, over epsilon."""
+    alpha, down, up = ltxkern.sde_coefficients(sigma_next, sigma_up=0.5 * sigma_next)
+    epsilon = (sample - advanced) / (sigma - sigma_next)
+    return alpha * ((sample - sigma * epsilon) + down * epsilon) + up * noise
+
+
+def published_step(
+    mask: Tensor,
+    clean: Tensor,
+    iterations: int,
+    latent: Tensor,
+    x0: Tensor,
+    second: Tensor,
+    first_noise: Tensor,
+    second_noise: Tensor,
+    outputs: Any,
+) -> list[Tensor]:
+    """A whole step op by op in the published order: every prediction and state passes the mask, also one of all ones.
+
+    iterations: of the anchor; 0 takes its closed form.
+    """
+
+    def kept(value: Tensor) -> Tensor:
+        return (value * mask + clean.float() * (1 - mask)).to(value.dtype)
+
+    c, start, target = STEP.contraction, latent.double(), kept(x0)
+    direction = target - start
+    moved = start + c * direction
+    moved = kept(published_sde(start, moved, normalize(first_noise), STEP.sigma, STEP.sigma_sub))
+    anchor = start if iterations else (moved - c * target) / (1 - c)
+    for _ in range(iterations):
+        anchor = moved - c * direction
+        direction = target - anchor
+    first = target - anchor
+    advanced = anchor + STEP.h * (STEP.b1 * first + STEP.b2 * (kept(second) - anchor))
+    result = kept(published_sde(anchor, advanced, normalize(second_noise), STEP.sigma, STEP.sigma_next))
+    return [moved.to(latent.dtype), anchor, result.to(latent.dtype)]
+
+
 def fused_whole_step(
     latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: list[Tensor]
 ) -> list[Tensor]:
@@ -140,11 +181,16 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
             torch.zeros_like(state),
             *stats,
         ]
+        unmasked = torch.ones(*state.shape[:-1], 1, device=device), torch.zeros_like(state)
         return Call(
             (*args, outputs),
             op=fused_whole_step,
             composition=whole_step,
-            other={"torch eager, 100 iterations": whole_step_iterated},
+            other={
+                "torch eager, 100 iterations": whole_step_iterated,
+                "published order": functools.partial(published_step, *unmasked, 0),
+                "published order, 100 iterations": functools.partial(published_step, *unmasked, 100),
+            },
             reads=count_bytes(args),
         )
     raw = case.options.get("raw_noise", False)
