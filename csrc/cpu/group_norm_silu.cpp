@@ -1,6 +1,7 @@
 // GroupNorm + SiLU on the CPU: statistics of chunks, merged by Chan's rule in double, then one apply sweep.
 //
 // Chunks and the order of their merging depend on the shape alone, so results do not depend on the number of threads.
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -222,29 +223,33 @@ static i64 column_chunk(i64 channels) {
     return positions < 8 ? 8 : positions > 128 ? 128 : positions;
 }
 
-// Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions.
+// Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions. Sums run about the first
+// position: those of the values themselves would lose the digits that a mean far from zero needs.
 template <class T>
 static void merge_columns(const T* x, i64 count, i64 channels, float* buffer, float* sum, float* squared, double before, double* mean,
                           double* m2) {
-    for (i64 c = 0; c < channels; ++c) sum[c] = squared[c] = 0.0f;
+    float* pivot = squared;
+    std::copy_n(as_float(x, buffer, channels), channels, pivot);
+    for (i64 c = 0; c < channels; ++c) sum[c] = 0.0f;
     for (i64 i = 0; i < count; ++i) {
         const float* v = as_float(x + i * channels, buffer, channels);
 #pragma omp simd
-        for (i64 c = 0; c < channels; ++c) sum[c] += v[c];
+        for (i64 c = 0; c < channels; ++c) sum[c] += v[c] - pivot[c];
     }
-    float share = 1.0f / static_cast<float>(count);
-    for (i64 c = 0; c < channels; ++c) sum[c] *= share;
+    double weight = static_cast<double>(count) / (before + static_cast<double>(count)), share = 1.0 / static_cast<double>(count);
+    for (i64 c = 0; c < channels; ++c) {
+        double exact = pivot[c] + sum[c] * share, delta = exact - mean[c];
+        mean[c] += delta * weight;
+        m2[c] += delta * delta * before * weight;
+        sum[c] = static_cast<float>(exact);
+        squared[c] = 0.0f;
+    }
     for (i64 i = 0; i < count; ++i) {
         const float* v = as_float(x + i * channels, buffer, channels);
 #pragma omp simd
         for (i64 c = 0; c < channels; ++c) squared[c] += (v[c] - sum[c]) * (v[c] - sum[c]);
     }
-    double weight = static_cast<double>(count) / (before + static_cast<double>(count));
-    for (i64 c = 0; c < channels; ++c) {
-        double delta = sum[c] - mean[c];
-        mean[c] += delta * weight;
-        m2[c] += squared[c] + delta * delta * before * weight;
-    }
+    for (i64 c = 0; c < channels; ++c) m2[c] += squared[c];
 }
 
 template <class T>

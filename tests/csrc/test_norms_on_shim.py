@@ -45,8 +45,9 @@ def test_misaligned_views_take_scalar_access(name: str) -> None:
     kernel_runs.run_group_norm(shim(), name, kernel_runs.CONTIGUOUS[name], (1, 4, 64), 2, torch.bfloat16, misalign=True)
 
 
-@pytest.mark.parametrize("planner", kernel_runs.CONTIGUOUS.values(), ids=kernel_runs.CONTIGUOUS)
-def test_a_large_mean_and_a_constant_group(planner: kernel_runs.Planner) -> None:
+@pytest.mark.parametrize("name", [*kernel_runs.CONTIGUOUS, *kernel_runs.PIPELINES])
+def test_a_large_mean_and_a_constant_group(name: str) -> None:
+    planner = (kernel_runs.CONTIGUOUS | kernel_runs.PIPELINES)[name]
     x = torch.cat([1e4 + noise(1, 4, 64), torch.full((1, 4, 64), 3.0)], dim=1)
     out = torch.full_like(x, torch.nan)
     case = group_norm.describe(out, x, None, None, 2, 1e-5, None, None)
@@ -55,7 +56,8 @@ def test_a_large_mean_and_a_constant_group(planner: kernel_runs.Planner) -> None
         out, x, None, None, None, None, torch.empty(workspace, dtype=torch.uint8)
     )
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 2, eps=1e-5))
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3)
+    # What is kept on chip is taken about one of its values; a mean alone has the digits of 1e4 in fp32.
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3 if name.startswith("two_pass") else 4e-6)
     assert bool((out[:, 4:] == 0).all())
 
 

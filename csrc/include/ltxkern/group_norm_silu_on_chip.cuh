@@ -32,26 +32,36 @@ struct Slice {
     i64 start;          // in the activation
     u32 first, count;   // in the group
     u32 group_channel;  // first channel of the group
+    i64 group_start;    // in the activation
 
     LTXK_DEVICE Slice(const GroupNormOnChip& p, i64 group, u32 block) {
         i64 length = p.group_channels * p.positions, from = p.slice * block;
         first = static_cast<u32>(from);
         count = from >= length ? 0u : static_cast<u32>(length - from < p.slice ? length - from : p.slice);
-        start = group * length + from;
+        group_start = group * length;
+        start = group_start + from;
         group_channel = static_cast<u32>(group) % static_cast<u32>(p.channels / p.group_channels) * static_cast<u32>(p.group_channels);
     }
 };
 
-// Reads the slice once: its moments, and its first p.kept elements into shared memory. A vector never straddles two channels.
+// The group's first value, about which its moments are taken: means far from zero would else lose digits in every merge. Loaded with
+// the slice, since the result may replace it in memory.
+template <class T>
+LTXK_DEVICE float pivot_of(const GroupNormOnChip& p, const Slice& slice) {
+    return to_float(static_cast<const T*>(p.x)[slice.group_start]) + load_param(p.conv_bias, p.conv_bias_type, slice.group_channel, 0.0f);
+}
+
+// Reads the slice once: its moments about the pivot, and its first p.kept elements into shared memory. A vector never straddles two
+// channels.
 template <class T, int V>
-LTXK_DEVICE Moments<float> read_slice(const GroupNormOnChip& p, const Slice& slice, T* kept) {
+LTXK_DEVICE Moments<float> read_slice(const GroupNormOnChip& p, const Slice& slice, float pivot, T* kept) {
     constexpr int kBatch = 4;
     const T* x = static_cast<const T*>(p.x) + slice.start;
     u32 positions = static_cast<u32>(p.positions), keep = static_cast<u32>(p.kept), step = blockDim.x * V;
     Moments<float> moments;
     auto shift_at = [&](u32 i) {
-        if (p.conv_bias == nullptr) return 0.0f;
-        return load_param(p.conv_bias, p.conv_bias_type, slice.group_channel + (slice.first + i) / positions, 0.0f);
+        if (p.conv_bias == nullptr) return -pivot;
+        return load_param(p.conv_bias, p.conv_bias_type, slice.group_channel + (slice.first + i) / positions, 0.0f) - pivot;
     };
     u32 i = threadIdx.x * V;
     for (; i + (kBatch - 1) * step < slice.count; i += kBatch * step) {
@@ -98,9 +108,13 @@ LTXK_DEVICE void apply_slice(const GroupNormOnChip& p, const Slice& slice, const
     }
 }
 
-LTXK_DEVICE void fill_affine(const GroupNormOnChip& p, const Slice& slice, ChannelAffine* affine, float mean, float rstd) {
-    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x)
-        affine[c] = channel_affine(p, slice.group_channel + c, mean, rstd);
+// `mean` counts from the pivot: it goes into the offset.
+LTXK_DEVICE void fill_affine(const GroupNormOnChip& p, const Slice& slice, ChannelAffine* affine, float pivot, float mean, float rstd) {
+    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x) {
+        ChannelAffine channel = channel_affine(p, slice.group_channel + c, pivot, rstd);
+        channel.offset -= mean * channel.scale;
+        affine[c] = channel;
+    }
 }
 
 // Bytes of one slot of kept elements, rounded so that what follows is aligned.
@@ -119,12 +133,13 @@ __global__ void __launch_bounds__(512, 2) group_norm_resident(GroupNormOnChip p)
     ChannelAffine* affine = reinterpret_cast<ChannelAffine*>(memory + slot_bytes<T>(p));
     u32 blocks = static_cast<u32>(p.blocks);
     Slice slice(p, blockIdx.x / blocks, blockIdx.x % blocks);
-    Moments<float> mine = merge_block(read_slice<T, V>(p, slice, kept), scratch);
+    float pivot = pivot_of<T>(p, slice);
+    Moments<float> mine = merge_block(read_slice<T, V>(p, slice, pivot, kept), scratch);
     if (threadIdx.x == 0) total = mine;
     cluster_sync();
     Moments<float> all;
     for (u32 rank = 0; rank < blocks; ++rank) all.merge(*cluster_peer(&total, rank));
-    fill_affine(p, slice, affine, all.mean, fast_rsqrt(all.m2 * fast_reciprocal(all.count) + static_cast<float>(p.eps)));
+    fill_affine(p, slice, affine, pivot, all.mean, fast_rsqrt(all.m2 * fast_reciprocal(all.count) + static_cast<float>(p.eps)));
     // Also keeps every block's `total` alive until the last peer has read it.
     cluster_sync();
     apply_slice<T, V>(p, slice, kept, affine);
@@ -149,11 +164,16 @@ LTXK_DEVICE Partial await_group(const GroupNormOnChip& p, i64 group, BlockSum& s
     return {mean, fast_rsqrt(sum_block(variance, scratch) + static_cast<float>(p.eps))};
 }
 
+struct SlotPivots {
+    float slot[2];
+};
+
 // Cooperative grid of teams; a team walks the groups team, team + teams, ... with two slots of shared memory.
 template <class T, int V>
 __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p) {
     LTXK_SHARED(BlockMoments<float>, scratch);
     LTXK_SHARED(BlockSum, sums);
+    LTXK_SHARED(SlotPivots, pivots);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
     ChannelAffine* affine = reinterpret_cast<ChannelAffine*>(memory + 2 * slot_bytes<T>(p));
     u32 blocks = static_cast<u32>(p.blocks), block = blockIdx.x % blocks, teams = gridDim.x / blocks;
@@ -161,8 +181,11 @@ __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p)
     for (i64 group = blockIdx.x / blocks; group < p.groups + teams; group += teams, slot ^= 1) {
         if (group < p.groups) {
             Slice slice(p, group, block);
-            Moments<float> mine = merge_block(read_slice<T, V>(p, slice, reinterpret_cast<T*>(memory + slot * slot_bytes<T>(p))), scratch);
+            float pivot = pivot_of<T>(p, slice);
+            T* kept = reinterpret_cast<T*>(memory + slot * slot_bytes<T>(p));
+            Moments<float> mine = merge_block(read_slice<T, V>(p, slice, pivot, kept), scratch);
             if (threadIdx.x == 0) {
+                pivots.slot[slot] = pivot;
                 p.partials[group * blocks + block] = {mine.mean, mine.m2};
                 signal_add(p.arrived + group);
             }
@@ -171,7 +194,7 @@ __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p)
         if (before < 0) continue;
         Partial final = await_group(p, before, sums);
         Slice slice(p, before, block);
-        fill_affine(p, slice, affine, final.mean, final.m2);
+        fill_affine(p, slice, affine, pivots.slot[slot ^ 1], final.mean, final.m2);
         __syncthreads();
         apply_slice<T, V>(p, slice, reinterpret_cast<const T*>(memory + (slot ^ 1) * slot_bytes<T>(p)), affine);
     }
