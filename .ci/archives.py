@@ -155,8 +155,8 @@ def _extension_faults(files: dict[str, bytes], kind: str, tree: Path) -> list[st
 
 
 def default_architectures(tree: Path) -> str:
-    """The architecture list of CMakeLists.txt."""
-    found = re.search(r'LTXKERN_CUDA_ARCHITECTURES "([^"]+)"', (tree / "CMakeLists.txt").read_text())
+    """The full architecture list of CMakeLists.txt, which a release is built for; an older nvcc knows a part of it."""
+    found = re.search(r"set\(architectures ([\w -]*120-virtual)\)", (tree / "CMakeLists.txt").read_text())
     assert found is not None
     return found[1]
 
