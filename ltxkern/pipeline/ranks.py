@@ -30,7 +30,7 @@ _BEAT_S = 1.0
 _CAUSE_BEATS = 8
 _SHORTEST_S, _LONGEST_S = 0.005, 0.25  # between two looks at the store
 _PARTING_S = 5.0
-_FAILURE, _DONE = "failure", "done"
+_FAILURE, _ASKED, _DONE = "failure", "asked", "done"
 
 
 class RankError(RuntimeError):
@@ -226,16 +226,24 @@ class Ranks:
         return found or f"rank {self.rank} cannot reach the other ranks ({_first_line(error)})"
 
     def finish(self) -> None:
-        """Rank 0 says that the results are complete; the others block until it does.
+        """Rank 0 says that the results are complete, once every other rank has shown that it is there; they block until it does.
 
         Raises:
-            RankError: a rank failed.
+            RankError: on every rank that lives, where a rank failed or is gone, even one that only waited.
         """
-        if self.rank == 0:
-            self.check()
-            self._store.set(_DONE, "1")
-        else:
+        if self.rank != 0:
+            self.wait(_ASKED, 0)
+            self._store.set(f"there/{self.rank}", "1")
             self.wait(_DONE, 0)
+            return
+        self.check()
+        self._store.set(_ASKED, "1")
+        for rank in range(1, self.size):
+            try:
+                self.wait(f"there/{rank}", rank, self.limit_s / 3)
+            except RankError as error:
+                raise RankError(f"{self._watch.find_cause() or error}; the results of rank 0 are complete") from error
+        self._store.set(_DONE, "1")
 
 
 class _Watch(threading.Thread):

@@ -102,12 +102,21 @@ def lead_raises(rank: int) -> None:
         raise OSError("the disk is full")
 
 
+def waiting_killed(rank: int) -> None:
+    """Rank 1 is killed while it waits for rank 0, which goes on to finish its work."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        time.sleep(1.0)
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "good": lambda rank: {},
     "raises": lambda rank: {"act": raises_at(3)},
     "raises at once": lambda rank: {"act": raises_at(1)},
     "killed": lambda rank: {"act": killed},
     "lead killed": lambda rank: {"after": lead_killed},
+    "waiting killed": lambda rank: {"after": waiting_killed},
     "lead raises": lambda rank: {"after": lead_raises},
     "other seed": lambda rank: {"options": {"seed": 11 if rank == 2 else 10}},
     "refused": lambda rank: {"options": {"max_batch_size": 2}},

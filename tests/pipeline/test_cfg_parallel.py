@@ -168,6 +168,7 @@ def test_a_job_without_failure_ends_well(failures: dict[str, Any]) -> None:
         ("raises at once", [2, 2, 2], "rank 1 failed in branch neg: FloatingPointError: the device caught fire"),
         ("killed", [2, 2, -9], "rank 2 is gone: it was killed, or its machine does not answer"),
         ("lead killed", [-9, 2, 2], "rank 0 is gone: it was killed, or its machine does not answer"),
+        ("waiting killed", [2, -9, 2], "rank 1 is gone: it was killed, or its machine does not answer"),
         ("lead raises", [2, 2, 2], "the disk is full"),
         (
             "other seed",
