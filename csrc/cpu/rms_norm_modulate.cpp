@@ -30,9 +30,10 @@ static void rms_norm_modulate(const void* parameters, int threads) {
     const RmsNormModulate& p = *static_cast<const RmsNormModulate*>(parameters);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> memory(static_cast<std::size_t>(5 * p.width));
-        float* buffers[5];
-        for (i64 k = 0; k < 5; ++k) buffers[k] = memory.data() + k * p.width;
+        std::vector<float> memory(static_cast<std::size_t>(7 * p.width));
+        float* buffers[7];
+        for (i64 k = 0; k < 7; ++k) buffers[k] = memory.data() + k * p.width;
+        OperandRows scales(p.scale, p.width, buffers[1]), shifts(p.shift, p.width, buffers[2]), gates(p.gate, p.width, buffers[3]);
         std::vector<float> weights(static_cast<std::size_t>(p.weight ? p.width : 0));
         const float* weight = p.weight ? row_values(p.weight, p.weight_type, 0, p.width, weights.data()) : nullptr;
 #pragma omp for schedule(static)
@@ -40,15 +41,14 @@ static void rms_norm_modulate(const void* parameters, int threads) {
             i64 outer = row / p.inner, inner = row % p.inner;
             const float* x = row_values(p.x.data, p.x.type, p.x.row(outer, inner), p.width, buffers[0]);
             if (p.y.data) {
-                const float* y = row_values(p.y.data, p.y.type, p.y.row(outer, inner), p.width, buffers[1]);
-                const float* gate = row_values(p.gate.data, p.gate.type, p.gate.row(outer, inner), p.width, buffers[2]);
-                gated_sum(p, x, y, gate, row, buffers[3]);
-                x = buffers[3];
+                const float* y = row_values(p.y.data, p.y.type, p.y.row(outer, inner), p.width, buffers[4]);
+                gated_sum(p, x, y, gates.at(outer, inner), row, buffers[5]);
+                x = buffers[5];
             }
             float rstd = inverse_rms(x, p.width, p.eps);
-            const float* scale = row_values(p.scale.data, p.scale.type, p.scale.row(outer, inner), p.width, buffers[1]);
-            const float* shift = row_values(p.shift.data, p.shift.type, p.shift.row(outer, inner), p.width, buffers[2]);
-            float* result = buffers[4];
+            const float* scale = scales.at(outer, inner);
+            const float* shift = shifts.at(outer, inner);
+            float* result = buffers[6];
             if (weight) {
                 for (i64 i = 0; i < p.width; ++i) result[i] = x[i] * rstd * weight[i] * (1.0f + scale[i]) + shift[i];
             } else {

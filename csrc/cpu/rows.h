@@ -23,6 +23,24 @@ inline const float* row_values(const void* base, i64 type, i64 at, i64 width, fl
     return buffer;
 }
 
+// An operand's rows one after another: a row that is broadcast is turned into fp32 once, not for every row of x.
+class OperandRows {
+public:
+    OperandRows(const RowOperand& operand, i64 width, float* buffer) : operand_(operand), width_(width), buffer_(buffer) {}
+
+    const float* at(i64 outer, i64 inner) {
+        i64 row = operand_.row(outer, inner);
+        if (row != row_ || !values_) values_ = row_values(operand_.data, operand_.type, row, width_, buffer_), row_ = row;
+        return values_;
+    }
+
+private:
+    const RowOperand& operand_;
+    i64 width_, row_ = 0;
+    float* buffer_;
+    const float* values_ = nullptr;
+};
+
 inline void store_row(const float* values, void* base, i64 type, i64 at, i64 width) {
     for (i64 first = 0; first < width; first += kTypedChunk) {
         i64 count = width - first < kTypedChunk ? width - first : kTypedChunk;
