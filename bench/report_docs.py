@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = options.parse_args(arguments)
     found = load(parsed.results)
     plots = {name: write_plots(Path(name).stem, results, parsed.docs / "plots") for name, results in found.items()}
+    shown = {parsed.docs / path for paths in plots.values() for path in paths}
+    for stale in {*(parsed.docs / "plots").glob("*.svg")} - shown:
+        stale.unlink()
     parsed.docs.mkdir(parents=True, exist_ok=True)
     (parsed.docs / "performance.md").write_text(performance(found, plots))
     ladder = parsed.docs / "ladder-group-norm.md"
