@@ -239,11 +239,19 @@ class Ranks:
         self.check()
         self._store.set(_ASKED, "1")
         for rank in range(1, self.size):
+            self._await_answer(rank)
+        self._store.set(_DONE, "1")
+
+    def _await_answer(self, rank: int) -> None:
+        """Wait for a rank to show that it is there, as long as it lives: it may still be putting its weights away."""
+        while True:
             try:
                 self.wait(f"there/{rank}", rank, self.limit_s / 3)
+                return
             except RankError as error:
-                raise RankError(f"{self._watch.find_cause() or error}; the results of rank 0 are complete") from error
-        self._store.set(_DONE, "1")
+                cause = self._watch.find_cause()
+                if cause is not None:
+                    raise RankError(f"{cause}; the results of rank 0 are complete") from error
 
 
 class _Watch(threading.Thread):

@@ -110,8 +110,15 @@ def waiting_killed(rank: int) -> None:
         time.sleep(1.0)
 
 
+def late(rank: int) -> None:
+    """Rank 1 comes to the end long after rank 0, and lives."""
+    if rank == 1:
+        time.sleep(13.0)
+
+
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "good": lambda rank: {},
+    "late": lambda rank: {"after": late},
     "raises": lambda rank: {"act": raises_at(3)},
     "raises at once": lambda rank: {"act": raises_at(1)},
     "killed": lambda rank: {"act": killed},

@@ -156,9 +156,10 @@ def test_one_collective_an_evaluation(runs: tuple[Path, dict[str, Any]], degree:
         assert found["received"] == (degree - 1) * (2048 + 5 * slot)
 
 
-def test_a_job_without_failure_ends_well(failures: dict[str, Any]) -> None:
-    assert failures["good"]["exit_codes"] == [0, 0, 0]
-    assert failures["good"]["said"] == ["", "", ""]
+@pytest.mark.parametrize("scenario", ["good", "late"])
+def test_a_job_without_failure_ends_well(failures: dict[str, Any], scenario: str) -> None:
+    assert failures[scenario]["exit_codes"] == [0, 0, 0]
+    assert failures[scenario]["said"] == ["", "", ""]
 
 
 @pytest.mark.parametrize(
