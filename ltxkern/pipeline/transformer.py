@@ -88,7 +88,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
                 modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
                 gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
                 rope=self.cross_attn_rope(video.positions[:, :1]),
-                rows=video.flat_rows(),
+                rows=video.rows,
                 shards=shards,
             )
         return Stream(
@@ -97,7 +97,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
             rope=self.rope(video.positions),
             cross=cross,
-            rows=video.flat_rows(),
+            rows=video.rows,
             shards=shards,
         )
 
@@ -109,7 +109,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
                 modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
                 gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
                 rope=self.cross_attn_audio_rope(audio.positions[:, :1]),
-                rows=audio.flat_rows(),
+                rows=audio.rows,
             )
         return Stream(
             context=audio.context,
@@ -117,7 +117,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
             rope=self.audio_rope(audio.positions),
             cross=cross,
-            rows=audio.flat_rows(),
+            rows=audio.rows,
         )
 
     def _gate_timestep(self, other: ModalityTensors) -> Tensor:
@@ -135,7 +135,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         projection: Any,
     ) -> Tensor:
         embedded = _timestep_embedding(embedder, item.timestep, x.dtype)
-        shift, scale = (per_token(row, item.flat_rows()) for row in (table[:, None, None] + embedded).unbind(0))
+        shift, scale = (per_token(row, item.rows) for row in (table[:, None, None] + embedded).unbind(0))
         return projection(modulate(norm(x), scale, shift))
 
 

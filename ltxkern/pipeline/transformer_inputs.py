@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,14 +53,7 @@ class ModalityTensors:
     sigma: Tensor  # (B,)
     positions: Tensor  # (B, axes, T, 2)
     context: Tensor  # (B, L, D)
-    rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has
-
-    def flat_rows(self) -> Tensor | None:
-        """`rows` into the (B * N) rows of all items."""
-        if self.rows is None:
-            return None
-        items, count = self.timestep.shape
-        return self.rows + count * torch.arange(items, device=self.rows.device)[:, None]
+    rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has; out of `stack`, of all B * N
 
 
 def _float32_exact(value: float) -> bool:
@@ -96,13 +89,15 @@ def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
 
 
 def stack(items: Sequence[ModalityTensors]) -> ModalityTensors:
-    """The branches of one forward, one after another along the batch."""
-    if len(items) == 1:
-        return items[0]
+    """The branches of one forward, one after another along the batch; `rows` then count through the whole batch."""
     columns = {field.name: [getattr(item, field.name) for item in items] for field in fields(ModalityTensors)}
     if columns["rows"][0] is None:
         del columns["rows"]
-    return ModalityTensors(**{name: torch.cat(column) for name, column in columns.items()})
+    joined = ModalityTensors(**{n: torch.cat(column) if len(items) > 1 else column[0] for n, column in columns.items()})
+    if joined.rows is None:
+        return joined
+    count, levels = joined.timestep.shape
+    return replace(joined, rows=joined.rows + levels * torch.arange(count, device=joined.rows.device)[:, None])
 
 
 def check_branch(config: Any, video: ModalityInput | None, audio: ModalityInput | None) -> None:
