@@ -17,6 +17,13 @@ from command_line import main
 GROUPS, EPS = 32, 1e-5
 
 
+def normed(x: Tensor, weight: Tensor, bias: Tensor, conv_bias: Tensor | None) -> Tensor:
+    """`group_norm(x + conv_bias)`."""
+    if conv_bias is not None:
+        x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
+    return F.group_norm(x, GROUPS, weight, bias, EPS)
+
+
 def composition(
     x: Tensor,
     weight: Tensor,
@@ -26,9 +33,7 @@ def composition(
     out: Tensor | None = None,
 ) -> Tensor:
     """`silu(group_norm(x + conv_bias) + residual)` as models write it; it has no use for `out`."""
-    if conv_bias is not None:
-        x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
-    y = F.group_norm(x, GROUPS, weight, bias, EPS)
+    y = normed(x, weight, bias, conv_bias)
     return F.silu(y if residual is None else y + residual)
 
 
@@ -41,9 +46,7 @@ def in_place(
     out: Tensor | None = None,
 ) -> Tensor:
     """The same with the SiLU in place."""
-    if conv_bias is not None:
-        x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
-    y = F.group_norm(x, GROUPS, weight, bias, EPS)
+    y = normed(x, weight, bias, conv_bias)
     return F.silu(y if residual is None else y.add_(residual), inplace=True)
 
 
