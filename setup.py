@@ -111,6 +111,8 @@ class BuildExt(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLTXKERN_CUDA={cuda}",
+            # Looked for anew: that of an isolated build went with its environment.
+            "-UCMAKE_MAKE_PROGRAM",
         ]
         architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
         configure.append(

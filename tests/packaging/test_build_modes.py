@@ -132,7 +132,11 @@ def test_pure_python_wheel(tmp_path: Path) -> None:
 def test_cpu_wheel(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
-    built = wheel(tmp_path, LTXKERN_BUILD="cpu")
+    # What an isolated build leaves behind: its ninja is gone with its environment.
+    folder = tmp_path / "native"
+    folder.mkdir()
+    (folder / "CMakeCache.txt").write_text("CMAKE_MAKE_PROGRAM:FILEPATH=/gone/bin/ninja\n")
+    built = wheel(tmp_path, LTXKERN_BUILD="cpu", LTXKERN_BUILD_DIR=str(folder))
     names = zipfile.ZipFile(built).namelist()
     assert [name for name in names if name.startswith("ltxkern/_C") and name.endswith(".so")]
     assert "ltxkern/csrc/ltxkern/group_norm_silu.cuh" in names
