@@ -246,7 +246,7 @@ class Ranks:
         """Wait for a rank to show that it is there, as long as it lives: it may still be putting its weights away."""
         while True:
             try:
-                self.wait(f"there/{rank}", rank, self.limit_s / 3)
+                self.wait(f"there/{rank}", rank, self.limit_s / 10)
                 return
             except RankError as error:
                 cause = self._watch.find_cause()
