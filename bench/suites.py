@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bench_combine_guidance
+import bench_dual_add
 import bench_gated_residual
 import bench_group_norm_silu
 import bench_merge_lora
@@ -22,4 +23,5 @@ SUITES = (
     bench_normalize_noise.SUITE,
     bench_combine_guidance.SUITE,
     bench_merge_lora.SUITE,
+    bench_dual_add.SUITE,
 )

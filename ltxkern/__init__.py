@@ -3,6 +3,7 @@
 from ltxkern import reference
 from ltxkern.dispatch import Backend, BackendError, backends, capabilities, served, use_backend
 from ltxkern.ops.combine_guidance import combine_guidance
+from ltxkern.ops.dual_add import dual_add
 from ltxkern.ops.gated_residual import gated_residual, head_gate
 from ltxkern.ops.group_norm_silu import apply_group_norm_silu, group_norm_silu
 from ltxkern.ops.merge_lora import merge_lora_, merge_lora_many_
@@ -24,6 +25,7 @@ __all__ = [
     "capabilities",
     "channelwise_normalize",
     "combine_guidance",
+    "dual_add",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",

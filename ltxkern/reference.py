@@ -1,6 +1,7 @@
 """The torch reference of every op, under the op's public name: read these to know what the kernels compute."""
 
 from ltxkern.ops.combine_guidance import reference as combine_guidance
+from ltxkern.ops.dual_add import reference as dual_add
 from ltxkern.ops.gated_residual import head_gate_reference as head_gate
 from ltxkern.ops.gated_residual import residual_reference as gated_residual
 from ltxkern.ops.group_norm_silu import reference as group_norm_silu
@@ -19,6 +20,7 @@ from ltxkern.ops.rms_norm_modulate import reference as rms_norm_modulate
 __all__ = [
     "channelwise_normalize",
     "combine_guidance",
+    "dual_add",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
     "group_norm_silu",

@@ -39,6 +39,7 @@ CUDA: dict[str, tuple[str, ...]] = {
     "noise_statistics": ("ltxk::noise_statistics", *_instances(["noise_measure"], "41")),
     "combine_guidance": _instances(["guidance_measure", "guidance_apply"], _WIDE),
     "merge_lora_": ("ltxk::merge_lora",),
+    "dual_add": _instances(["dual_add"], (*_ACTIVATIONS, "double, 2", "double, 1")),
     **{
         op: _instances(["rms_norm_modulate"], _ROWS) for op in ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
     },
@@ -51,6 +52,7 @@ CPU: dict[str, tuple[str, ...]] = {
     **{op: (f"{op}<f32>", f"{op}<f64>") for op in ("res2s_midpoint", "res2s_advance", "res2s_sde_step")},
     **dict.fromkeys(("normalize_noise", "channelwise_normalize", "noise_statistics"), ("normalize_noise",)),
     "combine_guidance": ("combine_guidance<f32>", "combine_guidance<f64>"),
+    "dual_add": tuple(f"dual_add<{t}>" for t in (*_CPU_ACTIVATIONS, "f64")),
     **dict.fromkeys(("rms_norm_modulate", "gated_residual_rms_norm_modulate"), ("rms_norm_modulate",)),
     **dict.fromkeys(("gated_residual", "head_gate"), ("gated_residual",)),
     "qk_norm_rope": ("qk_norm_rope",),

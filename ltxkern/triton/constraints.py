@@ -108,6 +108,11 @@ def merge_lora_(
     return None
 
 
+def dual_add(x: Tensor, first: Tensor, second: Tensor) -> str | None:
+    """All tensors contiguous."""
+    return _not_contiguous({"x": x, "first": first, "second": second})
+
+
 def _rows(x: Tensor, dense: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
     if x.numel() == 0 or x.dim() == 0:
         return None

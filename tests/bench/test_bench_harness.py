@@ -81,7 +81,7 @@ class Clock:
 def test_every_public_op_has_a_case():
     covered = {suite.op for suite in SUITES}
     stems = {"group_norm_silu", "pixel_norm_silu", "normalize_noise", "res2s", "combine_guidance", "merge_lora"}
-    assert stems | {"rms_norm_modulate", "gated_residual", "qk_norm_rope"} == covered
+    assert stems | {"dual_add", "rms_norm_modulate", "gated_residual", "qk_norm_rope"} == covered
     for suite in SUITES:
         assert cases.select_cases(suite, "small"), suite.op
         assert len({case.name for case in suite.cases}) == len(suite.cases)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import native
-from ltxkern.launch import combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
+from ltxkern.launch import combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
 from ltxkern.launch.tensors import PARAM_CODES
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.reserved import only_blocks, planner, reserved, run
@@ -110,6 +110,15 @@ def test_sde_step(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
 
     small = (*map(tail, given), stats[2:])
     check_tails(monkeypatch, res2s, call, [reserved(*shape)], (*given, stats), small)
+
+
+@VECTORS
+def test_dual_add(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    shape = (3, HALF // channels + 5, channels)
+    x, first, second = (huge(*shape, seed=seed) for seed in range(3))
+    small = [tail(value) for value in (x, first, second)]
+    outs = [x, reserved(*shape)]
+    check_tails(monkeypatch, dual_add, dual_add.run, outs, (x, first, second), small)
 
 
 @VECTORS

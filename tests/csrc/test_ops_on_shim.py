@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from ltxkern import dispatch, native
-from ltxkern.launch import combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
+from ltxkern.launch import combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
 from ltxkern.steps import Step
 from tests.csrc.shim_build import shim
 from tests.ops import (
     test_combine_guidance,
+    test_dual_add,
     test_gated_residual,
     test_merge_lora,
     test_normalize_noise,
@@ -37,11 +38,11 @@ OPS = (
         "noise_statistics",
     ),
     *("combine_guidance", "merge_lora_", "rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual"),
-    *("head_gate", "qk_norm_rope"),
+    *("head_gate", "qk_norm_rope", "dual_add"),
 )
-LAUNCHES = (combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
+LAUNCHES = (combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
 # Not about kernels, or about torch's own products.
-ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads")
+ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads", "past_the_caches")
 
 
 def planner(threads: int) -> Callable[..., Callable[..., None]]:
@@ -99,7 +100,7 @@ def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None]:
 def _collect() -> None:
     modules = (
         *(test_res2s, test_normalize_noise, test_combine_guidance, test_merge_lora),
-        *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope),
+        *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope, test_dual_add),
     )
     for module in modules:
         for name, test in vars(module).items():

@@ -11,6 +11,7 @@ import ltxkern
 from ltxkern import dispatch, native
 from ltxkern.launch import (
     combine_guidance,
+    dual_add,
     group_norm_silu,
     inventory,
     merge_lora,
@@ -25,7 +26,7 @@ from ltxkern.ops.res2s_step import res2s_steps
 from ltxkern.steps import Launch, Zero
 from tests.ops.contract import noise
 
-LAUNCHES = (combine_guidance, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
+LAUNCHES = (combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
 needs_extension = pytest.mark.skipif(
     native.unavailable("cpu") is not None, reason=f"OLDER BUILDS NOT TESTED: {native.unavailable('cpu')}"
 )
@@ -87,6 +88,7 @@ def calls() -> list[tuple[str, Callable[[], Any]]]:
                 ("channelwise_normalize", partial(ltxkern.channelwise_normalize, a)),
                 ("noise_statistics", partial(ltxkern.noise_statistics, a)),
                 ("combine_guidance", partial(ltxkern.combine_guidance, a, b, cfg_scale=3.0, rescale_scale=0.5)),
+                ("dual_add", partial(ltxkern.dual_add, a[:, :5], b[:, :5], c[:, :5])),
                 ("res2s_sde_step", partial(ltxkern.res2s_sde_step, a, b, 0.8, 0.5, c)),
             ]
             for wide in (torch.float32, torch.float64):

@@ -69,6 +69,16 @@ def lora(rank: int, **how: Any) -> Call:
     return run
 
 
+def two_sums() -> Call:
+    x, first, second = (drawn(1000, 520, seed=seed) for seed in range(3))
+
+    def run() -> list[Tensor]:
+        weight, other = x.clone(), torch.empty_like(x)
+        return list(ltxkern.dual_add(weight, first, second, out=(weight, other)))
+
+    return run
+
+
 def rows() -> Call:
     x, y = drawn(1, 1000, 4096), drawn(1, 1000, 4096, seed=1)
     scale, shift, gate = (drawn(1, 1, 4096, seed=seed) for seed in range(3))
@@ -96,6 +106,7 @@ CALLS = {
     "merge_tile": lambda: lora(16),
     "merge_addmm": lambda: lora(64),
     "merge_float8": lambda: lora(16, rounding="stochastic", seed=7),
+    "two_sums": two_sums,
     "rows": rows,
     "rope": rope,
 }

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from ltxkern import res2s_steps
 from ltxkern.triton import (
     combine_guidance,
+    dual_add,
     gated_residual,
     group_norm_silu,
     merge_lora,
@@ -112,6 +113,11 @@ def merge(dtype: torch.dtype, loras: int) -> None:
     merge_lora.launch(weight, [a] * loras, [b] * loras, [0.5] * loras, 32 << 20, "single")
 
 
+def two_sums(dtype: torch.dtype) -> None:
+    x = empty(4096, 4096, dtype=dtype)
+    dual_add.launch((x, torch.empty_like(x)), x, x, x)
+
+
 def block(width: int) -> None:
     x, row = empty(1, 32640, width), empty(1, 1, width)
     rms_norm_modulate.launch(x, x, row, row, 1e-6, None)
@@ -147,6 +153,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "merge-bf16": lambda: merge(BF16, 1),
     "merge-bf16-2": lambda: merge(BF16, 2),
     "merge-fp32": lambda: merge(FP32, 1),
+    "dual-add-bf16": lambda: two_sums(BF16),
+    "dual-add-fp32": lambda: two_sums(FP32),
     "block-4096": lambda: block(4096),
 }
 
@@ -161,6 +169,7 @@ CORE = (
     "half-steps-masked",
     "sde-step",
     "merge-bf16",
+    "dual-add-bf16",
     "block-4096",
 )
 FULL_ARCHITECTURE = 90

@@ -201,6 +201,21 @@ def half_step_cases(
     ]
 
 
+def dual_add_case(name: str, shape: tuple[int, ...]) -> Case:
+    """dual_add of a shape."""
+
+    def make(device: str, dtype: torch.dtype) -> Problem:
+        draw = Draw(device, dtype)
+        x, first, second = draw(*shape), draw(*shape, std=0.05), draw(*shape, std=0.1)
+        return problem(
+            lambda out: ltxkern.dual_add(x, first, second, out=(out[0], out[1])),
+            [x.double() + first.double(), x.double() + second.double()],
+            reference.dual_add(x, first, second),
+        )
+
+    return Case(f"dual_add-{name}", make, SAMPLER_DTYPES)
+
+
 def merge_case(name: str, shape: tuple[int, int], ranks: list[int], factor: torch.dtype | None) -> Case:
     """merge_lora_; `factor`: dtype of the factors, the weight's if None."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from problems import Case, Draw, Problem, problem
-from sampler_cases import guidance_case, half_step_cases, merge_case, noise_case, sde_case
+from sampler_cases import dual_add_case, guidance_case, half_step_cases, merge_case, noise_case, sde_case
 from torch import Tensor
 
 import ltxkern
@@ -219,6 +219,8 @@ SMALL_CASES: list[Case] = [
     *half_step_cases("two", [(2, 7, 6), (2, 3, 8)], step=2, masked=False, raw=True, compute=torch.float64),
     *half_step_cases("two-fp32", [(1, 7, 6), (1, 3, 8)], step=0, masked=True, raw=True, compute=torch.float32),
     *half_step_cases("three", [(1, 2, 5)] * 3, step=1, masked=False, raw=False, compute=torch.float64),
+    dual_add_case("odd", (37, 53)),
+    dual_add_case("scalar", ()),
     merge_case("one", (37, 53), [5], None),
     merge_case("several", (37, 53), [5, 40, 3], None),
     merge_case("fp32-factors", (37, 53), [5, 8], torch.float32),

@@ -1,0 +1,41 @@
+"""Benchmark of dual_add: a weight of the LTX-2.3 transformer, or a chunk of it, with the deltas of two LoRA phases."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+import ltxkern
+from cases import Call, Case, Suite
+from command_line import main
+
+
+def two_adds(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """One add for each sum; x is read twice."""
+    return x + first, x + second
+
+
+def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
+    """Deltas of about a twentieth and a tenth of the weight."""
+
+    def random(scale: float) -> Tensor:
+        return (torch.randn(case.shape, device=device, dtype=torch.float32, generator=generator) * scale).to(dtype)
+
+    return Call((random(0.02), random(0.001), random(0.002)), op=ltxkern.dual_add, composition=two_adds)
+
+
+SUITE = Suite(
+    op="dual_add",
+    cases=(
+        Case("audio_attn_chunk", (1024, 2048), "small"),
+        Case("video_attn", (4096, 4096)),
+        Case("video_ff_up", (16384, 4096), "large"),
+    ),
+    prepare=prepare,
+    contract="exact",
+)
+
+if __name__ == "__main__":
+    sys.exit(main(SUITE))

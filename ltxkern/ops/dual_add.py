@@ -1,0 +1,66 @@
+"""Two sums that share an operand in one pass: a weight with each of two LoRA deltas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Op
+from ltxkern.launch import dual_add as launch
+from ltxkern.launch.plans import backends
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_out, check_tensor
+from ltxkern.triton import constraints, triton_backend
+
+
+def reference(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """`x + first` and `x + second`."""
+    return (x + first).contiguous(), (x + second).contiguous()
+
+
+def allocate(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Twice shape and dtype of x, contiguous."""
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )
+
+
+OP = Op(
+    "dual_add",
+    "(Tensor x, Tensor first, Tensor second) -> (Tensor, Tensor)",
+    reference,
+    allocate,
+    differentiable=True,
+    backends=[*backends(launch.run), triton_backend("dual_add", constraints.dual_add)],
+)
+
+
+def dual_add(
+    x: Tensor, first: Tensor, second: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two sums that share an operand, which is read once: `(x + first, x + second)`.
+
+    Args:
+        x: any shape, fp16, bf16, fp32 or fp64.
+        first, second: shape and dtype of x.
+        out: pair written in place of fresh tensors; one of them may be x, and neither may overlap an input otherwise.
+    Returns:
+        Two tensors of shape and dtype of x.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: exact; each sum rounded once, as torch's add does.
+    Bytes: read x, first and second, write both sums; two adds of torch read x twice.
+    Source: both phases of a LoRA schedule from one pristine weight.
+    """
+    check_tensor("x", x, dtypes=SAMPLER_DTYPES)
+    check_out(first, x.shape, x.dtype, x.device, "first")
+    check_out(second, x.shape, x.dtype, x.device, "second")
+    if out is not None:
+        if len(out) != 2 or out[0] is out[1]:
+            got = "one tensor twice" if len(out) == 2 else f"{len(out)} of them"
+            raise ValueError(f"out must be a pair of different tensors, got {got}")
+        check_out(out[0], x.shape, x.dtype, x.device, "out[0]")
+        check_out(out[1], x.shape, x.dtype, x.device, "out[1]")
+    sums: tuple[Tensor, Tensor] = OP(x, first, second, out=out)
+    return sums
