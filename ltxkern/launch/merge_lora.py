@@ -163,8 +163,7 @@ def run_cpu(
         with torch.no_grad():
             weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
         return
-    limit = min(chunk_bytes, CPU_CHUNK) if rounding == "reference" else chunk_bytes
-    composition(weight, lora_a, lora_b, scale, limit, rounding, seed)
+    composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
 
 
 def run(tier: str, composition: Composition, *args: Any) -> None:

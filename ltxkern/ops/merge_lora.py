@@ -68,6 +68,14 @@ def _merge_single(
                 tile.copy_(total)
 
 
+def reference_rows(weight: Tensor, rank: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of a chunk of `reference_deltas`, for a first LoRA of this rank."""
+    # On a CPU a delta is still in its cache when it is added.
+    limit = min(chunk_bytes, launch.CPU_CHUNK) if weight.device.type == "cpu" else chunk_bytes
+    size = weight.dtype.itemsize
+    return rows_per_chunk(weight.shape[0], max(rank, weight.shape[1]), size, limit)
+
+
 def reference_deltas(
     weight: Tensor,
     lora_a: Sequence[Tensor],
@@ -78,16 +86,12 @@ def reference_deltas(
     """What the official rule adds to a weight, by the same chunks of rows as `merge_lora_(rounding="reference")`.
 
     Args:
-        weight: (out, in); only its shape and dtype are read.
+        weight: (out, in); only its shape, dtype and device are read.
         lora_a, lora_b, scale, chunk_bytes: as `merge_lora_`; at least one LoRA, of rank 1 at least, no scale 0.
     Yields:
         (delta, rows): `round(B s) @ A` rounded, further LoRAs added by addmm; weight[rows] + delta is the merged weight.
     """
-    size, limit = weight.dtype.itemsize, chunk_bytes
-    rows = min(
-        rows_per_chunk(weight.shape[0], weight.shape[1], size, limit),
-        rows_per_chunk(weight.shape[0], lora_a[0].shape[0], size, limit),
-    )
+    rows = reference_rows(weight, lora_a[0].shape[0], chunk_bytes)
     factors = [a.to(weight.dtype) for a in lora_a]
     for top in range(0, weight.shape[0], rows):
         with launch.full_precision_reduction():

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.ops.merge_lora import merge_lora_, reference_deltas
+from ltxkern.ops.dual_add import dual_add
+from ltxkern.ops.merge_lora import merge_lora_, reference_deltas, reference_rows
 from ltxkern.pipeline.lora_file import dequantise, load_lora
 
 # Name and scale of every LoRA that touches one weight: weights with equal keys hold equal bits.
@@ -294,20 +295,23 @@ def merge_phase_pair(
         rounding: as `merge_lora_`.
         cache: where factors come from that are on the device already.
 
-    Bytes: with "reference", W is read chunk by chunk (32 MiB at most) for both, and each result written once; with the
-    other roundings W is copied first.
+    Bytes: with "reference", one read of W, one write of each result, and one write and read of each delta, which is made
+    chunk by chunk (32 MiB at most); with the other roundings, or where the phases do not have the same chunks, W is
+    copied first.
     """
     first, second = phases
-    if rounding != "reference" or not all(merged_factors(module, phase) for phase in phases):
+    found = [merged_factors(module, phase) for phase in phases]
+    # Deltas meet W chunk by chunk: for that both phases need the same chunks.
+    rows = {reference_rows(weight, factors[0][0].a.shape[0]) for factors in found if factors}
+    if rounding != "reference" or not all(found) or len(rows) > 1:
         other.copy_(weight)
         merge_phase(other, module, second, rounding=rounding, cache=cache)
         merge_phase(weight, module, first, rounding=rounding, cache=cache)
         return
-    for (delta, rows), (other_delta, _) in zip(
+    for (delta, part), (other_delta, _) in zip(
         phase_deltas(weight, module, first, cache), phase_deltas(weight, module, second, cache), strict=True
     ):
-        torch.add(weight[rows], other_delta, out=other[rows])
-        weight[rows].add_(delta)
+        dual_add(weight[part], delta, other_delta, out=(weight[part], other[part]))
 
 
 def merged_factors(module: str, phase: LoRAPhase) -> list[tuple[LoRAFactors, float]]:
