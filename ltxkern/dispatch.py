@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.overlap import Signature
+
 logger = logging.getLogger("ltxkern")
 
 BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
@@ -170,6 +172,7 @@ class Op:
         allocate: outputs with the right shape, dtype and strides, `allocate(*args)`; also the fake implementation. None: in place.
         differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
         backends: compiled implementations, best first.
+        may_be: for each output the arguments that it may be, element for element, on every backend; see `overlap.Signature`.
     """
 
     def __init__(
@@ -181,6 +184,7 @@ class Op:
         *,
         differentiable: bool = False,
         backends: Sequence[Backend] = (),
+        may_be: Sequence[Sequence[str]] = ((),),
     ) -> None:
         self.name = name
         self.reference = reference
@@ -190,6 +194,7 @@ class Op:
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
+        self._signature = Signature(schema.rsplit("->", 1)[0], may_be if allocate else None)
         _registry[name] = self
         self._register(schema)
 
@@ -322,7 +327,13 @@ class Op:
         self.kernel(backend)(out, *args)
         return out
 
+    def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
+        """Refuse overlaps as a call does, for what is written without one; what traces has no addresses."""
+        if not _needs_dispatcher([*args, *outputs]):
+            self._signature.check(outputs, args)
+
     def _run_into(self, out: Any, args: Sequence[Any]) -> None:
+        self._signature.check((out,) if isinstance(out, Tensor) else out, args)
         backend = self.select(args)
         self._note(backend)
         if backend != "torch":
@@ -334,6 +345,7 @@ class Op:
                 target.copy_(value)
 
     def _run_in_place(self, *args: Any) -> None:
+        self._signature.check(args[:1], args)
         backend = self.select(args)
         self._note(backend)
         if backend == "torch":

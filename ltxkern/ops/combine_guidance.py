@@ -50,6 +50,7 @@ OP = Op(
     allocate,
     differentiable=True,
     backends=[*backends(launch.run), triton_backend("combine_guidance", constraints.combine_guidance)],
+    may_be=[("cond", "uncond", "perturbed", "isolated")],
 )
 
 
@@ -76,7 +77,7 @@ def combine_guidance(
         perturbed: with self-attention skipped; needed where stg_scale is not 0.
         isolated: with cross-modal attention off; needed where modality_scale is not 1.
         cfg_scale, stg_scale, modality_scale, rescale_scale: guidance scales; 1, 0, 1 and 0 are void.
-        out: written in place of a fresh tensor; may be `cond`.
+        out: written in place of a fresh tensor; may be one of the predictions.
     Returns:
         Shape and dtype of cond.
     Raises:

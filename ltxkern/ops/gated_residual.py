@@ -37,6 +37,7 @@ RESIDUAL = Op(
         *backends(rows.gated_residual),
         triton_backend("gated_residual", constraints.gated_residual),
     ],
+    may_be=[("x", "y")],
 )
 HEAD_GATE = Op(
     "head_gate",
@@ -48,6 +49,7 @@ HEAD_GATE = Op(
         *backends(rows.head_gate),
         triton_backend("gated_residual", constraints.head_gate, "launch_head_gate"),
     ],
+    may_be=[("x",)],
 )
 
 
@@ -58,7 +60,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = N
         x: (..., D), fp16, bf16 or fp32.
         y: shape and dtype of x.
         gate: broadcastable to x.
-        out: written in place of a fresh tensor; may be x.
+        out: written in place of a fresh tensor; may be x or y.
     Returns:
         Shape and dtype of x.
     Raises:

@@ -76,6 +76,7 @@ OP = Op(
         triton_backend("group_norm_silu", constraints.group_norm_silu),
         Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
     ],
+    may_be=[("x", "residual")],
 )
 
 
@@ -102,7 +103,7 @@ def group_norm_silu(
         eps: added to the variance.
         residual: shape of x, added after the affine part, before SiLU.
         conv_bias: (C,), bias of the convolution that made x, folded into the statistics instead of a pass of its own.
-        out: written in place of a fresh tensor; shape, dtype and device of x. May be x itself.
+        out: written in place of a fresh tensor; shape, dtype and device of x. May be x or residual itself.
     Returns:
         (N, C, *) in x's dtype, with x's strides where x is dense.
     Raises:

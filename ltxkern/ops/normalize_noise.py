@@ -82,6 +82,7 @@ NORMALIZE = Op(
         *backends(launch.run, "normalize"),
         triton_backend("normalize_noise", constraints.contiguous_slices),
     ],
+    may_be=[("noise",)],
 )
 CHANNELWISE = Op(
     "channelwise_normalize",
@@ -92,6 +93,7 @@ CHANNELWISE = Op(
         *backends(launch.run, "channelwise"),
         triton_backend("normalize_noise", constraints.contiguous_slices, "launch_channelwise"),
     ],
+    may_be=[("x",)],
 )
 STATISTICS = Op(
     "noise_statistics",

@@ -58,6 +58,7 @@ OP = Op(
         triton_backend("pixel_norm_silu", constraints.pixel_norm_silu),
         Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
     ],
+    may_be=[("x",)],
 )
 
 

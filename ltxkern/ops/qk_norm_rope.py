@@ -63,6 +63,7 @@ OP = Op(
         *backends(launch.run),
         triton_backend("qk_norm_rope", constraints.qk_norm_rope),
     ],
+    may_be=[("q",), ("k",)],
 )
 
 
@@ -89,7 +90,7 @@ def qk_norm_rope(
         cos, sin: (B or 1, heads, T, d / 2), fp16, bf16 or fp32.
         eps: added to the mean square.
         layout: "split" (LTX-2.3) or "interleaved".
-        out: pair of tensors.
+        out: pair of tensors; the first may be q, the second k.
     Returns:
         (q, k) rotated, shapes and dtypes as given.
     Raises:

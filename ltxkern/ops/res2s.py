@@ -128,6 +128,7 @@ SDE_STEP = Op(
         *backends(launch.sde_step),
         triton_backend("res2s", constraints.res2s_sde_step, "launch_sde_step"),
     ],
+    may_be=[("sample", "denoised", "noise")],
 )
 MIDPOINT = Op(
     "res2s_midpoint",
@@ -139,6 +140,7 @@ MIDPOINT = Op(
         *backends(launch.midpoint),
         triton_backend("res2s", constraints.res2s_half_step, "launch_midpoint"),
     ],
+    may_be=[("latent", "x0", "noise", "clean")] * 2,
 )
 ADVANCE = Op(
     "res2s_advance",
@@ -150,6 +152,7 @@ ADVANCE = Op(
         *backends(launch.advance),
         triton_backend("res2s", constraints.res2s_half_step, "launch_advance"),
     ],
+    may_be=[("anchor", "x0", "x0_mid", "noise", "clean")],
 )
 
 
@@ -212,7 +215,7 @@ def res2s_sde_step(
         eta: share of sigma_next added as noise.
         terminal: True returns `denoised`, as eta 0 and sigma_next 0 do: decided on host floats, no op runs.
         noise_stats: statistics of raw noise from `noise_statistics`.
-        out: written in place of a fresh tensor; shape and dtype of denoised. May be `sample` or `denoised` itself.
+        out: written in place of a fresh tensor; shape and dtype of denoised. May be `sample`, `denoised` or `noise` itself.
     Returns:
         Shape and dtype of denoised.
     Raises:
@@ -228,7 +231,10 @@ def res2s_sde_step(
     if out is not None:
         check_out(out, denoised.shape, denoised.dtype, denoised.device)
     if terminal or eta == 0.0 or sigma_next == 0.0:
-        return denoised if out is None else out.copy_(denoised)
+        if out is None:
+            return denoised
+        SDE_STEP.check_memory([out], (sample, denoised, noise, (), noise_stats))
+        return out.copy_(denoised)
     if sigma == sigma_next:
         raise ValueError(f"sigma and sigma_next must differ, got {sigma} for both")
     return SDE_STEP(sample, denoised, noise, list(sde_linear_form(sigma, sigma_next, eta)), noise_stats, out=out)
@@ -261,7 +267,7 @@ def res2s_midpoint(
         clean: known latents, same shape as latent.
         noise_stats: statistics of raw noise from `noise_statistics`.
         compute_dtype: fp64 (the algorithm's), or fp32 for devices with slow fp64.
-        out: pair (x_mid, anchor), or pair of lists; x_mid may be `latent`.
+        out: pair (x_mid, anchor), or pair of lists; each may be the latent, x0, noise or clean of its modality.
     Returns:
         (x_mid in latent's dtype, anchor in compute_dtype); a pair of lists where sequences came in.
     Raises:
@@ -318,7 +324,7 @@ def res2s_advance(
         step: coefficients of this step, from `res2s_steps`.
         mask, clean, noise_stats: as in `res2s_midpoint`.
         model_dtype: dtype of the result; None for x0's.
-        out: written in place of fresh tensors.
+        out: written in place of fresh tensors; each may be the anchor, x0, x0_mid, noise or clean of its modality.
     Returns:
         The latent at sigma_next; a list where sequences came in.
     Raises:

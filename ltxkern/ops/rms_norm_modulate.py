@@ -56,6 +56,7 @@ OP = Op(
         *backends(rows.rms_norm_modulate),
         triton_backend("rms_norm_modulate", constraints.rms_norm_modulate),
     ],
+    may_be=[("x",)],
 )
 GATED = Op(
     "gated_residual_rms_norm_modulate",
@@ -67,6 +68,7 @@ GATED = Op(
         *backends(rows.gated_norm),
         triton_backend("rms_norm_modulate", constraints.gated_residual_rms_norm_modulate, "launch_gated"),
     ],
+    may_be=[("x", "y"), ("x", "y")],
 )
 
 
@@ -110,7 +112,7 @@ def rms_norm_modulate(
         scale, shift: broadcastable to x with last dim D, e.g. (B, 1, D) for one row per sample.
         eps: added to the mean square.
         weight: (D,); None for the parameter-free norm of the LTX-2 transformer.
-        out: written in place of a fresh tensor.
+        out: written in place of a fresh tensor; may be x.
     Returns:
         Shape and dtype of x.
     Raises:
@@ -144,7 +146,7 @@ def gated_residual_rms_norm_modulate(
         y: branch output, shape and dtype of x.
         gate, scale, shift: broadcastable to x with last dim D.
         eps, weight: as in `rms_norm_modulate`.
-        out: pair (s, n).
+        out: pair (s, n); either may be x or y.
     Returns:
         (s, n), shape and dtype of x; n is computed from the rounded s.
     Raises:

@@ -5,6 +5,7 @@ import torch
 
 from ltxkern import native
 from ltxkern.launch import group_norm_silu as group_norm
+from ltxkern.launch import pixel_norm_silu as pixel_norm
 from ltxkern.steps import Launch
 from tests.csrc import kernel_runs
 from tests.csrc.shim_build import shim
@@ -59,6 +60,42 @@ def test_a_large_mean_and_a_constant_group(name: str) -> None:
     # What is kept on chip is taken about one of its values; a mean alone has the digits of 1e4 in fp32.
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3 if name.startswith("two_pass") else 4e-6)
     assert bool((out[:, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("name", [*kernel_runs.CONTIGUOUS, *kernel_runs.PIPELINES, *kernel_runs.CHANNELS_LAST])
+@pytest.mark.parametrize("into", ["x", "residual"])
+def test_group_norm_into_its_own_input(name: str, into: str) -> None:
+    """Bit-equal to the result in memory of its own."""
+    results = []
+    for own in (True, False):
+        x, residual = noise(2, 8, 3, 16), noise(2, 8, 3, 16, seed=1)
+        if name in kernel_runs.CHANNELS_LAST:
+            x, residual = kernel_runs.channels_last(x), kernel_runs.channels_last(residual)
+        out = torch.full_like(x, torch.nan) if own else {"x": x, "residual": residual}[into]
+        case = group_norm.describe(out, x, None, None, 4, 1e-5, residual, None)
+        planners = kernel_runs.CONTIGUOUS | kernel_runs.PIPELINES | kernel_runs.CHANNELS_LAST
+        steps, size = planners[name](case)
+        workspace = torch.full((size,), 0xCD, dtype=torch.uint8)
+        shim().schedule(3)
+        native.device_plan(shim(), steps, group_norm.ARGUMENTS)(out, x, None, None, residual, None, workspace)
+        results.append(out)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [24, 300])
+def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
+    results = []
+    for own in (True, False):
+        x = noise(2, channels, 3, 16)
+        x = kernel_runs.channels_last(x) if last else x
+        out = torch.full_like(x, torch.nan) if own else x
+        case = pixel_norm.describe(out, x, 1e-6, None)
+        launch = pixel_norm.columns(case, 64) if last else pixel_norm.rows(case, 100 << 10, 64)
+        shim().schedule(3)
+        native.device_plan(shim(), (launch,), pixel_norm.ARGUMENTS)(out, x, None)
+        results.append(out)
+    assert torch.equal(*results)
 
 
 def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
