@@ -93,6 +93,7 @@ WITH_OUT = [
         ("x", "x"),
     ),
     OpCall("gated_residual", drawn(x=ROW, y=ROW, gate=ROW), {}, (("x", "y"),), ("x",)),
+    OpCall("dual_add", drawn(x=ROW, first=ROW, second=ROW), {}, (("x",), ("x",)), ("x", "x")),
     OpCall("head_gate", drawn(x=(2, 3, 4, 5), logits=(2, 3, 4)), {}, (("x",),), ("x",)),
     OpCall(
         "qk_norm_rope",
