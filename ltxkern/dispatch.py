@@ -191,6 +191,9 @@ class Op:
         self.allocate = allocate
         self.differentiable = differentiable
         self.receipts: set[str] = set()
+        self._no_gradient = (
+            f"ltxkern.{name} writes into a given tensor and has no backward: call it under torch.no_grad()"
+        )
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
@@ -265,9 +268,7 @@ class Op:
 
         def refuse(keyset: Any, *args: Any) -> Any:
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                raise RuntimeError(
-                    f"ltxkern.{self.name} writes into a given tensor and has no backward: call it under torch.no_grad()"
-                )
+                raise RuntimeError(self._no_gradient)
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         _library.impl(name, refuse, "Autograd", with_keyset=True)
@@ -346,12 +347,24 @@ class Op:
 
     def _run_in_place(self, *args: Any) -> None:
         self._signature.check(args[:1], args)
-        backend = self.select(args)
+        self._change(self.select(args), args)
+
+    def _change(self, backend: str, args: Sequence[Any]) -> None:
         self._note(backend)
-        if backend == "torch":
-            self.reference(*args)
-        else:
-            self.kernel(backend)(*args)
+        (self.reference if backend == "torch" else self.kernel(backend))(*args)
+
+    def run_each(self, calls: Sequence[Sequence[Any]], check_memory: Callable[[], None]) -> None:
+        """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
+        if any(map(_needs_dispatcher, calls)):
+            for args in calls:
+                if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
+                    raise RuntimeError(self._no_gradient)
+            for args in calls:
+                self._functional(*args)
+            return
+        check_memory()
+        for backend, args in [(self.select(args), args) for args in calls]:
+            self._change(backend, args)
 
     def _run_out(self, *args: Any) -> None:
         if self._out_count <= 1:

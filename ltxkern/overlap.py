@@ -100,6 +100,26 @@ def folded(tensor: Tensor) -> bool:
     return False
 
 
+def apart(written: Iterable[Tensor], read: Iterable[Tensor]) -> bool:
+    """Whether the written tensors are contiguous and their spans meet neither each other nor a read tensor's."""
+    spans = []
+    for tensor in written:
+        if not tensor.is_contiguous():
+            return False
+        begin = tensor.data_ptr()
+        spans.append((begin, begin + tensor.nbytes, True))
+    spans += [(*span(tensor), False) for tensor in read]
+    spans.sort()
+    last, last_written = 0, 0
+    for begin, end, writes in spans:
+        if begin < last_written or (writes and begin < last):
+            return False
+        last = max(last, end)
+        if writes:
+            last_written = max(last_written, end)
+    return True
+
+
 def check(written: Sequence[Written], read: Iterable[Read]) -> None:
     """Refuse outputs whose elements would be changed while they are still read, or written twice.
 

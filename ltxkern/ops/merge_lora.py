@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ltxkern.launch import merge_lora as launch
 from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_finite_number, check_tensor
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
+from ltxkern.overlap import Read, Written, apart, check
 from ltxkern.triton import constraints, triton_backend
 
 ROUNDINGS = ("single", "reference", "stochastic")
@@ -173,12 +176,20 @@ def merge_lora_(
     Bytes: read and write W, read the factors once.
     Source: Hu et al. 2021; the LoRA fuse of LTX-2.
     """
-    factors_a, factors_b, scales = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
-    kept = [k for k, s in enumerate(scales) if s != 0.0 and factors_a[k].shape[0] > 0]
-    if kept and weight.numel():
-        given = ([factors_a[k] for k in kept], [factors_b[k] for k in kept], [scales[k] for k in kept])
-        OP(weight, *given, chunk_bytes, rounding, seed)
+    factors = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    if (call := _call(weight, *factors, chunk_bytes, rounding, seed)) is not None:
+        OP(*call)
     return weight
+
+
+def _call(
+    weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scales: list[float], *options: Any
+) -> tuple[Any, ...] | None:
+    """The op's arguments without the LoRAs that add nothing; None where nothing is left to do."""
+    kept = [k for k, s in enumerate(scales) if s != 0.0 and lora_a[k].shape[0] > 0]
+    if not kept or not weight.numel():
+        return None
+    return weight, [lora_a[k] for k in kept], [lora_b[k] for k in kept], [scales[k] for k in kept], *options
 
 
 def _checked(
@@ -233,10 +244,13 @@ def merge_lora_many_(
     rounding: str = "single",
     seed: int = 0,
 ) -> list[Tensor]:
-    """`merge_lora_` for a list of layers, one after the other on the current stream, with no wait in between.
+    """`merge_lora_` for a list of layers, all or none: each is checked and its backend chosen before the first is changed.
+
+    The layers follow one another on the current stream with no wait in between, each by the launch that `merge_lora_` makes: a
+    layer of a few MB is bound by the host's calls, larger ones by the memory. Layers of one shape share a plan.
 
     Args:
-        weights: one matrix a layer, changed in place; distinct tensors.
+        weights: one matrix a layer, changed in place; no two of them, and no factor of any layer, may share memory.
         lora_a, lora_b: for each layer what `merge_lora_` takes.
         scale: one strength for all, or for each layer what `merge_lora_` takes.
         chunk_bytes, rounding: as in `merge_lora_`.
@@ -245,6 +259,7 @@ def merge_lora_many_(
         The weights.
     Raises:
         TypeError, ValueError: each names the layer and the parameter; no weight is changed then.
+        BackendError, RuntimeError: a layer that no permitted backend serves, or a wanted gradient; no weight is changed then.
 
     Contract, bytes and source: as `merge_lora_`.
     """
@@ -255,11 +270,27 @@ def merge_lora_many_(
             f"weights, lora_a, lora_b and scale must have one length, got {count}, {len(lora_a)}, {len(lora_b)} and {len(scales)}"
         )
     layers = list(zip(weights, lora_a, lora_b, scales, strict=True))
+    calls: list[tuple[Any, ...]] = []
+    given: list[tuple[list[Tensor], list[Tensor]]] = []
     for index, (weight, a, b, s) in enumerate(layers):
         try:
-            _checked(weight, a, b, s, chunk_bytes, rounding, seed + index)
+            factors = _checked(weight, a, b, s, chunk_bytes, rounding, seed + index)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index}: {error}") from error
-    for index, (weight, a, b, s) in enumerate(layers):
-        merge_lora_(weight, a, b, s, chunk_bytes=chunk_bytes, rounding=rounding, seed=seed + index)
+        given.append(factors[:2])
+        if (call := _call(weight, *factors, chunk_bytes, rounding, seed + index)) is not None:
+            calls.append(call)
+    OP.run_each(calls, functools.partial(_check_layers_apart, weights, given))
     return list(weights)
+
+
+def _check_layers_apart(weights: Sequence[Tensor], factors: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
+    if apart(weights, (tensor for pair in factors for given in pair for tensor in given)):
+        return
+    read = [
+        Read(f"{name}[{layer}][{k}]", tensor)
+        for layer, pair in enumerate(factors)
+        for name, given in zip(("lora_a", "lora_b"), pair, strict=True)
+        for k, tensor in enumerate(given)
+    ]
+    check([Written(f"weights[{layer}]", weight) for layer, weight in enumerate(weights)], read)

@@ -22,6 +22,7 @@ from tests.ops import (
     test_dual_add,
     test_gated_residual,
     test_merge_lora,
+    test_merge_lora_many,
     test_normalize_noise,
     test_overlap,
     test_qk_norm_rope,
@@ -100,7 +101,7 @@ def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None]:
 
 def _collect() -> None:
     modules = (
-        *(test_res2s, test_normalize_noise, test_combine_guidance, test_merge_lora),
+        *(test_res2s, test_normalize_noise, test_combine_guidance, test_merge_lora, test_merge_lora_many),
         *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope, test_dual_add, test_overlap),
     )
     for module in modules:

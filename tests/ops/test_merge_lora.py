@@ -313,29 +313,3 @@ def test_stochastic_rounding_of_every_magnitude() -> None:
 def test_roundings_that_do_not_go_with_a_dtype(dtype: torch.dtype, rounding: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ltxkern.merge_lora_(torch.zeros(3, 5).to(dtype), torch.ones(2, 5), torch.ones(3, 2), rounding=rounding)
-
-
-@over_backends("merge_lora_")
-@pytest.mark.parametrize("rounding", ["single", "reference"])
-def test_many_layers_are_each_of_them(backend: str, rounding: str) -> None:
-    sizes = [(7, 13, 3), (24, 40, 4), (5, 1, 2)]
-    layers = [(noise(m, n, dtype=torch.bfloat16, seed=m), *lora(m, n, r, torch.bfloat16)) for m, n, r in sizes]
-    weights, a, b = ([layer[k] for layer in layers] for k in range(3))
-    expected = [weight.clone() for weight in weights]
-    with serving(backend):
-        merged = ltxkern.merge_lora_many_(weights, a, b, [0.5, 1.0, -0.25], rounding=rounding)
-        for weight, x, y, scale in zip(expected, a, b, [0.5, 1.0, -0.25], strict=True):
-            ltxkern.merge_lora_(weight, x, y, scale, rounding=rounding)
-    for one, weight, other in zip(merged, weights, expected, strict=True):
-        assert one is weight
-        assert_same(one, other)
-
-
-def test_an_error_in_a_later_layer_changes_none() -> None:
-    weights = [torch.zeros(3, 5), torch.zeros(3, 5)]
-    a, b = torch.ones(2, 5), torch.ones(3, 2)
-    with pytest.raises(ValueError, match="layer 1: lora_a"):
-        ltxkern.merge_lora_many_(weights, [a, a], [b, b[:, :1]])
-    with pytest.raises(ValueError, match="must have one length, got 2, 1, 2 and 2"):
-        ltxkern.merge_lora_many_(weights, [a], [b, b])
-    assert not any(bool(weight.any()) for weight in weights)
