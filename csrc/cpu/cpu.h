@@ -164,7 +164,7 @@ inline void end_streaming() {
 #endif
 }
 
-// The line into the second-level cache; no address is a wrong one.
-inline void prefetch_line(const void* address) { __builtin_prefetch(address, 0, 2); }
+// The line into the first-level cache; no address is a wrong one.
+inline void prefetch_line(const void* address) { __builtin_prefetch(address); }
 
 LTXK_CPU_END

@@ -49,7 +49,12 @@ static Affine affine_of(const GroupNormSilu& p, i64 channel, double mean, double
     return affine;
 }
 
-constexpr i64 kChunk = 2048;
+// Elements of a channel at a time: equal chunks, which stay in L1 and begin on a line where the channel does.
+static i64 chunk_of(i64 positions) {
+    constexpr i64 kMost = 4096, kLine = 64;
+    i64 chunks = positions > kMost ? (positions + kMost - 1) / kMost : 1;
+    return ((positions + chunks - 1) / chunks + kLine - 1) / kLine * kLine;
+}
 
 template <class T>
 static const float* as_float(const T* in, float* buffer, i64 count) {
@@ -141,7 +146,9 @@ static void apply_chunk(const T* x, const T* residual, T* out, i64 count, const 
     store_part(out + whole, silu_lanes(residual ? v + load_part(residual + whole, rest) : v), rest);
 }
 
-// Groups [first, last) of a contiguous activation, one after the other: the apply sweep reads what the statistics left in cache.
+// A contiguous activation, group by group. Each thread measures its next group chunk by chunk between the chunks that it applies, so
+// that memory is read and written at all times; the apply sweep reads what the statistics left in cache, forwards, as the hardware
+// prefetches.
 template <class T>
 static void contiguous(const GroupNormSilu& p, int threads) {
     const T* x = static_cast<const T*>(p.x);
@@ -149,14 +156,14 @@ static void contiguous(const GroupNormSilu& p, int threads) {
     T* out = static_cast<T*>(p.out);
     i64 bytes = p.samples * p.channels * p.positions * static_cast<i64>(sizeof(T));
     bool stream = out != x && out != residual && streams(bytes * (residual ? 3 : 2));
-    i64 chunks = (p.positions + kChunk - 1) / kChunk, per_group = p.group_channels * chunks;
+    i64 chunk = chunk_of(p.positions), chunks = (p.positions + chunk - 1) / chunk, per_group = p.group_channels * chunks;
     i64 groups = p.samples * p.channels / p.group_channels;
     std::vector<Partial> partials(static_cast<std::size_t>(groups < threads ? groups * per_group : per_group * threads));
 
     auto span = [&](i64 group, i64 index, i64& start, i64& count, i64& channel) {
-        i64 row = group * p.group_channels + index / chunks, first = index % chunks * kChunk;
+        i64 row = group * p.group_channels + index / chunks, first = index % chunks * chunk;
         start = row * p.positions + first;
-        count = p.positions - first < kChunk ? p.positions - first : kChunk;
+        count = p.positions - first < chunk ? p.positions - first : chunk;
         channel = row % p.channels;
     };
     auto measure = [&](i64 group, i64 index, Partial* into) {
@@ -189,14 +196,16 @@ static void contiguous(const GroupNormSilu& p, int threads) {
 #else
             Partial* mine = partials.data();
 #endif
-            for (i64 group = taken++, next; group < groups; group = next) {
+            i64 group = taken++;
+            for (i64 i = 0; group < groups && i < per_group; ++i) measure(group, i, mine);
+            for (i64 next = group; group < groups; group = next) {
                 next = taken++;
-                for (i64 i = 0; i < per_group; ++i) measure(group, i, mine);
                 Partial total = merged(mine);
-                for (i64 i = per_group - 1; i >= 0; --i) {
-                    i64 ahead, count, channel;
-                    span(next < groups ? next : group, per_group - 1 - i, ahead, count, channel);
+                for (i64 i = 0; i < per_group; ++i) {
+                    i64 ahead = 0, count, channel;
+                    if (next < groups) span(next, i, ahead, count, channel);
                     apply(group, i, total, x + ahead);
+                    if (next < groups) measure(next, i, mine);
                 }
             }
             end_streaming();

@@ -1,4 +1,4 @@
-// Standardisation of noise, and its statistics, on the CPU: fp64, two passes over chunks that stay in L1, merged in a fixed order.
+// Standardisation of noise, and its statistics, on the CPU: fp64, one pass over chunks, merged in a fixed order.
 //
 // Chunks depend on the sizes alone, so results do not depend on the number of threads.
 #include <vector>
@@ -21,17 +21,49 @@ struct NoiseMoments {
     double mean, m2;
 };
 
+struct NoiseSums {
+    double plain, squared;
+};
+
+// Of v - pivot; several sums, so that additions do not wait for each other.
+static NoiseSums sums_about(const double* v, i64 count, double pivot) {
+    using Doubles = Wide<double>;
+    constexpr int kSums = 8;
+    constexpr i64 kStep = kSums * kWide<double>;
+    Doubles sums[kSums] = {}, squares[kSums] = {};
+    double sum = 0.0, squared = 0.0;
+    i64 body = count / kStep * kStep;
+    for (i64 i = 0; i < body; i += kStep) {
+        for (int k = 0; k < kSums; ++k) {
+            Doubles d = take<Doubles>(v + i + k * kWide<double>) - pivot;
+            sums[k] += d;
+            squares[k] += d * d;
+        }
+    }
+    for (i64 i = body; i < count; ++i) {
+        double d = v[i] - pivot;
+        sum += d;
+        squared += d * d;
+    }
+    for (int k = 1; k < kSums; ++k) sums[0] += sums[k], squares[0] += squares[k];
+    for (i64 lane = 0; lane < kWide<double>; ++lane) sum += sums[0][lane], squared += squares[0][lane];
+    return {sum, squared};
+}
+
+// One pass, about the first value. That costs 1 + (distance / deviation)^2 roundings of the squares: where the first value lies more
+// than eight deviations from the mean, the sums are taken once more, about the mean.
 static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count) {
     alignas(64) double buffer[kChunk];
     buffer[0] = 0.0;
     const double* v = as_compute(x, type, first, count, buffer);
-    double pivot = v[0], sum = 0.0, m2 = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (i64 i = 0; i < count; ++i) sum += v[i] - pivot;
-    double offset = sum / static_cast<double>(count);
-#pragma omp simd reduction(+ : m2)
-    for (i64 i = 0; i < count; ++i) m2 += (v[i] - pivot - offset) * (v[i] - pivot - offset);
-    return {pivot + offset, m2};
+    double n = static_cast<double>(count), pivot = v[0];
+    NoiseSums sums = sums_about(v, count, pivot);
+    if (!(sums.plain * sums.plain * 65.0 <= 64.0 * n * sums.squared)) {
+        pivot += sums.plain / n;
+        sums = sums_about(v, count, pivot);
+    }
+    double offset = sums.plain / n, m2 = sums.squared - sums.plain * offset;
+    return {pivot + offset, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
 }
 
 static NoiseMoments slice_moments(const NoiseMoments* partials, i64 chunks, i64 length) {

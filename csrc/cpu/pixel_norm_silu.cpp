@@ -14,8 +14,15 @@ struct PixelNormSilu {
     double eps;
 };
 
-// Channels summed in fp32 before they join the double total of their position.
+// Channels summed in fp32 before they join the double total of their position, and the type of a row's partial sums. Without fused
+// multiply-add each square is rounded too, which sums of fp32 would show.
+#if defined(__FMA__)
 constexpr i64 kFold = 16;
+using PartialSum = float;
+#else
+constexpr i64 kFold = 4;
+using PartialSum = double;
+#endif
 
 template <class T>
 static void contiguous_tile(const PixelNormSilu& p, const T* x, T* out, i64 count, const float* weight, float* row, float* squares,
@@ -49,9 +56,9 @@ static void channels_last_row(const PixelNormSilu& p, const T* x, T* out, const 
     for (i64 c0 = 0; c0 < p.channels; c0 += 256) {
         i64 count = p.channels - c0 < 256 ? p.channels - c0 : 256;
         const float* v = row + c0;
-        float sum = 0.0f;
+        PartialSum sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (i64 c = 0; c < count; ++c) sum += v[c] * v[c];
+        for (i64 c = 0; c < count; ++c) sum += static_cast<PartialSum>(v[c]) * v[c];
         total += sum;
     }
     float scale = static_cast<float>(1.0 / __builtin_sqrt(total / static_cast<double>(p.channels) + p.eps));

@@ -1,6 +1,7 @@
-// The res2s sampler between two model calls on the CPU: SDE step and both half-steps, chunk by chunk in L1.
+// The res2s sampler between two model calls on the CPU: SDE step and both half-steps, one loop each over a piece of a latent.
 //
-// A chunk is read whole before it is written: outputs may be inputs.
+// Operands of the compute dtype are read and written where they lie, others pass through a piece in L1. Every element is read
+// before it is written: outputs may be inputs.
 #include "cpu/typed.h"
 
 LTXK_CPU_BEGIN
@@ -8,11 +9,6 @@ LTXK_CPU_BEGIN
 #include "include/ltxkern/res2s_parameters.cuh"
 
 constexpr i64 kChunk = 256;
-// Elements from a piece to the one that is fetched meanwhile: processors do not look beyond a page by themselves.
-constexpr i64 kAhead = 4 * kChunk;
-
-template <class C>
-constexpr i64 kComputeType = sizeof(C) == 8 ? kF64 : kF32;
 
 // A piece of one modality that shares a row of statistics: elements [first, first + count).
 struct Piece {
@@ -25,11 +21,6 @@ static Piece piece_at(const Extent& e, i64 modality, i64 index) {
     i64 per_slice = (e.slice + kChunk - 1) / kChunk, inside = index % per_slice * kChunk;
     i64 count = e.slice - inside < kChunk ? e.slice - inside : kChunk;
     return {modality, index / per_slice * e.slice + inside, count};
-}
-
-static void fetch_ahead(const void* base, i64 type, const Piece& piece) {
-    const char* address = element_address(base, type, piece.first + kAhead);
-    for (i64 i = 0; i < piece.count * type_bytes(type); i += 64) prefetch_line(address + i);
 }
 
 // mask of each element's token and clean * (1 - mask), in fp32 as torch has them.
@@ -45,6 +36,10 @@ struct Keep {
         }
         const float* values = as_compute(from, type, piece.first, piece.count, clean);
         for (i64 i = 0; i < piece.count; ++i) clean[i] = values[i] * (1.0f - mask[i]);
+    }
+    template <class V>
+    V apply(V value, i64 i) const {
+        return value * take_float<V>(mask + i) + take_float<V>(clean + i);
     }
 };
 
@@ -66,89 +61,117 @@ static const C* masked_prediction(const void* x0, i64 type, const Piece& piece, 
     return buffer;
 }
 
-// Ready noise, or raw noise brought to mean 0 and deviation 1 by the statistics (count, mean, M2) of its slice.
+// Noise of mean 0 and deviation 1: (values - mean) * factor.
 template <class C>
-static const C* ready_noise(const void* noise, i64 type, const double* stats, const Extent& e, const Piece& piece, C* buffer) {
-    if (!stats) return as_compute(noise, type, piece.first, piece.count, buffer);
+struct Noise {
+    const C* values;
+    C mean, factor;
+
+    template <class V>
+    V at(i64 i) const {
+        return (take<V>(values + i) - mean) * factor;
+    }
+};
+
+// Ready noise, or raw noise with the statistics (count, mean, M2) of its slice.
+template <class C>
+static Noise<C> noise_of(const void* noise, i64 type, const double* stats, const Extent& e, const Piece& piece, C* buffer) {
+    if (!stats) return {as_compute(noise, type, piece.first, piece.count, buffer), C(0), C(1)};
     const double* row = stats + 3 * (piece.first / e.slice);
     double mean = row[1], factor = 1.0 / __builtin_sqrt(row[2] / (row[0] - 1.0));
-    alignas(64) double wide[kChunk];
-    const double* values = as_compute(noise, type, piece.first, piece.count, wide);
-    for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>((values[i] - mean) * factor);
-    return buffer;
+    if constexpr (sizeof(C) == 8) {
+        return {as_compute(noise, type, piece.first, piece.count, buffer), mean, factor};
+    } else {
+        alignas(64) double wide[kChunk];
+        const double* values = as_compute(noise, type, piece.first, piece.count, wide);
+        for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>((values[i] - mean) * factor);
+        return {buffer, C(0), C(1)};
+    }
 }
 
+// Where the results of a piece go: to the tensor itself where it has the compute dtype, else to a buffer that finish() converts.
 template <class C>
-static void mask_result(C* values, const Keep& keep, i64 count) {
-    for (i64 i = 0; i < count; ++i) values[i] = values[i] * static_cast<C>(keep.mask[i]) + static_cast<C>(keep.clean[i]);
-}
+struct Target {
+    void* base;
+    i64 type, first;
+    C* values;
+    bool stream;  // past the caches
+
+    Target(void* base, i64 type, i64 first, C* buffer, bool stream) : base(base), type(type), first(first), values(buffer), stream(false) {
+        if (type != kComputeType<C>) return;
+        values = static_cast<C*>(base) + first;
+        this->stream = stream && reinterpret_cast<std::uintptr_t>(values) % kStreamAlignment == 0;
+    }
+    template <class V>
+    void put(i64 i, V v) const {
+        stream ? put_value<true>(values + i, v) : put_value<false>(values + i, v);
+    }
+    void finish(i64 count) const {
+        if (type != kComputeType<C>) store_compute(values, base, type, first, count);
+    }
+};
 
 template <class C>
 static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece, bool stream) {
     const MidpointModality& m = p.modality[piece.modality];
     alignas(64) C buffers[4][kChunk];
-    fetch_ahead(m.latent, m.latent_type, piece);
-    fetch_ahead(m.x0, m.x0_type, piece);
-    fetch_ahead(m.noise, m.noise_type, piece);
     Keep keep;
     if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
     const C* state = as_compute(m.latent, m.latent_type, piece.first, piece.count, buffers[0]);
     const C* x0 = masked_prediction(m.x0, m.x0_type, piece, m.mask ? &keep : nullptr, buffers[1]);
-    const C* noise = ready_noise(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[2]);
-    C* middle = buffers[3];
-    C* anchor = buffers[2];
-    C c = static_cast<C>(p.c), a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
-    for (i64 i = 0; i < piece.count; ++i) middle[i] = a * state[i] + b * (state[i] + c * (x0[i] - state[i])) + s * noise[i];
-    if (m.mask) mask_result(middle, keep, piece.count);
-    C gain = static_cast<C>(p.gain);
-    // The anchor is worked out before anything is written: the state may be overwritten by the middle.
-    if (p.gain != 0.0) {
-        for (i64 i = 0; i < piece.count; ++i) anchor[i] = (middle[i] - c * x0[i]) * gain;
-    } else {
-        for (i64 i = 0; i < piece.count; ++i) anchor[i] = state[i];
-    }
-    store_compute(middle, m.middle, m.latent_type, piece.first, piece.count, stream && m.middle != m.latent);
-    store_compute(anchor, m.anchor, kComputeType<C>, piece.first, piece.count, stream);
+    Noise<C> noise = noise_of(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[2]);
+    Target<C> middle(m.middle, m.latent_type, piece.first, buffers[3], stream && m.middle != m.latent);
+    Target<C> anchor(m.anchor, kComputeType<C>, piece.first, nullptr, stream);
+    C c = static_cast<C>(p.c), a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s), gain = static_cast<C>(p.gain);
+    bool refine = p.gain != 0.0;
+    over_lanes<C>(piece.count, [&](i64 i, auto kind) {
+        using V = decltype(kind);
+        V start = take<V>(state + i), target = take<V>(x0 + i);
+        V moved = a * start + b * (start + c * (target - start)) + s * noise.template at<V>(i);
+        if (m.mask) moved = keep.apply(moved, i);
+        anchor.put(i, refine ? (moved - c * target) * gain : start);
+        middle.put(i, moved);
+    });
+    middle.finish(piece.count);
 }
 
 template <class C>
 static void advance_piece(const Res2sAdvance& p, const Piece& piece, bool stream) {
     const AdvanceModality& m = p.modality[piece.modality];
     alignas(64) C buffers[5][kChunk];
-    fetch_ahead(m.anchor, kComputeType<C>, piece);
-    fetch_ahead(m.x0, m.x0_type, piece);
-    fetch_ahead(m.x0_mid, m.x0_mid_type, piece);
-    fetch_ahead(m.noise, m.noise_type, piece);
     Keep keep;
     if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
     const Keep* kept = m.mask ? &keep : nullptr;
-    const C* anchor = as_compute(m.anchor, kComputeType<C>, piece.first, piece.count, buffers[0]);
+    const C* anchors = as_compute(m.anchor, kComputeType<C>, piece.first, piece.count, buffers[0]);
     const C* first = masked_prediction(m.x0, m.x0_type, piece, kept, buffers[1]);
     const C* second = masked_prediction(m.x0_mid, m.x0_mid_type, piece, kept, buffers[2]);
-    const C* noise = ready_noise(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[3]);
-    C* result = buffers[4];
+    Noise<C> noise = noise_of(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[3]);
+    Target<C> out(m.out, m.out_type, piece.first, buffers[4], stream && m.out != m.anchor);
     C hb1 = static_cast<C>(p.hb1), hb2 = static_cast<C>(p.hb2);
     C a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
-    for (i64 i = 0; i < piece.count; ++i) {
-        C moved = anchor[i] + (hb1 * (first[i] - anchor[i]) + hb2 * (second[i] - anchor[i]));
-        result[i] = a * anchor[i] + b * moved + s * noise[i];
-    }
-    if (m.mask) mask_result(result, keep, piece.count);
-    store_compute(result, m.out, m.out_type, piece.first, piece.count, stream);
+    over_lanes<C>(piece.count, [&](i64 i, auto kind) {
+        using V = decltype(kind);
+        V anchor = take<V>(anchors + i);
+        V moved = anchor + (hb1 * (take<V>(first + i) - anchor) + hb2 * (take<V>(second + i) - anchor));
+        V result = a * anchor + b * moved + s * noise.template at<V>(i);
+        out.put(i, m.mask ? keep.apply(result, i) : result);
+    });
+    out.finish(piece.count);
 }
 
 template <class C>
 static void sde_step_piece(const Res2sSdeStep& p, const Piece& piece) {
     alignas(64) C buffers[4][kChunk];
-    fetch_ahead(p.sample, p.sample_type, piece);
-    fetch_ahead(p.denoised, p.denoised_type, piece);
-    fetch_ahead(p.noise, p.noise_type, piece);
     const C* sample = as_compute(p.sample, p.sample_type, piece.first, piece.count, buffers[0]);
     const C* denoised = as_compute(p.denoised, p.denoised_type, piece.first, piece.count, buffers[1]);
-    const C* noise = ready_noise(p.noise, p.noise_type, p.stats, p.extent, piece, buffers[2]);
+    Noise<C> noise = noise_of(p.noise, p.noise_type, p.stats, p.extent, piece, buffers[2]);
+    Target<C> out(p.out, p.denoised_type, piece.first, buffers[3], false);
     C a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
-    for (i64 i = 0; i < piece.count; ++i) buffers[3][i] = a * sample[i] + b * denoised[i] + s * noise[i];
-    store_compute(buffers[3], p.out, p.denoised_type, piece.first, piece.count);
+    over_lanes<C>(piece.count, [&](i64 i, auto kind) {
+        using V = decltype(kind);
+        out.put(i, a * take<V>(sample + i) + b * take<V>(denoised + i) + s * noise.template at<V>(i));
+    });
+    out.finish(piece.count);
 }
 
 template <class C>

@@ -1,7 +1,7 @@
 // Chunks of elements whose dtype is known only at run time, to and from the compute dtype; loops that the compiler vectorises.
 #pragma once
 
-#include "cpu/cpu.h"
+#include "cpu/simd.h"
 
 LTXK_CPU_BEGIN
 
@@ -16,6 +16,57 @@ inline const char* element_address(const void* base, i64 type, i64 index) {
 inline char* element_address(void* base, i64 type, i64 index) { return static_cast<char*>(base) + index * type_bytes(type); }
 
 constexpr i64 kTypedChunk = 1024;
+
+template <class C>
+constexpr i64 kComputeType = sizeof(C) == 8 ? kF64 : kF32;
+
+// A register of compute values, and the fp32 values that widen to one.
+template <class C>
+struct WideOf;
+template <>
+struct WideOf<float> {
+    using Type = Floats;
+};
+template <>
+struct WideOf<double> {
+    using Type = double __attribute__((vector_size(4 * kLanes)));
+};
+template <class C>
+using Wide = typename WideOf<C>::Type;
+template <class C>
+constexpr i64 kWide = 4 * kLanes / static_cast<i64>(sizeof(C));
+using HalfFloats = float __attribute__((vector_size(2 * kLanes)));
+
+// work(i, kind) for all of `count`: `kind` is of type Wide<C> where it takes the kWide<C> elements from i on, C where it takes one.
+template <class C, class Work>
+inline void over_lanes(i64 count, const Work& work) {
+    i64 i = 0;
+    for (; i + kWide<C> <= count; i += kWide<C>) work(i, Wide<C>{});
+    for (; i < count; ++i) work(i, C{});
+}
+template <class V, class C>
+inline V take(const C* address) {
+    return load_raw<V>(address);
+}
+template <class V>
+inline V take_float(const float* address) {
+    if constexpr (std::is_same_v<V, Wide<double>>) {
+        return __builtin_convertvector(load_raw<HalfFloats>(address), V);
+    } else if constexpr (std::is_same_v<V, double>) {
+        return *address;
+    } else {
+        return load_raw<V>(address);
+    }
+}
+// kStream: past the caches, a register to an address of kStreamAlignment.
+template <bool kStream, class V, class C>
+inline void put_value(C* address, V v) {
+    if constexpr (sizeof(V) == 4 * kLanes) {
+        store_whole<kStream>(address, v);
+    } else {
+        *address = v;
+    }
+}
 
 // `count` <= kTypedChunk elements as C: a pointer into `base` where they already are C, else into `buffer`.
 template <class C>
