@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ltxkern.pipeline.device_modes import MODES, OFFLOADED, ModeNeeds, choose_mode, mode_needs
+from ltxkern.pipeline.component_device import ComponentDevice
+from ltxkern.pipeline.device_modes import MODES
+from ltxkern.pipeline.factor_cache import FactorCache
 from ltxkern.pipeline.forward_hooks import ForwardHooks
-from ltxkern.pipeline.host_copy import HostCopy, Lender, module_tensors
-from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, device_available
-from ltxkern.pipeline.lora import NO_LORA, FactorCache, LoRAPhase
+from ltxkern.pipeline.host_copy import HostCopy, module_tensors
+from ltxkern.pipeline.host_memory import HostBudgetError
+from ltxkern.pipeline.lora import NO_LORA, LoRAPhase
+from ltxkern.pipeline.mode_choice import ModeChoice, build_store, decide, mode_of
 from ltxkern.pipeline.offload_store import OffloadStore
-from ltxkern.pipeline.phase_stores import (
-    CorrectionTooLargeError,
-    InplaceStore,
-    OriginalStore,
-    PhaseStore,
-    ResidentStore,
-    StoreContext,
-)
-from ltxkern.pipeline.snapshot_store import SnapshotStore
-from ltxkern.pipeline.stream_clock import StreamClock, clock_for, side_by_side
+from ltxkern.pipeline.phase_stores import CorrectionTooLargeError, PhaseStore, StoreContext
+from ltxkern.pipeline.stream_clock import StreamClock
 from ltxkern.pipeline.weight_table import (
     OUTER_BLOCK,
     CheckpointPristine,
@@ -39,11 +34,8 @@ from ltxkern.pipeline.weight_table import (
 
 logger = logging.getLogger(__name__)
 
-_First = TypeVar("_First")
-_Second = TypeVar("_Second")
 
-
-class TwoStageDeviceManager:
+class TwoStageDeviceManager(ComponentDevice):
     """Keeps one transformer in one LoRA phase at a time, and lends the other components to the device.
 
     After `switch_lora_phase(p)` the weights equal, bit for bit, a fresh merge of p from the pristine weights, whatever
@@ -55,8 +47,9 @@ class TwoStageDeviceManager:
             "inplace" (one copy and exact corrections), "original" (one copy, merged again from pristine weights), or
             "auto": by the memory that is free. Default: LTXKERN_DEVICE_MODE, else "auto".
         device: where the transformer runs.
-        host_budget_bytes: bound of what is kept on the host beside the pristine weights; None: nine tenths of what is
-            free there, control groups included.
+        host_budget_bytes: bound of what is kept on the host beside the pristine weights: snapshots, and page-locked
+            copies of blocks, components and of the LoRA factors that the device has no room for; None: nine tenths of
+            what is free there, control groups included.
         rounding: as `merge_lora_`.
         spare_blocks: "snapshot": blocks of the next phase that are fetched ahead.
         offload: "original": blocks stay on the host and visit the device one by one; None: where the device does not hold
@@ -80,17 +73,12 @@ class TwoStageDeviceManager:
             raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
         if spare_blocks < 0:
             raise ValueError(f"spare_blocks must be at least 0, got {spare_blocks}")
+        super().__init__(device, host_budget_bytes, clock)
         self.requested_mode = mode
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
         self.rounding = rounding
-        self.budget = HostBudget(host_budget_bytes)
-        self.clock = clock if clock is not None else clock_for(self.device)
         self._spare_blocks = spare_blocks
         self._offload = offload
-        self._factors = FactorCache()
-        self._lender = Lender(self.device, self.budget)
+        self._factors = FactorCache(budget=self.budget)
         self._table: WeightTable | None = None
         self._source: PristineSource | None = None
         self._store: PhaseStore | None = None
@@ -102,8 +90,7 @@ class TwoStageDeviceManager:
         self._hooks: ForwardHooks | None = None
         self._forwards_left: int | None = None
         self._upcoming: LoRAPhase | None = None
-        self._needs: dict[str, ModeNeeds] = {}
-        self._reason = "not prepared yet"
+        self._choice = ModeChoice(mode)
 
     def attach(self, transformer: nn.Module, *, pristine: PristineSource | str | Path | None = None) -> None:
         """Takes a transformer whose weights are pristine. They move to the device with the first `prepare`.
@@ -132,7 +119,7 @@ class TwoStageDeviceManager:
     @property
     def mode(self) -> str | None:
         """The mode in force, None before the first `prepare`."""
-        return next((name for name, kind in _STORES.items() if isinstance(self._store, kind)), None)
+        return mode_of(self._store)
 
     @property
     def phase(self) -> LoRAPhase | None:
@@ -165,6 +152,7 @@ class TwoStageDeviceManager:
             self._adopt(modules)
             self._phases = wanted
             self._factors.keep_only(wanted)
+            self._lock_factors(wanted)
             try:
                 self.store.prepare(wanted)
             except (CorrectionTooLargeError, HostBudgetError) as error:
@@ -181,45 +169,34 @@ class TwoStageDeviceManager:
     def _choose(self, wanted: tuple[LoRAPhase, ...], modules: list[str], activation_bytes: int) -> None:
         if self._store is not None and (self.table.live or not modules):
             return
-        tensors = list(module_tensors(self.table.transformer))
-        weights = {name: self.table.parameter(name) for name in modules}
-        self._needs = mode_needs(
-            tensors,
-            weights,
+        self._choice = decide(
+            self.requested_mode,
+            list(module_tensors(self.table.transformer)),
+            {name: self.table.parameter(name) for name in modules},
+            device=self.device,
+            budget=self.budget,
             factor_bytes=max((phase.nbytes for phase in wanted), default=0),
             keeps_source=self._source is None,
             activation_bytes=activation_bytes,
             spare_blocks=self._spare_blocks,
+            offload=self._offload,
         )
-        unified = self.device.type == "cpu"
-        free = device_available(self.device)
-        if not unified:
-            free += sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
-        mode, self._reason = self.requested_mode, "asked for"
-        if mode == "auto":
-            mode, self._reason = choose_mode(self._needs, free, self.budget.available, unified=unified)
-        if mode == "original" and self._offload is None:
-            self._offload = not unified and self._needs["original"].device_bytes > free
-        needs = self._needs[mode]
-        if mode == "original" and self._offload:
-            needs = self._needs[OFFLOADED]
-            self._reason += "; blocks stay on the host and visit the device one by one"
-        logger.info("device mode %s: %s", mode, self._reason)
-        self._factors.limit = 0 if unified else max(0, free - needs.device_bytes)
+        logger.info("device mode %s: %s", self._choice.mode, self._choice.reason)
+        self._factors.limit = self._choice.factor_bytes
         if self._store is not None:
             self._store.close()
-        self._store, self._is_placed = self._build(mode), False
+        self._store, self._is_placed = self._build(self._choice.mode, self._choice.offload), False
 
-    def _build(self, mode: str) -> PhaseStore:
+    def _build(self, mode: str, offload: bool) -> PhaseStore:
         if mode != "inplace" and self._source is None:
             self._source = HostPristine()
         source = None if mode == "inplace" else self._source
         context = StoreContext(self.table, source, self.clock, self.rounding, self._factors)
-        if mode == "snapshot":
-            return SnapshotStore(context, self.budget, self._spare_blocks)
-        if mode == "original" and self._offload:
-            return OffloadStore(context, self.budget, self.device)
-        return _STORES[mode](context)
+        return build_store(mode, context, self.budget, self.device, offload=offload, spare_blocks=self._spare_blocks)
+
+    def _lock_factors(self, wanted: tuple[LoRAPhase, ...]) -> None:
+        """Page-locks what a switch would otherwise bring from pageable memory each time."""
+        self._factors.page_lock(wanted if self.store.merges_again else (), self.device)
 
     def _adopt(self, modules: list[str]) -> None:
         """Moves the transformer to the device, and takes in weights that no phase has changed so far."""
@@ -279,7 +256,7 @@ class TwoStageDeviceManager:
             self._switch(wanted[0])
             raise error
         logger.warning("device mode %s instead of %s: %s", following, self.mode, error)
-        self._reason = f"{self.mode} was given up: {error}"
+        self._choice = replace(self._choice, reason=f"{self.mode} was given up: {error}")
         self.store.restore()
         self.store.close()
         if self._source is None:
@@ -287,8 +264,9 @@ class TwoStageDeviceManager:
             for module, live in self.table.live.items():
                 source.add(module, live.tensor.clone())
             self._source = source
-        self._store = self._build(following)
+        self._store = self._build(following, bool(self._offload))
         self._follow_blocks()
+        self._lock_factors(wanted)
         try:
             self._store.prepare(wanted)
         except HostBudgetError as again:
@@ -376,44 +354,25 @@ class TwoStageDeviceManager:
             self._store.settle()
         return self.table.block_checksums()
 
-    @contextlib.contextmanager
-    def component(self, name: str, module: Any, *, keep: bool | None = None, once: bool = False) -> Iterator[Any]:
-        """Puts a module on the device for the block.
-
-        Args:
-            name: of the component, for the log.
-            module: anything with or without weights; nothing happens to what is on the device already.
-            keep: leave it there until `close`; None: in mode "resident".
-            once: it is let go afterwards (a text encoder): not worth page-locking.
-        """
-        keep = self.mode == "resident" if keep is None else keep
-        with self._lender.lent(name, module, keep=keep and not once, once=once):
-            yield module
-
-    def side_by_side(self, first: Callable[[], _First], second: Callable[[], _Second]) -> tuple[_First, _Second]:
-        """Runs `first` on the side stream and `second` on the current one; both results are ready for the current stream.
-
-        Args:
-            first: the smaller piece (decoding audio), enqueued first.
-            second: the larger piece (decoding video).
-        """
-        return side_by_side(self.clock, first, second)
+    @property
+    def keeps_components(self) -> bool:
+        """In mode "resident"."""
+        return self.mode == "resident"
 
     def describe(self) -> str:
         """The mode and why it was chosen, and what each mode needs on the device and on the host."""
-        lines = [f"device mode {self.mode or self.requested_mode}: {self._reason}"]
-        lines += [f"  {needs}" for needs in self._needs.values()]
-        if isinstance(self._store, InplaceStore):
-            lines.append(f"  corrections: {self._store.bytes_per_weight:.3f} bytes per weight")
-        return "\n".join(lines)
+        return self._choice.describe(self.mode or self.requested_mode, self._store)
 
     def close(self) -> None:
         """Brings the pristine weights back, releases what was pinned, removes the hooks. Closing twice is fine.
 
+        Offloaded weights lie again where `attach` found them; blocks that the device has no room for any more stay on the
+        host, which the log says.
+
         Raises:
             LoRAPhaseError: the pristine weights are lost; everything else is undone.
         """
-        self._lender.close()
+        super().close()
         if self._table is None:
             return
         try:
@@ -438,11 +397,3 @@ class TwoStageDeviceManager:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-_STORES: dict[str, Any] = {
-    "resident": ResidentStore,
-    "inplace": InplaceStore,
-    "snapshot": SnapshotStore,
-    "original": OriginalStore,
-}

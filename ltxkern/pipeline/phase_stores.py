@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.correction import Correction, apply_correction, record_correction
-from ltxkern.pipeline.lora import (
-    NO_LORA,
-    PRISTINE_KEY,
-    FactorCache,
-    LoRAPhase,
-    WeightKey,
-    binary_ratio,
-    merge_phase,
-    merge_phase_pair,
-    phase_deltas,
-)
+from ltxkern.pipeline.factor_cache import FactorCache
+from ltxkern.pipeline.lora import NO_LORA, PRISTINE_KEY, LoRAPhase, WeightKey
+from ltxkern.pipeline.phase_merge import binary_ratio, merge_phase, merge_phase_pair, phase_deltas
 from ltxkern.pipeline.stream_clock import StreamClock
 from ltxkern.pipeline.weight_table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
@@ -49,15 +41,17 @@ class PhaseStore:
 
     Attributes:
         fetches_ahead: `release` may overwrite a block with the next phase while the present one still runs elsewhere.
+        merges_again: prepared phases are merged at every switch or forward: their factors had better be near.
     """
 
     fetches_ahead = False
+    merges_again = False
 
     def __init__(self, context: StoreContext) -> None:
         self.table = context.table
         self.clock = context.clock
         self.rounding = context.rounding
-        self._factors = context.factors
+        self.factors = context.factors
         self._source = context.source
         self.phases: tuple[LoRAPhase, ...] = ()
 
@@ -123,7 +117,7 @@ class PhaseStore:
 
     def merge(self, tensor: Tensor, module: str, phase: LoRAPhase, *, sign: int = 1) -> None:
         """`merge_phase` with the store's rounding and factors."""
-        merge_phase(tensor, module, phase, rounding=self.rounding, sign=sign, cache=self._factors)
+        merge_phase(tensor, module, phase, rounding=self.rounding, sign=sign, cache=self.factors)
 
     def overwrite(self, module: str, phase: LoRAPhase) -> None:
         """Fills the live weight from the pristine source and merges; it is marked unknown in between."""
@@ -145,6 +139,8 @@ class PhaseStore:
 
 class OriginalStore(PhaseStore):
     """One copy; a switch reads the pristine weights again and merges."""
+
+    merges_again = True
 
     def switch(self, phase: LoRAPhase) -> None:
         for block, modules in self.stale(phase):
@@ -179,7 +175,7 @@ class ResidentStore(PhaseStore):
             spare = torch.empty_like(live.tensor)
             self.table.live[module] = LiveWeight(live.tensor, None)
             pair = first, second
-            merge_phase_pair(live.tensor, spare, module, pair, rounding=self.rounding, cache=self._factors)
+            merge_phase_pair(live.tensor, spare, module, pair, rounding=self.rounding, cache=self.factors)
             self.table.expect(module, wanted[1], spare)
             self._spare[module] = LiveWeight(spare, wanted[1])
             self.table.expect(module, wanted[0], live.tensor)
@@ -237,6 +233,8 @@ class InplaceStore(PhaseStore):
     A block is computed beside its present tensors, checked, and only then swapped in; the tensors that it replaces serve
     the next block. So an exception at any point loses nothing.
     """
+
+    merges_again = True
 
     def __init__(self, context: StoreContext) -> None:
         super().__init__(context)
@@ -311,7 +309,7 @@ class InplaceStore(PhaseStore):
         live = self.table.live[module]
         assert live.key is not None
         entry = (module, live.key)
-        deltas = list(phase_deltas(tensor, module, self._phase_of[entry], self._factors))
+        deltas = list(phase_deltas(tensor, module, self._phase_of[entry], self.factors))
         for delta, rows in deltas:
             torch.sub(live.tensor[rows], delta, out=tensor[rows])
         apply_correction(tensor, self._corrections[entry])

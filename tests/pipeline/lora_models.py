@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ltxkern.pipeline.lora import LoRA, LoRAFactors, LoRAPhase, merge_phase
+from ltxkern.pipeline.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.phase_merge import merge_phase
 
 
 class Blocks(nn.Module):

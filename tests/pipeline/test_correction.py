@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ltxkern.pipeline.correction import apply_correction, bit_pattern, record_correction
-from ltxkern.pipeline.lora import LoRA, LoRAFactors, LoRAPhase, merge_phase
+from ltxkern.pipeline.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.phase_merge import merge_phase
 
 
 def random_bits(shape, dtype, seed):

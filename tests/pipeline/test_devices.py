@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ltxkern.launch.merge_lora import cpu_has_bfloat16_products
-from ltxkern.pipeline import devices, host_memory, phase_stores
+from ltxkern.pipeline import host_memory, mode_choice, phase_stores
 from ltxkern.pipeline.correction import bit_pattern
 from ltxkern.pipeline.demo import build_demo, demo_lora
 from ltxkern.pipeline.device_modes import MODES, ModeNeeds, choose_mode
@@ -387,7 +387,7 @@ def test_describe_says_what_each_mode_needs(monkeypatch):
         text = manager.describe()
     assert "device mode resident: chosen" in text
     assert all(f"{mode}: " in text for mode in MODES)
-    monkeypatch.setattr(devices, "device_available", lambda device: 0)
+    monkeypatch.setattr(mode_choice, "device_available", lambda device: 0)
     with TwoStageDeviceManager("auto") as manager:
         manager.attach(model)
         manager.prepare(*phases)

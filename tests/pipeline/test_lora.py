@@ -10,17 +10,9 @@ from torch.utils._pytree import tree_iter
 from ltxkern.launch import merge_lora as launch
 from ltxkern.pipeline.checkpoint import CheckpointError
 from ltxkern.pipeline.demo import build_demo, demo_lora
-from ltxkern.pipeline.lora import (
-    NO_LORA,
-    LoRA,
-    LoRAFactors,
-    LoRAPhase,
-    binary_ratio,
-    lora_phases,
-    merge_phase,
-    merge_phase_pair,
-)
+from ltxkern.pipeline.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, lora_phases
 from ltxkern.pipeline.lora_file import dequantise
+from ltxkern.pipeline.phase_merge import binary_ratio, merge_phase, merge_phase_pair
 from tests.ops.contract import noise
 from tests.pipeline.lora_models import linear_weights, random_lora, small_model
 from tests.serving import backends_of, serving
