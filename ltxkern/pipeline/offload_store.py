@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,19 @@ from ltxkern.pipeline.lora import NO_LORA, LoRAPhase
 from ltxkern.pipeline.phase_stores import OriginalStore, StoreContext
 from ltxkern.pipeline.weight_table import OUTER_BLOCK, block_of
 
+logger = logging.getLogger(__name__)
+
 _SLOTS = 2
+
+
+def _place(tensor: Tensor) -> torch.device:
+    return tensor.device
+
+
+def _move(tensors: Iterable[tuple[Tensor, torch.device]]) -> None:
+    """Each tensor's data to its device."""
+    for tensor, place in tensors:
+        tensor.data = tensor.data.to(place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +45,8 @@ class OffloadStore(OriginalStore):
     """Pristine blocks stay on the host; each is copied into one of two slots and merged there while the last one computes.
 
     A phase costs nothing to enter but the weights outside the blocks: the next visit of each block merges it. Copies and
-    merges run on the side stream; the compute stream waits for a block at its first read.
+    merges run on the side stream; the compute stream waits for a block at its first read. `close` returns every weight to
+    where it lay before.
     """
 
     def __init__(self, context: StoreContext, budget: HostBudget, device: torch.device) -> None:
@@ -40,7 +54,9 @@ class OffloadStore(OriginalStore):
         self._device = device
         self._blocks: dict[str, list[_Visitor]] = {}
         self._copies: list[HostCopy] = []
+        # Where tensors lay before, those outside the blocks and those of blocks that were not on the host.
         self._outer: list[tuple[Tensor, torch.device]] = []
+        self._away: list[tuple[Tensor, torch.device]] = []
         self._slots: list[dict[tuple[Any, ...], Tensor]] = [{} for _ in range(_SLOTS)]
         self._free: list[Any] = [self.clock.mark() for _ in range(_SLOTS)]
         self._arrivals: dict[str, tuple[int, Any]] = {}
@@ -56,16 +72,17 @@ class OffloadStore(OriginalStore):
     def _settle_blocks(self, transformer: nn.Module, budget: HostBudget) -> None:
         for name, module in transformer.named_modules():
             if name and block_of(f"{name}.") == name and any(True for _ in module_tensors(module)):
-                if any(tensor.device.type != "cpu" for tensor in module_tensors(module)):
-                    module.to("cpu")
+                away = [(t, _place(t)) for t in module_tensors(module) if _place(t).type != "cpu"]
+                self._away += away
+                _move((tensor, torch.device("cpu")) for tensor, _ in away)
                 self._copies.append(self._keep(module, budget))
                 weights = {id(m.weight): f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
                 self._blocks[name] = [_Visitor(t, t.data, weights.get(id(t), "")) for t in module_tensors(module)]
         inside = {id(visitor.tensor) for block in self._blocks.values() for visitor in block}
         for tensor in module_tensors(transformer):
             if id(tensor) not in inside:
-                self._outer.append((tensor, tensor.device))
-                tensor.data = tensor.data.to(self._device)
+                self._outer.append((tensor, _place(tensor)))
+                _move([(tensor, self._device)])
 
     @staticmethod
     def _keep(module: nn.Module, budget: HostBudget) -> HostCopy:
@@ -149,8 +166,7 @@ class OffloadStore(OriginalStore):
             self._send_home()
             for copy in self._copies:
                 copy.close()
-            for tensor, place in self._outer:
-                tensor.data = tensor.data.to(place)
+            _move(self._outer)
         self._copies, self._outer = [], []
         # The slots go back to the side stream's memory: what it does next may not overtake the last reads.
         unread = self.clock.mark()
@@ -159,6 +175,16 @@ class OffloadStore(OriginalStore):
         self._slots = [{} for _ in range(_SLOTS)]
         self._arrivals.clear()
         self._blocks.clear()
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Blocks that lay elsewhere return there; where there is no room any more, all of them stay on the host."""
+        away, self._away = self._away, []
+        try:
+            _move(away)
+        except torch.cuda.OutOfMemoryError as error:
+            _move((tensor, torch.device("cpu")) for tensor, _ in away)
+            logger.warning("the transformer's blocks stay on the host: %s", str(error).splitlines()[0])
 
     @property
     def extra_device_bytes(self) -> int:

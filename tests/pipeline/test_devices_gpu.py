@@ -6,9 +6,13 @@ import random
 import pytest
 import torch
 
+from ltxkern import served
 from ltxkern.pipeline.device_modes import MODES
 from ltxkern.pipeline.devices import TwoStageDeviceManager
+from ltxkern.pipeline.factor_cache import FactorCache
+from ltxkern.pipeline.host_memory import HostBudget
 from ltxkern.pipeline.lora import NO_LORA, lora_phases
+from ltxkern.pipeline.phase_merge import merge_phase, merge_phase_pair
 from ltxkern.pipeline.stream_clock import CudaClock
 from tests.pipeline.lora_models import assert_weights, linear_weights, random_lora, small_model
 
@@ -137,6 +141,53 @@ def test_everything_is_on_the_host_again_after_offloading():
         model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     assert_weights(model, pristine)
+
+
+def test_offloaded_weights_return_to_the_gpu_they_came_from():
+    model = model_on_host()
+    pristine = linear_weights(model)
+    model.to("cuda")
+    with TwoStageDeviceManager("original", device="cuda", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+        assert {weight.device.type for weight in model.transformer_blocks.parameters()} == {"cpu"}
+        model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    assert_weights(model.cpu(), pristine)
+
+
+def test_factors_without_room_are_page_locked_and_travel_without_a_wait():
+    model = model_on_host()
+    lora = random_lora("distilled", model, seed=1, rank=64)
+    budget, device = HostBudget(), torch.device("cuda", torch.cuda.current_device())
+    cache = FactorCache(0, budget)
+    cache.page_lock(lora_phases([], lora), device)
+    assert cache.locked_bytes == lora.nbytes
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [cache.on(device, factors) for factors in lora.factors.values()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (a, b), factors in zip(found, lora.factors.values(), strict=True):
+        assert torch.equal(a.cpu(), factors.a)
+        assert torch.equal(b.cpu(), factors.b)
+    cache.keep_only(())
+    assert budget.used == 0
+
+
+def test_resident_reads_each_weight_once():
+    """Both phases come from one `dual_add` a chunk, by a compiled kernel, bit-equal to two merges."""
+    weight = small_model(width=WIDTH, hidden=HIDDEN, blocks=1).transformer_blocks[0][0].weight.detach().cuda()
+    model = model_on_host()
+    name = "transformer_blocks.0.0"
+    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=384))
+    expected = [merge_phase(weight.clone(), name, phase) for phase in phases]
+    other = torch.full_like(weight, torch.nan)
+    merge_phase_pair(weight, other, name, phases)
+    assert torch.equal(weight, expected[0])
+    assert torch.equal(other, expected[1])
+    assert served()["dual_add"] & {"cuda", "nvrtc", "triton"}
 
 
 def test_a_switch_between_prepared_phases_waits_for_nothing():

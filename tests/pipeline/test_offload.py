@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from ltxkern.pipeline import phase_stores
+from ltxkern.pipeline import offload_store, phase_stores
 from ltxkern.pipeline.devices import TwoStageDeviceManager
-from ltxkern.pipeline.host_copy import HostCopy, Lender, module_bytes, storages
+from ltxkern.pipeline.host_copy import HostCopy, Lender, module_bytes, module_tensors, storages
 from ltxkern.pipeline.host_memory import HostBudget
 from ltxkern.pipeline.lora import NO_LORA, lora_phases
 from tests.pipeline.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
@@ -253,6 +253,64 @@ def test_offloading_brings_the_weights_outside_the_blocks_home_again():
         there = SimpleNamespace(data=SimpleNamespace(to=lambda place: f"now on {place}"))
         outer.append((there, torch.device("cpu")))
     assert there.data == "now on cpu"
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Blocks and other weights seem to lie on a GPU; what is moved there is written down, and may find no room."""
+    state = {"full": False, "moved": {}}
+    real = offload_store._move
+
+    def move(tensors):
+        for tensor, place in tensors:
+            if state["full"] and place.type == "cuda":
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nMore words.")
+            real([(tensor, torch.device("cpu"))])
+            state["moved"][id(tensor)] = place
+
+    monkeypatch.setattr(offload_store, "_place", lambda tensor: torch.device("cuda", 0))
+    monkeypatch.setattr(offload_store, "_move", move)
+    return state
+
+
+def attach_and_close(model):
+    """One offloaded request, and what the table of places says after `prepare`."""
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        inside = {id(t) for t in module_tensors(model.transformer_blocks)}
+        model(torch.randn(2, 48).bfloat16())
+        return inside
+
+
+def test_blocks_that_were_on_the_gpu_return_there(elsewhere):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    attach_and_close(model)
+    assert set(elsewhere["moved"]) == {id(tensor) for tensor in module_tensors(model)}
+    assert set(elsewhere["moved"].values()) == {torch.device("cuda", 0)}
+    assert_weights(model, pristine)
+
+
+def test_blocks_that_find_no_room_stay_on_the_host_together(elsewhere, monkeypatch, caplog):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    real = offload_store.OffloadStore._take_back
+
+    def take_back(self):
+        # The last block finds no room.
+        elsewhere["full"] = True
+        tensors = [tensor for tensor, _ in self._away]
+        self._away = [(t, torch.device("cuda" if t is tensors[-1] else "meta")) for t in tensors]
+        real(self)
+
+    monkeypatch.setattr(offload_store.OffloadStore, "_take_back", take_back)
+    inside = attach_and_close(model)
+    assert {elsewhere["moved"][key] for key in inside} == {torch.device("cpu")}
+    assert caplog.messages == [
+        "the transformer's blocks stay on the host: CUDA out of memory. Tried to allocate 2 MiB."
+    ]
+    assert_weights(model, pristine)
 
 
 def test_modules_without_weights_can_be_lent():
