@@ -1,7 +1,8 @@
 """Switching the transformer between the LoRA phases of the two stages, in every device mode of TwoStageDeviceManager.
 
-Rows: `prepare` (both phases made ready, first one merged), `switch` (either direction, in turn). The floor of a switch is one
-read and one write of the patched weights at the copy roof; a mode that keeps both phases stays below it.
+Rows: `prepare` (both phases made ready, first one merged, pristine weights kept on the host where the mode needs them), `switch`
+(either direction, in turn). The floor of a switch is one read and one write of the patched weights at the copy roof; a mode that
+keeps both phases stays below it. Row `both phases`, with "resident": what of its `prepare` is merging; floor: one read, two writes.
 
 Baselines of the same run, on the same weights and factors, which lie on the device: `matmul + add_` (the delta of the strengths'
 difference added in place), `PEFT-style merge` (the old delta subtracted, the new one added), and `dynamic LoRA` (nothing merged,
@@ -26,6 +27,7 @@ from harness import Run, with_ratios
 from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.devices import TwoStageDeviceManager
 from ltxkern.pipeline.lora import LoRA, LoRAPhase
+from ltxkern.pipeline.phase_merge import merge_phase, merge_phase_pair
 from record import Record
 from report import full_report, size
 from timing import CallTimer, interleave, summarise
@@ -158,6 +160,47 @@ def measure_baseline(run: Run, provider: str, case: Case, blocks: int, rank: int
     )
 
 
+def merge_both(weight: Tensor, other: Tensor, module: str, phases: tuple[LoRAPhase, LoRAPhase]) -> None:
+    """A copy of the weight, and a merge of one phase into each."""
+    other.copy_(weight)
+    merge_phase(weight, module, phases[0])
+    merge_phase(other, module, phases[1])
+
+
+BOTH_PHASES = {"copy + two merges": merge_both, "ltxkern dual_add": merge_phase_pair}
+
+
+@torch.no_grad()
+def measure_both_phases(run: Run, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+    """Both phases of all weights from pristine ones, as "resident" prepares them; bit-equal to fresh merges."""
+    model, twin = build(case, blocks, DTYPES[dtype], run.device)
+    del twin
+    on_host = random_lora(model, rank)
+    factors = on_device(on_host, run.device, DTYPES[dtype])
+    lora = LoRA.from_tensors("on the device", {name: (*pair, None) for name, pair in factors.items()})
+    phases = LoRAPhase(((lora, STRENGTHS[0]),)), LoRAPhase(((lora, STRENGTHS[1]),))
+    modules = linears(model)
+    spare = {name: torch.empty_like(module.weight) for name, module in modules.items()}
+    probe = max(modules, key=lambda name: modules[name].weight.numel())
+    records = []
+    for provider, merge in BOTH_PHASES.items():
+        weight, other = modules[probe].weight, spare[probe]
+        expected = [merge_phase(weight.clone(), probe, phase) for phase in phases]
+        merge(weight, other, probe, phases)
+        equal = torch.equal(weight, expected[0]) and torch.equal(other, expected[1])
+        del expected
+
+        def both(merge: Any = merge) -> None:
+            for name, module in modules.items():
+                merge(module.weight, spare[name], name, phases)
+
+        samples = [timed(run, both) for _ in range(run.settings.rounds + 1)][1:]
+        title, moved = f"{case.name} {blocks} blocks rank {rank} both phases", 3 * linear_bytes(model)
+        records.append(row(run, title, provider, samples, moved, (blocks, rank), dtype=dtype, bit_equal=equal))
+        run.note_clocks()
+    return records
+
+
 def add_dynamic(
     modules: dict[str, torch.nn.Linear], factors: dict[str, tuple[Tensor, Tensor]], strength: float
 ) -> list:
@@ -286,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             continue
         run.records += measure_mode(run, mode, case, blocks, rank, dtype)
+        if mode == "resident":
+            run.records += measure_both_phases(run, case, blocks, rank, dtype)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     if not parsed.no_baselines:

@@ -4,10 +4,21 @@ import copy
 
 import pytest
 import torch
-from bench_lora_switch import BASELINES, STRENGTHS, add_dynamic, linear_bytes, linears, on_device, random_lora
+from bench_lora_switch import (
+    BASELINES,
+    BOTH_PHASES,
+    STRENGTHS,
+    add_dynamic,
+    linear_bytes,
+    linears,
+    on_device,
+    random_lora,
+)
 from torch import nn
 
 from ltxkern.ops.merge_lora import merge_lora_
+from ltxkern.pipeline.lora import LoRAPhase
+from ltxkern.pipeline.phase_merge import merge_phase
 
 
 @pytest.fixture
@@ -44,6 +55,18 @@ def test_a_dynamic_lora_gives_the_merged_output(model):
     for hook in hooks:
         hook.remove()
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("provider", BOTH_PHASES)
+def test_both_phases_are_made_from_one_weight(provider, model):
+    lora = random_lora(model, 3)
+    phases = tuple(LoRAPhase(((lora, strength),)) for strength in STRENGTHS)
+    for name, module in linears(model).items():
+        expected = [merge_phase(module.weight.clone(), name, phase) for phase in phases]
+        other = torch.full_like(module.weight, float("nan"))
+        BOTH_PHASES[provider](module.weight, other, name, phases)
+        assert torch.equal(module.weight, expected[0])
+        assert torch.equal(other, expected[1])
 
 
 def test_the_bytes_are_those_of_the_patched_weights(model):
