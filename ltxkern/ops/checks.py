@@ -1,8 +1,14 @@
-"""Argument checks shared by the ops: each raises one sentence that names the parameter, what was expected and what came."""
+"""Argument checks shared by the ops: each raises one sentence with the parameter, what was expected, what came and what to give.
+
+The right argument takes the shortest way through: sentences are made when there is something to say.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,29 +20,64 @@ SAMPLER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | None = None, min_dim: int = 0) -> None:
     """`value` is a tensor of an allowed dtype with at least `min_dim` dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise_no_tensor(name, value)
     if dtypes is not None and value.dtype not in dtypes:
-        raise TypeError(f"{name} must be one of {', '.join(str(d) for d in dtypes)}, got {value.dtype}")
-    if value.dim() < min_dim:
+        nearest = torch.float32 if torch.float32 in dtypes else dtypes[-1]
+        use = f"{name}.real" if value.is_complex() else f"{name}.to({nearest})"
+        expected = str(dtypes[0]) if len(dtypes) == 1 else f"one of {', '.join(map(str, dtypes))}"
+        raise TypeError(f"{name} must be {expected}, got {value.dtype}: use {use}")
+    if min_dim and value.dim() < min_dim:
         raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
+
+
+def raise_no_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> NoReturn:
+    """The error for what is no tensor, with the way to make one of it."""
+    kind = type(value).__name__
+    use = ""
+    if kind == "ndarray":
+        use = f": use torch.from_numpy({name})"
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        use = f": use torch.tensor({name})"
+    elif isinstance(value, dict):
+        use = f": use list({name}.values())"
+    raise TypeError(f"{name} must be {expected}, got {kind}{use}")
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
     """`value` has exactly this shape."""
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """`value` lies on the same device as the op's first tensor."""
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, got {value.device}")
+        raise ValueError(f'{name} must be on {device}, got {value.device}: use {name}.to("{device}")')
 
 
-def check_finite_number(name: str, value: float, *, low: float | None = None, high: float | None = None) -> None:
+def check_like(name: str, value: Any, model: Tensor) -> None:
+    """`value` is a tensor of the model's shape, dtype and device."""
+    if not isinstance(value, Tensor):
+        raise_no_tensor(name, value)
+    check_shape(name, value, model.shape)
+    check_device(name, value, model.device)
+    if value.dtype != model.dtype:
+        use = f"{name}.real" if value.is_complex() else f"{name}.to({model.dtype})"
+        raise TypeError(f"{name} must be {model.dtype}, got {value.dtype}: use {use}")
+
+
+def check_vector(name: str, value: Any, length: int, device: torch.device) -> None:
+    """`value` holds `length` values in an activation dtype, on the device of the op's first tensor."""
+    check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
+    check_shape(name, value, (length,))
+    check_device(name, value, device)
+
+
+def check_finite_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:
     """`value` is a finite real number within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        use = f": use float({name})" if hasattr(value, "item") else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{use}")
     # A comparison, where math.isfinite would break the graph of a compiled caller.
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
@@ -46,12 +87,67 @@ def check_finite_number(name: str, value: float, *, low: float | None = None, hi
         raise ValueError(f"{name} must be at most {high}, got {value}: use {high}")
 
 
+def check_integer(name: str, value: Any, low: int, high: int | None = None, *, use: int | None = None) -> None:
+    """`value` is a whole number within [low, high]; `use` is what to advise below that."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        advice = f": use int({name})" if isinstance(value, float) or hasattr(value, "item") else ""
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}{advice}")
+    number: Any = value
+    if number < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}: use {low if use is None else use}")
+    if high is not None and number > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}: use {high}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """`value` is one of these words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {_quoted(choices)}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be {_quoted(choices)}, got {value!r}")
+
+
+def _quoted(choices: Sequence[str]) -> str:
+    *others, last = (f'"{choice}"' for choice in choices)
+    return f"{', '.join(others)} or {last}"
+
+
+def check_together(first: str, one: object, second: str, other: object) -> None:
+    """Two parameters are given both, or left out both."""
+    if (one is None) != (other is None):
+        alone = second if one is None else first
+        raise ValueError(f"{first} and {second} go together, got {alone} alone: give both or neither")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def check_out(
-    out: Tensor, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = "out"
+    out: Any, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = "out"
 ) -> None:
     """`out` can take a result of this shape, dtype and device."""
-    check_tensor(name, out)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(out).__name__}")
     check_shape(name, out, shape)
-    check_device(name, out, device)
+    if out.device != device:
+        raise ValueError(f"{name} must be on {device}, got {out.device}")
     if out.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {out.dtype}")
+
+
+def check_pair(out: Any) -> None:
+    """`out` is a pair, of tensors or of lists of them."""
+    if not isinstance(out, (tuple, list)):
+        raise TypeError(f"out must be a pair of tensors, got {type(out).__name__}")
+    if len(out) != 2:
+        raise ValueError(f"out must be a pair of tensors, got {len(out)} of them")
+
+
+def check_outs(out: Any, model: Tensor) -> None:
+    """`out` is a pair of tensors that can take results of the model's shape, dtype and device."""
+    check_pair(out)
+    check_out(out[0], model.shape, model.dtype, model.device, "out[0]")
+    check_out(out[1], model.shape, model.dtype, model.device, "out[1]")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import combine_guidance as launch
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_out, check_tensor
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_like, check_out, check_tensor
 from ltxkern.triton import constraints, triton_backend
 
 
@@ -97,7 +97,7 @@ def combine_guidance(
         if scale != void and branch is None:
             raise ValueError(f"{scale_name} is {scale}, so {name} is needed: give it, or use {scale_name}={void}")
         if branch is not None:
-            check_out(branch, cond.shape, cond.dtype, cond.device, name)
+            check_like(name, branch, cond)
         used.append(branch if scale != void else None)
     check_finite_number("rescale_scale", rescale_scale)
     if out is not None:

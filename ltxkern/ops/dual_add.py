@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import dual_add as launch
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import SAMPLER_DTYPES, check_out, check_tensor
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_like, check_outs, check_tensor
 from ltxkern.triton import constraints, triton_backend
 
 
@@ -55,12 +55,9 @@ def dual_add(
     Source: both phases of a LoRA schedule from one pristine weight.
     """
     check_tensor("x", x, dtypes=SAMPLER_DTYPES)
-    check_out(first, x.shape, x.dtype, x.device, "first")
-    check_out(second, x.shape, x.dtype, x.device, "second")
+    check_like("first", first, x)
+    check_like("second", second, x)
     if out is not None:
-        if len(out) != 2:
-            raise ValueError(f"out must be a pair of tensors, got {len(out)} of them")
-        check_out(out[0], x.shape, x.dtype, x.device, "out[0]")
-        check_out(out[1], x.shape, x.dtype, x.device, "out[1]")
+        check_outs(out, x)
     sums: tuple[Tensor, Tensor] = OP(x, first, second, out=out)
     return sums

@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import rows
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_out, check_shape, check_tensor
+from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_like, check_out, check_shape, check_tensor
 from ltxkern.triton import constraints, triton_backend
 
 
@@ -71,7 +71,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = N
     Source: the LTX-2 transformer block.
     """
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES)
-    check_out(y, x.shape, x.dtype, x.device, "y")
+    check_like("y", y, x)
     check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
     check_device("gate", gate, x.device)
     try:

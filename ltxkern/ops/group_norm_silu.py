@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from ltxkern.dispatch import Backend, Op, like
 from ltxkern.launch import group_norm_silu as launch
 from ltxkern.launch.tensors import refuse
-from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_out, check_shape, check_tensor
+from ltxkern.ops.checks import (
+    ACTIVATION_DTYPES,
+    check_finite_number,
+    check_integer,
+    check_like,
+    check_out,
+    check_tensor,
+    check_together,
+    check_vector,
+    raise_no_tensor,
+)
 from ltxkern.triton import constraints, triton_backend
 
 
@@ -116,21 +126,22 @@ def group_norm_silu(
     """
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
     channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups != 0:
-        legal = [g for g in range(1, channels + 1) if channels % g == 0]
-        nearest = min(legal, key=lambda g: abs(g - num_groups), default=1)
-        raise ValueError(f"num_groups {num_groups} does not divide the {channels} channels of x: use {nearest}")
     for name, value in (("weight", weight), ("bias", bias), ("conv_bias", conv_bias)):
         if value is not None:
-            check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
-            check_shape(name, value, (channels,))
-            check_device(name, value, x.device)
-            if torch.promote_types(value.dtype, x.dtype) != value.dtype:
-                raise TypeError(f"{name} must be {x.dtype} like x or wider, got {value.dtype}")
-    if (weight is None) != (bias is None):
-        raise ValueError("weight and bias go together: give both or neither")
+            check_vector(name, value, channels, x.device)
+            if value.dtype != x.dtype and torch.promote_types(value.dtype, x.dtype) != value.dtype:
+                raise TypeError(
+                    f"{name} must be {x.dtype} like x or wider, got {value.dtype}: use {name}.to({x.dtype})"
+                )
+    check_together("weight", weight, "bias", bias)
+    check_integer("num_groups", num_groups, 1)
+    if channels % num_groups != 0:
+        legal = [g for g in range(1, channels + 1) if channels % g == 0]
+        nearest = min(legal, key=lambda g: abs(g - num_groups), default=1)
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}: use {nearest}")
+    check_finite_number("eps", eps, low=0.0)
     if residual is not None:
-        check_out(residual, x.shape, x.dtype, x.device, "residual")
+        check_like("residual", residual, x)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(x, weight, bias, num_groups, eps, residual, conv_bias, out=out)
@@ -155,9 +166,16 @@ def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> 
         activation: an `nn.SiLU` for the fused path (`inplace` is honoured in meaning: the result is returned).
     Returns:
         (N, C, *).
+    Raises:
+        TypeError: no tensor, or no modules.
 
     Contract: as `group_norm_silu` on the fused path, exact otherwise. Forward hooks and autocast take the composition.
     """
+    if not isinstance(x, Tensor):
+        raise_no_tensor("x", x)
+    for name, module in (("norm", norm), ("activation", activation)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, activation))
     if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or hooked or not fuses(x, norm):
         return activation(norm(x))

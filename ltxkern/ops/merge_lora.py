@@ -12,7 +12,15 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import merge_lora as launch
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_finite_number, check_tensor
+from ltxkern.ops.checks import (
+    SAMPLER_DTYPES,
+    check_choice,
+    check_device,
+    check_finite_number,
+    check_integer,
+    check_tensor,
+    raise_no_tensor,
+)
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from ltxkern.overlap import Read, Written, apart, check
 from ltxkern.triton import constraints, triton_backend
@@ -192,6 +200,18 @@ def _call(
     return weight, [lora_a[k] for k in kept], [lora_b[k] for k in kept], [scales[k] for k in kept], *options
 
 
+def _factors(name: str, value: Any) -> list[Tensor]:
+    """One factor, or several in a list or tuple, as a list."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise_no_tensor(name, value, "a tensor or a list of tensors")
+    for index, factor in enumerate(value):
+        if not isinstance(factor, Tensor):
+            raise_no_tensor(f"{name}[{index}]", factor)
+    return list(value)
+
+
 def _checked(
     weight: Tensor,
     lora_a: Tensor | Sequence[Tensor],
@@ -205,27 +225,25 @@ def _checked(
     check_tensor("weight", weight, dtypes=WEIGHT_DTYPES)
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix (out, in), got shape {tuple(weight.shape)}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f'rounding must be "single", "reference" or "stochastic", got {rounding!r}')
+    factors_a, factors_b = _factors("lora_a", lora_a), _factors("lora_b", lora_b)
+    given: Sequence[Any] = scale if isinstance(scale, (list, tuple)) else [scale] * len(factors_a)
+    for index, one in enumerate(given):
+        check_finite_number("scale" if given is not scale else f"scale[{index}]", one)
+    scales = [float(one) for one in given]
+    check_choice("rounding", rounding, ROUNDINGS)
     if rounding == ("reference" if weight.dtype == torch.float8_e4m3fn else "stochastic"):
         raise ValueError(f'rounding="{rounding}" does not go with a {weight.dtype} weight: use "single"')
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be an int from 0 to 2^63 - 1, got {seed!r}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}: use {32 << 20}")
-    factors_a = [lora_a] if isinstance(lora_a, Tensor) else list(lora_a)
-    factors_b = [lora_b] if isinstance(lora_b, Tensor) else list(lora_b)
-    scales = [float(scale)] * len(factors_a) if isinstance(scale, (int, float)) else [float(s) for s in scale]
+    check_integer("seed", seed, 0, (1 << 63) - 1)
+    check_integer("chunk_bytes", chunk_bytes, 1, use=CHUNK_BYTES)
     if not len(factors_a) == len(factors_b) == len(scales):
         raise ValueError(
             f"lora_a, lora_b and scale must have one length, got {len(factors_a)}, {len(factors_b)} and {len(scales)}"
         )
-    for index, (a, b, s) in enumerate(zip(factors_a, factors_b, scales, strict=True)):
-        check_tensor(f"lora_a[{index}]", a, dtypes=SAMPLER_DTYPES)
-        check_tensor(f"lora_b[{index}]", b, dtypes=SAMPLER_DTYPES)
-        check_finite_number(f"scale[{index}]", s)
-        check_device(f"lora_a[{index}]", a, weight.device)
-        check_device(f"lora_b[{index}]", b, weight.device)
+    for index, (a, b) in enumerate(zip(factors_a, factors_b, strict=True)):
+        for name, factor in (("lora_a", a), ("lora_b", b)):
+            if factor.dtype not in SAMPLER_DTYPES or factor.device != weight.device:
+                check_tensor(f"{name}[{index}]", factor, dtypes=SAMPLER_DTYPES)
+                check_device(f"{name}[{index}]", factor, weight.device)
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != weight.shape[1] or b.shape != (weight.shape[0], a.shape[0]):
             raise ValueError(
                 f"lora_a[{index}] and lora_b[{index}] must be (rank, {weight.shape[1]}) and ({weight.shape[0]}, rank), "
@@ -263,8 +281,16 @@ def merge_lora_many_(
 
     Contract, bytes and source: as `merge_lora_`.
     """
+    for name, listed in (("weights", weights), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if not isinstance(listed, (list, tuple)):
+            raise_no_tensor(name, listed, "a list with an entry for each layer")
+    check_integer("seed", seed, 0)
     count = len(weights)
-    scales = [scale] * count if isinstance(scale, (int, float)) else list(scale)
+    if isinstance(scale, (list, tuple)):
+        scales: list[Any] = list(scale)
+    else:
+        check_finite_number("scale", scale)
+        scales = [scale] * count
     if not len(lora_a) == len(lora_b) == len(scales) == count:
         raise ValueError(
             f"weights, lora_a, lora_b and scale must have one length, got {count}, {len(lora_a)}, {len(lora_b)} and {len(scales)}"

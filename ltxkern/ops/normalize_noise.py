@@ -10,7 +10,7 @@ from torch import Tensor
 from ltxkern.dispatch import Op, like
 from ltxkern.launch import normalize_noise as launch
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import SAMPLER_DTYPES, check_out, check_tensor
+from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
 from ltxkern.triton import constraints, triton_backend
 
 # Below the size from which torch shares one sum among threads.
@@ -185,16 +185,24 @@ def merge_noise_statistics(parts: Sequence[Tensor]) -> Tensor:
     Returns:
         (slices, 3) fp64.
     Raises:
-        ValueError: no part, or parts of different shapes.
+        TypeError, ValueError: no list, no part, or parts of different shapes, dtypes or devices.
     """
+    if not isinstance(parts, (list, tuple)):
+        use = ": use [parts]" if isinstance(parts, Tensor) else ""
+        raise TypeError(f"parts must be a list of tensors of noise_statistics, got {type(parts).__name__}{use}")
     if not parts:
-        raise ValueError("parts must hold at least one tensor of noise_statistics")
-    merged = parts[0]
-    for index, part in enumerate(parts[1:], start=1):
-        if part.shape != merged.shape:
+        raise ValueError("parts must hold at least one tensor of noise_statistics, got none")
+    for index, part in enumerate(parts):
+        check_tensor(f"parts[{index}]", part, dtypes=(torch.float64,))
+        if part.dim() != 2 or part.shape[1] != 3:
+            raise ValueError(f"parts[{index}] must be (slices, 3), got {tuple(part.shape)}")
+        if part.shape != parts[0].shape:
             raise ValueError(
-                f"parts[{index}] must have shape {tuple(merged.shape)} like parts[0], got {tuple(part.shape)}"
+                f"parts[{index}] must have shape {tuple(parts[0].shape)} like parts[0], got {tuple(part.shape)}"
             )
+        check_device(f"parts[{index}]", part, parts[0].device)
+    merged = parts[0]
+    for part in parts[1:]:
         count_a, mean_a, m2_a = merged.unbind(1)
         count_b, mean_b, m2_b = part.unbind(1)
         count = count_a + count_b

@@ -13,11 +13,10 @@ from ltxkern.launch import pixel_norm_silu as launch
 from ltxkern.launch.tensors import device_limits, refuse
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
-    check_device,
     check_finite_number,
     check_out,
-    check_shape,
     check_tensor,
+    check_vector,
 )
 from ltxkern.triton import constraints, triton_backend
 
@@ -84,11 +83,9 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-8, *, weight: Tensor | None = Non
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
     check_finite_number("eps", eps, low=0.0)
     if weight is not None:
-        check_tensor("weight", weight, dtypes=ACTIVATION_DTYPES)
-        check_shape("weight", weight, (x.shape[1],))
-        check_device("weight", weight, x.device)
-        if torch.promote_types(weight.dtype, x.dtype) != weight.dtype:
-            raise TypeError(f"weight must be {x.dtype} like x or wider, got {weight.dtype}")
+        check_vector("weight", weight, x.shape[1], x.device)
+        if weight.dtype != x.dtype and torch.promote_types(weight.dtype, x.dtype) != weight.dtype:
+            raise TypeError(f"weight must be {x.dtype} like x or wider, got {weight.dtype}: use weight.to({x.dtype})")
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(x, eps, weight, out=out)

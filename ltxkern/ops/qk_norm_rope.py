@@ -10,11 +10,13 @@ from ltxkern.launch import qk_norm_rope as launch
 from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
+    check_choice,
     check_device,
     check_finite_number,
-    check_out,
-    check_shape,
+    check_like,
+    check_outs,
     check_tensor,
+    check_vector,
 )
 from ltxkern.triton import constraints, triton_backend
 
@@ -100,16 +102,13 @@ def qk_norm_rope(
     Bytes: read and write q and k, read the tables.
     Source: Su et al. 2021 (RoPE); the LTX-2 attention.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be "split" or "interleaved", got {layout!r}')
-    check_finite_number("eps", eps, low=0.0)
-    check_tensor("q", q, dtypes=ACTIVATION_DTYPES, min_dim=3)
-    check_out(k, q.shape, q.dtype, q.device, "k")
+    check_tensor("q", q, dtypes=ACTIVATION_DTYPES)
+    if q.dim() != 3:
+        raise ValueError(f"q must be (B, T, heads * d), got shape {tuple(q.shape)}")
+    check_like("k", k, q)
     batch, tokens, inner = q.shape
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check_tensor(name, weight, dtypes=ACTIVATION_DTYPES)
-        check_shape(name, weight, (inner,))
-        check_device(name, weight, q.device)
+    check_vector("q_weight", q_weight, inner, q.device)
+    check_vector("k_weight", k_weight, inner, q.device)
     check_tensor("cos", cos, dtypes=ACTIVATION_DTYPES)
     fits = (
         cos.dim() == 4
@@ -121,9 +120,10 @@ def qk_norm_rope(
         raise ValueError(
             f"cos must be (1 or {batch}, heads, {tokens}, d/2) with heads * d = {inner}, got {tuple(cos.shape)}"
         )
-    check_out(sin, cos.shape, cos.dtype, cos.device, "sin")
     check_device("cos", cos, q.device)
+    check_like("sin", sin, cos)
+    check_choice("layout", layout, LAYOUTS)
+    check_finite_number("eps", eps, low=0.0)
     if out is not None:
-        for index, target in enumerate(out):
-            check_out(target, q.shape, q.dtype, q.device, f"out[{index}]")
+        check_outs(out, q)
     return OP(q, k, q_weight, k_weight, cos, sin, eps, layout, out=out)

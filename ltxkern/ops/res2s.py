@@ -11,7 +11,18 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import res2s as launch
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_finite_number, check_out, check_shape, check_tensor
+from ltxkern.ops.checks import (
+    SAMPLER_DTYPES,
+    check_device,
+    check_finite_number,
+    check_flag,
+    check_out,
+    check_pair,
+    check_shape,
+    check_tensor,
+    check_together,
+    raise_no_tensor,
+)
 from ltxkern.ops.res2s_step import Res2sStep, sde_linear_form
 from ltxkern.triton import constraints, triton_backend
 
@@ -160,10 +171,35 @@ def _listed(name: str, value: Any, count: int) -> list[Any]:
     """`value` as a list of `count` entries; None stands for a list of None."""
     if value is None:
         return [None] * count
-    listed = [value] if isinstance(value, Tensor) else list(value)
-    if len(listed) != count:
-        raise ValueError(f"{name} must have {count} entries, one per modality, got {len(listed)}")
-    return listed
+    if isinstance(value, Tensor):
+        value = [value]
+    elif not isinstance(value, (list, tuple)):
+        raise_no_tensor(name, value, "a tensor, or a list with one per modality")
+    if len(value) != count:
+        raise ValueError(f"{name} must have {count} entries, one per modality, got {len(value)}")
+    return list(value)
+
+
+def _modalities(name: str, value: Any) -> list[Tensor]:
+    """The states of a half-step: one tensor, or one per modality."""
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError(f"{name} must have at least one entry, got an empty {type(value).__name__}")
+    states = _listed(name, value, len(value) if isinstance(value, (list, tuple)) else 1)
+    for index, state in enumerate(states):
+        if not isinstance(state, Tensor):
+            raise_no_tensor(f"{name}[{index}]" if isinstance(value, (list, tuple)) else name, state)
+    return states
+
+
+def _check_step(step: object) -> None:
+    if not isinstance(step, Res2sStep):
+        raise TypeError(f"step must be a Res2sStep, got {type(step).__name__}: use an entry of res2s_steps(sigmas)")
+
+
+def _check_operand(name: str, value: Tensor, first: Tensor) -> None:
+    check_tensor(name, value, dtypes=SAMPLER_DTYPES)
+    check_shape(name, value, first.shape)
+    check_device(name, value, first.device)
 
 
 def _check_modality(
@@ -172,18 +208,13 @@ def _check_modality(
     (first_name, first), *others = tensors.items()
     check_tensor(first_name, first, dtypes=SAMPLER_DTYPES, min_dim=2)
     for name, value in others:
-        check_tensor(name, value, dtypes=SAMPLER_DTYPES)
-        check_shape(name, value, first.shape)
-        check_device(name, value, first.device)
-    if (mask is None) != (clean is None):
-        raise ValueError("mask and clean go together: give both or neither")
+        _check_operand(name, value, first)
+    check_together("mask", mask, "clean", clean)
     if mask is not None and clean is not None:
         check_tensor("mask", mask, dtypes=(torch.float32,))
         check_device("mask", mask, first.device)
         check_shape("mask", mask, (*first.shape[:-1], 1))
-        check_tensor("clean", clean, dtypes=SAMPLER_DTYPES)
-        check_shape("clean", clean, first.shape)
-        check_device("clean", clean, first.device)
+        _check_operand("clean", clean, first)
     if stats is not None:
         check_tensor("noise_stats", stats, dtypes=(torch.float64,))
         check_shape("noise_stats", stats, (first.shape[:-2].numel(), 3))
@@ -228,6 +259,7 @@ def res2s_sde_step(
     _check_modality({"sample": sample, "denoised": denoised, "noise": noise}, None, None, noise_stats)
     for name, value in (("sigma", sigma), ("sigma_next", sigma_next), ("eta", eta)):
         check_finite_number(name, value, low=0.0)
+    check_flag("terminal", terminal)
     if out is not None:
         check_out(out, denoised.shape, denoised.dtype, denoised.device)
     if terminal or eta == 0.0 or sigma_next == 0.0:
@@ -278,18 +310,20 @@ def res2s_midpoint(
     Source: the res2s sampler of LTX-2; closed form of its 100-iteration anchor recursion.
     """
     single = isinstance(latent, Tensor)
-    states = [latent] if isinstance(latent, Tensor) else list(latent)
+    states = _modalities("latent", latent)
     count = len(states)
     x0s, noises = _listed("x0", x0, count), _listed("noise", noise, count)
     masks, cleans, stats = (
         _listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
     )
+    _check_step(step)
     if compute_dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"compute_dtype must be torch.float64 or torch.float32, got {compute_dtype}")
+        raise TypeError(f"compute_dtype must be torch.float64 or torch.float32, got {compute_dtype}: use torch.float64")
     for i, state in enumerate(states):
         _check_modality({"latent": state, "x0": x0s[i], "noise": noises[i]}, masks[i], cleans[i], stats[i])
     outputs = None
     if out is not None:
+        check_pair(out)
         outputs = [*_listed("out[0]", out[0], count), *_listed("out[1]", out[1], count)]
         for i, state in enumerate(states):
             check_out(outputs[i], state.shape, state.dtype, state.device, "out[0]")
@@ -335,12 +369,15 @@ def res2s_advance(
     Source: the res2s sampler of LTX-2.
     """
     single = isinstance(anchor, Tensor)
-    starts = [anchor] if isinstance(anchor, Tensor) else list(anchor)
+    starts = _modalities("anchor", anchor)
     count = len(starts)
     firsts, seconds, noises = _listed("x0", x0, count), _listed("x0_mid", x0_mid, count), _listed("noise", noise, count)
     masks, cleans, stats = (
         _listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
     )
+    _check_step(step)
+    if model_dtype is not None and model_dtype not in SAMPLER_DTYPES:
+        raise TypeError(f"model_dtype must be one of {', '.join(map(str, SAMPLER_DTYPES))}, got {model_dtype!r}")
     for i, start in enumerate(starts):
         named = {"anchor": start, "x0": firsts[i], "x0_mid": seconds[i], "noise": noises[i]}
         _check_modality(named, masks[i], cleans[i], stats[i])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
+
+from ltxkern.ops.checks import check_finite_number, check_flag
 
 SUBSTEP_ETA = 0.5
 REFINE_MAX_STEP = 0.5
@@ -31,10 +34,12 @@ def res2s_coefficients(h: float, c2: float = 0.5) -> tuple[float, float, float]:
     Returns:
         (a21, b1, b2).
     Raises:
-        ValueError: c2 outside (0, 1].
+        TypeError, ValueError: no finite numbers, or c2 outside (0, 1].
 
     Source: Hochbruck and Ostermann 2005; the res2s sampler of LTX-2.
     """
+    check_finite_number("h", h)
+    check_finite_number("c2", c2)
     if not 0.0 < c2 <= 1.0:
         raise ValueError(f"c2 must be in (0, 1], got {c2}")
     b2 = phi(2, -h) / c2
@@ -58,12 +63,16 @@ def sde_coefficients(
     Returns:
         (alpha_ratio, sigma_down, sigma_up).
     Raises:
-        ValueError: both sigma_up and sigma_down given.
+        TypeError, ValueError: no finite numbers, or both sigma_up and sigma_down given.
 
     Source: the ancestral step of LTX-2.
     """
+    check_finite_number("sigma_next", sigma_next)
+    for name, value in (("sigma_up", sigma_up), ("sigma_down", sigma_down)):
+        if value is not None:
+            check_finite_number(name, value)
     if sigma_up is not None and sigma_down is not None:
-        raise ValueError("give sigma_up or sigma_down, not both")
+        raise ValueError(f"give sigma_up or sigma_down, not both, got {sigma_up} and {sigma_down}")
     if sigma_down is not None:
         alpha = _finite((1.0 - sigma_next) / (1.0 - sigma_down) if sigma_down != 1.0 else math.nan, 1.0)
         return alpha, sigma_down, math.sqrt(max(sigma_next**2 - sigma_down**2 * alpha**2, 0.0))
@@ -125,6 +134,20 @@ class Res2sStep:
         return self.h * self.a21
 
 
+def _levels(sigmas: Any) -> list[float]:
+    """The schedule as floats, from any sequence, array or tensor of one dim."""
+    values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"sigmas must be a sequence of numbers, got {type(sigmas).__name__}")
+    levels = []
+    for index, value in enumerate(values):
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"sigmas[{index}] must be a number, got {type(value).__name__}")
+        levels.append(float(number))
+    return levels
+
+
 def res2s_steps(sigmas: Sequence[float], eta: float = 0.5, *, anchor_refinement: bool = True) -> list[Res2sStep]:
     """One `Res2sStep` per interval of a schedule whose entries are all positive.
 
@@ -136,13 +159,13 @@ def res2s_steps(sigmas: Sequence[float], eta: float = 0.5, *, anchor_refinement:
     Returns:
         len(sigmas) - 1 steps.
     Raises:
-        ValueError: fewer than two sigmas, not strictly decreasing, not positive, or eta negative.
+        TypeError, ValueError: no numbers, fewer than two sigmas, not strictly decreasing, not positive, or eta negative.
     """
-    levels = [float(sigma) for sigma in sigmas]
+    levels = _levels(sigmas)
+    check_finite_number("eta", eta, low=0.0)
+    check_flag("anchor_refinement", anchor_refinement)
     if len(levels) < 2:
         raise ValueError(f"sigmas must hold at least two noise levels, got {len(levels)}")
-    if not (math.isfinite(eta) and eta >= 0.0):
-        raise ValueError(f"eta must be finite and at least 0, got {eta}")
     steps = []
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         if not (math.isfinite(sigma) and 0.0 < sigma_next < sigma):

@@ -12,9 +12,11 @@ from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_device,
     check_finite_number,
+    check_like,
     check_out,
-    check_shape,
+    check_outs,
     check_tensor,
+    check_vector,
 )
 from ltxkern.triton import constraints, triton_backend
 
@@ -87,13 +89,11 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
 
 def _check_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> None:
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
-    check_finite_number("eps", eps, low=0.0)
     _check_rows("scale", scale, x)
     _check_rows("shift", shift, x)
     if weight is not None:
-        check_tensor("weight", weight, dtypes=ACTIVATION_DTYPES)
-        check_shape("weight", weight, (x.shape[-1],))
-        check_device("weight", weight, x.device)
+        check_vector("weight", weight, x.shape[-1], x.device)
+    check_finite_number("eps", eps, low=0.0)
 
 
 def rms_norm_modulate(
@@ -157,9 +157,8 @@ def gated_residual_rms_norm_modulate(
     Source: the LTX-2 transformer block.
     """
     _check_norm(x, scale, shift, eps, weight)
-    check_out(y, x.shape, x.dtype, x.device, "y")
+    check_like("y", y, x)
     _check_rows("gate", gate, x)
     if out is not None:
-        for index, target in enumerate(out):
-            check_out(target, x.shape, x.dtype, x.device, f"out[{index}]")
+        check_outs(out, x)
     return GATED(x, y, gate, scale, shift, eps, weight, out=out)

@@ -241,11 +241,11 @@ def test_backward_is_that_of_the_composition() -> None:
 
 def test_errors_name_the_parameter() -> None:
     x = torch.zeros(1, 6, 4)
-    with pytest.raises(ValueError, match="num_groups 4 does not divide the 6 channels"):
+    with pytest.raises(ValueError, match="num_groups must divide the 6 channels of x, got 4: use 3"):
         ltxkern.group_norm_silu(x, None, None, 4)
     with pytest.raises(ValueError, match="weight must have shape"):
         ltxkern.group_norm_silu(x, torch.ones(5), torch.ones(6), 2)
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="weight and bias go together, got weight alone: give both or neither"):
         ltxkern.group_norm_silu(x, torch.ones(6), None, 2)
     with pytest.raises(TypeError, match=r"weight must be torch.float32"):
         ltxkern.group_norm_silu(x, torch.ones(6, dtype=torch.bfloat16), torch.ones(6), 2)

@@ -203,7 +203,7 @@ def test_merging_nothing_or_differing_parts() -> None:
     with pytest.raises(ValueError, match="parts must hold at least one"):
         ltxkern.merge_noise_statistics([])
     with pytest.raises(ValueError, match=r"parts\[1\] must have shape \(2, 3\) like parts\[0\], got \(1, 3\)"):
-        ltxkern.merge_noise_statistics([torch.zeros(2, 3), torch.zeros(1, 3)])
+        ltxkern.merge_noise_statistics([torch.zeros(2, 3).double(), torch.zeros(1, 3).double()])
 
 
 @pytest.mark.parametrize("name", [*OPS, "noise_statistics"])

@@ -162,7 +162,7 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
     tables = torch.zeros(2, 2, 3, 2)
     return [
         ({"layout": "other"}, ValueError, 'layout must be "split" or "interleaved", got \'other\''),
-        ({"q": torch.zeros(3, 8)}, ValueError, r"q must have at least 3 dimensions, got shape \(3, 8\)"),
+        ({"q": torch.zeros(3, 8)}, ValueError, r"q must be \(B, T, heads \* d\), got shape \(3, 8\)"),
         ({"q": torch.zeros(2, 3, 8).double()}, TypeError, "q must be one of .* got torch.float64"),
         ({"k": torch.zeros(2, 4, 8)}, ValueError, r"k must have shape \(2, 3, 8\), got \(2, 4, 8\)"),
         ({"q_weight": torch.zeros(4)}, ValueError, r"q_weight must have shape \(8,\), got \(4,\)"),

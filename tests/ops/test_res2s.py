@@ -321,11 +321,11 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
     return [
         ({"x0": x[:, 1:]}, ValueError, r"x0 must have shape \(1, 6, 4\), got \(1, 5, 4\)"),
         ({"noise": x.long()}, TypeError, "noise must be one of"),
-        ({"mask": mask}, ValueError, "mask and clean go together: give both or neither"),
-        ({"mask": mask.bool(), "clean": x}, TypeError, "mask must be one of torch.float32, got torch.bool"),
+        ({"mask": mask}, ValueError, "mask and clean go together, got mask alone: give both or neither"),
+        ({"mask": mask.bool(), "clean": x}, TypeError, "mask must be torch.float32, got torch.bool: use mask.to"),
         ({"mask": mask[..., 0], "clean": x}, ValueError, r"mask must have shape \(1, 6, 1\), got \(1, 6\)"),
         ({"mask": mask, "clean": x[..., :2]}, ValueError, r"clean must have shape \(1, 6, 4\)"),
-        ({"noise_stats": torch.zeros(1, 3)}, TypeError, "noise_stats must be one of torch.float64"),
+        ({"noise_stats": torch.zeros(1, 3)}, TypeError, "noise_stats must be torch.float64"),
         (
             {"noise_stats": torch.zeros(2, 3).double()},
             ValueError,

@@ -170,7 +170,7 @@ def test_eta_moves_the_step_and_not_the_substep() -> None:
         ([0.5, 0.6], 0.5, "strictly decreasing"),
         ([1.0, 0.5, 0.0], 0.5, "replace a trailing 0 by 0.0011"),
         ([math.nan, 0.5], 0.5, "strictly decreasing"),
-        ([1.0, 0.5], -0.1, "eta must be finite and at least 0, got -0.1"),
+        ([1.0, 0.5], -0.1, "eta must be at least 0.0, got -0.1: use 0.0"),
         ([1.0, 0.5], math.nan, "eta must be finite"),
     ],
 )
