@@ -33,7 +33,7 @@ def wrong_inputs() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"sigmas": (0.5, 0.6, 0.0)}, ValueError, "strictly decreasing"),
         ({"sigmas": (0.5, 0.001, 0.0)}, ValueError, "last level before 0 must be above 0.0011, got 0.001"),
         ({"sigmas": (1.0, math.nan)}, ValueError, "strictly decreasing"),
-        ({"eta": -1.0}, ValueError, "eta must be finite and at least 0, got -1.0"),
+        ({"eta": -1.0}, ValueError, "eta must be at least 0.0, got -1.0: use 0.0"),
         ({"noise": {}}, ValueError, "noise must hold exactly video, got nothing"),
         ({"noise": {"video": [clean]}}, ValueError, r"noise\['video'\] must hold 8 tensors \(two a step\), got 1"),
         ({"noise": {"video": [clean[:, 1:]] * 8}}, ValueError, r"noise\['video'\]\[0\] must have shape \(1, 6, 4\)"),
