@@ -1,4 +1,5 @@
 // Gated residual and per-head attention gate on the CPU: elementwise over rows, in chunks that stay in L1.
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/rows.h"
@@ -13,41 +14,43 @@ struct GatedResidual {
     i64 rows, inner, width;
 };
 
+// Elements [first, first + count) of a row.
+template <class T>
 static void gate_chunk(const GatedResidual& p, i64 row, i64 first, i64 count) {
-    alignas(64) float x_buffer[kTypedChunk], y_buffer[kTypedChunk], gate_buffer[kTypedChunk], result[kTypedChunk];
     i64 outer = row / p.inner, inner = row % p.inner, gate_at = p.gate.row(outer, inner);
-    const float* x = as_compute(p.x.data, p.x.type, p.x.row(outer, inner) + first, count, x_buffer);
-    float one[1];
+    const T* x = static_cast<const T*>(p.x.data) + p.x.row(outer, inner) + first;
+    T* out = static_cast<T*>(p.out) + row * p.width + first;
+    alignas(64) float buffer[kTypedChunk];
     if (!p.y.data) {
-        float factor = 2.0f / (1.0f + std::exp(-*as_compute(p.gate.data, p.gate.type, gate_at, 1, one)));
-        for (i64 i = 0; i < count; ++i) result[i] = x[i] * factor;
-    } else {
-        const float* y = as_compute(p.y.data, p.y.type, p.y.row(outer, inner) + first, count, y_buffer);
-        const float* gate = gate_buffer;
-        if (p.gate_column > 1) {
-            for (i64 i = 0; i < count; ++i)
-                gate_buffer[i] = *as_compute(p.gate.data, p.gate.type, gate_at + (first + i) * p.gate_column, 1, gate_buffer + i);
-        } else if (p.gate_column) {
-            gate = as_compute(p.gate.data, p.gate.type, gate_at + first, count, gate_buffer);
-        } else {
-            float value = *as_compute(p.gate.data, p.gate.type, gate_at, 1, one);
-            for (i64 i = 0; i < count; ++i) gate_buffer[i] = value;
-        }
-        // The product is exact in fp64, so that the cast alone rounds it, as in torch.
-        for (i64 i = 0; i < count; ++i)
-            result[i] = x[i] + static_cast<float>(static_cast<double>(y[i]) * static_cast<double>(gate[i]));
+        float factor = 2.0f / (1.0f + std::exp(-*as_compute(p.gate.data, p.gate.type, gate_at, 1, buffer)));
+        over_registers(count, [&](i64 i, auto n) { store_n(out + i, load_n(x + i, n) * factor, n); });
+        return;
     }
-    store_compute(result, p.out, p.x.type, row * p.width + first, count);
+    const float* gate = buffer;
+    if (p.gate_column == 1) {
+        gate = as_compute(p.gate.data, p.gate.type, gate_at + first, count, buffer);
+    } else {
+        float one[1];
+        for (i64 i = 0; i < (p.gate_column ? count : 1); ++i)
+            buffer[i] = *as_compute(p.gate.data, p.gate.type, gate_at + (first + i) * p.gate_column, 1, one);
+        if (!p.gate_column) std::fill_n(buffer + 1, count - 1, buffer[0]);
+    }
+    const T* y = static_cast<const T*>(p.y.data) + p.y.row(outer, inner) + first;
+    over_registers(count, [&](i64 i, auto n) {
+        store_n(out + i, load_n(x + i, n) + rounded(load_n(y + i, n) * load_n(gate + i, n)), n);
+    });
 }
 
 static void gated_residual(const void* parameters, int threads) {
     const GatedResidual& p = *static_cast<const GatedResidual*>(parameters);
     i64 pieces = (p.width + kTypedChunk - 1) / kTypedChunk;
+    with_activation(p.x.type, [&](auto kind) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (i64 task = 0; task < p.rows * pieces; ++task) {
-        i64 first = task % pieces * kTypedChunk;
-        gate_chunk(p, task / pieces, first, p.width - first < kTypedChunk ? p.width - first : kTypedChunk);
-    }
+        for (i64 task = 0; task < p.rows * pieces; ++task) {
+            i64 first = task % pieces * kTypedChunk;
+            gate_chunk<decltype(kind)>(p, task / pieces, first, p.width - first < kTypedChunk ? p.width - first : kTypedChunk);
+        }
+    });
 }
 
 LTXK_CPU_END

@@ -25,72 +25,120 @@ struct QkNormRope {
     i64 batch;
 };
 
-static float table_value(const void* base, i64 type, i64 at) {
-    float one[1];
-    return *as_compute(base, type, at, 1, one);
+// Tokens at a time. Tables may lie head by head, each far from the next: a block reads several tokens of one head in a row, where a
+// walk along one token would touch as many distant lines as there are heads, at strides that share the sets of a cache.
+constexpr i64 kTokens = 16;
+
+// cos and sin of a block: element [token * token_stride + head * head_stride + pair], of the table's dtype or converted.
+template <class Table>
+struct Tables {
+    const Table *cosine, *sine;
+    i64 token_stride, head_stride;
+};
+
+// `count` tokens from element `at` on, in fp32.
+static Tables<float> converted(const QkNormRope& p, i64 at, i64 count, float* buffer) {
+    float* into = buffer;
+    for (const void* table : {p.cos, p.sin}) {
+        for (i64 token = 0; token < count; ++token) {
+            for (i64 head = 0; head < p.heads; ++head) {
+                i64 from = at + token * p.table_token + head * p.table_head;
+                float one[1];
+                for (i64 i = 0; i < p.pairs; ++i) *into++ = *as_compute(table, p.table_type, from + i * p.table_pair, 1, one);
+            }
+        }
+    }
+    i64 half = p.heads * p.pairs;
+    return {buffer, buffer + count * half, half, p.pairs};
 }
 
-// cos and sin of all heads of one token, [head][pair].
-static void load_tables(const QkNormRope& p, i64 at, float* cosine, float* sine) {
-    for (i64 head = 0; head < p.heads; ++head, at += p.table_head, cosine += p.pairs, sine += p.pairs) {
-        if (p.table_pair == 1 && p.pairs <= kTypedChunk) {
-            const float* from = as_compute(p.cos, p.table_type, at, p.pairs, cosine);
-            for (i64 i = 0; from != cosine && i < p.pairs; ++i) cosine[i] = from[i];
-            from = as_compute(p.sin, p.table_type, at, p.pairs, sine);
-            for (i64 i = 0; from != sine && i < p.pairs; ++i) sine[i] = from[i];
-            continue;
-        }
-        for (i64 i = 0; i < p.pairs; ++i) {
-            cosine[i] = table_value(p.cos, p.table_type, at + i * p.table_pair);
-            sine[i] = table_value(p.sin, p.table_type, at + i * p.table_pair);
+// One head: pairs (i, pairs + i).
+template <class T, class Table>
+static void rotate_split(i64 pairs, const T* x, float rstd, const float* weight, const Table* cosine, const Table* sine, T* out) {
+    over_registers(pairs, [&](i64 i, auto n) {
+        Floats a = load_n(x + i, n) * rstd * load_n(weight + i, n);
+        Floats b = load_n(x + pairs + i, n) * rstd * load_n(weight + pairs + i, n);
+        Floats c = load_n(cosine + i, n), s = load_n(sine + i, n);
+        store_n(out + i, a * c - b * s, n);
+        store_n(out + pairs + i, b * c + a * s, n);
+    });
+}
+
+// One head: pairs (2i, 2i + 1), by way of `row` in fp32.
+template <class T, class Table>
+static void rotate_interleaved(i64 pairs, const T* x, float rstd, const float* weight, const Table* cosine, const Table* sine, T* out,
+                               float* row) {
+    over_registers(2 * pairs, [&](i64 i, auto n) { store_n(row + i, load_n(x + i, n) * rstd * load_n(weight + i, n), n); });
+    for (i64 i = 0; i < pairs; ++i) {
+        float a = row[2 * i], b = row[2 * i + 1], c = to_float(cosine[i]), s = to_float(sine[i]);
+        row[2 * i] = a * c - b * s;
+        row[2 * i + 1] = b * c + a * s;
+    }
+    over_registers(2 * pairs, [&](i64 i, auto n) { store_n(out + i, load_n(row + i, n), n); });
+}
+
+// Queries and keys of every token; tables_of(at, count, buffer) gives the tables of `count` tokens from element `at` on.
+template <class T, class TablesOf>
+static void rotate_rows(const QkNormRope& p, int threads, const TablesOf& tables_of) {
+    i64 span = 2 * p.pairs, width = p.heads * span, blocks = (p.tokens + kTokens - 1) / kTokens;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> memory(static_cast<std::size_t>((2 + kTokens) * width + span));
+        float *weights = memory.data(), *tables_buffer = weights + 2 * width, *head_row = tables_buffer + kTokens * width;
+        const float* weight[2];
+        for (i64 k = 0; k < 2; ++k) weight[k] = row_values(p.tensor[k].weight, p.tensor[k].weight_type, 0, width, weights + k * width);
+#pragma omp for schedule(static)
+        for (i64 block = 0; block < p.batch * blocks; ++block) {
+            i64 batch = block / blocks, first = block % blocks * kTokens, count = p.tokens - first < kTokens ? p.tokens - first : kTokens;
+            auto tables = tables_of(batch * p.table_batch + first * p.table_token, count, tables_buffer);
+            const T* x[2];
+            T* out[2];
+            float rstd[2][kTokens];
+            for (int k = 0; k < 2; ++k) {
+                const QkTensor& t = p.tensor[k];
+                x[k] = static_cast<const T*>(t.x) + batch * t.batch_stride + first * t.token_stride;
+                out[k] = static_cast<T*>(t.out) + (batch * p.tokens + first) * width;
+                for (i64 token = 0; token < count; ++token) {
+                    const T* row = x[k] + token * t.token_stride;
+                    rstd[k][token] = inverse_rms(width, p.eps, [&](i64 i, auto n) { return load_n(row + i, n); });
+                }
+            }
+            for (i64 head = 0; head < p.heads; ++head) {
+                for (i64 token = 0; token < count; ++token) {
+                    i64 at = token * tables.token_stride + head * tables.head_stride;
+                    for (int k = 0; k < 2; ++k) {
+                        const T* from = x[k] + token * p.tensor[k].token_stride + head * span;
+                        T* to = out[k] + token * width + head * span;
+                        const float* scale = weight[k] + head * span;
+                        if (p.interleaved)
+                            rotate_interleaved(p.pairs, from, rstd[k][token], scale, tables.cosine + at, tables.sine + at, to, head_row);
+                        else
+                            rotate_split(p.pairs, from, rstd[k][token], scale, tables.cosine + at, tables.sine + at, to);
+                    }
+                }
+            }
         }
     }
 }
 
-static void rotate(const QkNormRope& p, const float* x, const float* cosine, const float* sine, float* out) {
-    for (i64 head = 0; head < p.heads; ++head, x += 2 * p.pairs, out += 2 * p.pairs, cosine += p.pairs, sine += p.pairs) {
-        if (p.interleaved) {
-            for (i64 i = 0; i < p.pairs; ++i) {
-                out[2 * i] = x[2 * i] * cosine[i] - x[2 * i + 1] * sine[i];
-                out[2 * i + 1] = x[2 * i + 1] * cosine[i] + x[2 * i] * sine[i];
-            }
-        } else {
-            for (i64 i = 0; i < p.pairs; ++i) {
-                out[i] = x[i] * cosine[i] - x[p.pairs + i] * sine[i];
-                out[p.pairs + i] = x[p.pairs + i] * cosine[i] + x[i] * sine[i];
-            }
-        }
-    }
+template <class T, class Table>
+static void rotate_by_table(const QkNormRope& p, int threads) {
+    rotate_rows<T>(p, threads, [&](i64 at, i64, float*) -> Tables<Table> {
+        return {static_cast<const Table*>(p.cos) + at, static_cast<const Table*>(p.sin) + at, p.table_token, p.table_head};
+    });
+}
+
+// Tables of fp32 and of x's dtype are read where they lie, others converted block by block.
+template <class T>
+static void rotate_activations(const QkNormRope& p, int threads) {
+    if (p.table_pair == 1 && p.table_type == kF32) return rotate_by_table<T, float>(p, threads);
+    if (p.table_pair == 1 && p.table_type == p.type) return rotate_by_table<T, T>(p, threads);
+    rotate_rows<T>(p, threads, [&](i64 at, i64 count, float* buffer) { return converted(p, at, count, buffer); });
 }
 
 static void qk_norm_rope(const void* parameters, int threads) {
     const QkNormRope& p = *static_cast<const QkNormRope*>(parameters);
-    i64 width = 2 * p.heads * p.pairs;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> memory(static_cast<std::size_t>(6 * width));
-        float* buffer = memory.data();
-        float* normal = buffer + width;
-        float* rotated = normal + width;
-        float* cosine = rotated + width;
-        float* sine = cosine + width / 2;
-        float* weights[2] = {sine + width / 2, sine + width / 2 + width};
-        const float* weight[2];
-        for (int k = 0; k < 2; ++k) weight[k] = row_values(p.tensor[k].weight, p.tensor[k].weight_type, 0, width, weights[k]);
-#pragma omp for schedule(static)
-        for (i64 row = 0; row < p.batch * p.tokens; ++row) {
-            i64 batch = row / p.tokens, token = row % p.tokens;
-            load_tables(p, batch * p.table_batch + token * p.table_token, cosine, sine);
-            for (int k = 0; k < 2; ++k) {
-                const QkTensor& t = p.tensor[k];
-                const float* x = row_values(t.x, p.type, batch * t.batch_stride + token * t.token_stride, width, buffer);
-                float rstd = inverse_rms(x, width, p.eps);
-                for (i64 i = 0; i < width; ++i) normal[i] = x[i] * rstd * weight[k][i];
-                rotate(p, normal, cosine, sine, rotated);
-                store_row(rotated, t.out, p.type, row * width, width);
-            }
-        }
-    }
+    with_activation(p.type, [&](auto kind) { rotate_activations<decltype(kind)>(p, threads); });
 }
 
 LTXK_CPU_END

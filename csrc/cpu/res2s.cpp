@@ -52,12 +52,13 @@ static const C* masked_prediction(const void* x0, i64 type, const Piece& piece, 
         for (i64 i = 0; i < piece.count; ++i) buffer[i] = values[i] * static_cast<C>(keep->mask[i]) + static_cast<C>(keep->clean[i]);
         return buffer;
     }
-    alignas(64) float narrow_values[kChunk];
-    // The product is exact in fp64 and rounded to fp32 by the cast: a contraction with the sum would skip that rounding.
-    for (i64 i = 0; i < piece.count; ++i)
-        narrow_values[i] = static_cast<float>(static_cast<double>(values[i]) * static_cast<double>(keep->mask[i])) + keep->clean[i];
-    round_values(narrow_values, type, piece.count);
-    for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>(narrow_values[i]);
+    alignas(64) float products[kChunk];
+    const float* narrow_values = as_compute(x0, type, piece.first, piece.count, products);
+    over_registers(piece.count, [&](i64 i, auto n) {
+        store_n(products + i, rounded(load_n(narrow_values + i, n) * load_n(keep->mask + i, n)) + load_n(keep->clean + i, n), n);
+    });
+    round_values(products, type, piece.count);
+    for (i64 i = 0; i < piece.count; ++i) buffer[i] = static_cast<C>(products[i]);
     return buffer;
 }
 

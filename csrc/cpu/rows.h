@@ -41,30 +41,35 @@ private:
     const float* values_ = nullptr;
 };
 
-inline void store_row(const float* values, void* base, i64 type, i64 at, i64 width) {
-    for (i64 first = 0; first < width; first += kTypedChunk) {
-        i64 count = width - first < kTypedChunk ? width - first : kTypedChunk;
-        store_compute(values + first, base, type, at + first, count);
-    }
-}
-
-inline void round_row(float* values, i64 type, i64 width) {
-    for (i64 first = 0; first < width; first += kTypedChunk)
-        round_values(values + first, type, width - first < kTypedChunk ? width - first : kTypedChunk);
-}
-
-// 1 / sqrt(mean square + eps); short fp32 sums added up in fp64, so that narrow vectors lose no more than wide ones.
-inline float inverse_rms(const float* values, i64 width, double eps) {
-    constexpr i64 kPart = 128;
+// 1 / sqrt(mean square + eps); short fp32 sums added up in fp64, so that narrow registers lose no more than wide ones.
+template <class Values>
+inline float inverse_rms(i64 width, double eps, const Values& values) {
+    constexpr int kSums = 4;
+    constexpr i64 kPart = 8 * kSums * kLanes;
+    Floats sums[kSums];
     double total = 0.0;
     for (i64 first = 0; first < width; first += kPart) {
-        i64 end = width - first < kPart ? width : first + kPart;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (i64 i = first; i < end; ++i) sum += values[i] * values[i];
-        total += static_cast<double>(sum);
+        i64 end = width - first < kPart ? width : first + kPart, i = first;
+        for (int k = 0; k < kSums; ++k) sums[k] = Floats{};
+        for (; i + kSums * kLanes <= end; i += kSums * kLanes) {
+            for (int k = 0; k < kSums; ++k) {
+                Floats v = values(i + k * kLanes, std::integral_constant<i64, kLanes>{});
+                sums[k] += v * v;
+            }
+        }
+        over_registers(end - i, [&](i64 at, auto n) {
+            Floats v = values(i + at, n);
+            sums[0] += v * v;
+        });
+        total += static_cast<double>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
     return static_cast<float>(1.0 / __builtin_sqrt(total / static_cast<double>(width) + eps));
+}
+
+// run(kind), `kind` of the activation type of that code.
+template <class Run>
+inline void with_activation(i64 code, const Run& run) {
+    code == kF32 ? run(float{}) : code == kF16 ? run(f16{}) : run(bf16{});
 }
 
 LTXK_CPU_END

@@ -167,6 +167,36 @@ inline void store_part(T* address, Floats v, i64 count) {
     std::memcpy(address, padded, static_cast<std::size_t>(count) * sizeof(T));
 }
 
+// work(i, n) for all of `count`: n is the constant kLanes for whole registers, and the number of what is left at the end.
+template <class Work>
+inline void over_registers(i64 count, const Work& work) {
+    i64 i = 0;
+    for (; i + kLanes <= count; i += kLanes) work(i, std::integral_constant<i64, kLanes>{});
+    if (i < count) work(i, count - i);
+}
+template <class T, class N>
+inline Floats load_n(const T* address, N n) {
+    if constexpr (std::is_same_v<N, i64>) return load_part(address, n);
+    else return load_lanes(address);
+}
+template <class T, class N>
+inline void store_n(T* address, Floats v, N n) {
+    if constexpr (std::is_same_v<N, i64>) store_part(address, v, n);
+    else store_lanes(address, v);
+}
+
+// v, rounded: the compiler may not contract the product that made it with a sum.
+inline Floats rounded(Floats v) {
+#if defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    asm("" : "+m"(v));
+#endif
+    return v;
+}
+
 inline float sum_lanes(Floats v) {
     float sum = 0.0f;
     for (int i = 0; i < kLanes; ++i) sum += v[i];
