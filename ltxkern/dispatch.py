@@ -156,9 +156,14 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     grad = torch.is_grad_enabled()
-    for tensor in _tensors(args):
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or (grad and tensor.requires_grad):
-            return True
+    for value in args:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            kind = type(tensor)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                if grad and tensor.requires_grad:
+                    return True
+            elif isinstance(tensor, Tensor):
+                return True
     return False
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ PARTIALS = 512
 PARTIAL_BYTES = 32
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launches depend on; `factors` multiply (cond - branch)."""
 
     type_code: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ FLAGS = 1024
 PARTIAL_BYTES = 16
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launches depend on; `entry` is normalize, channelwise or statistics."""
 
     entry: str

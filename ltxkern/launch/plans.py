@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,22 +45,16 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def tensors_of(args: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a call, those in lists too."""
-    for value in args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_of(value)
-
-
 def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
     """Why a tier cannot serve tensors where these lie, or None."""
-    for tensor in tensors_of(args):
-        if tier != "cpu":
-            return refuse_device(tensor)
-        if tensor.device.type != "cpu":
-            return f"needs CPU tensors, got {tensor.device}"
+    for value in args:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tier != "cpu":
+                return refuse_device(tensor)
+            if not tensor.is_cpu:
+                return f"needs CPU tensors, got {tensor.device}"
     return None
 
 

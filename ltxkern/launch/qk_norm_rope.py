@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +15,7 @@ Q, K, Q_WEIGHT, K_WEIGHT, COS, SIN, Q_OUT, K_OUT = (Argument(i) for i in range(8
 ARGUMENTS = 8
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launches depend on; strides in elements, those of the tables by batch, head, token and pair."""
 
     type_code: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ MODALITIES = 4
 VECTOR = 4
 
 
-@dataclass(frozen=True)
-class Modality:
+class Modality(NamedTuple):
     """Sizes of one modality in elements, and the type codes of its kernel's parameters; `slice` shares a row of statistics."""
 
     size: int
@@ -29,8 +28,7 @@ class Modality:
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launches depend on.
 
     Attributes:

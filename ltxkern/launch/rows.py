@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from ltxkern.steps import Argument, Call, Launch, Parameter
 from ltxkern.triton.layout import RowView, power_of_two, row_view
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """An operand over the rows of x: its type code, and its strides between rows in elements."""
 
     code: int
@@ -23,8 +21,7 @@ class Operand:
     inner: int
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launches depend on.
 
     Attributes:

@@ -26,7 +26,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 def aligned16(*tensors: Tensor | None) -> bool:
     """Whether every tensor begins on a 16-byte boundary."""
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - a generator doubles the time
+        if tensor is not None and tensor.data_ptr() % 16:
+            return False
+    return True
 
 
 def matched(x: Tensor, channels_last: bool) -> Tensor:

@@ -8,7 +8,15 @@ from torch import Tensor
 from ltxkern.dispatch import Op
 from ltxkern.launch import rows
 from ltxkern.launch.plans import backends
-from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_like, check_out, check_shape, check_tensor
+from ltxkern.ops.checks import (
+    ACTIVATION_DTYPES,
+    broadcasts,
+    check_device,
+    check_like,
+    check_out,
+    check_shape,
+    check_tensor,
+)
 from ltxkern.triton import constraints, triton_backend
 
 
@@ -74,11 +82,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = N
     check_like("y", y, x)
     check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
     check_device("gate", gate, x.device)
-    try:
-        fits = torch.broadcast_shapes(gate.shape, x.shape) == x.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(gate.shape, x.shape):
         raise ValueError(f"gate must broadcast to x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)

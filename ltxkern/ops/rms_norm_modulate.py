@@ -10,6 +10,7 @@ from ltxkern.launch import rows
 from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
+    broadcasts,
     check_device,
     check_finite_number,
     check_like,
@@ -77,11 +78,7 @@ GATED = Op(
 def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
     check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
     check_device(name, value, x.device)
-    try:
-        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape and value.shape[-1] == x.shape[-1]
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(value.shape, x.shape) or value.dim() == 0 or value.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"{name} must broadcast to x's shape {tuple(x.shape)} and have its last dim, got {tuple(value.shape)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,12 +54,26 @@ class RowView(NamedTuple):
 
 def row_view(x: Tensor, *others: Tensor) -> RowView | None:
     """The rows of x (its last dim is a row) and of tensors that broadcast to it; None where they do not collapse to two dims."""
-    views = [x, *(other if other.shape == x.shape else other.expand(x.shape) for other in others)]
+    return _row_view(x.shape, tuple([(tensor.shape, tensor.stride()) for tensor in (x, *others)]))
+
+
+def _broadcast_strides(onto: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor of this shape once it is expanded."""
+    if shape == onto:
+        return strides
+    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    return (0,) * (len(onto) - len(own)) + tuple(own)
+
+
+# A model has few layouts: the collapsing is worked out once for each.
+@functools.lru_cache(maxsize=4096)
+def _row_view(shape: tuple[int, ...], layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> RowView | None:
+    views = [_broadcast_strides(shape, *layout) for layout in layouts]
     dims: list[tuple[int, tuple[int, ...]]] = []
-    for dim, size in enumerate(x.shape[:-1]):
+    for dim, size in enumerate(shape[:-1]):
         if size == 1:
             continue
-        strides = tuple(view.stride(dim) for view in views)
+        strides = tuple(view[dim] for view in views)
         if dims and all(
             before == stride * size if stride else before == 0
             for before, stride in zip(dims[-1][1], strides, strict=True)
