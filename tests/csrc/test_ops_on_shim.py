@@ -27,6 +27,7 @@ from tests.ops import (
     test_overlap,
     test_qk_norm_rope,
     test_res2s,
+    test_res2s_sde_step,
     test_rms_norm_modulate,
 )
 
@@ -101,7 +102,14 @@ def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None]:
 
 def _collect() -> None:
     modules = (
-        *(test_res2s, test_normalize_noise, test_combine_guidance, test_merge_lora, test_merge_lora_many),
+        *(
+            test_res2s,
+            test_res2s_sde_step,
+            test_normalize_noise,
+            test_combine_guidance,
+            test_merge_lora,
+            test_merge_lora_many,
+        ),
         *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope, test_dual_add, test_overlap),
     )
     for module in modules:

@@ -22,7 +22,21 @@ class Uses:
     reads: dict[str, int] = field(default_factory=dict)
 
 
-class RaceClock(TorchDispatchMode):
+class SideStream:
+    """What simulated clocks share: the name of the current stream, and the block that runs on the side stream."""
+
+    stream = "compute"
+
+    @contextlib.contextmanager
+    def side(self):
+        before, self.stream = self.stream, "side"
+        try:
+            yield
+        finally:
+            self.stream = before
+
+
+class RaceClock(SideStream, TorchDispatchMode):
     """A `StreamClock` over vector clocks: everything runs at once on the CPU, and `races` tells what was not ordered.
 
     An operation on a stream is ordered after another stream's only through `mark` there and `wait` here. Storages made
@@ -32,20 +46,11 @@ class RaceClock(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.stream = "compute"
         self.time = {stream: dict.fromkeys(STREAMS, 0) for stream in STREAMS}
         self.races = []
         self.host = set()
         self.host_waits = 0
         self._uses = {}
-
-    @contextlib.contextmanager
-    def side(self):
-        before, self.stream = self.stream, "side"
-        try:
-            yield
-        finally:
-            self.stream = before
 
     def mark(self):
         return dict(self.time[self.stream])

@@ -1,6 +1,5 @@
 """Order of events in mode "snapshot", on simulated streams: what travels while what computes, and who waits for whom."""
 
-import contextlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from ltxkern.pipeline.devices import TwoStageDeviceManager
 from ltxkern.pipeline.lora import lora_phases
 from tests.pipeline.lora_models import random_lora, small_model
+from tests.pipeline.stream_races import SideStream
 
 BLOCK_TIME = 10.0  # what a block computes
 BYTES_PER_TIME = 4000.0  # of the copies
@@ -23,22 +23,13 @@ class Entry:
 
 
 @dataclass
-class SimulatedClock:
+class SimulatedClock(SideStream):
     """Two streams, each in order; an operation takes the time of its bytes. The host waits for nothing."""
 
     log: list[Entry] = field(default_factory=list)
     waits: list[tuple[str, float, float]] = field(default_factory=list)
-    stream: str = "compute"
     busy_until: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "side": 0.0})
     host_waits: int = 0
-
-    @contextlib.contextmanager
-    def side(self):
-        before, self.stream = self.stream, "side"
-        try:
-            yield
-        finally:
-            self.stream = before
 
     def mark(self):
         return self.busy_until[self.stream]
