@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ltxkern.pipeline.components import PRODUCTION_CONFIGS, Components, build, component_dtype
-from ltxkern.pipeline.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, official_name
+from ltxkern.pipeline.lora import LoRA
+from ltxkern.pipeline.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, lora_module, official_name
 
 _TEXT_WIDTH = 32
 _TEXT_LAYERS = 2
@@ -74,6 +75,17 @@ def demo_lora(seed: int = 0, *, rank: int = _LORA_RANK) -> dict[str, torch.Tenso
         lora[f"{key}lora_A.weight"] = _normal(seed, f"lora_A/{name}", (rank, in_features)) / math.sqrt(in_features)
         lora[f"{key}lora_B.weight"] = _normal(seed, f"lora_B/{name}", (out_features, rank)) * (0.3 / math.sqrt(rank))
     return lora
+
+
+def demo_distilled_lora() -> LoRA:
+    """`demo_lora` as the distilled LoRA of the demo model."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in demo_lora().items():
+        parts = lora_module(key)
+        assert parts is not None, key
+        halves.setdefault(parts[0], {})[parts[1]] = tensor
+    factors = {module: (pair["lora_A"], pair["lora_B"], None) for module, pair in halves.items()}
+    return LoRA.from_tensors("demo distilled LoRA", factors)
 
 
 def _normal(seed: int, name: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:

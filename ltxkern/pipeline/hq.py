@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from ltxkern.patch import Patched, patch
+from ltxkern.pipeline import prompt_encoder
 from ltxkern.pipeline.cfg_parallel import CFGParallel
 from ltxkern.pipeline.checkpoint import load_components
 from ltxkern.pipeline.components import Components
 from ltxkern.pipeline.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.denoising_run import DenoisingRun, Progress, StepCallback, report
 from ltxkern.pipeline.devices import TwoStageDeviceManager
-from ltxkern.pipeline.embedding_cache import EmbeddingCache, model_revision
+from ltxkern.pipeline.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy, SingleBranchPolicy
 from ltxkern.pipeline.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.model_geometry import geometry_from_configs
-from ltxkern.pipeline.official_names import lora_module
 from ltxkern.pipeline.output import HQOutput
+from ltxkern.pipeline.prompt_encoder import PromptEncoder
 from ltxkern.pipeline.request import (
     GenerationRequest,
     Geometry,
@@ -31,8 +32,7 @@ from ltxkern.pipeline.request import (
     image_conditions,
     require_strength,
 )
-from ltxkern.pipeline.stage_check import check_latent
-from ltxkern.pipeline.text import PromptEmbeddings, encode_prompts
+from ltxkern.pipeline.text import PromptEmbeddings
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
@@ -70,12 +70,11 @@ class HQTwoStagePipeline:
         self.geometry = geometry or geometry_from_configs(
             components.config("transformer"), components.config("audio_vae")
         )
+        self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
         self._parallel: CFGParallel | None = None
         self._patched: list[Patched] = []
         self._pristine = pristine
-        self._embedding_cache = embedding_cache
-        self._keep_text_encoder = keep_text_encoder
         self._attached = False
 
     @classmethod
@@ -125,9 +124,9 @@ class HQTwoStagePipeline:
         if distilled_lora is not None:
             distilled = LoRA.from_file(distilled_lora)
         elif str(path_or_id) == "demo":
-            from ltxkern.pipeline.demo import demo_lora
+            from ltxkern.pipeline.demo import demo_distilled_lora
 
-            distilled = _demo_distilled(demo_lora())
+            distilled = demo_distilled_lora()
         elif chosen.stages == 2 and any(strengths):
             raise ValueError(
                 f"the {chosen.name} pipeline needs the distilled LoRA: give distilled_lora=PATH, or distilled_strengths=(0, 0)"
@@ -142,7 +141,9 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             pristine=path_or_id if local else None,
-            embedding_cache=_embedding_cache(embedding_cache, path_or_id, text_encoder, dtype) if local else None,
+            embedding_cache=prompt_encoder.embedding_cache(embedding_cache, path_or_id, text_encoder, dtype)
+            if local
+            else None,
             keep_text_encoder=keep_text_encoder,
         )
 
@@ -346,40 +347,21 @@ class HQTwoStagePipeline:
         wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
         if embeddings is None:
             texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
-            encoded = self._encode(texts, progress)
-            embeddings = _stack(encoded[: request.batch])
+            encoded = self.prompts.encode(texts, progress)
+            embeddings = prompt_encoder.stack(encoded[: request.batch])
             if len(encoded) > request.batch:
-                negative = _stack(encoded[request.batch :])
+                negative = prompt_encoder.stack(encoded[request.batch :])
         if wants_negative and negative is None and not unknown:
             raise ValueError(
                 "negative_embeddings are needed where a cfg scale is not 1: give them, or set both cfg scales to 1"
             )
-        positive = _contexts("embeddings", embeddings, request.batch, self.device)
-        opposite = None if negative is None else _contexts("negative_embeddings", negative, request.batch, self.device)
+        positive = prompt_encoder.contexts("embeddings", embeddings, request.batch, self.device)
+        opposite = (
+            None
+            if negative is None
+            else prompt_encoder.contexts("negative_embeddings", negative, request.batch, self.device)
+        )
         return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
-
-    def _encode(self, texts: list[str], progress: Progress | None) -> list[PromptEmbeddings]:
-        report(progress, "text", 0, 1)
-        if self._embedding_cache is None:
-            encoded = self._encode_now(texts)
-        else:
-            encoded = self._embedding_cache.get(texts, self._encode_now)
-        for item in encoded:
-            check_latent("text encoding", "video context", item.video)
-            check_latent("text encoding", "audio context", item.audio)
-        if not self._keep_text_encoder and self.components.reloadable("text_encoder"):
-            self.components.release("text_encoder")
-        report(progress, "text", 1, 1)
-        return encoded
-
-    def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
-        parts = self.components
-        with (
-            self.manager.component("text_encoder", parts.text_encoder, once=not self._keep_text_encoder) as encoder,
-            self.manager.component("connectors", parts.connectors) as connectors,
-        ):
-            dtype = next(connectors.parameters()).dtype
-            return encode_prompts(parts.tokenizer, encoder, connectors, texts, device=self.device, dtype=dtype)
 
     def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
         if not self._attached:
@@ -448,40 +430,5 @@ class HQTwoStagePipeline:
         self.close()
 
 
-def _embedding_cache(
-    wanted: str | Path | bool, model: str | Path, text_encoder: str | Path | None, dtype: torch.dtype
-) -> EmbeddingCache | None:
-    if wanted is False:
-        return None
-    files = [model] if text_encoder is None else [model, text_encoder]
-    folder = None if wanted is True else wanted
-    return EmbeddingCache(folder, model=str(Path(model).absolute()), revision=model_revision(*files), dtype=dtype)
-
-
-def _demo_distilled(weights: Mapping[str, Tensor]) -> LoRA:
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        parts = lora_module(key)
-        assert parts is not None, key
-        halves.setdefault(parts[0], {})[parts[1]] = tensor
-    factors = {module: (pair["lora_A"], pair["lora_B"], None) for module, pair in halves.items()}
-    return LoRA.from_tensors("demo distilled LoRA", factors)
-
-
 def _floats(sigmas: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
     return None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
-
-
-def _stack(items: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
-    return PromptEmbeddings(torch.cat([item.video for item in items]), torch.cat([item.audio for item in items]))
-
-
-def _contexts(
-    name: str, value: PromptEmbeddings | Sequence[Tensor], batch: int, device: torch.device
-) -> dict[str, Tensor]:
-    pair = value if isinstance(value, PromptEmbeddings) else PromptEmbeddings(*value)
-    contexts = {"video_context": pair.video, "audio_context": pair.audio}
-    for part, tensor in contexts.items():
-        if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
-            raise ValueError(f"{name}: {part} must be (1 or {batch}, tokens, width), got {tuple(tensor.shape)}")
-    return {part: tensor.to(device).expand(batch, -1, -1) for part, tensor in contexts.items()}

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from ltxkern.pipeline.cfg_parallel import CFGParallel
 from ltxkern.pipeline.components import Components
-from ltxkern.pipeline.demo import build_demo, demo_lora
+from ltxkern.pipeline.demo import build_demo, demo_distilled_lora
 from ltxkern.pipeline.guidance import GuidanceScales
-from ltxkern.pipeline.hq import HQTwoStagePipeline, _demo_distilled
+from ltxkern.pipeline.hq import HQTwoStagePipeline
 from ltxkern.pipeline.ranks import Ranks
 
 DEGREES = (2, 3, 4, 5)
@@ -54,7 +54,7 @@ def generate(models: Mapping[torch.dtype, Components], arguments: Mapping[str, A
     """One call on a fresh pipeline."""
     given = dict(arguments)
     components = models[given.pop("dtype", torch.float32)]
-    with HQTwoStagePipeline(components, distilled_lora=_demo_distilled(demo_lora())) as pipeline:
+    with HQTwoStagePipeline(components, distilled_lora=demo_distilled_lora()) as pipeline:
         if share is not None:
             pipeline.share_branches(share)
         return pipeline(**given)

@@ -214,7 +214,7 @@ def test_replay_of_noise_and_embeddings(pipeline: HQTwoStagePipeline) -> None:
                     raw = torch.randn(1, tokens, width, generator=source, dtype=torch.float64)
                     noise[name].append((raw - raw.mean()) / raw.std())
         sde.append(noise)
-    encoded = pipeline._encode(["a kite", DEFAULT_NEGATIVE_PROMPT], None)
+    encoded = pipeline.prompts.encode(["a kite", DEFAULT_NEGATIVE_PROMPT])
     replayed = latents(
         pipeline,
         prompt="",
@@ -319,7 +319,7 @@ def test_refusals_come_before_any_forward(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done before the request was refused")
 
-    monkeypatch.setattr(pipeline, "_encode", never)
+    monkeypatch.setattr(pipeline.prompts, "encode", never)
     with pytest.raises((ValueError, TypeError), match=sentence):
         pipeline("a kite", **{**SMALL, **changes})
 
@@ -376,5 +376,5 @@ def test_cached_embeddings_need_no_text_encoder(tmp_path: Path, monkeypatch: pyt
         first = latents(pipe)
         assert not pipe.components.is_loaded("text_encoder")
     with opened() as pipe:
-        monkeypatch.setattr(pipe, "_encode_now", lambda texts: pytest.fail(f"encoded again: {texts}"))
+        monkeypatch.setattr(pipe.prompts, "_encode_now", lambda texts: pytest.fail(f"encoded again: {texts}"))
         assert same(latents(pipe), first)
