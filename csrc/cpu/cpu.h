@@ -119,30 +119,6 @@ inline float load_param(const void* base, i64 type, i64 index, float absent) {
     return to_float(static_cast<const bf16*>(base)[index]);
 }
 
-// exp(v) for v <= 88.7, branch-free; relative error about 1e-7. Below -87.3 the result is flushed towards zero, NaN stays NaN.
-inline float exp_branchless(float v) {
-    float clamped = v < -104.0f ? -104.0f : v;
-    clamped = clamped > 89.0f ? 89.0f : clamped;
-    float n = __builtin_rintf(clamped * 1.44269504088896341f);
-    float r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // Two factors, so that 2^n may leave the range of normal numbers: overflow becomes inf, underflow a denormal.
-    std::int32_t whole = static_cast<std::int32_t>(n);
-    std::int32_t half = whole >> 1;
-    float low = bits_float(static_cast<std::uint32_t>(half + 127) << 23);
-    float high = bits_float(static_cast<std::uint32_t>(whole - half + 127) << 23);
-    return p * low * high;
-}
-
-inline float silu(float v) { return v / (1.0f + exp_branchless(-v)); }
-
 // Whether a call that moves so many bytes should write past the caches: through them each line would first be read, and evicted
 // before anyone asks for it. Processors of several dies report the sum of their last-level caches, of which a core reaches 32 MB.
 inline bool streams(i64 bytes) {

@@ -1,7 +1,7 @@
 // PixelNorm + SiLU on the CPU: tiles of positions that stay in cache between the sum of squares and the scaling.
 #include <vector>
 
-#include "cpu/cpu.h"
+#include "cpu/rows.h"
 
 LTXK_CPU_BEGIN
 
@@ -14,57 +14,83 @@ struct PixelNormSilu {
     double eps;
 };
 
-// Channels summed in fp32 before they join the double total of their position, and the type of a row's partial sums. Without fused
-// multiply-add each square is rounded too, which sums of fp32 would show.
+// Channels summed in fp32 before they join the double total of their position. Without fused multiply-add each square is rounded too,
+// which long sums would show.
 #if defined(__FMA__)
 constexpr i64 kFold = 16;
-using PartialSum = float;
 #else
 constexpr i64 kFold = 4;
-using PartialSum = double;
 #endif
+// Channels ahead of the one that is read: the next one lies too far away for the hardware to foresee.
+constexpr i64 kAhead = 8;
 
+// Positions of a tile: its channels stay in the second-level cache between the two sweeps.
 template <class T>
-static void contiguous_tile(const PixelNormSilu& p, const T* x, T* out, i64 count, const float* weight, float* row, float* squares,
-                            double* total) {
+static i64 tile_of(i64 channels) {
+    i64 tile = (i64{384} << 10) / (channels * static_cast<i64>(sizeof(T))) / kBlock * kBlock;
+    return tile < kBlock ? kBlock : tile > 2048 ? 2048 : tile;
+}
+
+// `count` positions of all channels. Sums and factors lie in the order of load_block.
+template <class T, bool kStream>
+static void contiguous_tile(const PixelNormSilu& p, const T* x, T* out, i64 count, const float* weight, float* squares, double* total) {
+    i64 body = count / kBlock * kBlock;
     for (i64 i = 0; i < count; ++i) total[i] = 0.0;
     for (i64 c0 = 0; c0 < p.channels; c0 += kFold) {
         i64 end = c0 + kFold < p.channels ? c0 + kFold : p.channels;
         for (i64 i = 0; i < count; ++i) squares[i] = 0.0f;
         for (i64 c = c0; c < end; ++c) {
-            widen(x + c * p.positions, row, count);
-#pragma omp simd
-            for (i64 i = 0; i < count; ++i) squares[i] += row[i] * row[i];
+            const T* row = x + c * p.positions;
+            for (i64 i = 0; i < body; i += kBlock) {
+                Floats v[kVectors];
+                for (i64 k = 0; k < kBlock; k += 64 / static_cast<i64>(sizeof(T))) prefetch_line(row + kAhead * p.positions + i + k);
+                load_block(row + i, v);
+                for (int k = 0; k < kVectors; ++k) {
+                    float* sums = squares + i + k * kLanes;
+                    store_lanes(sums, load_lanes(sums) + v[k] * v[k]);
+                }
+            }
+            over_registers(count - body, [&](i64 i, auto n) {
+                Floats v = load_n(row + body + i, n);
+                store_n(squares + body + i, load_n(squares + body + i, n) + v * v, n);
+            });
         }
         for (i64 i = 0; i < count; ++i) total[i] += squares[i];
     }
     for (i64 i = 0; i < count; ++i)
         squares[i] = static_cast<float>(1.0 / __builtin_sqrt(total[i] / static_cast<double>(p.channels) + p.eps));
     for (i64 c = 0; c < p.channels; ++c) {
-        widen(x + c * p.positions, row, count);
-        float scale = weight[c];
-#pragma omp simd
-        for (i64 i = 0; i < count; ++i) row[i] = silu(row[i] * squares[i] * scale);
-        narrow(row, out + c * p.positions, count);
+        const T* row = x + c * p.positions;
+        T* to = out + c * p.positions;
+        bool stream = kStream && reinterpret_cast<std::uintptr_t>(to) % kStreamAlignment == 0;
+        for (i64 i = 0; i < body; i += kBlock) {
+            Floats v[kVectors];
+            load_block(row + i, v);
+            for (int k = 0; k < kVectors; ++k) v[k] *= load_lanes(squares + i + k * kLanes) * weight[c];
+            silu_vectors(v);
+            stream ? store_block<kStream>(to + i, v) : store_block<false>(to + i, v);
+        }
+        over_registers(count - body, [&](i64 i, auto n) {
+            store_n(to + body + i, silu_lanes(load_n(row + body + i, n) * load_n(squares + body + i, n) * weight[c]), n);
+        });
     }
 }
 
+// All channels of one position.
 template <class T>
-static void channels_last_row(const PixelNormSilu& p, const T* x, T* out, const float* weight, float* row) {
-    widen(x, row, p.channels);
-    double total = 0.0;
-    for (i64 c0 = 0; c0 < p.channels; c0 += 256) {
-        i64 count = p.channels - c0 < 256 ? p.channels - c0 : 256;
-        const float* v = row + c0;
-        PartialSum sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (i64 c = 0; c < count; ++c) sum += static_cast<PartialSum>(v[c]) * v[c];
-        total += sum;
+static void channels_last_row(const PixelNormSilu& p, const T* x, T* out, const float* weight) {
+    constexpr int kChains = 4;
+    float factor = inverse_rms(p.channels, p.eps, [&](i64 i, auto n) { return load_n(x + i, n); });
+    i64 body = p.channels / (kChains * kLanes) * kChains * kLanes;
+    for (i64 c = 0; c < body; c += kChains * kLanes) {
+        Floats v[kChains];
+        for (int k = 0; k < kChains; ++k) v[k] = load_lanes(x + c + k * kLanes) * factor * load_lanes(weight + c + k * kLanes);
+        silu_vectors(v);
+        for (int k = 0; k < kChains; ++k) store_lanes(out + c + k * kLanes, v[k]);
     }
-    float scale = static_cast<float>(1.0 / __builtin_sqrt(total / static_cast<double>(p.channels) + p.eps));
-#pragma omp simd
-    for (i64 c = 0; c < p.channels; ++c) row[c] = silu(row[c] * scale * weight[c]);
-    narrow(row, out, p.channels);
+    over_registers(p.channels - body, [&](i64 i, auto n) {
+        store_n(out + body + i, silu_lanes(load_n(x + body + i, n) * factor * load_n(weight + body + i, n)), n);
+    });
 }
 
 template <class T>
@@ -75,26 +101,25 @@ static void pixel_norm_silu(const void* parameters, int threads) {
     std::vector<float> weights(static_cast<std::size_t>(p.channels));
     for (i64 c = 0; c < p.channels; ++c) weights[c] = load_param(p.weight, p.weight_type, c, 1.0f);
     const float* weight = weights.data();
-    i64 tile = 65536 / p.channels;
-    tile = tile < 64 ? 64 : tile > 2048 ? 2048 : tile;
-    i64 tiles = (p.positions + tile - 1) / tile;
+    i64 tile = tile_of<T>(p.channels), tiles = (p.positions + tile - 1) / tile;
+    bool stream = out != x && streams(2 * p.samples * p.channels * p.positions * static_cast<i64>(sizeof(T)));
 
 #pragma omp parallel num_threads(threads)
     {
-        i64 width = p.channels_last ? p.channels : tile;
-        std::vector<float> floats(static_cast<std::size_t>(2 * width));
-        std::vector<double> total(static_cast<std::size_t>(p.channels_last ? 0 : tile));
         if (p.channels_last) {
 #pragma omp for schedule(static)
-            for (i64 i = 0; i < p.samples * p.positions; ++i)
-                channels_last_row(p, x + i * p.channels, out + i * p.channels, weight, floats.data());
+            for (i64 i = 0; i < p.samples * p.positions; ++i) channels_last_row(p, x + i * p.channels, out + i * p.channels, weight);
         } else {
+            std::vector<float> squares(static_cast<std::size_t>(tile));
+            std::vector<double> total(static_cast<std::size_t>(tile));
 #pragma omp for schedule(static)
             for (i64 i = 0; i < p.samples * tiles; ++i) {
                 i64 first = i % tiles * tile, base = i / tiles * p.channels * p.positions + first;
                 i64 count = p.positions - first < tile ? p.positions - first : tile;
-                contiguous_tile(p, x + base, out + base, count, weight, floats.data(), floats.data() + tile, total.data());
+                auto run = stream ? contiguous_tile<T, true> : contiguous_tile<T, false>;
+                run(p, x + base, out + base, count, weight, squares.data(), total.data());
             }
+            end_streaming();
         }
     }
 }
