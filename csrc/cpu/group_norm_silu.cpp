@@ -1,7 +1,6 @@
 // GroupNorm + SiLU on the CPU: statistics of chunks, merged by Chan's rule in double, then one apply sweep.
 //
 // Chunks and the order of their merging depend on the shape alone, so results do not depend on the number of threads.
-#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -54,16 +53,6 @@ static i64 chunk_of(i64 positions) {
     constexpr i64 kMost = 4096, kLine = 64;
     i64 chunks = positions > kMost ? (positions + kMost - 1) / kMost : 1;
     return ((positions + chunks - 1) / chunks + kLine - 1) / kLine * kLine;
-}
-
-template <class T>
-static const float* as_float(const T* in, float* buffer, i64 count) {
-    widen(in, buffer, count);
-    return buffer;
-}
-template <>
-inline const float* as_float<float>(const float* in, float*, i64) {
-    return in;
 }
 
 struct Sums {
@@ -235,15 +224,15 @@ static i64 column_chunk(i64 channels) {
 // Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions. Sums run about the first
 // position: those of the values themselves would lose the digits that a mean far from zero needs.
 template <class T>
-static void merge_columns(const T* x, i64 count, i64 channels, float* buffer, float* sum, float* squared, double before, double* mean,
-                          double* m2) {
+static void merge_columns(const T* x, i64 count, i64 channels, float* sum, float* squared, double before, double* mean, double* m2) {
     float* pivot = squared;
-    std::copy_n(as_float(x, buffer, channels), channels, pivot);
-    for (i64 c = 0; c < channels; ++c) sum[c] = 0.0f;
+    over_registers(channels, [&](i64 c, auto n) {
+        store_n(pivot + c, load_n(x + c, n), n);
+        store_n(sum + c, Floats{}, n);
+    });
     for (i64 i = 0; i < count; ++i) {
-        const float* v = as_float(x + i * channels, buffer, channels);
-#pragma omp simd
-        for (i64 c = 0; c < channels; ++c) sum[c] += v[c] - pivot[c];
+        const T* row = x + i * channels;
+        over_registers(channels, [&](i64 c, auto n) { store_n(sum + c, load_n(sum + c, n) + (load_n(row + c, n) - load_n(pivot + c, n)), n); });
     }
     double weight = static_cast<double>(count) / (before + static_cast<double>(count)), share = 1.0 / static_cast<double>(count);
     for (i64 c = 0; c < channels; ++c) {
@@ -254,9 +243,11 @@ static void merge_columns(const T* x, i64 count, i64 channels, float* buffer, fl
         squared[c] = 0.0f;
     }
     for (i64 i = 0; i < count; ++i) {
-        const float* v = as_float(x + i * channels, buffer, channels);
-#pragma omp simd
-        for (i64 c = 0; c < channels; ++c) squared[c] += (v[c] - sum[c]) * (v[c] - sum[c]);
+        const T* row = x + i * channels;
+        over_registers(channels, [&](i64 c, auto n) {
+            Floats d = load_n(row + c, n) - load_n(sum + c, n);
+            store_n(squared + c, load_n(squared + c, n) + d * d, n);
+        });
     }
     for (i64 c = 0; c < channels; ++c) m2[c] += squared[c];
 }
@@ -264,15 +255,21 @@ static void merge_columns(const T* x, i64 count, i64 channels, float* buffer, fl
 template <class T>
 static void apply_columns(const T* x, const T* residual, T* out, i64 count, i64 channels, const float* mean, const float* scale,
                           const float* offset) {
-    i64 body = channels / kLanes * kLanes, rest = channels - body;
+    constexpr int kChains = 4;
+    constexpr i64 kStep = kChains * kLanes;
+    i64 body = channels / kStep * kStep;
+    auto shifted = [&](i64 c, auto n) {
+        Floats v = (load_n(x + c, n) - load_n(mean + c, n)) * load_n(scale + c, n) + load_n(offset + c, n);
+        return residual ? v + load_n(residual + c, n) : v;
+    };
     for (i64 i = 0; i < count; ++i, x += channels, out += channels, residual = residual ? residual + channels : nullptr) {
-        for (i64 c = 0; c < body; c += kLanes) {
-            Floats v = (load_lanes(x + c) - load_lanes(mean + c)) * load_lanes(scale + c) + load_lanes(offset + c);
-            store_lanes(out + c, silu_lanes(residual ? v + load_lanes(residual + c) : v));
+        for (i64 c = 0; c < body; c += kStep) {
+            Floats v[kChains];
+            for (int k = 0; k < kChains; ++k) v[k] = shifted(c + k * kLanes, std::integral_constant<i64, kLanes>{});
+            silu_vectors(v);
+            for (int k = 0; k < kChains; ++k) store_lanes(out + c + k * kLanes, v[k]);
         }
-        if (rest == 0) continue;
-        Floats v = (load_part(x + body, rest) - load_part(mean + body, rest)) * load_part(scale + body, rest) + load_part(offset + body, rest);
-        store_part(out + body, silu_lanes(residual ? v + load_part(residual + body, rest) : v), rest);
+        over_registers(channels - body, [&](i64 c, auto n) { store_n(out + body + c, silu_lanes(shifted(body + c, n)), n); });
     }
 }
 
@@ -297,15 +294,15 @@ static void channels_last(const GroupNormSilu& p, int threads) {
         };
 #pragma omp parallel num_threads(threads)
         {
-            std::vector<float> buffers(static_cast<std::size_t>(3 * channels));
-            float *buffer = buffers.data(), *sum = buffer + channels, *squared = sum + channels;
+            std::vector<float> buffers(static_cast<std::size_t>(2 * channels));
+            float *sum = buffers.data(), *squared = sum + channels;
 #pragma omp for schedule(static)
             for (i64 stripe = 0; stripe < stripes; ++stripe) {
                 double *stripe_mean = moments.data() + 2 * stripe * channels, *stripe_m2 = stripe_mean + channels;
                 for (i64 c = 0; c < 2 * channels; ++c) stripe_mean[c] = 0.0;
                 i64 first = stripe * per_stripe, count = length(stripe);
                 for (i64 i = 0; i < count; i += chunk)
-                    merge_columns(x + base + (first + i) * channels, count - i < chunk ? count - i : chunk, channels, buffer, sum, squared,
+                    merge_columns(x + base + (first + i) * channels, count - i < chunk ? count - i : chunk, channels, sum, squared,
                                   static_cast<double>(i), stripe_mean, stripe_m2);
             }
         }
