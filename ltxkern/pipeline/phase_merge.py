@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from ltxkern.ops.dual_add import dual_add
@@ -50,6 +51,31 @@ def merge_phase(
     return weight
 
 
+def merge_phase_beside(
+    weight: Tensor,
+    other: Tensor,
+    module: str,
+    phase: LoRAPhase,
+    *,
+    rounding: str = "reference",
+    cache: FactorCache | None = None,
+) -> None:
+    """`other` becomes `weight` with the phase merged, bit-equal to `merge_phase`; `weight` stays.
+
+    Args:
+        weight: (out, in), pristine.
+        other: as `weight`; what it holds is overwritten.
+        module, phase, rounding, cache: as `merge_phase`.
+
+    Bytes: with "reference", one read of W and one write, and one write and read of the delta; else W is copied first.
+    """
+    if rounding != "reference" or not merged_factors(module, phase):
+        merge_phase(other.copy_(weight), module, phase, rounding=rounding, cache=cache)
+        return
+    for delta, part in phase_deltas(weight, module, phase, cache):
+        torch.add(weight[part], delta, out=other[part])
+
+
 def merge_phase_pair(
     weight: Tensor,
     other: Tensor,
@@ -78,8 +104,7 @@ def merge_phase_pair(
     # Deltas meet W chunk by chunk: for that both phases need the same chunks.
     rows = {reference_rows(weight, factors[0][0].a.shape[0]) for factors in found if factors}
     if rounding != "reference" or not all(found) or len(rows) > 1:
-        other.copy_(weight)
-        merge_phase(other, module, second, rounding=rounding, cache=cache)
+        merge_phase_beside(weight, other, module, second, rounding=rounding, cache=cache)
         merge_phase(weight, module, first, rounding=rounding, cache=cache)
         return
     for (delta, part), (other_delta, _) in zip(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltxkern.pipeline.correction import Correction, apply_correction, record_correction
 from ltxkern.pipeline.factor_cache import FactorCache
 from ltxkern.pipeline.lora import NO_LORA, PRISTINE_KEY, LoRAPhase, WeightKey
-from ltxkern.pipeline.phase_merge import binary_ratio, merge_phase, merge_phase_pair, phase_deltas
+from ltxkern.pipeline.phase_merge import binary_ratio, merge_phase, merge_phase_beside, merge_phase_pair, phase_deltas
 from ltxkern.pipeline.stream_clock import StreamClock
 from ltxkern.pipeline.weight_table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
@@ -196,10 +196,19 @@ class ResidentStore(PhaseStore):
             return
         tensor = torch.empty_like(self.table.live[module].tensor) if spare is None else spare.tensor
         self._spare[module] = LiveWeight(tensor, None)
-        tensor.copy_(self.source.fetch(module), non_blocking=True)
-        self.merge(tensor, module, phase)
+        self._fresh_merge(module, tensor, phase)
         self.table.expect(module, key, tensor)
         self._spare[module] = LiveWeight(tensor, key)
+
+    def _fresh_merge(self, module: str, tensor: Tensor, phase: LoRAPhase) -> None:
+        live = self.table.live[module]
+        if live.key != PRISTINE_KEY:
+            tensor.copy_(self.source.fetch(module), non_blocking=True)
+            self.merge(tensor, module, phase)
+            return
+        # At hand: nothing need come from the host. The checksum says that nobody wrote into it.
+        self.table.expect(module, PRISTINE_KEY, live.tensor)
+        merge_phase_beside(live.tensor, tensor, module, phase, rounding=self.rounding, cache=self.factors)
 
     def _swap(self, module: str) -> None:
         live = self.table.live[module]

@@ -16,10 +16,10 @@ from ltxkern.pipeline.demo import build_demo, demo_lora
 from ltxkern.pipeline.device_modes import MODES, ModeNeeds, choose_mode
 from ltxkern.pipeline.devices import TwoStageDeviceManager
 from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, cgroup_available
-from ltxkern.pipeline.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, lora_phases
+from ltxkern.pipeline.lora import NO_LORA, TWO_STAGE_STRENGTHS, LoRA, LoRAFactors, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory_trace import AllocationTrace
 from ltxkern.pipeline.official_names import lora_module
-from ltxkern.pipeline.weight_table import LoRAPhaseError, block_of, blocks_of, checksum
+from ltxkern.pipeline.weight_table import CheckpointPristine, LoRAPhaseError, block_of, blocks_of, checksum
 from tests.pipeline.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
 
 
@@ -194,7 +194,8 @@ def test_equal_and_empty_phases_are_free(mode, monkeypatch):
     model = small_model()
     lora = random_lora("distilled", model, seed=1)
     merges = []
-    monkeypatch.setattr(phase_stores, "merge_phase", lambda *args, **kwargs: merges.append(1))
+    for name in ("merge_phase", "merge_phase_beside"):
+        monkeypatch.setattr(phase_stores, name, lambda *args, **kwargs: merges.append(1))
     with TwoStageDeviceManager(mode) as manager:
         manager.attach(model)
         manager.prepare(NO_LORA, LoRAPhase(((lora, 0.0),)))
@@ -275,7 +276,7 @@ def test_preparing_the_same_phases_again_merges_nothing(mode, monkeypatch):
             raise AssertionError("merged again")
 
         with monkeypatch.context() as patch:
-            for name in ("merge_phase", "merge_phase_pair", "phase_deltas"):
+            for name in ("merge_phase", "merge_phase_beside", "merge_phase_pair", "phase_deltas"):
                 patch.setattr(phase_stores, name, refuse)
             manager.prepare(*phases)
             if mode in ("resident", "snapshot"):
@@ -338,6 +339,30 @@ def test_a_checkpoint_as_pristine_source_keeps_nothing_on_the_host(tmp_path):
             manager.switch_lora_phase(phase)
             assert_weights(model, expected.get(phase, pristine))
     assert_weights(model, pristine)
+
+
+@pytest.mark.parametrize("rounding", ["reference", "single"])
+def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(rounding, tmp_path, monkeypatch):
+    """Strengths 0 and 1: nothing is read from the files, and one pass makes the second copy."""
+    model = small_model()
+    pristine = linear_weights(model)
+    save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+    lora, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
+    phases = lora_phases([], lora, TWO_STAGE_STRENGTHS)
+    third = LoRAPhase(((user, 0.7),))
+    expected = fresh_merges(pristine, [*phases, third], rounding)
+    with TwoStageDeviceManager("resident", rounding=rounding) as manager:
+        manager.attach(model, pristine=tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointPristine, "fetch", lambda *_: pytest.fail("read again"))
+            manager.prepare(*phases)
+            for phase in (phases[1], phases[0], third):
+                manager.switch_lora_phase(phase)
+                assert_weights(model, expected[phase])
+        manager.switch_lora_phase(NO_LORA)
+        model.proj_in.weight[3, 4] += 1
+        with pytest.raises(LoRAPhaseError, match=r"proj_in\.weight does not have the bits"):
+            manager.switch_lora_phase(phases[1])
 
 
 def test_the_environment_names_the_mode(monkeypatch):
