@@ -16,6 +16,7 @@ from ltxkern.pipeline.component_device import ComponentDevice
 from ltxkern.pipeline.device_modes import MODES
 from ltxkern.pipeline.factor_cache import FactorCache
 from ltxkern.pipeline.forward_hooks import ForwardHooks
+from ltxkern.pipeline.home import Home, release_weights
 from ltxkern.pipeline.host_copy import HostCopy, module_tensors
 from ltxkern.pipeline.host_memory import HostBudgetError
 from ltxkern.pipeline.lora import NO_LORA, LoRAPhase
@@ -84,8 +85,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self._store: PhaseStore | None = None
         self._phase: LoRAPhase | None = None
         self._phases: tuple[LoRAPhase, ...] = ()
-        self._home: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._home_is_written = False
+        self._home: Home | None = None
         self._is_placed = False
         self._hooks: ForwardHooks | None = None
         self._forwards_left: int | None = None
@@ -113,7 +113,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self._source = pristine
         self._table = WeightTable(transformer)
         self._phase = NO_LORA
-        self._home = [(tensor, tensor.data) for tensor in module_tensors(transformer)]
+        self._home = Home(transformer)
         self._hooks = ForwardHooks(transformer, self._before_forward, lambda: self._after_block(OUTER_BLOCK))
 
     @property
@@ -202,6 +202,7 @@ class TwoStageDeviceManager(ComponentDevice):
         """Moves the transformer to the device, and takes in weights that no phase has changed so far."""
         if self._is_placed and not modules:
             return
+        assert self._home is not None
         weights = {}
         for name in filter(self.store.adopts, modules):
             data = self.table.parameter(name).data
@@ -210,11 +211,12 @@ class TwoStageDeviceManager(ComponentDevice):
                 self._source.add(name, data)
                 keeps_data = data.device.type == "cpu"
             live = data.to(self.device, copy=keeps_data and self.device.type == "cpu").contiguous()
-            self._home_is_written |= live.data_ptr() == data.data_ptr()
+            if live.data_ptr() == data.data_ptr():
+                self._home.let_go()
             weights[name] = live
         if not isinstance(self._source, HostPristine) or isinstance(self._store, OffloadStore):
             # Nothing is kept on the host in these cases: what `close` brings back is made from the live weights.
-            self._home, self._home_is_written = [], True
+            self._home.let_go()
         self.table.adopt(weights)
         if self.device.type != "cpu" and not isinstance(self._store, OffloadStore):
             HostCopy(self.table.transformer, self.budget, pin=False).lend(self.device)
@@ -363,11 +365,14 @@ class TwoStageDeviceManager(ComponentDevice):
         """The mode and why it was chosen, and what each mode needs on the device and on the host."""
         return self._choice.describe(self.mode or self.requested_mode, self._store)
 
-    def close(self) -> None:
-        """Brings the pristine weights back, releases what was pinned, removes the hooks. Closing twice is fine.
+    def close(self, *, discard: bool = False) -> None:
+        """Brings the pristine weights back to where `attach` found them, releases what was pinned, removes the hooks.
 
-        Offloaded weights lie again where `attach` found them; blocks that the device has no room for any more stay on the
-        host, which the log says.
+        Weights that have no room there any more stay where they are, which the log says. After an interruption the
+        transformer refuses to run until `close` is called again. Closing twice is fine.
+
+        Args:
+            discard: the transformer is not needed any more: its memory is freed, and nothing is merged or copied for it.
 
         Raises:
             LoRAPhaseError: the pristine weights are lost; everything else is undone.
@@ -375,22 +380,35 @@ class TwoStageDeviceManager(ComponentDevice):
         super().close()
         if self._table is None:
             return
+        assert self._home is not None
+        # An interruption from here on leaves it in no phase: then no forward runs.
+        self._phase = self._upcoming = None
         try:
-            if self._store is not None and self._home_is_written:
+            if self._store is not None and not (discard or self._home.is_kept):
                 self._store.restore()
                 self._store.settle()
-        finally:
-            if self._store is not None:
-                self._store.close()
-            if not self._home_is_written:
-                for tensor, data in self._home:
-                    tensor.data = data
-            self._factors.keep_only(())
-            if self._hooks is not None:
-                self._hooks.remove()
-            self._home, self._home_is_written, self._is_placed = [], False, False
-            self._table = self._source = self._store = self._phase = self._hooks = None
-            self._phases = ()
+        except LoRAPhaseError:
+            self._detach()
+            raise
+        self._detach(discard=discard)
+
+    def _detach(self, *, discard: bool = False) -> None:
+        transformer = self.table.transformer
+        if discard:
+            release_weights(transformer)
+        if self._store is not None:
+            self._store.close()
+        if discard:
+            # The store may have pointed the block that was last on the device back to the host.
+            release_weights(transformer)
+        elif self._home is not None:
+            self._home.restore(self.device)
+        self._factors.keep_only(())
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._is_placed = False
+        self._table = self._source = self._store = self._phase = self._hooks = self._home = None
+        self._phases = ()
 
     def __enter__(self) -> TwoStageDeviceManager:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,19 @@ def module_tensors(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
-    """The storages of all parameters and buffers by address, shared ones once, empty ones left out."""
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The storages of tensors by address, shared ones once, empty ones left out."""
     found = {}
-    for tensor in module_tensors(module):
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() and tensor.device.type != "meta":
             found[storage.data_ptr()] = storage
     return found
+
+
+def storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
+    """`storages_of` all parameters and buffers."""
+    return storages_of(module_tensors(module))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -38,11 +43,11 @@ def module_bytes(module: nn.Module) -> int:
     return sum(storage.nbytes() for storage in storages(module).values())
 
 
-def _rebase(module: nn.Module, move: Callable[[torch.UntypedStorage], torch.UntypedStorage]) -> None:
-    """Points every parameter and buffer to the moved storage of its own, views and sharing kept."""
+def rebase(tensors: Iterable[Tensor], move: Callable[[torch.UntypedStorage], torch.UntypedStorage]) -> None:
+    """Points every tensor to the moved storage of its own, views and sharing kept; a failure leaves all as they were."""
     moved: dict[int, torch.UntypedStorage] = {}
     targets = []
-    for tensor in module_tensors(module):
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         if not storage.nbytes() or tensor.device.type == "meta":
             continue
@@ -51,9 +56,20 @@ def _rebase(module: nn.Module, move: Callable[[torch.UntypedStorage], torch.Unty
             moved[pointer] = move(storage)
         base = torch.empty(0, dtype=tensor.dtype, device=moved[pointer].device)
         targets.append((tensor, base.set_(moved[pointer], tensor.storage_offset(), tensor.shape, tensor.stride())))
-    # Nothing is changed before all storages have been made, so that a failure leaves the module as it was.
+    # Nothing is changed before all storages have been made.
     for tensor, target in targets:
         tensor.data = target
+
+
+def bring_to(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Moves tensors to a device, storages that they share once; the host waits. A failure leaves all where they were."""
+
+    def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        if storage.device == device:
+            return storage
+        return torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage().copy_(storage)
+
+    rebase(tensors, move)
 
 
 class HostCopy:
@@ -70,9 +86,13 @@ class HostCopy:
         self._budget = budget
         self._pinned: list[Tensor] = []
         self._away = False
-        if pin and torch.cuda.is_available():
-            self._pin()
-        self._home = [(tensor, tensor.data) for tensor in module_tensors(module)]
+        try:
+            if pin and torch.cuda.is_available():
+                self._pin()
+            self._home = [(tensor, tensor.data) for tensor in module_tensors(module)]
+        except BaseException:
+            self._give_back()
+            raise
 
     def _pin(self) -> None:
         def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
@@ -82,11 +102,7 @@ class HostCopy:
             self._pinned.append(copy)
             return copy.untyped_storage().copy_(storage)
 
-        try:
-            _rebase(self.module, move)
-        except BaseException:
-            self._give_back()
-            raise
+        rebase(module_tensors(self.module), move)
 
     def lend(self, device: torch.device) -> None:
         """Copies the weights to the device, on the current stream; a failure leaves the module at home."""
@@ -98,7 +114,7 @@ class HostCopy:
             return copy.copy_(storage, non_blocking=True)
 
         self._away = True
-        _rebase(self.module, move)
+        rebase(module_tensors(self.module), move)
 
     def is_home(self) -> bool:
         """Whether the module holds the host weights that this keeps: someone else may have moved or replaced them."""
@@ -119,7 +135,7 @@ class HostCopy:
         if self._away:
             self.take_home()
         if self._pinned and self.is_home():
-            _rebase(self.module, lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage))
+            rebase(module_tensors(self.module), lambda storage: torch.UntypedStorage(storage.nbytes()).copy_(storage))
             self._home = []
         self._give_back()
 

@@ -417,8 +417,15 @@ class HQTwoStagePipeline:
             )
 
     def close(self) -> None:
-        """Give the transformer its pristine weights and given modules their plain norms back, and release what is held."""
-        self.manager.close()
+        """Release what is held, and give back what was given.
+
+        A transformer from files is let go of: the next call reads it again. One that was given has its pristine weights
+        again, where it was, and given modules have their plain norms.
+        """
+        is_ours = self.components.reloadable("transformer")
+        self.manager.close(discard=is_ours)
+        if is_ours:
+            self.components.release("transformer")
         for patched in self._patched:
             patched.undo()
         self._attached = False

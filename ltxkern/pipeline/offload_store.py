@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltxkern.pipeline.host_copy import HostCopy, module_tensors
+from ltxkern.pipeline.host_copy import HostCopy, bring_to, module_tensors
 from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError
 from ltxkern.pipeline.lora import NO_LORA, LoRAPhase
 from ltxkern.pipeline.phase_stores import OriginalStore, StoreContext
@@ -27,9 +27,12 @@ def _place(tensor: Tensor) -> torch.device:
 
 
 def _move(tensors: Iterable[tuple[Tensor, torch.device]]) -> None:
-    """Each tensor's data to its device."""
+    """Each tensor's data to its device; tensors of one call that share memory go on sharing it."""
+    by_place: dict[torch.device, list[Tensor]] = {}
     for tensor, place in tensors:
-        tensor.data = tensor.data.to(place)
+        by_place.setdefault(place, []).append(tensor)
+    for place, group in by_place.items():
+        bring_to(group, place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +82,8 @@ class OffloadStore(OriginalStore):
                 weights = {id(m.weight): f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
                 self._blocks[name] = [_Visitor(t, t.data, weights.get(id(t), "")) for t in module_tensors(module)]
         inside = {id(visitor.tensor) for block in self._blocks.values() for visitor in block}
-        for tensor in module_tensors(transformer):
-            if id(tensor) not in inside:
-                self._outer.append((tensor, _place(tensor)))
-                _move([(tensor, self._device)])
+        self._outer = [(t, _place(t)) for t in module_tensors(transformer) if id(t) not in inside]
+        _move((tensor, self._device) for tensor, _ in self._outer)
 
     @staticmethod
     def _keep(module: nn.Module, budget: HostBudget) -> HostCopy:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ltxkern.pipeline import phase_stores
 from ltxkern.pipeline.device_modes import MODES
@@ -42,6 +43,12 @@ def fail_at(monkeypatch):
         merge(weight.clone(), module, phases[0], **kwargs)
         real_pair(weight, other, module, phases, **kwargs)
 
+    real_beside = phase_stores.merge_phase_beside
+
+    def merge_beside(weight, other, module, phase, **kwargs):
+        merge(other.copy_(weight), module, phase, **kwargs)
+        real_beside(weight, other, module, phase, **kwargs)
+
     real_deltas = phase_stores.phase_deltas
 
     def deltas(weight, module, phase, cache):
@@ -50,6 +57,7 @@ def fail_at(monkeypatch):
 
     monkeypatch.setattr(phase_stores, "merge_phase", merge)
     monkeypatch.setattr(phase_stores, "merge_phase_pair", merge_pair)
+    monkeypatch.setattr(phase_stores, "merge_phase_beside", merge_beside)
     monkeypatch.setattr(phase_stores, "phase_deltas", deltas)
 
     def arm(count, error=MidwayError):
@@ -150,7 +158,18 @@ def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkey
 class InterruptAtLine:
     """Raises KeyboardInterrupt before the n-th line that runs in the manager's own files."""
 
-    FILES = ("phase_stores.py", "snapshot_store.py", "weight_table.py", "devices.py", "pipeline/lora.py")
+    FILES = (
+        "phase_stores.py",
+        "phase_merge.py",
+        "snapshot_store.py",
+        "offload_store.py",
+        "weight_table.py",
+        "correction.py",
+        "factor_cache.py",
+        "devices.py",
+        "home.py",
+        "pipeline/lora.py",
+    )
 
     def __init__(self, line):
         self.left = line
@@ -203,6 +222,38 @@ def test_ctrl_c_at_any_line_of_a_switch(mode):
                 manager.switch_lora_phase(phase)
                 assert_weights(model, expected[phase])
     assert_weights(model, pristine)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, "offload"])
+def test_ctrl_c_at_any_line_of_close(mode, from_file, tmp_path):
+    """The weights are pristine, or the transformer does not run; `close` once more brings them back."""
+    settings = {"mode": "original", "offload": True} if mode == "offload" else {"mode": mode}
+    x = torch.randn(1, 16).bfloat16()
+    for line in itertools.count(0, 7):
+        model = small_model(blocks=1, width=16, hidden=24)
+        pristine = linear_weights(model)
+        if not line:
+            save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+        manager = TwoStageDeviceManager(**settings)
+        manager.attach(model, pristine=tmp_path if from_file else None)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        try:
+            with InterruptAtLine(line):
+                manager.close()
+        except KeyboardInterrupt:
+            if manager.phase is None and manager._table is not None:
+                with pytest.raises(LoRAPhaseError, match="between two LoRA phases"):
+                    model(x)
+            elif manager.phase is None:
+                assert_weights(model, pristine)
+            manager.close()
+        else:
+            assert line > 10
+            break
+        assert_weights(model, pristine)
+        model(x)
+    assert not model._forward_pre_hooks
 
 
 def test_a_failed_switch_leaves_the_former_phase_where_nothing_was_written(fail_at):

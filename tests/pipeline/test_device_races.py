@@ -12,7 +12,7 @@ from tests.pipeline.lora_models import linear_weights, random_lora, small_model
 from tests.pipeline.stream_races import RaceClock
 
 
-def run(clock, monkeypatch, *, forwards=3, requests=3, host_budget_bytes=None, **settings):
+def run(clock, monkeypatch, *, forwards=3, requests=3, host_budget_bytes=None, discard=False, **settings):
     """Requests of two stages with three forwards each, the last one with other strengths; returns the races."""
 
     def allocate(shape, dtype):
@@ -39,7 +39,12 @@ def run(clock, monkeypatch, *, forwards=3, requests=3, host_budget_bytes=None, *
                     manager.side_by_side(lambda: x * 2, lambda: x * 3)
             manager.switch_lora_phase(NO_LORA)
             model(x)
-        manager.close()
+        if discard:
+            # The next phase is on its way while the transformer is let go of.
+            manager.switch_lora_phase(phases[0])
+            manager.begin_stage("stage", forwards=1)
+            model(x)
+        manager.close(discard=discard)
     return clock.races
 
 
@@ -58,6 +63,13 @@ def run(clock, monkeypatch, *, forwards=3, requests=3, host_budget_bytes=None, *
 )
 def test_no_races(settings, forwards, monkeypatch):
     assert run(RaceClock(), monkeypatch, forwards=forwards, **settings) == []
+
+
+@pytest.mark.parametrize(
+    "settings", [*({"mode": mode} for mode in MODES), {"mode": "original", "offload": True}], ids=str
+)
+def test_no_races_where_the_transformer_is_discarded(settings, monkeypatch):
+    assert run(RaceClock(), monkeypatch, requests=1, discard=True, **settings) == []
 
 
 class Deaf(RaceClock):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ltxkern import served
 from ltxkern.pipeline.device_modes import MODES
@@ -154,6 +155,20 @@ def test_offloaded_weights_return_to_the_gpu_they_came_from():
         model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
     assert_weights(model.cpu(), pristine)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_return_to_the_host_they_came_from(mode, from_file, tmp_path):
+    model = model_on_host()
+    pristine = linear_weights(model)
+    save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+    with TwoStageDeviceManager(mode, device="cuda") as manager:
+        manager.attach(model, pristine=tmp_path if from_file else None)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert_weights(model, pristine)
 
 
 def test_factors_without_room_are_page_locked_and_travel_without_a_wait():

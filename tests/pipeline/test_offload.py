@@ -1,7 +1,6 @@
 """Offloading: blocks that visit the device merge on arrival and leave as they came; modules that are lent."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,10 +248,20 @@ def test_offloading_brings_the_weights_outside_the_blocks_home_again():
         outer = manager.store._outer
         found = {id(tensor) for tensor, place in outer if place.type == "cpu"}
         assert found == {id(t) for t in (*model.proj_in.parameters(), *model.proj_out.parameters(), model.table)}
-        # Tensors elsewhere, as far as the CPU can show them.
-        there = SimpleNamespace(data=SimpleNamespace(to=lambda place: f"now on {place}"))
-        outer.append((there, torch.device("cpu")))
-    assert there.data == "now on cpu"
+        # Another place on the same machine: "cpu:0" differs from "cpu", so that the storages are really copied.
+        manager.store._outer = [(tensor, torch.device("cpu", 0)) for tensor, _ in outer]
+        there = {id(tensor): tensor.data_ptr() for tensor, _ in outer}
+    assert all(tensor.data_ptr() != there[id(tensor)] for tensor in (*model.proj_in.parameters(), model.table))
+
+
+def test_tensors_that_share_memory_go_on_sharing_it_when_they_are_moved():
+    module = Shared()
+    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    home = module.first.data_ptr()
+    offload_store._move((tensor, torch.device("cpu", 0)) for tensor in module_tensors(module))
+    assert module.first.data_ptr() != home
+    assert len(storages(module)) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 @pytest.fixture
