@@ -227,7 +227,7 @@ def test_ctrl_c_at_any_line_of_a_switch(mode):
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("mode", [*MODES, "offload"])
 def test_ctrl_c_at_any_line_of_close(mode, from_file, tmp_path):
-    """The weights are pristine, or the transformer does not run; `close` once more brings them back."""
+    """The weights are in the manager's phase, or pristine, or no forward runs; `close` once more brings them back."""
     settings = {"mode": "original", "offload": True} if mode == "offload" else {"mode": mode}
     x = torch.randn(1, 16).bfloat16()
     for line in itertools.count(0, 7):
@@ -237,16 +237,20 @@ def test_ctrl_c_at_any_line_of_close(mode, from_file, tmp_path):
             save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
         manager = TwoStageDeviceManager(**settings)
         manager.attach(model, pristine=tmp_path if from_file else None)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        phases = lora_phases([], random_lora("distilled", model, seed=1))
+        expected = fresh_merges(pristine, phases)
+        manager.prepare(*phases)
         try:
             with InterruptAtLine(line):
                 manager.close()
         except KeyboardInterrupt:
-            if manager.phase is None and manager._table is not None:
+            if manager._table is None:
+                assert_weights(model, pristine)
+            elif manager.phase is None:
                 with pytest.raises(LoRAPhaseError, match="between two LoRA phases"):
                     model(x)
-            elif manager.phase is None:
-                assert_weights(model, pristine)
+            elif mode != "offload":
+                assert_weights(model, expected[manager.phase])
             manager.close()
         else:
             assert line > 10
