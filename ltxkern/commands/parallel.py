@@ -106,10 +106,14 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
     ranks: Ranks | None = None
     try:
         ranks = Ranks.meet(launch, backend=_claim_device(arguments, launch))
-        with ranks:
-            ranks.compare(_facts(arguments))
-            check_options(arguments, launch)
-            yield Job(ranks, launch.size)
+        try:
+            with ranks:
+                ranks.compare(_facts(arguments))
+                check_options(arguments, launch)
+                yield Job(ranks, launch.size)
+        except KeyboardInterrupt as interrupt:
+            ranks.require_person(interrupt)
+            raise
         _close(ranks)
     except _spoken() as error:
         logger.info("rank %d left", launch.rank, exc_info=True)

@@ -173,6 +173,15 @@ class Ranks:
         """Whether this rank was the first to post the job's failure: it alone prints it."""
         return self._watch.first
 
+    def require_person(self, interrupt: KeyboardInterrupt) -> None:
+        """Raise RankError where the watch sent this interrupt because the job failed, and not a person.
+
+        For one that came while the block of `ranks` was being left, too late to be told apart there.
+        """
+        if self._watch.interrupted and self._watch.failure is not None:
+            self._watch.acknowledge()
+            raise RankError(self._watch.failure) from interrupt
+
     def compare(self, facts: Mapping[str, object]) -> None:
         """Make sure that every rank was asked for the same.
 
@@ -261,6 +270,7 @@ class _Watch(threading.Thread):
         super().__init__(name="ltxkern rank watch", daemon=True)
         self.failure: str | None = None
         self.first = False
+        self.interrupted = False
         self._store, self._rank = store, rank
         self._others = [other for other in range(size) if other != rank]
         self._silence_s = limit_s * 2 / 3
@@ -356,9 +366,13 @@ class _Watch(threading.Thread):
 
     def _end(self, failure: str) -> None:
         self.post(failure)
+        # Ranks often fail together: one that leaves by itself need not be interrupted on its way.
+        if self._halt.wait(_BEAT_S):
+            return
         with self._ending:
             if self._halt.is_set():
                 return
+            self.interrupted = True
             _thread.interrupt_main()
         if self._halt.wait(self._grace_s):
             return
