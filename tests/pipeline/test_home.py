@@ -96,8 +96,8 @@ def test_a_transformer_that_is_discarded_is_freed_and_nothing_is_merged_for_it(s
 
 def test_a_pipeline_lets_go_of_the_transformer_that_it_read_itself():
     from ltxkern.pipeline.components import Components
-    from ltxkern.pipeline.demo import build_demo, demo_lora
-    from ltxkern.pipeline.hq import HQTwoStagePipeline, _demo_distilled
+    from ltxkern.pipeline.demo import build_demo, demo_distilled_lora
+    from ltxkern.pipeline.hq import HQTwoStagePipeline
 
     class Source:
         reads = 0
@@ -114,7 +114,7 @@ def test_a_pipeline_lets_go_of_the_transformer_that_it_read_itself():
 
     source, parts = Source(), vars(build_demo(dtype=torch.float32))
     given = {name: part for name, part in parts.items() if name not in ("transformer", "_source")}
-    pipeline = HQTwoStagePipeline(Components(source=source, **given), distilled_lora=_demo_distilled(demo_lora()))
+    pipeline = HQTwoStagePipeline(Components(source=source, **given), distilled_lora=demo_distilled_lora())
     size = {"height": 64, "width": 64, "num_frames": 9, "steps": 2, "output_type": "latents"}
     first = pipeline("a cat", **size)
     transformer = pipeline.components.transformer
