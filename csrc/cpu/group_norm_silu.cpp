@@ -221,35 +221,39 @@ static i64 column_chunk(i64 channels) {
     return positions < 8 ? 8 : positions > 128 ? 128 : positions;
 }
 
-// Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions. Sums run about the first
-// position: those of the values themselves would lose the digits that a mean far from zero needs.
+// Per-channel moments of `count` positions, merged into `mean` and `m2`, which hold `before` positions. A first pass, about the first
+// position, finds a centre; the second takes sums and squares about it: they keep the digits that a mean far from zero needs, and give
+// back those that a far value in the first position has cost the centre. `sums`: three rows.
 template <class T>
-static void merge_columns(const T* x, i64 count, i64 channels, float* sum, float* squared, double before, double* mean, double* m2) {
-    float* pivot = squared;
+static void merge_columns(const T* x, i64 count, i64 channels, float* sums, double before, double* mean, double* m2) {
+    float *centre = sums, *sum = sums + channels, *squared = sum + channels;
     over_registers(channels, [&](i64 c, auto n) {
-        store_n(pivot + c, load_n(x + c, n), n);
+        store_n(centre + c, load_n(x + c, n), n);
         store_n(sum + c, Floats{}, n);
+        store_n(squared + c, Floats{}, n);
     });
     for (i64 i = 0; i < count; ++i) {
         const T* row = x + i * channels;
-        over_registers(channels, [&](i64 c, auto n) { store_n(sum + c, load_n(sum + c, n) + (load_n(row + c, n) - load_n(pivot + c, n)), n); });
+        over_registers(channels, [&](i64 c, auto n) { store_n(sum + c, load_n(sum + c, n) + (load_n(row + c, n) - load_n(centre + c, n)), n); });
     }
     double weight = static_cast<double>(count) / (before + static_cast<double>(count)), share = 1.0 / static_cast<double>(count);
     for (i64 c = 0; c < channels; ++c) {
-        double exact = pivot[c] + sum[c] * share, delta = exact - mean[c];
-        mean[c] += delta * weight;
-        m2[c] += delta * delta * before * weight;
-        sum[c] = static_cast<float>(exact);
-        squared[c] = 0.0f;
+        centre[c] = static_cast<float>(centre[c] + sum[c] * share);
+        sum[c] = 0.0f;
     }
     for (i64 i = 0; i < count; ++i) {
         const T* row = x + i * channels;
         over_registers(channels, [&](i64 c, auto n) {
-            Floats d = load_n(row + c, n) - load_n(sum + c, n);
+            Floats d = load_n(row + c, n) - load_n(centre + c, n);
+            store_n(sum + c, load_n(sum + c, n) + d, n);
             store_n(squared + c, load_n(squared + c, n) + d * d, n);
         });
     }
-    for (i64 c = 0; c < channels; ++c) m2[c] += squared[c];
+    for (i64 c = 0; c < channels; ++c) {
+        double offset = sum[c] * share, delta = centre[c] + offset - mean[c], own = squared[c] - sum[c] * offset;
+        mean[c] += delta * weight;
+        m2[c] += (own > 0.0 || own != own ? own : 0.0) + delta * delta * before * weight;
+    }
 }
 
 template <class T>
@@ -294,15 +298,14 @@ static void channels_last(const GroupNormSilu& p, int threads) {
         };
 #pragma omp parallel num_threads(threads)
         {
-            std::vector<float> buffers(static_cast<std::size_t>(2 * channels));
-            float *sum = buffers.data(), *squared = sum + channels;
+            std::vector<float> sums(static_cast<std::size_t>(3 * channels));
 #pragma omp for schedule(static)
             for (i64 stripe = 0; stripe < stripes; ++stripe) {
                 double *stripe_mean = moments.data() + 2 * stripe * channels, *stripe_m2 = stripe_mean + channels;
                 for (i64 c = 0; c < 2 * channels; ++c) stripe_mean[c] = 0.0;
                 i64 first = stripe * per_stripe, count = length(stripe);
                 for (i64 i = 0; i < count; i += chunk)
-                    merge_columns(x + base + (first + i) * channels, count - i < chunk ? count - i : chunk, channels, sum, squared,
+                    merge_columns(x + base + (first + i) * channels, count - i < chunk ? count - i : chunk, channels, sums.data(),
                                   static_cast<double>(i), stripe_mean, stripe_m2);
             }
         }

@@ -104,6 +104,20 @@ def test_a_large_mean_costs_half_a_unit_of_it(last: bool) -> None:
 
 
 @over_backends("group_norm_silu")
+@pytest.mark.parametrize("positions", [100, 240])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_far_values_where_sums_begin(backend: str, positions: int, last: bool) -> None:
+    """Kernels that sum about one of the values must not depend on which they met first."""
+    x = noise(1, positions, 2)
+    x.view(-1)[::128] = -3000.0
+    x = x.movedim(1, -1) if last else x.movedim(1, -1).contiguous()
+    x = x[..., None]
+    with serving(backend):
+        out = ltxkern.group_norm_silu(x, None, None, 1)
+    assert_as_close(out, reference(x, None, None, 1), exact(x, None, None, 1, None, None))
+
+
+@over_backends("group_norm_silu")
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4, 1e-40])
 def test_constant_groups_are_zero(backend: str, value: float) -> None:
     x = torch.full((1, 4, 33), value)
