@@ -9,6 +9,7 @@ LTXK_CPU_BEGIN
 // As in include/ltxkern/gated_residual.cuh.
 struct GatedResidual {
     RowOperand x, y, gate;
+    RowIndex index;
     i64 gate_column;
     void* out;
     i64 rows, inner, width;
@@ -17,11 +18,14 @@ struct GatedResidual {
 // Elements [first, first + count) of a row.
 template <class T>
 static void gate_chunk(const GatedResidual& p, i64 row, i64 first, i64 count) {
-    i64 outer = row / p.inner, inner = row % p.inner, gate_at = p.gate.row(outer, inner);
+    i64 outer = row / p.inner, inner = row % p.inner;
     const T* x = static_cast<const T*>(p.x.data) + p.x.row(outer, inner) + first;
+    const T* y = p.y.data ? static_cast<const T*>(p.y.data) + p.y.row(outer, inner) + first : nullptr;
+    p.index.find(outer, inner);
+    i64 gate_at = p.gate.row(outer, inner);
     T* out = static_cast<T*>(p.out) + row * p.width + first;
     alignas(64) float buffer[kTypedChunk];
-    if (!p.y.data) {
+    if (!y) {
         float factor = 2.0f / (1.0f + std::exp(-*as_compute(p.gate.data, p.gate.type, gate_at, 1, buffer)));
         over_registers(count, [&](i64 i, auto n) { store_n(out + i, load_n(x + i, n) * factor, n); });
         return;
@@ -35,13 +39,12 @@ static void gate_chunk(const GatedResidual& p, i64 row, i64 first, i64 count) {
             buffer[i] = *as_compute(p.gate.data, p.gate.type, gate_at + (first + i) * p.gate_column, 1, one);
         if (!p.gate_column) std::fill_n(buffer + 1, count - 1, buffer[0]);
     }
-    const T* y = static_cast<const T*>(p.y.data) + p.y.row(outer, inner) + first;
     over_registers(count, [&](i64 i, auto n) {
         store_n(out + i, load_n(x + i, n) + rounded(load_n(y + i, n) * load_n(gate + i, n)), n);
     });
 }
 
-static void gated_residual(const void* parameters, int threads) {
+static void gated_residual_rows(const void* parameters, int threads) {
     const GatedResidual& p = *static_cast<const GatedResidual*>(parameters);
     i64 pieces = (p.width + kTypedChunk - 1) / kTypedChunk;
     with_activation(p.x.type, [&](auto kind) {
@@ -55,4 +58,4 @@ static void gated_residual(const void* parameters, int threads) {
 
 LTXK_CPU_END
 
-LTXK_CPU_KERNEL("gated_residual", gated_residual)
+LTXK_CPU_KERNEL("gated_residual_rows", gated_residual_rows)

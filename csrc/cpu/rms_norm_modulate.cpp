@@ -7,8 +7,9 @@ LTXK_CPU_BEGIN
 
 // As in include/ltxkern/rms_norm_modulate.cuh, with the number of rows.
 struct RmsNormModulate {
-    RowOperand x, scale, shift;
-    RowOperand y, gate;
+    RowOperand x, y;
+    RowOperand scale, shift, gate;
+    RowIndex index;
     const void* weight;
     i64 weight_type;
     void* summed;
@@ -33,10 +34,11 @@ static void modulate_rows(const RmsNormModulate& p, int threads) {
         for (i64 row = 0; row < p.rows; ++row) {
             i64 outer = row / p.inner, inner = row % p.inner;
             const T* values = x + p.x.row(outer, inner);
+            const T* branch = y ? y + p.y.row(outer, inner) : nullptr;
+            p.index.find(outer, inner);
             float rstd;
-            if (y) {
+            if (branch) {
                 // x + y gate, rounded to T: what the norm then sees.
-                const T* branch = y + p.y.row(outer, inner);
                 const float* gate = gates.at(outer, inner);
                 T* summed = static_cast<T*>(p.summed) + row * p.width;
                 rstd = inverse_rms(p.width, p.eps, [&](i64 i, auto n) {
@@ -59,11 +61,11 @@ static void modulate_rows(const RmsNormModulate& p, int threads) {
     }
 }
 
-static void rms_norm_modulate(const void* parameters, int threads) {
+static void rms_norm_modulate_rows(const void* parameters, int threads) {
     const RmsNormModulate& p = *static_cast<const RmsNormModulate*>(parameters);
     with_activation(p.x.type, [&](auto kind) { modulate_rows<decltype(kind)>(p, threads); });
 }
 
 LTXK_CPU_END
 
-LTXK_CPU_KERNEL("rms_norm_modulate", rms_norm_modulate)
+LTXK_CPU_KERNEL("rms_norm_modulate_rows", rms_norm_modulate_rows)

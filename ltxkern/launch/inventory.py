@@ -41,9 +41,10 @@ CUDA: dict[str, tuple[str, ...]] = {
     "merge_lora_": ("ltxk::merge_lora",),
     "dual_add": _instances(["dual_add"], (*_ACTIVATIONS, "double, 2", "double, 1")),
     **{
-        op: _instances(["rms_norm_modulate"], _ROWS) for op in ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
+        op: _instances(["rms_norm_modulate_rows"], _ROWS)
+        for op in ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
     },
-    **{op: _instances(["gated_residual"], _ROWS) for op in ("gated_residual", "head_gate")},
+    **{op: _instances(["gated_residual_rows"], _ROWS) for op in ("gated_residual", "head_gate")},
     "qk_norm_rope": _instances(["qk_norm_rope"], _ROWS),
 }
 
@@ -53,7 +54,7 @@ CPU: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("normalize_noise", "channelwise_normalize", "noise_statistics"), ("normalize_noise",)),
     "combine_guidance": ("combine_guidance<f32>", "combine_guidance<f64>"),
     "dual_add": tuple(f"dual_add<{t}>" for t in (*_CPU_ACTIVATIONS, "f64")),
-    **dict.fromkeys(("rms_norm_modulate", "gated_residual_rms_norm_modulate"), ("rms_norm_modulate",)),
-    **dict.fromkeys(("gated_residual", "head_gate"), ("gated_residual",)),
+    **dict.fromkeys(("rms_norm_modulate", "gated_residual_rms_norm_modulate"), ("rms_norm_modulate_rows",)),
+    **dict.fromkeys(("gated_residual", "head_gate"), ("gated_residual_rows",)),
     "qk_norm_rope": ("qk_norm_rope",),
 }

@@ -30,6 +30,11 @@ def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | 
         raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
 
 
+def check_integer_tensor(name: str, value: object) -> None:
+    """`value` is a tensor of int32 or int64."""
+    check_tensor(name, value, dtypes=(torch.int32, torch.int64))
+
+
 def raise_no_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> NoReturn:
     """The error for what is no tensor, with the way to make one of it."""
     kind = type(value).__name__

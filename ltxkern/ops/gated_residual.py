@@ -17,11 +17,13 @@ from ltxkern.ops.checks import (
     check_shape,
     check_tensor,
 )
+from ltxkern.ops.row_index import check_indexed, taken
 from ltxkern.triton import constraints, triton_backend
 
 
-def residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def residual_reference(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
     """`x + y gate` in fp32, one rounding."""
+    (gate,) = taken(rows, gate)
     return (x.float() + y.float() * gate.float()).to(x.dtype).contiguous()
 
 
@@ -37,7 +39,7 @@ def allocate(x: Tensor, *_: object) -> Tensor:
 
 RESIDUAL = Op(
     "gated_residual",
-    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? rows) -> Tensor",
     residual_reference,
     allocate,
     differentiable=True,
@@ -61,32 +63,38 @@ HEAD_GATE = Op(
 )
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor, *, rows: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Residual stream plus a gated branch: `x + y gate`.
 
     Args:
         x: (..., D), fp16, bf16 or fp32.
         y: shape and dtype of x.
-        gate: broadcastable to x.
+        gate: broadcastable to x; with `rows` a table (N, D).
+        rows: (...), int32 or int64: a row of x takes row `rows` of the table, and no gate of x's size is ever made.
         out: written in place of a fresh tensor; may be x or y.
     Returns:
         Shape and dtype of x.
     Raises:
         TypeError, ValueError: each names the parameter.
 
-    Contract: rounded; fp32 arithmetic, one rounding.
-    Bytes: read x and y, write out.
+    Contract: rounded; fp32 arithmetic, one rounding; with `rows` the bits of `gate[rows]`.
+    Bytes: read x and y, write out; 4 or 8 a row for its index (`gate[rows]` costs 2 D values a row, written and read).
+    An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES)
     check_like("y", y, x)
     check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
     check_device("gate", gate, x.device)
-    if not broadcasts(gate.shape, x.shape):
+    if rows is not None:
+        check_indexed(x, rows, {"gate": gate})
+    elif not broadcasts(gate.shape, x.shape):
         raise ValueError(f"gate must broadcast to x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return RESIDUAL(x, y, gate, out=out)
+    return RESIDUAL(x, y, gate, rows, out=out)
 
 
 def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -19,11 +19,15 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_vector,
 )
+from ltxkern.ops.row_index import check_indexed, taken
 from ltxkern.triton import constraints, triton_backend
 
 
-def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+def reference(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
     """The composition in fp32 with one rounding."""
+    scale, shift = taken(rows, scale, shift)
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
     if weight is not None:
@@ -32,9 +36,17 @@ def reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tenso
 
 
 def gated_reference(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Residual `x + y gate` rounded to x's dtype, and its modulated norm."""
+    gate, scale, shift = taken(rows, gate, scale, shift)
     summed = (x.float() + y.float() * gate.float()).to(x.dtype).contiguous()
     return summed, reference(summed, scale, shift, eps, weight)
 
@@ -51,7 +63,7 @@ def allocate_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 OP = Op(
     "rms_norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? weight) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? weight, Tensor? rows) -> Tensor",
     reference,
     allocate,
     differentiable=True,
@@ -63,7 +75,8 @@ OP = Op(
 )
 GATED = Op(
     "gated_residual_rms_norm_modulate",
-    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, Tensor? weight) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, Tensor? weight, Tensor? rows) "
+    "-> (Tensor, Tensor)",
     gated_reference,
     allocate_pair,
     differentiable=True,
@@ -84,10 +97,17 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
         )
 
 
-def _check_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> None:
+def _check_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None, **gate: Tensor
+) -> None:
     check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
-    _check_rows("scale", scale, x)
-    _check_rows("shift", shift, x)
+    if rows is None:
+        _check_rows("scale", scale, x)
+        _check_rows("shift", shift, x)
+        for name, value in gate.items():
+            _check_rows(name, value, x)
+    else:
+        check_indexed(x, rows, {"scale": scale, "shift": shift, **gate})
     if weight is not None:
         check_vector("weight", weight, x.shape[-1], x.device)
     check_finite_number("eps", eps, low=0.0)
@@ -100,29 +120,37 @@ def rms_norm_modulate(
     *,
     eps: float = 1e-6,
     weight: Tensor | None = None,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm over the last dim, then modulation: `x rsqrt(mean(x^2) + eps) [weight] (1 + scale) + shift`.
 
     Args:
         x: (..., D), fp16, bf16 or fp32.
-        scale, shift: broadcastable to x with last dim D, e.g. (B, 1, D) for one row per sample.
+        scale, shift: broadcastable to x with last dim D, e.g. (B, 1, D) for one row per sample; with `rows` tables (N, D) of one N.
         eps: added to the mean square.
         weight: (D,); None for the parameter-free norm of the LTX-2 transformer.
+        rows: (...), int32 or int64: a row of x takes row `rows` of the tables. Where few rows are distinct, as with the timesteps
+            of image conditioning, nothing of x's size is then made. None: scale and shift lie over x itself.
         out: written in place of a fresh tensor; may be x.
     Returns:
         Shape and dtype of x.
     Raises:
         TypeError, ValueError: each names the parameter.
 
-    Contract: rounded; fp32 arithmetic, one rounding (eager torch rounds after each of four steps).
-    Bytes: read x, write out; scale and shift once where they are rows.
+    Contract: rounded; fp32 arithmetic, one rounding (eager torch rounds after each of four steps); with `rows` the bits of
+        `rms_norm_modulate(x, scale[rows], shift[rows])`.
+    Bytes: read x, write out; scale and shift once where they are rows or tables, and 4 or 8 a row for its index. `scale[rows]` and
+        `shift[rows]` cost 4 D values a row instead, written and read.
+    An index below 0 or beyond N - 1: ValueError on the host, before anything is written. On a device nobody waits to look at the
+        indices: that row of the result is NaN, and nothing outside the tables is read (the torch reference fails in torch's own
+        lookup there).
     Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
     """
-    _check_norm(x, scale, shift, eps, weight)
+    _check_norm(x, scale, shift, eps, weight, rows)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return OP(x, scale, shift, eps, weight, out=out)
+    return OP(x, scale, shift, eps, weight, rows, out=out)
 
 
 def gated_residual_rms_norm_modulate(
@@ -134,6 +162,7 @@ def gated_residual_rms_norm_modulate(
     *,
     eps: float = 1e-6,
     weight: Tensor | None = None,
+    rows: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated residual and the next modulated norm in one pass: `s = x + y gate`, `n = rms_norm_modulate(s, scale, shift)`.
@@ -141,21 +170,22 @@ def gated_residual_rms_norm_modulate(
     Args:
         x: residual stream, (..., D), fp16, bf16 or fp32.
         y: branch output, shape and dtype of x.
-        gate, scale, shift: broadcastable to x with last dim D.
+        gate, scale, shift: broadcastable to x with last dim D; with `rows` tables (N, D) of one N.
         eps, weight: as in `rms_norm_modulate`.
+        rows: as in `rms_norm_modulate`, one index for all three tables.
         out: pair (s, n); either may be x or y.
     Returns:
         (s, n), shape and dtype of x; n is computed from the rounded s.
     Raises:
         TypeError, ValueError: each names the parameter.
 
-    Contract: rounded; s is rounded once, n once.
-    Bytes: read x and y, write s and n.
+    Contract: rounded; s is rounded once, n once; with `rows` the bits of gate[rows], scale[rows] and shift[rows].
+    Bytes: read x and y, write s and n; 4 or 8 a row for its index.
+    An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
-    _check_norm(x, scale, shift, eps, weight)
+    _check_norm(x, scale, shift, eps, weight, rows, gate=gate)
     check_like("y", y, x)
-    _check_rows("gate", gate, x)
     if out is not None:
         check_outs(out, x)
-    return GATED(x, y, gate, scale, shift, eps, weight, out=out)
+    return GATED(x, y, gate, scale, shift, eps, weight, rows, out=out)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.triton.layout import all_contiguous, channel_view, power_of_two, row_view, unit_rows
+from ltxkern.triton.layout import all_contiguous, channel_view, power_of_two, rows_of, unit_rows
 
 MAX_CHANNELS = 1024
 MAX_WIDTH = 16384
@@ -113,12 +113,15 @@ def dual_add(x: Tensor, first: Tensor, second: Tensor) -> str | None:
     return _not_contiguous({"x": x, "first": first, "second": second})
 
 
-def _rows(x: Tensor, dense: Sequence[Tensor], others: Sequence[Tensor]) -> str | None:
+def _rows(
+    over_x: Sequence[Tensor], modulation: Sequence[Tensor], index: Tensor | None, *, dense: bool = True
+) -> str | None:
+    x = over_x[0]
     if x.numel() == 0 or x.dim() == 0:
         return None
-    if not unit_rows(x, *dense):
+    if not unit_rows(*over_x, *(modulation if dense else ())):
         return "the last dim of an operand is not dense"
-    if row_view(x, *dense, *others) is None:
+    if rows_of(over_x, modulation, index) is None:
         return f"the leading dims of the operands do not collapse to two: x is {tuple(x.shape)} with {x.stride()}"
     return None
 
@@ -126,33 +129,42 @@ def _rows(x: Tensor, dense: Sequence[Tensor], others: Sequence[Tensor]) -> str |
 def dense_rows(x: Tensor, *operands: Tensor | float | None) -> str | None:
     """Dense rows of any width, leading dims that collapse to two; a weight of one dim is no operand of the rows."""
     tensors = [operand for operand in operands[:-1] if isinstance(operand, Tensor)]
-    return _rows(x, tensors, [])
+    return _rows([x], tensors, None)
 
 
-def rms_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> str | None:
-    """Dense rows of bounded width, leading dims that collapse to two."""
-    if x.shape[-1] > MAX_WIDTH:
-        return f"rows of {x.shape[-1]}: the kernel keeps at most {MAX_WIDTH} in registers"
-    return _rows(x, [scale, shift], [])
-
-
-def gated_residual_rms_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None
+def rms_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None
 ) -> str | None:
     """Dense rows of bounded width, leading dims that collapse to two."""
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]}: the kernel keeps at most {MAX_WIDTH} in registers"
-    return _rows(x, [y, gate, scale, shift], [])
+    return _rows([x], [scale, shift], rows)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> str | None:
+def gated_residual_rms_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None,
+) -> str | None:
+    """Dense rows of bounded width, leading dims that collapse to two."""
+    if x.shape[-1] > MAX_WIDTH:
+        return f"rows of {x.shape[-1]}: the kernel keeps at most {MAX_WIDTH} in registers"
+    return _rows([x, y], [gate, scale, shift], rows)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> str | None:
     """Dense rows in x and y, leading dims that collapse to two."""
-    return _rows(x, [y], [gate])
+    return _rows([x, y], [gate], rows, dense=False)
 
 
 def head_gate(x: Tensor, logits: Tensor) -> str | None:
     """Dense heads, leading dims that collapse to two."""
-    return _rows(x, [], [logits[..., None]])
+    return _rows([x], [logits[..., None]], None, dense=False)
 
 
 def qk_norm_rope(

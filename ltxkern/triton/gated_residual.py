@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two, row_view
+from ltxkern.triton.layout import ceil_div, power_of_two, rows_of
 
 # 16 elements a thread at 4 warps: two 16-byte loads of each bf16 operand in flight.
 TILE = 2048
@@ -19,21 +19,28 @@ def _gate_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
+    index_ptr,
     rows,
     inner,
     D,
+    count,
     x_b,
     x_t,
     y_b,
     y_t,
     gate_b,
     gate_t,
+    index_b,
+    index_t,
     gate_d,
     column_blocks,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """`x + y gate`; without y: `x 2 sigmoid(gate)`."""
+    """`x + y gate`; without y: `x 2 sigmoid(gate)`.
+
+    With `index_ptr`, gate is a table of `count` rows (`gate_b` is 0), and a row whose index is none of them becomes NaN.
+    """
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // column_blocks) * BR + tl.arange(0, BR)[:, None]
     column = (pid % column_blocks) * BD + tl.arange(0, BD)[None, :]
@@ -42,20 +49,27 @@ def _gate_kernel(
     t = row % inner
     x = tl.load(x_ptr + b * x_b + t * x_t + column, mask=valid, other=0.0).to(tl.float32)
     if y_ptr is not None:
-        gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column * gate_d, mask=valid, other=0.0).to(tl.float32)
-        x += tl.load(y_ptr + b * y_b + t * y_t + column, mask=valid, other=0.0).to(tl.float32) * gate
+        y = tl.load(y_ptr + b * y_b + t * y_t + column, mask=valid, other=0.0).to(tl.float32)
+        if index_ptr is not None:
+            t = tl.load(index_ptr + b * index_b + t * index_t, mask=row < rows, other=0).to(tl.int64)
+            inside = (t >= 0) & (t < count)
+            gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column * gate_d, mask=valid & inside, other=0.0)
+            gate = tl.where(inside, gate.to(tl.float32), float("nan"))
+        else:
+            gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column * gate_d, mask=valid, other=0.0).to(tl.float32)
+        x += y * gate
     else:
         gate = tl.load(gate_ptr + b * gate_b + t * gate_t, mask=row < rows, other=0.0).to(tl.float32)
         x *= tl.div_rn(2.0, 1.0 + tl.exp(-gate))
     tl.store(out_ptr + row * D + column, x.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor) -> None:
+def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor, index: Tensor | None = None) -> None:
     if x.numel() == 0:
         return
     if x.dim() == 0:
         x, y, gate = x.reshape(1), None if y is None else y.reshape(1), gate.reshape(1)
-    view = row_view(x, x if y is None else y, gate)
+    view = rows_of([x, y], [gate], index)
     assert view is not None
     width, rows = x.shape[-1], view.outer * view.inner
     columns = min(TILE, power_of_two(width))
@@ -63,7 +77,8 @@ def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor) -> None:
     column_blocks = ceil_div(width, columns)
     target = out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
     _gate_kernel[(ceil_div(rows, together) * column_blocks,)](
-        target, x, y, gate, rows, view.inner, width, *(stride for pair in view.strides for stride in pair),
+        target, x, y, gate, index, rows, view.inner, width, 0 if index is None else gate.shape[0],
+        *(stride for pair in view.strides for stride in pair),
         gate.stride(-1) if gate.shape[-1] == width else 0, column_blocks,
         BR=together, BD=columns, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -71,9 +86,9 @@ def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor) -> None:
         out.copy_(target)
 
 
-def launch(out: Tensor, x: Tensor, y: Tensor, gate: Tensor) -> None:
+def launch(out: Tensor, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> None:
     """gated_residual on rows that collapse to two dims (see `constraints.gated_residual`)."""
-    _launch(out, x, y, gate)
+    _launch(out, x, y, gate.reshape(1) if gate.dim() == 0 else gate, rows)
 
 
 def launch_head_gate(out: Tensor, x: Tensor, logits: Tensor) -> None:

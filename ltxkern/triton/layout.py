@@ -57,6 +57,25 @@ def row_view(x: Tensor, *others: Tensor) -> RowView | None:
     return _row_view(x.shape, tuple([(tensor.shape, tensor.stride()) for tensor in (x, *others)]))
 
 
+def rows_of(
+    over_x: Sequence[Tensor | None], modulation: Sequence[Tensor | None], index: Tensor | None
+) -> RowView | None:
+    """`row_view` of x (the first), what else lies over its rows, the modulation and its row index; what is absent lies as x does.
+
+    With an index the modulation is tables (N, D), whose pairs of strides are (0, between rows).
+    """
+    x = over_x[0]
+    assert x is not None
+    present = [x if tensor is None else tensor for tensor in over_x[1:]]
+    if index is None:
+        return row_view(x, *present, *(x if tensor is None else tensor for tensor in modulation), x)
+    view = row_view(x, *present, index[..., None])
+    if view is None:
+        return None
+    tables = [(0, 0 if table is None else table.stride(0)) for table in modulation]
+    return view._replace(strides=(*view.strides[:-1], *tables, view.strides[-1]))
+
+
 def _broadcast_strides(onto: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a tensor of this shape once it is expanded."""
     if shape == onto:

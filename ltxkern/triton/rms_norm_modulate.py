@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two, row_view
+from ltxkern.triton.layout import ceil_div, power_of_two, rows_of
 from ltxkern.triton.numerics import reciprocal_root
 
 # Rows of 4096 (the video stream) take 8 warps at 16 elements a thread; shorter rows share a program up to this many elements.
@@ -24,11 +24,13 @@ def _modulate_kernel(
     scale_ptr,
     shift_ptr,
     weight_ptr,
+    index_ptr,
     eps,
     inverse,
     rows,
     inner,
     D,
+    count,
     x_b,
     x_t,
     y_b,
@@ -39,10 +41,16 @@ def _modulate_kernel(
     scale_t,
     shift_b,
     shift_t,
+    index_b,
+    index_t,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """BR rows; with `y_ptr`, x becomes `x + y gate`, is stored rounded, and its rounded value is normalised."""
+    """BR rows; with `y_ptr`, x becomes `x + y gate`, is stored rounded, and its rounded value is normalised.
+
+    With `index_ptr`, gate, scale and shift are tables of `count` rows (their `_b` strides are 0), and a row whose index is none of
+    them becomes NaN.
+    """
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     column = tl.arange(0, BD)[None, :]
     valid = (row < rows) & (column < D)
@@ -51,7 +59,15 @@ def _modulate_kernel(
     x = tl.load(x_ptr + b * x_b + t * x_t + column, mask=valid, other=0.0)
     if y_ptr is not None:
         y = tl.load(y_ptr + b * y_b + t * y_t + column, mask=valid, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column, mask=valid, other=0.0).to(tl.float32)
+    found = valid
+    if index_ptr is not None:
+        t = tl.load(index_ptr + b * index_b + t * index_t, mask=row < rows, other=0).to(tl.int64)
+        inside = (t >= 0) & (t < count)
+        found = valid & inside
+    if y_ptr is not None:
+        gate = tl.load(gate_ptr + b * gate_b + t * gate_t + column, mask=found, other=0.0).to(tl.float32)
+        if index_ptr is not None:
+            gate = tl.where(inside, gate, float("nan"))
         x = (x.to(tl.float32) + y * gate).to(x_ptr.dtype.element_ty)
         tl.store(summed_ptr + row * D + column, x, mask=valid)
     value = x.to(tl.float32)
@@ -59,8 +75,10 @@ def _modulate_kernel(
     value = value * reciprocal_root(mean_square + eps)
     if weight_ptr is not None:
         value *= tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + b * scale_b + t * scale_t + column, mask=valid, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + b * shift_b + t * shift_t + column, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_b + t * scale_t + column, mask=found, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + b * shift_b + t * shift_t + column, mask=found, other=0.0).to(tl.float32)
+    if index_ptr is not None:
+        shift = tl.where(inside, shift, float("nan"))
     value = value * (1.0 + scale) + shift
     tl.store(out_ptr + row * D + column, value.to(out_ptr.dtype.element_ty), mask=valid)
 
@@ -75,10 +93,11 @@ def _launch(
     shift: Tensor,
     eps: float,
     weight: Tensor | None,
+    index: Tensor | None,
 ) -> None:
     if x.numel() == 0:
         return
-    view = row_view(x, x if y is None else y, x if gate is None else gate, scale, shift)
+    view = rows_of([x, y], [gate, scale, shift], index)
     assert view is not None
     width, rows = x.shape[-1], view.outer * view.inner
     columns = power_of_two(width)
@@ -88,8 +107,9 @@ def _launch(
     if summed is not None and not summed.is_contiguous():
         dense_sum = torch.empty_like(x, memory_format=torch.contiguous_format)
     _modulate_kernel[(ceil_div(rows, together),)](
-        dense, dense_sum, x, y, gate, scale, shift, None if weight is None else weight.contiguous(),
-        eps, 1.0 / width, rows, view.inner, width, *(stride for pair in view.strides for stride in pair),
+        dense, dense_sum, x, y, gate, scale, shift, None if weight is None else weight.contiguous(), index,
+        eps, 1.0 / width, rows, view.inner, width, 0 if index is None else scale.shape[0],
+        *(stride for pair in view.strides for stride in pair),
         BR=together, BD=columns, num_warps=min(16, max(4, together * columns // 512)), enable_fp_fusion=True,
     )  # fmt: skip
     if dense is not out:
@@ -98,9 +118,17 @@ def _launch(
         summed.copy_(dense_sum)
 
 
-def launch(out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None) -> None:
+def launch(
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None = None,
+) -> None:
     """rms_norm_modulate on rows that collapse to two dims (see `constraints.rms_norm_modulate`)."""
-    _launch(out, None, x, None, None, scale, shift, eps, weight)
+    _launch(out, None, x, None, None, scale, shift, eps, weight, rows)
 
 
 def launch_gated(
@@ -112,6 +140,7 @@ def launch_gated(
     shift: Tensor,
     eps: float,
     weight: Tensor | None,
+    rows: Tensor | None = None,
 ) -> None:
     """gated_residual_rms_norm_modulate: out is (sum, norm)."""
-    _launch(out[1], out[0], x, y, gate, scale, shift, eps, weight)
+    _launch(out[1], out[0], x, y, gate, scale, shift, eps, weight, rows)

@@ -150,6 +150,26 @@ def test_gates(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
     )
 
 
+@VECTORS
+def test_tables_of_a_row_index(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    """The last rows of tables of more than 2^31 elements."""
+    count = (1 << 31) // channels + 2 * TOKENS
+    scale, gate = huge(count, channels), huge(count, channels, seed=1)
+    x, y = (noise(1, TOKENS, channels, dtype=BF16, seed=seed) for seed in (2, 3))
+    index = torch.arange(TOKENS).flip(0)[None]
+    few = [table[-TOKENS:].clone() for table in (scale, gate)]
+    monkeypatch.setattr(rows, "planned", planner(THREADS))
+    results = []
+    for (first, second), places in (((scale, gate), index + (count - TOKENS)), (few, index)):
+        normed, residual, pair = torch.empty_like(x), torch.empty_like(x), (torch.empty_like(x), torch.empty_like(x))
+        rows.rms_norm_modulate("cuda", normed, x, first, second, 1e-6, None, places)
+        rows.gated_norm("cuda", pair, x, y, second, first, second, 1e-6, None, places)
+        rows.gated_residual("cuda", residual, x, y, second, places)
+        results.append((normed, *pair, residual))
+    assert_same(*results)
+    assert all(bool(value.isfinite().all()) for value in results[0])
+
+
 def with_room(collapsed: Callable[..., Any]) -> Callable[..., Any]:
     """`rows.collapsed`, refusing the copies that it would make of a huge operand."""
 

@@ -29,6 +29,7 @@ from tests.ops import (
     test_res2s,
     test_res2s_sde_step,
     test_rms_norm_modulate,
+    test_row_index,
 )
 
 OPS = (
@@ -85,6 +86,24 @@ def on_shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.parametrize("op", test_row_index.OPS)
+@pytest.mark.parametrize("dtype", test_row_index.ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("width", [16, 13])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_a_row_whose_index_is_out_of_range_is_nan(op: str, dtype: torch.dtype, width: int, index: torch.dtype) -> None:
+    """Nothing outside the tables is read for it, and the other rows are as they were."""
+    tensors = test_row_index.drawn((2, 5, width), dtype, count=2)
+    rows = torch.tensor([[0, 1, -1, 0, 2], [torch.iinfo(index).max, 1, 1, torch.iinfo(index).min, 0]], dtype=index)
+    good = (rows >= 0) & (rows < 2)
+    with dispatch.use_backend("cpu"):
+        result = test_row_index.OPS[op](tensors, rows=rows)
+        expected = test_row_index.OPS[op](tensors, rows=rows * good)
+    pairs = [(result, expected)] if op != "gated_norm" else list(zip(result, expected, strict=True))
+    for one, other in pairs:
+        assert torch.equal(one[good], other[good])
+        assert bool(one[~good].isnan().all())
+
+
 def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None]:
     """The same test without its cases of other backends."""
     alone = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
@@ -110,7 +129,7 @@ def _collect() -> None:
             test_merge_lora,
             test_merge_lora_many,
         ),
-        *(test_rms_norm_modulate, test_gated_residual, test_qk_norm_rope, test_dual_add, test_overlap),
+        *(test_rms_norm_modulate, test_gated_residual, test_row_index, test_qk_norm_rope, test_dual_add, test_overlap),
     )
     for module in modules:
         for name, test in vars(module).items():

@@ -153,7 +153,7 @@ def test_opcheck(backend: str) -> None:
     x, y, gate = transposed(noise(2, 5, 4)), noise(2, 5, 4, seed=1), noise(2, 1, 4, seed=2)
     with serving(backend):
         for first in (x, x.clone().requires_grad_()):
-            torch.library.opcheck(torch.ops.ltxkern.gated_residual.default, (first, y, gate))
+            torch.library.opcheck(torch.ops.ltxkern.gated_residual.default, (first, y, gate, None))
             torch.library.opcheck(torch.ops.ltxkern.head_gate.default, (first, noise(2, 5)))
 
 

@@ -92,6 +92,20 @@ def rows() -> Call:
     return run
 
 
+def row_index() -> Call:
+    x, y = drawn(1, 1000, 4096), drawn(1, 1000, 4096, seed=1)
+    scale, shift, gate = drawn(2, 3, 4096).unbind(1)
+    index = torch.arange(1000, device=x.device)[None]
+
+    def run() -> list[Tensor]:
+        rows = (index >= 100).long()
+        gated = ltxkern.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, rows=rows)
+        normed = ltxkern.rms_norm_modulate(x, scale, shift, rows=rows.int())
+        return [*gated, normed, ltxkern.gated_residual(x, y, gate, rows=rows)]
+
+    return run
+
+
 def rope() -> Call:
     q, k = drawn(1, 1000, 4096), drawn(1, 1000, 4096, seed=1)
     weights = [drawn(4096, seed=seed) for seed in (2, 3)]
@@ -108,6 +122,7 @@ CALLS = {
     "merge_float8": lambda: lora(16, rounding="stochastic", seed=7),
     "two_sums": two_sums,
     "rows": rows,
+    "row_index": row_index,
     "rope": rope,
 }
 over_tiers = pytest.mark.parametrize("tier", ["cuda", "nvrtc"])
@@ -133,6 +148,22 @@ def test_no_wait_and_equal_bits(tier: str, make: Callable[[], Call]) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert_same(again, expected)
+
+
+@over_tiers
+def test_a_row_whose_index_is_out_of_range_is_nan(tier: str) -> None:
+    use(tier)
+    x, tables = drawn(5, 64), drawn(2, 3, 64).unbind(1)
+    rows = torch.tensor([0, -1, 1, 2, 1 << 40], device=x.device)
+    with ltxkern.use_backend(tier):
+        results = [
+            *ltxkern.gated_residual_rms_norm_modulate(x, x, *tables, rows=rows),
+            ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows),
+            ltxkern.gated_residual(x, x, tables[0], rows=rows),
+        ]
+    for result in results:
+        assert result.isnan().all(-1).tolist() == [False, True, False, True, True]
+        assert bool(result[[0, 2]].isfinite().all())
 
 
 @over_tiers

@@ -195,9 +195,9 @@ def test_opcheck(backend: str) -> None:
     x, y, row = transposed(noise(2, 5, 4)), noise(2, 5, 4, seed=1), noise(2, 1, 4, seed=2)
     with serving(backend):
         for first in (x, x.clone().requires_grad_()):
-            torch.library.opcheck(torch.ops.ltxkern.rms_norm_modulate.default, (first, row, row, 1e-6, row[0, 0]))
+            torch.library.opcheck(torch.ops.ltxkern.rms_norm_modulate.default, (first, row, row, 1e-6, row[0, 0], None))
             torch.library.opcheck(
-                torch.ops.ltxkern.gated_residual_rms_norm_modulate.default, (first, y, row, row, row, 1e-6, None)
+                torch.ops.ltxkern.gated_residual_rms_norm_modulate.default, (first, y, row, row, row, 1e-6, None, None)
             )
 
 

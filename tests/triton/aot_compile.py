@@ -130,6 +130,13 @@ def block(width: int) -> None:
     qk_norm_rope.launch((x, x), x, x, weight, weight, table, table, 1e-6, "split")
 
 
+def block_by_rows(width: int) -> None:
+    x, table, rows = empty(1, 32640, width), empty(2, width), empty(1, 32640, dtype=torch.int64)
+    rms_norm_modulate.launch(x, x, table, table, 1e-6, None, rows)
+    rms_norm_modulate.launch_gated((x, x), x, x, table, table, table, 1e-6, None, rows)
+    gated_residual.launch(x, x, x, table, rows)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "group_norm-8x45x80": lambda: group_norm((1, 512, 8, 45, 80)),
     "group_norm-16x180x320": lambda: group_norm((1, 512, 16, 180, 320)),
@@ -156,6 +163,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "dual-add-bf16": lambda: two_sums(BF16),
     "dual-add-fp32": lambda: two_sums(FP32),
     "block-4096": lambda: block(4096),
+    "block-by-rows-4096": lambda: block_by_rows(4096),
 }
 
 # One launch of every kernel, compiled for each architecture; the whole table and its disassembly are for FULL_ARCHITECTURE.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import reference
+from ltxkern.ops.row_index import taken
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -94,18 +95,34 @@ def pixel_norm_case(
 
 
 def modulate_case(
-    name: str, lead: tuple[int, ...], rows: tuple[int, ...], width: int, *, weight: bool, std: float = 1.0
+    name: str,
+    lead: tuple[int, ...],
+    rows: tuple[int, ...],
+    width: int,
+    *,
+    weight: bool,
+    std: float = 1.0,
+    index: torch.dtype | None = None,
 ) -> list[Case]:
-    """rms_norm_modulate and its gated form; `rows`: leading dims of scale, shift and gate."""
+    """rms_norm_modulate and its gated form; `rows`: leading dims of scale, shift and gate; an `index` points into them."""
+
+    def draw_index(device: str) -> Tensor | None:
+        size = torch.Size(lead).numel()
+        return (
+            None
+            if index is None
+            else torch.arange(size, device=device, dtype=index).mul(3).remainder(rows[0]).view(lead)
+        )
 
     def plain(device: str, dtype: torch.dtype) -> Problem:
         draw = Draw(device, dtype)
         x, scale, shift = draw(*lead, width, std=std), draw(*rows, width), draw(*rows, width)
         factor = draw(width) if weight else None
+        places = draw_index(device)
         return problem(
-            lambda out: ltxkern.rms_norm_modulate(x, scale, shift, weight=factor, out=out[0]),
-            [_modulated(x, scale, shift, factor)],
-            [reference.rms_norm_modulate(x, scale, shift, 1e-6, factor)],
+            lambda out: ltxkern.rms_norm_modulate(x, scale, shift, weight=factor, rows=places, out=out[0]),
+            [_modulated(x, *taken(places, scale, shift), factor)],
+            [reference.rms_norm_modulate(x, scale, shift, 1e-6, factor, places)],
         )
 
     def gated(device: str, dtype: torch.dtype) -> Problem:
@@ -113,12 +130,14 @@ def modulate_case(
         x, y = draw(*lead, width), draw(*lead, width)
         gate, scale, shift = (draw(*rows, width) for _ in range(3))
         factor = draw(width) if weight else None
-        composed = reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, 1e-6, factor)
+        places = draw_index(device)
+        composed = reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, 1e-6, factor, places)
+        each = taken(places, gate, scale, shift)
         return problem(
             lambda out: ltxkern.gated_residual_rms_norm_modulate(
-                x, y, gate, scale, shift, weight=factor, out=tuple(out)
+                x, y, gate, scale, shift, weight=factor, rows=places, out=tuple(out)
             ),
-            [x.double() + y.double() * gate.double(), _modulated(composed[0], scale, shift, factor)],
+            [x.double() + y.double() * each[0].double(), _modulated(composed[0], *each[1:], factor)],
             composed,
         )
 
@@ -134,14 +153,16 @@ def _modulated(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None) -
 def gate_cases() -> list[Case]:
     """gated_residual with gates of several shapes, and head_gate."""
 
-    def residual(gate_shape: tuple[int, ...]) -> Callable[[str, torch.dtype], Problem]:
+    def residual(gate_shape: tuple[int, ...], indexed: bool = False) -> Callable[[str, torch.dtype], Problem]:
         def make(device: str, dtype: torch.dtype) -> Problem:
             draw = Draw(device, dtype)
             x, y, gate = draw(2, 5, 37), draw(2, 5, 37), draw(*gate_shape)
+            rows = torch.arange(10, device=device).remainder(gate_shape[0]).view(2, 5) if indexed else None
+            (each,) = taken(rows, gate)
             return problem(
-                lambda out: ltxkern.gated_residual(x, y, gate, out=out[0]),
-                [x.double() + y.double() * gate.double()],
-                [reference.gated_residual(x, y, gate)],
+                lambda out: ltxkern.gated_residual(x, y, gate, rows=rows, out=out[0]),
+                [x.double() + y.double() * each.double()],
+                [reference.gated_residual(x, y, gate, rows)],
             )
 
         return make
@@ -155,9 +176,10 @@ def gate_cases() -> list[Case]:
             [reference.head_gate(x, logits)],
         )
 
-    shapes = {"row": (2, 1, 37), "full": (2, 5, 37), "token": (5, 1), "scalar": (1,)}
+    shapes = {"row": (2, 1, 37), "full": (2, 5, 37), "token": (5, 1), "scalar": (1,), "number": ()}
     return [Case(f"gated_residual-{name}", residual(shape)) for name, shape in shapes.items()] + [
-        Case("head_gate-odd", head)
+        Case("gated_residual-index", residual((3, 37), indexed=True)),
+        Case("head_gate-odd", head),
     ]
 
 
@@ -227,6 +249,8 @@ SMALL_CASES: list[Case] = [
     *modulate_case("row", (2, 5), (2, 1), 37, weight=False),
     *modulate_case("tokens", (2, 5), (2, 5), 64, weight=True),
     *modulate_case("flat", (7,), (), 9, weight=False, std=1e-3),
+    *modulate_case("index", (2, 5), (3,), 37, weight=True, index=torch.int64),
+    *modulate_case("index32", (7,), (2,), 64, weight=False, index=torch.int32),
     *gate_cases(),
     rope_case("split", 2, 5, 3, 8, "split", 2),
     rope_case("shared", 2, 3, 4, 12, "split", 1),

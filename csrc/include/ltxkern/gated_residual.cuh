@@ -7,6 +7,7 @@ namespace ltxk {
 
 struct GatedResidual {
     RowOperand x, y, gate;  // y null: the gate is the row's logit, and the result x * 2 sigmoid(logit)
+    RowIndex index;         // of the gate's row
     i64 gate_column;        // stride of the gate along a row, 1 for V > 1; 0: one value for the row
     void* out;
     i64 rows, inner, width;
@@ -15,7 +16,7 @@ struct GatedResidual {
 };
 
 template <int V>
-__global__ void __launch_bounds__(256) gated_residual(GatedResidual p) {
+__global__ void __launch_bounds__(256) gated_residual_rows(GatedResidual p) {
     u32 row_threads = static_cast<u32>(p.row_threads);
     i64 group = blockIdx.x / p.tiles, tile = blockIdx.x - group * p.tiles;
     i64 row = group * (blockDim.x / row_threads) + threadIdx.x / row_threads;
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(256) gated_residual(GatedResidual p) {
     i64 outer = row / p.inner, inner = row - outer * p.inner;
     Raw<V> raw_x = load_raw<V>(p.x.data, p.x.type, p.x.row(outer, inner) + column), raw_y, raw_gate;
     if (p.y.data) raw_y = load_raw<V>(p.y.data, p.y.type, p.y.row(outer, inner) + column);
+    if (!p.index.find(outer, inner)) return store_nan<V>(p.out, p.x.type, row * p.width + column);
     i64 gate_at = p.gate.row(outer, inner);
     float x[V], y[V], gate[V];
     if (p.gate_column) {

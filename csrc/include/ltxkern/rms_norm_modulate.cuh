@@ -6,8 +6,9 @@
 namespace ltxk {
 
 struct RmsNormModulate {
-    RowOperand x, scale, shift;
-    RowOperand y, gate;  // null: no residual
+    RowOperand x, y;                // y null: no residual
+    RowOperand scale, shift, gate;  // gate null with y
+    RowIndex index;                 // of the row of scale, shift and gate
     const void* weight;  // null: parameter-free
     i64 weight_type;
     void* summed;
@@ -31,16 +32,24 @@ LTXK_DEVICE void gated_sum(const RmsNormModulate& p, i64 x_row, i64 y_row, i64 g
 
 // Block = one row; a thread meets the same columns in both passes, so it reads back only what it wrote itself.
 template <int V>
-__global__ void __launch_bounds__(256) rms_norm_modulate(RmsNormModulate p) {
+__global__ void __launch_bounds__(256) rms_norm_modulate_rows(RmsNormModulate p) {
     LTXK_SHARED(RowSum, scratch);
     i64 row = blockIdx.x, outer = row / p.inner, inner = row - outer * p.inner, dense = row * p.width;
     i64 x_row = p.x.row(outer, inner), step = static_cast<i64>(blockDim.x) * V, start = static_cast<i64>(threadIdx.x) * V;
     bool gated = p.y.data != nullptr;
+    i64 y_row = gated ? p.y.row(outer, inner) : 0;
+    if (!p.index.find(outer, inner)) {
+        for (i64 column = start; column < p.width; column += step) {
+            if (gated) store_nan<V>(p.summed, p.x.type, dense + column);
+            store_nan<V>(p.out, p.x.type, dense + column);
+        }
+        return;
+    }
     float sum = 0.0f;
     for (i64 column = start; column < p.width; column += step) {
         float values[V];
         if (gated) {
-            gated_sum(p, x_row, p.y.row(outer, inner), p.gate.row(outer, inner), column, values);
+            gated_sum(p, x_row, y_row, p.gate.row(outer, inner), column, values);
             store_typed(p.summed, p.x.type, dense + column, values);
         } else {
             load_row(p.x, x_row + column, values);

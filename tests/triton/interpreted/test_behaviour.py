@@ -377,3 +377,40 @@ def test_repeats_are_bit_identical() -> None:
         problem.call(first)
         problem.call(second)
         assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_whose_index_is_out_of_range_is_nan(index: torch.dtype, dtype: torch.dtype) -> None:
+    x, y, tables = torch.randn(2, 5, 13).to(dtype), torch.randn(2, 5, 13).to(dtype), torch.randn(3, 2, 13).to(dtype)
+    rows = torch.tensor([[0, 1, -1, 0, 2], [torch.iinfo(index).max, 1, 1, torch.iinfo(index).min, 0]], dtype=index)
+    good = (rows >= 0) & (rows < 2)
+
+    def results(rows: torch.Tensor) -> list[torch.Tensor]:
+        both = ltxkern.gated_residual_rms_norm_modulate(x, y, *tables, rows=rows)
+        return [
+            *both,
+            ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows),
+            ltxkern.gated_residual(x, y, tables[0], rows=rows),
+        ]
+
+    for result, expected in zip(results(rows), results(rows * good), strict=True):
+        assert torch.equal(result[good], expected[good])
+        assert result[~good].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_index_gives_the_bits_of_the_materialised_form(dtype: torch.dtype) -> None:
+    x, y, sums = torch.randn(2, 6, 13).to(dtype), torch.randn(2, 6, 13).to(dtype), torch.randn(2, 3, 13).to(dtype)
+    for rows in (torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]]), torch.tensor([1, 0, 0, 1, 1, 0]).expand(2, 6)):
+        tables, each = sums.unbind(1), [table[rows] for table in sums.unbind(1)]
+        for result, expected in (
+            (ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows), ltxkern.rms_norm_modulate(x, *each[:2])),
+            (ltxkern.gated_residual(x, y, tables[2], rows=rows), ltxkern.gated_residual(x, y, each[2])),
+            *zip(
+                ltxkern.gated_residual_rms_norm_modulate(x, y, *tables, rows=rows),
+                ltxkern.gated_residual_rms_norm_modulate(x, y, *each),
+                strict=True,
+            ),
+        ):
+            assert torch.equal(result, expected)
