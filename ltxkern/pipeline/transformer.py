@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ltxkern.pipeline.latents import to_denoised
 from ltxkern.pipeline.sequence_parallel import SequenceParallel, TokenShards
-from ltxkern.pipeline.transformer_block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate, per_token
+from ltxkern.pipeline.transformer_block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate
 from ltxkern.pipeline.transformer_inputs import (
     ModalityInput,
     ModalityTensors,
@@ -135,7 +135,10 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         projection: Any,
     ) -> Tensor:
         embedded = _timestep_embedding(embedder, item.timestep, x.dtype)
-        shift, scale = (per_token(row, item.rows) for row in (table[:, None, None] + embedded).unbind(0))
+        sums = table[:, None, None] + embedded
+        if item.rows is not None:
+            sums = sums.flatten(1, 2)[:, item.rows]
+        shift, scale = sums.unbind(0)
         return projection(modulate(norm(x), scale, shift))
 
 

@@ -48,18 +48,12 @@ class BlockKeep:
     v2a: Keep = True
 
 
-def per_token(values: Tensor, rows: Tensor | None) -> Tensor:
-    """(B, N, D) to (B, T, D) by `rows (B, T)` into the B * N rows; unchanged, to be broadcast, without them."""
-    if rows is None:
-        return values
-    return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-def _rows(table: Tensor, modulation: Tensor, start: int, stop: int, rows: Tensor | None) -> tuple[Tensor, ...]:
-    """Rows start..stop of `table (n, D) + modulation (B, N, n * D)`, each (B, T | N, D)."""
+def _parts(table: Tensor, modulation: Tensor, start: int, stop: int, rows: Tensor | None) -> tuple[Tensor, ...]:
+    """Parts start..stop of `table (n, D) + modulation (B, N, n * D)`: each (B, N, D), or (B * N, D) for `rows` to point into."""
     width = table.shape[1]
     part = modulation[..., start * width : stop * width].unflatten(-1, (stop - start, width))
-    return tuple(per_token(row, rows) for row in (table[start:stop] + part).unbind(-2))
+    sums = table[start:stop] + part
+    return (sums if rows is None else sums.flatten(0, 1)).unbind(-2)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -143,8 +137,8 @@ class LTX2Block(LTX2VideoTransformerBlock):
 
 
 def _modulated(norm: Any, x: Tensor, table: Tensor, cross: CrossStream, start: int) -> Tensor:
-    scale, shift = _rows(table, cross.modulation, start, start + 2, cross.rows)
-    return rms_norm_modulate(x, scale, shift, eps=norm.eps)
+    scale, shift = _parts(table, cross.modulation, start, start + 2, cross.rows)
+    return rms_norm_modulate(x, scale, shift, eps=norm.eps, rows=cross.rows)
 
 
 def _attentions(
@@ -156,16 +150,19 @@ def _attentions(
     text: tuple[Any, Any],
 ) -> Tensor:
     """Self-attention, then attention to the text; the residual between them is fused with the text norm."""
-    shift, scale, gate = _rows(tables[0], stream.modulation, 0, 3, stream.rows)
-    normed = rms_norm_modulate(x, scale, shift, eps=own[0].eps)
+    shift, scale, gate = _parts(tables[0], stream.modulation, 0, 3, stream.rows)
+    normed = rms_norm_modulate(x, scale, shift, eps=own[0].eps, rows=stream.rows)
     update = attend(own[1], normed, rope=stream.rope, keep=keep, shards=stream.shards)
-    text_shift, text_scale, text_gate = _rows(tables[0], stream.modulation, 6, 9, stream.rows)
-    x, queries = gated_residual_rms_norm_modulate(x, update, gate, text_scale, text_shift, eps=text[0].eps)
-    context_shift, context_scale = _rows(tables[1], stream.prompt_modulation, 0, 2, None)
+    text_shift, text_scale, text_gate = _parts(tables[0], stream.modulation, 6, 9, stream.rows)
+    x, queries = gated_residual_rms_norm_modulate(
+        x, update, gate, text_scale, text_shift, eps=text[0].eps, rows=stream.rows
+    )
+    context_shift, context_scale = _parts(tables[1], stream.prompt_modulation, 0, 2, None)
     update = attend(text[1], queries, modulate(stream.context, context_scale, context_shift))
-    return gated_residual(x, update, text_gate)
+    return gated_residual(x, update, text_gate, rows=stream.rows)
 
 
 def _feed_forward(network: Any, norm: Any, x: Tensor, table: Tensor, stream: Stream) -> Tensor:
-    shift, scale, gate = _rows(table, stream.modulation, 3, 6, stream.rows)
-    return gated_residual(x, network(rms_norm_modulate(x, scale, shift, eps=norm.eps)), gate)
+    shift, scale, gate = _parts(table, stream.modulation, 3, 6, stream.rows)
+    normed = rms_norm_modulate(x, scale, shift, eps=norm.eps, rows=stream.rows)
+    return gated_residual(x, network(normed), gate, rows=stream.rows)

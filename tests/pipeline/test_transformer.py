@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxkern.pipeline import transformer as module
 from ltxkern.pipeline.components import PRODUCTION_CONFIGS, build
@@ -256,6 +257,36 @@ def test_a_timestep_is_embedded_once_per_level(model: LTX2Transformer, batch: in
     assert rows == [2 * batch * 3, 2 * batch]
     for pair_of_outputs, pair_expected in zip(outputs, expected, strict=True):
         close(pair_of_outputs, pair_expected, 4e-5)
+
+
+class Modulations(TorchDispatchMode):
+    """Tables of modulation rows in a forward: how often they are written out token by token, and read by a row index instead."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.gathered, self.indexed = shape, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith(("aten.index", "aten.embedding", "aten.gather")) and result.shape[-3:] == self.shape:
+            self.gathered += 1
+        if name.startswith("ltxkern.") and any(value.dtype == torch.int64 for value in args if torch.is_tensor(value)):
+            self.indexed += 1
+        return result
+
+
+@pytest.mark.parametrize("levels", [(1.0, 0.0, 0.25), None])
+def test_no_modulation_is_written_out_token_by_token(model: LTX2Transformer, levels: tuple[float, ...] | None) -> None:
+    """With known levels the blocks hand the row index on; only the output layer, which is no RMS norm, looks its rows up."""
+    pair = inputs()
+    pair["video"] = dataclasses.replace(with_mask(pair["video"]), levels=levels)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    with Modulations((1, VIDEO_TOKENS, width)) as seen:
+        predict_velocity(model, **pair)
+    # Self-attention, text and feed-forward: five calls; two more for the attentions between the modalities.
+    assert seen.indexed == (7 * len(model.transformer_blocks) if levels else 0)
+    assert seen.gathered == (1 if levels else 0)
 
 
 def test_levels_are_checked(model: LTX2Transformer) -> None:
