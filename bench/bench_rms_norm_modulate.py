@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from cases import Call, Case, Suite
 from command_line import main
 
 EPS = 1e-6
+MATERIALISED = "materialised rows"
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -50,13 +51,47 @@ def load_liger() -> Callable[..., Any]:
     return call
 
 
+def each_row(table: Tensor, index: Tensor) -> Tensor:
+    """Rows (N, D) of a table as (B, T, D): what a row index makes needless."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def by_rows(function: Callable[..., Any], activations: int) -> Callable[..., Any]:
+    """The function of materialised rows, taking `activations` tensors, then tables, then a row index into these."""
+
+    def call(*args: Tensor) -> Any:
+        *given, index = args
+        return function(*given[:activations], *(each_row(table, index) for table in given[activations:]))
+
+    return call
+
+
+def prepare_index(activations: Sequence[Tensor], tables: Sequence[Tensor]) -> Call:
+    """Tokens of the first of 16 latent frames take one row of the tables and all others the other one, as with an image."""
+    batch, tokens, _ = activations[0].shape
+    index = (torch.arange(tokens, device=activations[0].device) >= tokens // 16).long().expand(batch, tokens)
+    operation, composition = ltxkern.rms_norm_modulate, modulated
+    if len(activations) == 2:
+        operation, composition = ltxkern.gated_residual_rms_norm_modulate, gated
+    return Call(
+        (*activations, *tables, index),
+        op=lambda *args: operation(*args[:-1], rows=args[-1]),
+        composition=by_rows(composition, len(activations)),
+        other={MATERIALISED: by_rows(operation, len(activations))},
+    )
+
+
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
-    """One modulation row per sample, as in text-to-video, or one per token."""
+    """One modulation row per sample, as in text-to-video, two that a row index chooses from, or one per token."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
 
     batch, tokens, width = case.shape
+    if case.options.get("two_rows"):
+        count = 2 if case.options.get("gated") else 1
+        tables = (0.2 * random(2, count + 1, width)).unbind(1)
+        return prepare_index([random(*case.shape) for _ in range(count)], tables)
     rows = tokens if case.options.get("per_token") else 1
     x, scale, shift = random(*case.shape), random(batch, rows, width) * 0.2, random(batch, rows, width) * 0.2
     if case.options.get("gated"):
@@ -66,18 +101,21 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     return Call((x, scale, shift), op=ltxkern.rms_norm_modulate, composition=modulated, peers=peers)
 
 
-GATED = {"gated": True}
+GATED, TWO_ROWS = {"gated": True}, {"two_rows": True}
 SUITE = Suite(
     op="rms_norm_modulate",
     cases=(
         Case("audio", (1, 126, 2048), "small"),
         Case("video_1k_tokens", (1, 1024, 4096), "small"),
         Case("video_1k_tokens_gated", (1, 1024, 4096), "small", GATED),
+        Case("video_1k_tokens_two_rows", (1, 1024, 4096), "small", TWO_ROWS),
         Case("stage1_video", (1, 8160, 4096)),
         Case("stage1_video_gated", (1, 8160, 4096), options=GATED),
         Case("stage1_video_per_token", (1, 8160, 4096), options={"per_token": True}),
         Case("stage2_video", (1, 32640, 4096)),
         Case("stage2_video_gated", (1, 32640, 4096), options=GATED),
+        Case("stage2_video_two_rows", (1, 32640, 4096), options=TWO_ROWS),
+        Case("stage2_video_gated_two_rows", (1, 32640, 4096), options=GATED | TWO_ROWS),
     ),
     prepare=prepare,
 )
