@@ -36,6 +36,10 @@ def calls(width, dtype):
     yield "gated_residual_rms_norm_modulate", (x, y, row, row.float(), vector), {}, 2
     for gate in (row, vector, column, y.float()):
         yield "gated_residual", (x, y, gate), {}, 1
+    table, index = misaligned(noise(3, width, dtype=dtype, seed=11), 1), torch.arange(10).remainder(3).view(2, 5)
+    yield "rms_norm_modulate", (x, table, table), {"rows": index}, 1
+    yield "gated_residual_rms_norm_modulate", (x, y, table, table, table), {"rows": index.int()}, 2
+    yield "gated_residual", (x, y, table), {"rows": index}, 1
     yield "head_gate", (x, column[..., 0]), {}, 1
     yield "dual_add", (x, y, x * y), {}, 2
     # An odd number of elements, of several blocks of registers.
