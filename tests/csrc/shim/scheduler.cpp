@@ -90,11 +90,13 @@ struct Fiber {
     void* stack = nullptr;
     Block* block = nullptr;
     unsigned thread = 0;
+    unsigned warp = 0;  // among those that run together
     State state = State::kReady;
     const void* site = nullptr;
     unsigned mask = 0;
     std::uint64_t value = 0, received[32] = {};
     void* fake_stack = nullptr;
+    AsyncCopies copies;
 };
 
 struct Block {
@@ -198,6 +200,12 @@ std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned source, cons
     return self->received[source];
 }
 
+void gather(std::uint64_t value, std::uint64_t (&values)[32], const void* site) {
+    Fiber* self = current;
+    exchange(0xffffffffu, value, lane(), site);
+    std::copy(std::begin(self->received), std::end(self->received), values);
+}
+
 unsigned vote(unsigned mask, bool value, const void* site) {
     Fiber* self = current;
     exchange(mask, value, lane(), site);
@@ -230,6 +238,25 @@ void* peer_memory(void* local, unsigned rank) {
         }
     fail("cluster_peer of an address outside shared memory");
 }
+
+void require_aligned(const void* address, std::size_t bytes) {
+    if (reinterpret_cast<std::uint64_t>(address) % bytes != 0) fail("an address that is not aligned to its access");
+}
+
+void require_shared(const void* address, std::size_t bytes) {
+    require_aligned(address, bytes);
+    auto holds = [&](const std::vector<unsigned char>& memory) {
+        auto* first = static_cast<const unsigned char*>(address);
+        return first >= memory.data() && first + bytes <= memory.data() + memory.size();
+    };
+    if (holds(current->block->dynamic)) return;
+    for (auto& [site, memory] : current->block->shared)
+        if (holds(memory)) return;
+    fail("an address outside shared memory");
+}
+
+AsyncCopies& async_copies() { return current->copies; }
+bool lands_at_once() { return shuffled && random_engine() % 2 == 0; }
 
 static std::string where(const Fiber& fiber) {
     return "thread " + std::to_string(fiber.thread) + " of block " + std::to_string(fiber.block->index.x);
@@ -309,24 +336,30 @@ static void run_together(std::vector<std::unique_ptr<Block>>& blocks, unsigned c
         per_block.emplace_back();
         for (auto& fiber : block.fibers) {
             if (fiber->thread % 32 == 0) per_warp.emplace_back();
+            fiber->warp = static_cast<unsigned>(per_warp.size() - 1);
             all.push_back(fiber.get());
             per_block.back().push_back(fiber.get());
             per_warp.back().push_back(fiber.get());
             per_cluster[b / cluster].push_back(fiber.get());
         }
     }
+    std::vector<unsigned> warp_stalled(per_warp.size());
+    // Now and then a block or a warp does nothing for some rounds.
+    auto stall = [](unsigned& stalled, unsigned odds) {
+        if (stalled > 0) --stalled;
+        else if (shuffled && random_engine() % odds == 0) stalled = random_engine() % 200;
+    };
     for (unsigned idle = 0;;) {
         if (shuffled) std::shuffle(all.begin(), all.end(), random_engine);
         progressed = false;
         bool ran = false, done = true;
-        // Some blocks fall far behind the others: a block that does not wait for them reads what they have not written.
-        for (auto& block : blocks)
-            if (block->stalled > 0)
-                --block->stalled;
-            else if (shuffled && blocks.size() > 1 && random_engine() % 32 == 0)
-                block->stalled = random_engine() % 200;
+        // Some blocks and warps fall far behind the others: who does not wait for them reads what they have not written.
+        if (blocks.size() > 1)
+            for (auto& block : blocks) stall(block->stalled, 32);
+        if (per_warp.size() > 1)
+            for (unsigned& stalled : warp_stalled) stall(stalled, 512);
         for (Fiber* fiber : all) {
-            if (fiber->state == State::kReady && fiber->block->stalled > 0) {
+            if (fiber->state == State::kReady && (fiber->block->stalled > 0 || warp_stalled[fiber->warp] > 0)) {
                 progressed = true;
             } else if (fiber->state == State::kReady) {
                 ran = true;

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -42,10 +43,28 @@ void sync_warp(unsigned mask, const void* site);
 // Publishes `value` and waits for all lanes of `mask`; returns what lane `source` published.
 std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned source, const void* site);
 unsigned vote(unsigned mask, bool value, const void* site);
+// What all lanes of the warp published, by lane.
+void gather(std::uint64_t value, std::uint64_t (&values)[32], const void* site);
 unsigned lane();
 unsigned rank_in_cluster();
 void* peer_memory(void* local, unsigned rank);
 void yield();
+
+// Asynchronous copies of one thread. Each lands at once or, as late as may be, in the wait for its group: a coin decides, so that both
+// a missing wait and a copy into memory that is still being read show as wrong values.
+struct AsyncCopies {
+    struct Copy {
+        void* shared;
+        const void* global;
+        bool exists;
+    };
+    std::vector<std::vector<Copy>> groups = {{}};
+};
+AsyncCopies& async_copies();
+bool lands_at_once();
+// Fail unless an address is a multiple of `bytes`, and that many bytes there are in this block's shared memory.
+void require_aligned(const void* address, std::size_t bytes);
+void require_shared(const void* address, std::size_t bytes);
 
 template <class T>
 inline T shuffle(unsigned mask, T value, unsigned source, const void* site) {
@@ -91,3 +110,5 @@ inline void signal_add(unsigned* flag) { atomicAdd(flag, 1u); }
 inline unsigned acquire(const unsigned* flag) { return *static_cast<const volatile unsigned*>(flag); }
 inline void spin_pause() { shim::yield(); }
 }  // namespace ltxk
+
+#include "warp_matrix.h"
