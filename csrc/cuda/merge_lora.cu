@@ -1,5 +1,9 @@
-// The instantiation of the LoRA merge kernel in this build; dtypes are looked at when it runs.
-#include "ltxkern/merge_lora.cuh"
+// The instantiations of the LoRA merge kernels in this build; the weight's dtype is looked at when they run.
+#include "ltxkern/merge_lora_tensor_cores.cuh"
 #include "registry.h"
 
 LTXK_KERNEL(ltxk::merge_lora)
+LTXK_KERNEL(ltxk::merge_lora_tensor_cores<ltxk::f16, false>)
+LTXK_KERNEL(ltxk::merge_lora_tensor_cores<ltxk::f16, true>)
+LTXK_KERNEL(ltxk::merge_lora_tensor_cores<ltxk::bf16, false>)
+LTXK_KERNEL(ltxk::merge_lora_tensor_cores<ltxk::bf16, true>)

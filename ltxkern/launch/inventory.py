@@ -38,7 +38,13 @@ CUDA: dict[str, tuple[str, ...]] = {
     **{op: _instances(["noise_measure", "noise_apply"], "41") for op in ("normalize_noise", "channelwise_normalize")},
     "noise_statistics": ("ltxk::noise_statistics", *_instances(["noise_measure"], "41")),
     "combine_guidance": _instances(["guidance_measure", "guidance_apply"], _WIDE),
-    "merge_lora_": ("ltxk::merge_lora",),
+    "merge_lora_": (
+        "ltxk::merge_lora",
+        *_instances(
+            ["merge_lora_tensor_cores"],
+            (f"ltxk::{half}, {steps}" for half in ("f16", "bf16") for steps in ("false", "true")),
+        ),
+    ),
     "dual_add": _instances(["dual_add"], (*_ACTIVATIONS, "double, 2", "double, 1")),
     **{
         op: _instances(["rms_norm_modulate_rows"], _ROWS)

@@ -1,4 +1,4 @@
-"""How each compiled tier merges LoRAs: tensor-core addmm, the tile kernel, or the chain of the official rule."""
+"""How each compiled tier merges LoRAs: torch's addmm, a tile kernel on tensor or plain cores, or the chain of the official rule."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, planned
-from ltxkern.launch.tensors import PARAM_CODES, ceil_div
+from ltxkern.launch.tensors import CUDA_NAMES, PARAM_CODES, ceil_div
 from ltxkern.steps import Argument, Launch, Parameter
 
 # LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
 LORAS = 4
+# Weights of a block, in rows and in columns: of the kernel on plain cores, and of that on tensor cores.
 TILE = 64
-# Up to this rank the tile kernel's products, on the plain cores, cost less than reading and writing the weight.
+TENSOR_TILE = 128
+# Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
+#
+# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 13 us at 990 TFLOP/s
+# and 10 us at 4.1 TB/s. mma.sync reaches about two thirds of the first, 20 us; plain cores need 190 us at their peak of 67 TFLOP/s.
+# With tiles of 128 x 128, 201 MB of factors cross from L2: 37 us at 5.5 TB/s, and that bounds the kernel. A block of 256 threads
+# holds 64 sums a thread: two blocks of at most 128 registers a thread share a multiprocessor, so that one writes weights while the
+# other multiplies.
 SMALL_RANK = 16
 # Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
 CPU_CHUNK = 4 << 20
 CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
 HALVES = (torch.float16, torch.bfloat16)
+HALF_NAMES = {CODES[half]: CUDA_NAMES[half] for half in HALVES}
 Composition = Callable[..., None]
 
 
@@ -41,16 +50,31 @@ class Case:
     seed: int
 
 
+def kernel_of(case: Case) -> tuple[str, int]:
+    """The kernel of a case, and its tile: tensor cores where all factors are fp16 or all bf16 and the ranks are not small.
+
+    Other factors would have to be rounded for the tensor cores. These cut sums off where they hold no more bits: for fp32 weights,
+    and for several LoRAs, whose scales differ, every 32 ranks are added to totals outside of them.
+    """
+    codes = {code for pair in case.codes for code in pair}
+    if len(codes) > 1 or not codes <= HALF_NAMES.keys() or sum(case.ranks) <= SMALL_RANK:
+        return "ltxk::merge_lora", TILE
+    sum_steps = len(case.ranks) > 1 or case.type_code == CODES[torch.float32]
+    half = HALF_NAMES[codes.pop()]
+    return f"ltxk::merge_lora_tensor_cores<{half}, {str(sum_steps).lower()}>", TENSOR_TILE
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """One block a tile of the weight."""
+    """One block of 256 threads a tile of the weight."""
+    kernel, tile = kernel_of(case)
     fields: list[Parameter] = []
     for index, ((a_code, b_code), rank, scale) in enumerate(zip(case.codes, case.ranks, case.scales, strict=True)):
         fields += [Argument(1 + 2 * index), Argument(2 + 2 * index), a_code, b_code, rank, scale]
     fields += [None, None, 0, 0, 0, 0.0] * (LORAS - len(case.ranks))
-    tiles = ceil_div(case.columns, TILE)
+    tiles = ceil_div(case.columns, tile)
     weight = (Argument(0), case.type_code, case.rows, case.columns, *case.strides, tiles)
     parameters = (*weight, *fields, len(case.ranks), int(case.stochastic), case.seed)
-    return [Launch("ltxk::merge_lora", (ceil_div(case.rows, TILE) * tiles,), threads, parameters)]
+    return [Launch(kernel, (ceil_div(case.rows, tile) * tiles,), threads, parameters)]
 
 
 def describe(
@@ -125,7 +149,7 @@ def run_device(
     rounding: str,
     seed: int = 0,
 ) -> None:
-    """CUDA: the official chain by torch, addmm on tensor cores for one large LoRA, else the tile kernel."""
+    """CUDA: the official chain by torch, addmm for one large LoRA of a 16-bit weight's dtype, else a tile kernel."""
     if rounding == "reference":
         composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
         return

@@ -204,7 +204,9 @@ def test_qk_norm_rope(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
 
 @pytest.mark.parametrize("tall", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float8_e4m3fn], ids=["bf16", "e4m3"])
-def test_merge_lora(tall: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("small_rank", [16, 0], ids=["plain_cores", "tensor_cores"])
+def test_merge_lora(tall: bool, dtype: torch.dtype, small_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_lora, "SMALL_RANK", small_rank)
     rank, long, short = 16, (1 << 29) + 70, 9
     size, seed = (long, short) if tall else (short, long), 1 << 40
     weight = reserved(*size, dtype=torch.uint8 if dtype.itemsize == 1 else dtype).view(dtype)
@@ -222,6 +224,7 @@ def test_merge_lora(tall: bool, dtype: torch.dtype) -> None:
     assert int(index.max()) > 1 << 32
     case = merge_lora.describe(weight, [factors[0]], [factors[1]], [0.5], rounding, seed)
     (step,) = merge_lora.device_steps(case)
+    assert ("tensor_cores" in step.kernel) == (small_rank == 0)
     assert step.grid[0] < 1 << 31
     with only_blocks(step.grid[0] - 2, 2):
         run(step, weight, *factors)

@@ -53,7 +53,7 @@ def planner(threads: int) -> Callable[..., Callable[..., None]]:
     """`plans.planned`, with the launches on the shim in blocks of this size."""
 
     def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
-        # The merge kernel's tile needs its 256 threads.
+        # The merge kernels' tiles need their 256 threads.
         size = 256 if isinstance(case, merge_lora.Case) else threads
         return native.device_plan(shim(), steps(case, threads=size), arguments)
 
@@ -72,7 +72,9 @@ def on_shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(normalize_noise, "FLAGS", 3)
     monkeypatch.setattr(combine_guidance, "CHUNK", 128)
     monkeypatch.setattr(combine_guidance, "PARTIALS", 8)
-    monkeypatch.setattr(merge_lora, "SMALL_RANK", 1 << 20)
+    # The merge on tensor cores wherever they take the factors, on plain cores, and by the rank; never by addmm.
+    monkeypatch.setattr(merge_lora, "SMALL_RANK", (0, 1 << 20, merge_lora.SMALL_RANK)[seed - 1])
+    monkeypatch.setattr(merge_lora, "one_product", lambda *_: False)
     for name in OPS:
         op = dispatch._registry[name]
         monkeypatch.setitem(op._kernels, "cpu", op._backends["cuda"].load())

@@ -10,7 +10,11 @@ from tests.csrc.shim_build import ROOT, build
 from tests.csrc.test_sanitized import preload
 
 # Odd sizes, views and in-place calls; one block size is enough where fibers decide the order.
-CASES = "32threads and (bfloat16 or layouts or out or float8 or statistics or modalities)"
+CASES = (
+    "32threads and (bfloat16 or layouts or out or float8 or statistics or modalities)"
+    " or 96threads and merge_lora and bfloat16 or test_merge_lora_tensor_cores and (sizes or bytes or behind or layouts)"
+)
+FILES = ("tests/csrc/test_ops_on_shim.py", "tests/csrc/test_merge_lora_tensor_cores.py")
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -18,7 +22,7 @@ import pytest
 from tests.csrc import shim_build
 module = shim_build.load(Path(sys.argv[1]))
 shim_build.shim = lambda: module
-sys.exit(pytest.main(["tests/csrc/test_ops_on_shim.py", "-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2]]))
+sys.exit(pytest.main([*sys.argv[3:], "-q", "-x", "-p", "no:cacheprovider", "-k", sys.argv[2]]))
 """
 
 
@@ -32,7 +36,7 @@ def test_no_access_outside_and_no_undefined_behaviour() -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", SCRIPT, str(module), CASES]
+    command = [sys.executable, "-c", SCRIPT, str(module), CASES, *FILES]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     assert " passed" in done.stdout

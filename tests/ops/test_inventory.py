@@ -111,8 +111,13 @@ def calls() -> list[tuple[str, Callable[[], Any]]]:
                 ("head_gate", partial(ltxkern.head_gate, a[None], a[None, ..., 0])),
                 ("qk_norm_rope", partial(ltxkern.qk_norm_rope, q, q, weight, weight, table, table)),
             ]
-    lora = noise(8, 4), noise(4, 8)
-    return [*made, ("merge_lora_", lambda: ltxkern.merge_lora_(noise(8, 8), lora[1], lora[0]))]
+    for dtype, weight_dtype, rank in (
+        (torch.float32, torch.float32, 4),
+        *((half, weight, 65) for half in halves[:2] for weight in (torch.float32, torch.float8_e4m3fn)),
+    ):
+        weight, a, b = noise(8, 8).to(weight_dtype), noise(rank, 8, dtype=dtype), noise(8, rank, dtype=dtype)
+        made.append(("merge_lora_", partial(ltxkern.merge_lora_, weight, a, b)))
+    return made
 
 
 @needs_extension

@@ -245,6 +245,27 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 @over_backends("merge_lora_")
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_half_factors(backend: str, dtype: torch.dtype, half: torch.dtype, count: int) -> None:
+    """Every dtype of the weight with 16-bit factors of a rank beyond the small ones."""
+    weight = noise(70, 136).to(dtype)
+    a, b = lora(70, 136, 72, half, count)
+    scales = [3.0, -2.0][:count]
+    merged = weight.clone()
+    with serving(backend):
+        ltxkern.merge_lora_(merged, a, b, scales)
+    terms = [scale * (y.float() @ x.float()) for x, y, scale in zip(a, b, scales, strict=True)]
+    total = weight.float() + sum(terms)
+    if dtype == FLOAT8:
+        # As fp32 numbers: half an ulp of e4m3 is not free.
+        assert_as_close(merged.float(), to_e4m3(total).float(), exact(weight, a, b, scales))
+    else:
+        assert_as_close(merged, total.to(dtype), exact(weight, a, b, scales))
+
+
+@over_backends("merge_lora_")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_float8_nearest(backend: str, size: tuple[int, int, int]) -> None:
     rows, columns, rank = size
@@ -290,6 +311,21 @@ def test_float8_ends_of_the_range(backend: str, rounding: str) -> None:
         ltxkern.merge_lora_(weight, a, b, rounding=rounding, seed=5)
     assert torch.equal(weight[0].float().nan_to_num(-1), held.float().nan_to_num(-1))
     assert torch.equal(weight[1].float().nan_to_num(-1), torch.where(held.float().isnan(), -1.0, 448.0))
+
+
+@over_backends("merge_lora_")
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_float8_ties_go_to_even(backend: str, half: torch.dtype) -> None:
+    """Every weight with deltas of half a step at some magnitude, of which the sums are exact."""
+    deltas = [sign * 2.0**exponent for exponent in range(-11, 6) for sign in (1, -1)]
+    weight = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float().repeat(len(deltas), 1).to(FLOAT8)
+    a, b = torch.ones(17, 256, dtype=half), torch.zeros(len(deltas), 17, dtype=half)
+    b[:, 16] = torch.tensor(deltas)
+    merged = weight.clone()
+    with serving(backend):
+        ltxkern.merge_lora_(merged, a, b)
+    expected = to_e4m3(weight.float() + torch.tensor(deltas)[:, None]).float()
+    assert torch.equal(merged.float().nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def test_stochastic_rounding_of_every_magnitude() -> None:

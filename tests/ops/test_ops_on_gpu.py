@@ -120,6 +120,8 @@ CALLS = {
     "merge_tile": lambda: lora(16),
     "merge_addmm": lambda: lora(64),
     "merge_float8": lambda: lora(16, rounding="stochastic", seed=7),
+    "merge_tensor_cores": lambda: lora(384, rounding="single"),
+    "merge_tensor_cores_stochastic": lambda: lora(64, rounding="stochastic", seed=7),
     "two_sums": two_sums,
     "rows": rows,
     "row_index": row_index,

@@ -1,7 +1,8 @@
 // LoRA merge: a tile of the weight is read, changed by the products of up to four LoRAs and written, with no temporary.
 //
-// fp32 accumulation over all LoRAs and one rounding: nearest, or for e4m3 weights stochastic from a counter. Tensor cores win for
-// large ranks; this kernel is for the small ones, where reading and writing the weight is the cost.
+// fp32 accumulation over all LoRAs and one rounding: nearest, or for e4m3 weights stochastic from a counter. This kernel, on plain cores,
+// is for small ranks, where reading and writing the weight is the cost, and for factors that tensor cores do not take; the others are in
+// merge_lora_tensor_cores.cuh.
 #pragma once
 
 #include "ltxkern/typed.cuh"
@@ -45,12 +46,33 @@ LTXK_DEVICE u32 counter_bits(i64 seed, i64 index) {
 
 LTXK_DEVICE float power_of_two(int exponent) { return bits_to_float(static_cast<u32>(exponent + 127) << 23); }
 
+// Exponent and mantissa moved to those of fp32, whose denormals take those of e4m3; then the difference of the biases.
 LTXK_DEVICE float from_e4m3(u8 bits) {
-    u32 exponent = bits >> 3 & 15u, mantissa = bits & 7u;
-    float magnitude = exponent == 0 ? static_cast<float>(mantissa) * power_of_two(-9)
-                                    : static_cast<float>(8 + mantissa) * power_of_two(static_cast<int>(exponent) - 10);
-    if ((bits & 0x7f) == 0x7f) magnitude = bits_to_float(0x7fc00000u);
-    return bits & 0x80 ? -magnitude : magnitude;
+    u32 magnitude = bits & 0x7fu;
+    float value = bits_to_float(magnitude << 20) * power_of_two(120);
+    if (magnitude == 0x7fu) value = bits_to_float(0x7fc00000u);
+    return bits_to_float(float_to_bits(value) | (bits & 0x80u) << 24);
+}
+
+// The nearest e4m3 of a number in [0, 448], ties to even.
+LTXK_DEVICE u32 nearest_e4m3(float magnitude) {
+    // Below 2^-6 the codes count steps of 2^-9, and those are the steps of fp32 at 2^14.
+    if (magnitude < power_of_two(-6)) return float_to_bits(magnitude + power_of_two(14)) - float_to_bits(power_of_two(14));
+    u32 bits = float_to_bits(magnitude);
+    return ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
+}
+
+// One of the two neighbours of a number in [0, 448]; noise: 20 random bits.
+LTXK_DEVICE u32 stochastic_e4m3(float magnitude, u32 noise) {
+    int exponent = static_cast<int>(float_to_bits(magnitude) >> 23) - 127;
+    int step = (exponent < -6 ? -6 : exponent) - 3;
+    // In units of 2^-20 of a step: an integer for normal numbers, cut off below that for the smallest.
+    u32 whole = (static_cast<u32>(magnitude * power_of_two(20 - step)) + noise) >> 20;
+    if (whole == 16) {
+        whole = 8;
+        ++step;
+    }
+    return whole < 8 ? whole : static_cast<u32>(step + 10) << 3 | (whole - 8);
 }
 
 // Clamped to the largest finite value, 448. noise: 20 random bits, or 1 << 20 for the nearest value, ties to even.
@@ -59,24 +81,30 @@ LTXK_DEVICE u8 to_e4m3(float v, u32 noise) {
     if (magnitude_bits > 0x7f800000u) return static_cast<u8>(sign | 0x7f);
     float magnitude = bits_to_float(magnitude_bits);
     magnitude = magnitude < 448.0f ? magnitude : 448.0f;
-    int exponent = static_cast<int>(float_to_bits(magnitude) >> 23) - 127;
-    int step = (exponent < -6 ? -6 : exponent) - 3;
-    // In units of 2^-20 of a step: an integer for normal numbers, cut off below that for the smallest.
-    u32 units = static_cast<u32>(magnitude * power_of_two(20 - step)), whole;
-    if (noise < 1u << 20) {
-        whole = (units + noise) >> 20;
-    } else {
-        float scaled = magnitude * power_of_two(-step);
-        whole = static_cast<u32>(scaled);
-        float rest = scaled - static_cast<float>(whole);
-        if (rest > 0.5f || (rest == 0.5f && (whole & 1u))) ++whole;
-    }
-    if (whole == 16) {
-        whole = 8;
-        ++step;
-    }
-    u32 code = whole < 8 ? whole : static_cast<u32>(step + 10) << 3 | (whole - 8);
-    return static_cast<u8>(sign | code);
+    return static_cast<u8>(sign | (noise < 1u << 20 ? stochastic_e4m3(magnitude, noise) : nearest_e4m3(magnitude)));
+}
+
+// Two e4m3 numbers, the first in the low byte, and back; one instruction each where the device has it.
+LTXK_DEVICE void from_e4m3_pair(u32 pair, float (&values)[2]) {
+#if !defined(LTXK_SHIM) && __CUDA_ARCH__ >= 890
+    asm("{\n.reg .b32 halves;\n.reg .b16 first, second;\ncvt.rn.f16x2.e4m3x2 halves, %2;\nmov.b32 {first, second}, halves;\n"
+        "cvt.f32.f16 %0, first;\ncvt.f32.f16 %1, second;\n}"
+        : "=f"(values[0]), "=f"(values[1])
+        : "h"(static_cast<u16>(pair)));
+#else
+    values[0] = from_e4m3(static_cast<u8>(pair));
+    values[1] = from_e4m3(static_cast<u8>(pair >> 8));
+#endif
+}
+
+LTXK_DEVICE u32 to_e4m3_pair(const float (&values)[2]) {
+#if !defined(LTXK_SHIM) && __CUDA_ARCH__ >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(values[1]), "f"(values[0]));
+    return pair;
+#else
+    return to_e4m3(values[0], 1u << 20) | static_cast<u32>(to_e4m3(values[1], 1u << 20)) << 8;
+#endif
 }
 
 struct LoraTiles {
@@ -122,21 +150,49 @@ LTXK_DEVICE void load_tiles(const MergeLora& p, const LoraFactors& lora, i64 row
     store<float, 4>(&tiles.a[k][c], pack);
 }
 
-LTXK_DEVICE u8 merged_e4m3(const MergeLora& p, i64 row, i64 column, u8 weight, float delta) {
-    u32 noise = p.stochastic ? counter_bits(p.seed, row * p.columns + column) >> 12 : 1u << 20;
-    return to_e4m3(from_e4m3(weight) + delta, noise);
+LTXK_DEVICE u8 merged_e4m3(const MergeLora& p, i64 row, i64 column, float sum) {
+    return to_e4m3(sum, p.stochastic ? counter_bits(p.seed, row * p.columns + column) >> 12 : 1u << 20);
+}
+
+// Four e4m3 weights from a column on, the first in the lowest byte, changed.
+LTXK_DEVICE u32 merged_four_e4m3(const MergeLora& p, i64 row, i64 column, u32 weights, const float (&delta)[4]) {
+    u32 merged = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+        float sums[2];
+        from_e4m3_pair(weights >> 8 * k, sums);
+        sums[0] += delta[k];
+        sums[1] += delta[k + 1];
+        u32 pair;
+        if (p.stochastic) {
+            pair = merged_e4m3(p, row, column + k, sums[0]);
+            pair |= static_cast<u32>(merged_e4m3(p, row, column + k + 1, sums[1])) << 8;
+        } else {
+            pair = to_e4m3_pair(sums);
+        }
+        merged |= pair << 8 * k;
+    }
+    return merged;
+}
+
+LTXK_DEVICE void merge_one(const MergeLora& p, i64 row, i64 column, float delta) {
+    i64 at = row * p.row_stride + column * p.column_stride;
+    if (p.type == kE4M3) {
+        u8* address = static_cast<u8*>(p.weight) + at;
+        *address = merged_e4m3(p, row, column, from_e4m3(*address) + delta);
+    } else {
+        float value[1] = {factor_at(p.weight, p.type, at) + delta};
+        store_typed(p.weight, p.type, at, value);
+    }
 }
 
 // Adds to the weights [column, column + 4) of a row, of which `count` exist.
 LTXK_DEVICE void merge_four(const MergeLora& p, i64 row, i64 column, i64 count, bool vectors, const float (&delta)[4]) {
-    i64 at = row * p.row_stride + column * p.column_stride;
     if (vectors && count >= 4) {
+        i64 at = row * p.row_stride + column * p.column_stride;
         if (p.type == kE4M3) {
-            u8* address = static_cast<u8*>(p.weight) + at;
-            Pack<u8, 4> pack = load<u8, 4>(address);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) pack.value[k] = merged_e4m3(p, row, column + k, pack.value[k], delta[k]);
-            store<u8, 4>(address, pack);
+            u32* address = reinterpret_cast<u32*>(static_cast<u8*>(p.weight) + at);
+            *address = merged_four_e4m3(p, row, column, *address, delta);
             return;
         }
         float values[4];
@@ -147,17 +203,8 @@ LTXK_DEVICE void merge_four(const MergeLora& p, i64 row, i64 column, i64 count, 
         return;
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        if (k >= count) continue;
-        i64 here = at + k * p.column_stride;
-        if (p.type == kE4M3) {
-            u8* address = static_cast<u8*>(p.weight) + here;
-            *address = merged_e4m3(p, row, column + k, *address, delta[k]);
-        } else {
-            float value[1] = {factor_at(p.weight, p.type, here) + delta[k]};
-            store_typed(p.weight, p.type, here, value);
-        }
-    }
+    for (int k = 0; k < 4; ++k)
+        if (k < count) merge_one(p, row, column + k, delta[k]);
 }
 
 // Block = 256 threads on one tile of 64 x 64; a thread owns 4 x 4 neighbouring elements, so that it reads four from either factor at once.

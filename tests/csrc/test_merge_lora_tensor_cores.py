@@ -1,0 +1,202 @@
+"""The LoRA merge on tensor cores, run from its own source on CPU fibers: fragments, copies, tails, layouts, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltxkern.launch import inventory, merge_lora
+from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
+from tests.csrc.reserved import run
+from tests.csrc.shim_build import shim
+from tests.ops.contract import assert_as_close, noise
+
+F16, BF16, F32, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
+WEIGHTS = pytest.mark.parametrize("dtype", [E4M3, F16, BF16, F32], ids=str)
+HALVES = pytest.mark.parametrize("half", [F16, BF16], ids=str)
+SCALES = (0.6, -0.25, 1.5)
+Factors = list[Tensor]
+
+
+@pytest.fixture(autouse=True)
+def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank on tensor cores, threads in a random order, copies that land early or late."""
+    monkeypatch.setattr(merge_lora, "SMALL_RANK", 0)
+    shim().schedule(1)
+
+
+def factors(rows: int, columns: int, half: torch.dtype, *ranks: int) -> tuple[Factors, Factors]:
+    """Products of variance 1."""
+    a = [noise(rank, columns, dtype=half, seed=10 + k, scale=rank**-0.25) for k, rank in enumerate(ranks)]
+    b = [noise(rows, rank, dtype=half, seed=20 + k, scale=rank**-0.25) for k, rank in enumerate(ranks)]
+    return a, b
+
+
+def merge(weight: Tensor, a: Factors, b: Factors, rounding: str = "single", seed: int = 0) -> None:
+    """One launch on the shim."""
+    case = merge_lora.describe(weight, a, b, SCALES[: len(a)], rounding, seed)
+    (step,) = merge_lora.device_steps(case)
+    assert "tensor_cores" in step.kernel
+    target = weight.view(torch.uint8) if weight.dtype == E4M3 else weight
+    run(step, target, *(factor for pair in zip(a, b, strict=True) for factor in pair))
+
+
+def exact(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+    """fp64."""
+    return weight.double() + sum(s * (y.double() @ x.double()) for x, y, s in zip(a, b, SCALES, strict=False))
+
+
+def composition(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+    """torch in fp32 with one rounding."""
+    total = weight.float() + sum(s * (y.float() @ x.float()) for x, y, s in zip(a, b, SCALES, strict=False))
+    return to_e4m3(total) if weight.dtype == E4M3 else total.to(weight.dtype)
+
+
+def check(merged: Tensor, weight: Tensor, a: Factors, b: Factors) -> None:
+    """The numerical contract; e4m3 as fp32 numbers, so that half an ulp of e4m3 is not free."""
+    wanted = exact(weight, a, b)
+    theirs = composition(weight, a, b)
+    if weight.dtype == E4M3:
+        merged, theirs = merged.float(), theirs.float()
+    assert_as_close(merged, theirs, wanted)
+
+
+def merged_and_checked(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+    merged = weight.clone()
+    merge(merged, a, b)
+    check(merged, weight, a, b)
+    return merged
+
+
+@WEIGHTS
+@HALVES
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 64])
+def test_ranks(dtype: torch.dtype, half: torch.dtype, rank: int) -> None:
+    merged_and_checked(noise(70, 133).to(dtype), *factors(70, 133, half, rank))
+
+
+@WEIGHTS
+@HALVES
+def test_the_rank_of_the_distilled_lora(dtype: torch.dtype, half: torch.dtype) -> None:
+    merged_and_checked(noise(128, 136).to(dtype), *factors(128, 136, half, 384))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (129, 127), (128, 256), (131, 260)], ids=str)
+@pytest.mark.parametrize("dtype", [E4M3, BF16, F32], ids=str)
+def test_sizes(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    merged_and_checked(noise(*size).to(dtype), *factors(*size, BF16, 24))
+
+
+@WEIGHTS
+@HALVES
+def test_several_loras_share_one_rounding(dtype: torch.dtype, half: torch.dtype) -> None:
+    merged_and_checked(noise(66, 72).to(dtype), *factors(66, 72, half, 40, 33, 96))
+
+
+@WEIGHTS
+@pytest.mark.parametrize("layout", ["transposed", "rows", "columns", "odd_stride", "misaligned"])
+@pytest.mark.parametrize("ranks", [(16,), (16, 5)], ids=str)
+def test_layouts_of_the_weight(dtype: torch.dtype, layout: str, ranks: tuple[int, ...]) -> None:
+    """Only the view is written, whatever its strides and its first address."""
+    rows, columns = 40, 68
+    base = noise(160, 160).to(dtype)
+    view = {
+        "transposed": lambda x: x.t()[:rows, :columns],
+        "rows": lambda x: x[: 2 * rows : 2, 4 : 4 + columns],
+        "columns": lambda x: x[:rows, 1 : 1 + 2 * columns : 2],
+        "odd_stride": lambda x: x.flatten()[: 77 * rows].view(rows, 77)[:, :columns],
+        "misaligned": lambda x: x[:rows, 3 : 3 + columns],
+    }[layout]
+    kept = base.clone()
+    a, b = factors(rows, columns, BF16, *ranks)
+    merge(view(base), a, b)
+    check(view(base), view(kept), a, b)
+    raw, before = (x.view(torch.uint8 if dtype == E4M3 else dtype) for x in (base, kept))
+    view(raw).copy_(view(before))
+    assert torch.equal(raw, before)
+
+
+@HALVES
+@pytest.mark.parametrize("which", ["a", "b", "both"])
+@pytest.mark.parametrize("shift", [1, 4])
+def test_factors_that_do_not_begin_on_16_bytes(half: torch.dtype, which: str, shift: int) -> None:
+    weight = noise(40, 64)
+
+    def moved(x: Tensor) -> Tensor:
+        result = torch.cat([x.new_full((shift,), torch.nan), x.flatten()])[shift:].view(x.shape)
+        assert result.data_ptr() % 16 == 2 * shift
+        return result
+
+    (a,), (b,) = factors(40, 64, half, 48)
+    merged_and_checked(weight, [moved(a) if which != "b" else a], [moved(b) if which != "a" else b])
+
+
+def test_what_lies_behind_a_factor_is_not_read() -> None:
+    """NaN behind the last rank of either factor, and behind the last row and column, reaches no weight."""
+    for rank in (8, 17, 40):
+        weight = noise(24, 40).bfloat16()
+        (a,), (b,) = factors(24, 40, BF16, rank)
+        behind = [torch.cat([x, torch.full((64, x.shape[1]), torch.nan, dtype=BF16)])[: x.shape[0]] for x in (a, b)]
+        merged_and_checked(weight, [behind[0]], [behind[1]])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_row_and_column(value: float) -> None:
+    """Not even the zeros beside the last column carry it to what lies behind the view."""
+    for dtype in (BF16, F32):
+        base, (a,), (b,) = noise(30, 52).to(dtype), *factors(30, 50, BF16, 20)
+        a[19, 7], b[3, 0] = value, torch.nan
+        merged = base.clone()
+        merge(merged[:, :50], [a], [b])
+        assert torch.equal(merged[:, :50].isfinite(), exact(base[:, :50], [a], [b]).isfinite())
+        assert torch.equal(merged[:, 50:], base[:, 50:])
+
+
+@pytest.mark.parametrize("ranks", [(40,), (24, 40)], ids=str)
+@pytest.mark.parametrize("columns", [64, 61])
+def test_stochastic_rounding_is_that_of_the_counter(ranks: tuple[int, ...], columns: int) -> None:
+    weight, seed = noise(140, columns).to(E4M3), (1 << 40) + 3
+    a, b = factors(140, columns, BF16, *ranks)
+    merged = weight.clone()
+    merge(merged, a, b, "stochastic", seed)
+    wide = exact(weight, a, b)
+    index = torch.arange(weight.numel()).reshape(weight.shape)
+    # Where an error of fp32 sums could not have moved the choice.
+    low, high = (stochastic_e4m3((wide + sign * 1e-5).float(), index, seed).view(torch.uint8) for sign in (-1, 1))
+    sure = low == high
+    assert float(sure.float().mean()) > 0.9
+    assert torch.equal(merged.view(torch.uint8)[sure], low[sure])
+
+
+@WEIGHTS
+@HALVES
+def test_equal_bits_whatever_the_order_of_threads(dtype: torch.dtype, half: torch.dtype) -> None:
+    weight = noise(130, 131).to(dtype)
+    a, b = factors(130, 131, half, 72, 30)
+    first, second = weight.clone(), weight.clone()
+    merge(first, a, b)
+    shim().schedule(99)
+    merge(second, a, b)
+    assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+def test_the_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(weight: torch.dtype, *pairs: tuple[torch.dtype, torch.dtype, int]) -> str:
+        a = [torch.empty(rank, 8, dtype=one) for one, _, rank in pairs]
+        b = [torch.empty(8, rank, dtype=other) for _, other, rank in pairs]
+        case = merge_lora.describe(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], "single", 0)
+        (step,) = merge_lora.device_steps(case)
+        assert step.kernel in inventory.CUDA["merge_lora_"]
+        return step.kernel
+
+    monkeypatch.setattr(merge_lora, "SMALL_RANK", 16)
+    plain = "ltxk::merge_lora"
+    assert named(E4M3, (BF16, BF16, 16)) == plain
+    assert named(E4M3, (BF16, BF16, 17)) == f"{plain}_tensor_cores<ltxk::bf16, false>"
+    assert named(BF16, (F16, F16, 17)) == f"{plain}_tensor_cores<ltxk::f16, false>"
+    assert named(F32, (F16, F16, 17)) == f"{plain}_tensor_cores<ltxk::f16, true>"
+    assert named(E4M3, (BF16, BF16, 8), (BF16, BF16, 9)) == f"{plain}_tensor_cores<ltxk::bf16, true>"
+    assert named(E4M3, (BF16, BF16, 64), (F16, F16, 64)) == plain
+    assert named(E4M3, (BF16, F16, 64)) == plain
+    assert named(BF16, (F32, F32, 64)) == plain
