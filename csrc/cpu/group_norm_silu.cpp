@@ -1,6 +1,7 @@
 // GroupNorm + SiLU on the CPU: statistics of chunks, merged by Chan's rule in double, then one apply sweep.
 //
 // Chunks and the order of their merging depend on the shape alone, so results do not depend on the number of threads.
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -331,11 +332,65 @@ static void channels_last(const GroupNormSilu& p, int threads) {
     }
 }
 
+// Few positions a channel, down to the one of a 2-D input: a group is one run of memory, and each of its elements has the scale of
+// its channel from a row that is spread over the positions once. From about 256 positions on, sweeps channel by channel are faster.
+constexpr i64 kFewPositions = 256;
+
+template <class T>
+static void few_positions(const GroupNormSilu& p, int threads) {
+    constexpr int kChains = 4;
+    constexpr i64 kStep = kChains * kLanes, kPart = 4096;
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    i64 length = p.group_channels * p.positions, row = p.channels * p.positions, per_sample = p.channels / p.group_channels;
+    std::vector<float> spread(static_cast<std::size_t>(3 * row));
+    float *weights = spread.data(), *biases = weights + row, *shifts = biases + row;
+    for (i64 c = 0; c < p.channels; ++c) {
+        std::fill_n(weights + c * p.positions, p.positions, load_param(p.weight, p.weight_type, c, 1.0f));
+        std::fill_n(biases + c * p.positions, p.positions, load_param(p.bias, p.bias_type, c, 0.0f));
+        std::fill_n(shifts + c * p.positions, p.positions, load_param(p.conv_bias, p.conv_bias_type, c, 0.0f));
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        alignas(64) float shifted[kPart];
+#pragma omp for schedule(static)
+        for (i64 group = 0; group < p.samples * per_sample; ++group) {
+            i64 start = group * length, at = group % per_sample * length;
+            Partial total{0, 0, 0};
+            for (i64 i = 0; i < length; i += kPart) {
+                i64 count = length - i < kPart ? length - i : kPart;
+                if (p.conv_bias)
+                    over_registers(count, [&](i64 k, auto n) { store_n(shifted + k, load_n(x + start + i + k, n) + load_n(shifts + at + i + k, n), n); });
+                total.merge(p.conv_bias ? chunk_moments(shifted, count, 0.0) : chunk_moments(x + start + i, count, 0.0));
+            }
+            float rstd = static_cast<float>(1.0 / __builtin_sqrt(total.m2 / static_cast<double>(length) + p.eps));
+            float mean = static_cast<float>(total.mean);
+            auto normal = [&](i64 i, auto n) {
+                Floats v = load_n(x + start + i, n);
+                if (p.conv_bias) v += load_n(shifts + at + i, n);
+                v = (v - mean) * (load_n(weights + at + i, n) * rstd) + load_n(biases + at + i, n);
+                return residual ? v + load_n(residual + start + i, n) : v;
+            };
+            i64 body = length / kStep * kStep;
+            for (i64 i = 0; i < body; i += kStep) {
+                Floats v[kChains];
+                for (int k = 0; k < kChains; ++k) v[k] = normal(i + k * kLanes, std::integral_constant<i64, kLanes>{});
+                silu_vectors(v);
+                for (int k = 0; k < kChains; ++k) store_lanes(out + start + i + k * kLanes, v[k]);
+            }
+            over_registers(length - body, [&](i64 i, auto n) { store_n(out + start + body + i, silu_lanes(normal(body + i, n)), n); });
+        }
+    }
+}
+
 template <class T>
 static void group_norm_silu(const void* parameters, int threads) {
     const GroupNormSilu& p = *static_cast<const GroupNormSilu*>(parameters);
     if (p.channels_last)
         channels_last<T>(p, threads);
+    else if (p.positions < kFewPositions)
+        few_positions<T>(p, threads);
     else
         contiguous<T>(p, threads);
 }

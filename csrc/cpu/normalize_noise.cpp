@@ -17,8 +17,14 @@ struct NormalizeNoise {
 
 constexpr i64 kChunk = kTypedChunk;
 
+// The mean is relative to the slice's first value, its origin: of a mean of many deviations one double holds too few digits.
 struct NoiseMoments {
     double mean, m2;
+};
+
+struct NoiseSlice {
+    double origin;  // kept, as the values may be written over while others still need them
+    NoiseMoments moments;
 };
 
 struct NoiseSums {
@@ -52,7 +58,7 @@ static NoiseSums sums_about(const double* v, i64 count, double pivot) {
 
 // One pass, about the first value. That costs 1 + (distance / deviation)^2 roundings of the squares: where the first value lies more
 // than eight deviations from the mean, the sums are taken once more, about the mean.
-static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count) {
+static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count, double origin) {
     alignas(64) double buffer[kChunk];
     buffer[0] = 0.0;
     const double* v = as_compute(x, type, first, count, buffer);
@@ -63,7 +69,12 @@ static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count)
         sums = sums_about(v, count, pivot);
     }
     double offset = sums.plain / n, m2 = sums.squared - sums.plain * offset;
-    return {pivot + offset, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
+    return {(pivot - origin) + offset, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
+}
+
+static double element(const void* x, i64 type, i64 at) {
+    double one[1];
+    return *as_compute(x, type, at, 1, one);
 }
 
 static NoiseMoments slice_moments(const NoiseMoments* partials, i64 chunks, i64 length) {
@@ -78,22 +89,24 @@ static NoiseMoments slice_moments(const NoiseMoments* partials, i64 chunks, i64 
     return {pivot + offset, m2};
 }
 
-static void standardise_chunk(const NormalizeNoise& p, i64 first, i64 count, double mean, double factor) {
+static void standardise_chunk(const NormalizeNoise& p, i64 first, i64 count, const NoiseSlice& slice, double factor) {
     alignas(64) double buffer[kChunk], values[kChunk];
+    double origin = slice.origin, mean = slice.moments.mean;
     const double* v = as_compute(p.x, p.type, first, count, buffer);
     if (p.type == kF64) {
         double* out = static_cast<double*>(p.out) + first;
-        for (i64 i = 0; i < count; ++i) out[i] = (v[i] - mean) * factor;
+        for (i64 i = 0; i < count; ++i) out[i] = ((v[i] - origin) - mean) * factor;
         return;
     }
-    for (i64 i = 0; i < count; ++i) values[i] = (v[i] - mean) * factor;
+    for (i64 i = 0; i < count; ++i) values[i] = ((v[i] - origin) - mean) * factor;
     store_compute(values, p.out, p.type, first, count);
 }
 
 static void normalize_noise(const void* parameters, int threads) {
     const NormalizeNoise& p = *static_cast<const NormalizeNoise*>(parameters);
     i64 chunks = (p.length + kChunk - 1) / kChunk, tasks = p.slices * chunks;
-    std::vector<NoiseMoments> partials(static_cast<std::size_t>(tasks)), slices(static_cast<std::size_t>(p.slices));
+    std::vector<NoiseMoments> partials(static_cast<std::size_t>(tasks));
+    std::vector<NoiseSlice> slices(static_cast<std::size_t>(p.slices));
     auto locate = [&](i64 task, i64& first, i64& count) {
         i64 inside = task % chunks * kChunk;
         first = task / chunks * p.length + inside;
@@ -106,16 +119,17 @@ static void normalize_noise(const void* parameters, int threads) {
         for (i64 task = 0; task < tasks; ++task) {
             i64 first, count;
             locate(task, first, count);
-            partials[task] = chunk_moments(p.x, p.type, first, count);
+            partials[task] = chunk_moments(p.x, p.type, first, count, element(p.x, p.type, task / chunks * p.length));
         }
 #pragma omp for schedule(static) reduction(&& : finite)
         for (i64 s = 0; s < p.slices; ++s) {
-            slices[s] = slice_moments(partials.data() + s * chunks, chunks, p.length);
-            finite = finite && slices[s].m2 - slices[s].m2 == 0.0;
+            NoiseMoments all = slice_moments(partials.data() + s * chunks, chunks, p.length);
+            slices[s] = {element(p.x, p.type, s * p.length), all};
+            finite = finite && all.m2 - all.m2 == 0.0;
             if (p.stats) {
                 p.stats[3 * s] = static_cast<double>(p.length);
-                p.stats[3 * s + 1] = slices[s].mean;
-                p.stats[3 * s + 2] = slices[s].m2;
+                p.stats[3 * s + 1] = slices[s].origin + all.mean;
+                p.stats[3 * s + 2] = all.m2;
             }
         }
         if (p.out) {
@@ -124,10 +138,10 @@ static void normalize_noise(const void* parameters, int threads) {
             for (i64 task = 0; task < tasks; ++task) {
                 i64 first, count;
                 locate(tasks - 1 - task, first, count);
-                const NoiseMoments& all = slices[first / p.length];
-                double factor = 1.0 / __builtin_sqrt(all.m2 / static_cast<double>(p.length - 1));
+                const NoiseSlice& slice = slices[first / p.length];
+                double factor = 1.0 / __builtin_sqrt(slice.moments.m2 / static_cast<double>(p.length - 1));
                 if (p.whole && !finite) factor = __builtin_nan("");
-                standardise_chunk(p, first, count, all.mean, factor);
+                standardise_chunk(p, first, count, slice, factor);
             }
         }
     }

@@ -57,19 +57,30 @@ class Case(NamedTuple):
 
     @property
     def workspace_bytes(self) -> int:
-        """Partials, then flags."""
-        return PARTIAL_BYTES * self.slices * self.chunks + (8 * self.blocks if self.flagged else 0)
+        """Partials, the origin of each slice, then flags."""
+        return self.flags_at + (8 * self.blocks if self.flagged else 0)
+
+    @property
+    def origins_at(self) -> int:
+        """Offset of the origins in the workspace."""
+        return PARTIAL_BYTES * self.slices * self.chunks
+
+    @property
+    def flags_at(self) -> int:
+        """Offset of the flags in the workspace."""
+        return self.origins_at + 8 * self.slices
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Measure, then apply or merge."""
     cut: tuple[Parameter, ...] = (case.slices, case.length, case.chunk, case.chunks)
-    flags = Argument(WORKSPACE.index, PARTIAL_BYTES * case.slices * case.chunks) if case.flagged else None
-    measure = (X, case.type_code, WORKSPACE, flags, *cut)
+    origins = Argument(WORKSPACE.index, case.origins_at)
+    flags = Argument(WORKSPACE.index, case.flags_at) if case.flagged else None
+    measure = (X, case.type_code, WORKSPACE, origins, flags, *cut)
     steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, measure)]
     if case.entry == "statistics":
-        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, (WORKSPACE, OUT, *cut))]
-    apply = (X, OUT, case.type_code, WORKSPACE, flags, case.blocks if case.flagged else 0, *cut)
+        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, (WORKSPACE, origins, OUT, *cut))]
+    apply = (X, OUT, case.type_code, WORKSPACE, origins, flags, case.blocks if case.flagged else 0, *cut)
     return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, apply)]
 
 

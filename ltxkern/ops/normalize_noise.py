@@ -121,8 +121,7 @@ def normalize_noise(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: not a floating tensor of at least two dims.
 
-    Contract: rounded; fp64 tensors agree with the two-step composition to 1e-14 where the mean is small, as that of noise is.
-    A mean of k deviations costs k roundings of fp64 (1e-12 at 1e4), which the composition's second step takes back.
+    Contract: rounded; fp64 tensors agree with the two-step composition to 1e-14 relative.
     Bytes: two reads (the second from cache where it fits) and one write.
     Source: the res2s sampler of LTX-2.
     """

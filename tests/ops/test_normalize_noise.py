@@ -1,7 +1,9 @@
 """normalize_noise, channelwise_normalize, noise_statistics and their merge."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,30 @@ def test_a_mean_far_from_zero(name: str, backend: str, offset: float) -> None:
     with serving(backend):
         out = op(name)(x)
     assert_as_close(out, OPS[name](x), OPS[name](x.double()))
+
+
+def long_channelwise(x: Any) -> Any:
+    """Standardisation over the last two dims in numpy's long double."""
+    deviation = x - x.mean((-2, -1), keepdims=True)
+    degrees = x.shape[-2] * x.shape[-1] - 1
+    return deviation / np.sqrt((deviation**2).sum((-2, -1), keepdims=True) / degrees)
+
+
+@over_ops
+@pytest.mark.parametrize("shape", [(1, 61, 16), (3, 70, 128)], ids=str)
+def test_a_mean_far_from_zero_keeps_the_digits_of_fp64(name: str, backend: str, shape: tuple[int, ...]) -> None:
+    x = noise(*shape, dtype=torch.float64) + 1e4
+    with serving(backend):
+        out = op(name)(x)
+    wide = (x - 1e4).cpu().numpy().astype(np.longdouble)  # exact: the numbers are neighbours
+    if name == "normalize_noise":
+        deviation = wide - wide.mean()
+        wide = deviation / np.sqrt((deviation**2).sum() / (wide.size - 1))
+    exact = long_channelwise(wide)
+    ours, theirs = (np.abs(given.cpu().numpy() - exact) for given in (out, OPS[name](x)))
+    assert ours.max() <= 1.5 * theirs.max() + np.finfo(np.float64).eps
+    if backend != "torch":
+        assert ours.max() < 1e-14
 
 
 @over_ops

@@ -1,6 +1,7 @@
 // Standardisation of noise, and its statistics: fp64, in fixed chunks, at most two launches.
 //
-// A partial is (mean, M2) of one chunk of one slice; sums run about the chunk's first element: a constant has none at all.
+// A partial is (mean, M2) of one chunk of one slice; sums run about the chunk's first element: a constant has none at all. Means are
+// kept relative to the slice's first element, its origin: of a mean of many deviations one double holds too few digits.
 // Partials of a slice are merged in a fixed order at the head of every block that needs them: no atomics.
 #pragma once
 
@@ -22,12 +23,14 @@ struct NoiseMeasure {
     const void* x;
     i64 type;
     NoisePartial* partials;  // [slice][chunk]
+    double* origins;         // [slice]: kept, as the values may be written over while others still need them
     double* flags;           // [block]: 0, or NaN where a chunk of the block holds a value that is not finite; may be null
     NoiseChunks cut;
 };
 
 struct NoiseStatistics {
     const NoisePartial* partials;
+    const double* origins;
     double* out;  // [slice]: count, mean, M2
     NoiseChunks cut;
 };
@@ -37,6 +40,7 @@ struct NoiseApply {
     void* out;
     i64 type;
     const NoisePartial* partials;
+    const double* origins;
     const double* flags;
     i64 flag_count;  // 0 where every slice stands for itself
     NoiseChunks cut;
@@ -62,19 +66,24 @@ LTXK_DEVICE i64 chunk_size(const NoiseChunks& cut, i64 chunk) {
     return left < cut.chunk ? left : cut.chunk;
 }
 
-// Moments of one chunk: the threads take V elements each in turn.
+LTXK_DEVICE double element(const void* x, i64 type, i64 at) {
+    double value[1];
+    load_typed(x, type, at, value);
+    return value[0];
+}
+
+// Moments of one chunk, the mean relative to `origin`: the threads take V elements each in turn.
 template <int V>
-LTXK_DEVICE NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 count, BlockMoments<double>& scratch) {
-    double pivot[1];
-    load_typed(x, type, first, pivot);
+LTXK_DEVICE NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 count, double origin, BlockMoments<double>& scratch) {
+    double pivot = element(x, type, first);
     ShiftedSums sums;
 #pragma unroll 4
     for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
         double values[V];
         load_typed(x, type, first + i, values);
-        sums.add(values, pivot[0]);
+        sums.add(values, pivot);
     }
-    Moments<double> all = merge_block(sums.moments(pivot[0]), scratch);
+    Moments<double> all = merge_block(sums.moments(pivot - origin), scratch);
     return {all.mean, all.m2};
 }
 
@@ -85,10 +94,12 @@ __global__ void __launch_bounds__(256) noise_measure(NoiseMeasure p) {
     i64 tasks = p.cut.slices * p.cut.chunks;
     double flag = 0.0;
     for (i64 task = blockIdx.x; task < tasks; task += gridDim.x) {
-        i64 chunk = task % p.cut.chunks, first = task / p.cut.chunks * p.cut.length + chunk * p.cut.chunk;
-        NoisePartial partial = chunk_moments<V>(p.x, p.type, first, chunk_size(p.cut, chunk), scratch);
+        i64 chunk = task % p.cut.chunks, slice = task / p.cut.chunks, start = slice * p.cut.length;
+        double origin = element(p.x, p.type, start);
+        NoisePartial partial = chunk_moments<V>(p.x, p.type, start + chunk * p.cut.chunk, chunk_size(p.cut, chunk), origin, scratch);
         flag += partial.m2 - partial.m2;
         if (threadIdx.x == 0) p.partials[task] = partial;
+        if (threadIdx.x == 0 && chunk == 0) p.origins[slice] = origin;
     }
     if (p.flags && threadIdx.x == 0) p.flags[blockIdx.x] = flag;
 }
@@ -112,7 +123,7 @@ __global__ void __launch_bounds__(256) noise_statistics(NoiseStatistics p) {
     NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
     if (threadIdx.x != 0) return;
     p.out[3 * slice] = static_cast<double>(p.cut.length);
-    p.out[3 * slice + 1] = all.mean;
+    p.out[3 * slice + 1] = p.origins[slice] + all.mean;
     p.out[3 * slice + 2] = all.m2;
 }
 
@@ -122,7 +133,7 @@ __global__ void __launch_bounds__(256) noise_apply(NoiseApply p) {
     LTXK_SHARED(BlockSumDouble, scratch);
     i64 task = static_cast<i64>(gridDim.x) - 1 - blockIdx.x, slice = task / p.cut.chunks, chunk = task % p.cut.chunks;
     NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
-    double factor = 1.0 / square_root(all.m2 / static_cast<double>(p.cut.length - 1)), flag = 0.0;
+    double origin = p.origins[slice], factor = 1.0 / square_root(all.m2 / static_cast<double>(p.cut.length - 1)), flag = 0.0;
     for (i64 i = threadIdx.x; i < p.flag_count; i += blockDim.x) flag += p.flags[i];
     if (p.flag_count) factor += sum_block(flag, scratch);
     i64 first = slice * p.cut.length + chunk * p.cut.chunk, count = chunk_size(p.cut, chunk);
@@ -130,7 +141,7 @@ __global__ void __launch_bounds__(256) noise_apply(NoiseApply p) {
         double values[V];
         load_typed(p.x, p.type, first + i, values);
 #pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = (values[k] - all.mean) * factor;
+        for (int k = 0; k < V; ++k) values[k] = ((values[k] - origin) - all.mean) * factor;
         store_typed(p.out, p.type, first + i, values);
     }
 }
