@@ -95,10 +95,9 @@ def test_a_mean_far_from_zero_keeps_the_digits_of_fp64(name: str, backend: str, 
         deviation = wide - wide.mean()
         wide = deviation / np.sqrt((deviation**2).sum() / (wide.size - 1))
     exact = long_channelwise(wide)
-    ours, theirs = (np.abs(given.cpu().numpy() - exact) for given in (out, OPS[name](x)))
-    assert ours.max() <= 1.5 * theirs.max() + np.finfo(np.float64).eps
-    if backend != "torch":
-        assert ours.max() < 1e-14
+    error = np.abs(out.cpu().numpy() - exact).max()
+    # The composition of one step keeps what one double holds of the mean.
+    assert error < (2e-14 if backend != "torch" or name == "normalize_noise" else 1e-11)
 
 
 @over_ops
