@@ -9,9 +9,8 @@ import sys
 import torch
 
 import ltxkern
-from ltxkern import native, nvrtc
+from ltxkern import inventory, native, nvrtc
 from ltxkern.dispatch import BACKENDS, unavailable
-from ltxkern.launch import inventory
 
 
 def greatest_error(device: str, backend: str) -> float:

@@ -177,7 +177,7 @@ def nvrtc_faults(wheel: Path, scratch: Path, unchecked: list[str]) -> list[str]:
     zipfile.ZipFile(wheel).extractall(unpacked)
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
-        "from collections import defaultdict; from ltxkern import nvrtc; from ltxkern.launch import inventory\n"
+        "from collections import defaultdict; from ltxkern import inventory, nvrtc\n"
         f"assert str(nvrtc.include_directory()).startswith({str(unpacked)!r})\n"
         "headers = defaultdict(set)\n"
         "for kernels in inventory.CUDA.values():\n"

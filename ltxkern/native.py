@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.launch import inventory
+from ltxkern import inventory
 from ltxkern.steps import Call, Step, Zero, grid3, pack
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern.launch import inventory, merge_lora
+from ltxkern import inventory
+from ltxkern.launch import merge_lora
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from tests.csrc.reserved import run
 from tests.csrc.shim_build import shim

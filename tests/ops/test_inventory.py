@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import ltxkern
-from ltxkern import dispatch, native
+from ltxkern import dispatch, inventory, native
 from ltxkern.launch import (
     combine_guidance,
     dual_add,
     group_norm_silu,
-    inventory,
     merge_lora,
     normalize_noise,
     pixel_norm_silu,
@@ -65,7 +64,7 @@ def test_an_older_build_is_refused_before_the_call(build_without: Callable[[str]
 def test_the_lists_are_those_of_this_build() -> None:
     assert {kernel for kernels in inventory.CPU.values() for kernel in kernels} == set(
         native.extension().cpu_kernels()
-    ), "csrc/cpu and ltxkern/launch/inventory.py differ"
+    ), "csrc/cpu and ltxkern/inventory.py differ"
 
 
 def test_every_compiled_backend_has_a_list() -> None:
@@ -143,7 +142,7 @@ def test_launches_name_only_listed_kernels(tier: str, monkeypatch: pytest.Monkey
         with ltxkern.use_backend("cpu"):
             call()
         assert named, f"{op} made no launch"
-        assert named <= set(lists[op]), f"{op}: {named - set(lists[op])} are not in ltxkern/launch/inventory.py"
+        assert named <= set(lists[op]), f"{op}: {named - set(lists[op])} are not in ltxkern/inventory.py"
         seen |= named
     norms = {kernel for op in ("group_norm_silu", "pixel_norm_silu") for kernel in lists[op]}
     assert seen == {kernel for kernels in lists.values() for kernel in kernels} - norms
