@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ltxkern.commands.interrupts import heeded
+
 COMMANDS = ("generate", "batch", "plan", "compare", "doctor", "bench_env")
 INTERRUPTED = 130
 
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             arguments.parser.set_defaults(**kept)
             arguments = parser.parse_args(argv)
-        return int(arguments.run(arguments) or 0)
+        with heeded():
+            return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
         print("ltxkern: interrupted; no half-written file was left", file=sys.stderr)
         return INTERRUPTED
