@@ -89,6 +89,23 @@ def test_sizes(dtype: torch.dtype, size: tuple[int, int]) -> None:
     merged_and_checked(noise(*size).to(dtype), *factors(*size, BF16, 24))
 
 
+@HALVES
+def test_products_are_aligned_to_the_largest_and_cut_off(half: torch.dtype) -> None:
+    """The emulation loses what tensor cores lose, on A100 one bit behind fp32's last, and a sum of eight at a time."""
+    small = [2.0**-23, 2.0**-24, 2.0**-25]
+    a = torch.ones(16, 8, dtype=half)
+    a[[1, 9]] = 2.0**-12
+    b = torch.zeros(6, 16, dtype=half)
+    for row, value in enumerate(small):
+        # In the middle of eight that cancel, and after them.
+        b[row, :3] = torch.tensor([1.0, value * 2.0**12, -1.0])
+        b[row + 3, [0, 2, 9]] = torch.tensor([1.0, -1.0, value * 2.0**12], dtype=half)
+    merged = torch.zeros(6, 8)
+    merge(merged, [a], [b])
+    expected = torch.tensor([small[0], small[1], 0.0, *small])
+    assert torch.equal(merged, (expected * torch.tensor(SCALES[0]))[:, None].expand(6, 8))
+
+
 @WEIGHTS
 @HALVES
 def test_several_loras_share_one_rounding(dtype: torch.dtype, half: torch.dtype) -> None:
