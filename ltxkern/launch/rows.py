@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ltxkern.launch.plans import THREADS, dense, hand_back, planned
@@ -129,6 +130,18 @@ def check_range(rows: Tensor, count: int) -> None:
         raise ValueError(f"rows must be at least 0 and below {count}, the number of rows of the tables, got {wrong}")
 
 
+def table_rows(table: Tensor, x: Tensor) -> Tensor:
+    """A table with dense rows; a copy where its rows lie so that no 16-byte access of x's elements would meet them.
+
+    A fresh table has such rows: by them the order of the sums, and so the bits, are those of materialised rows.
+    """
+    table = dense_rows(table)
+    vector = 16 // x.element_size()
+    if x.shape[-1] % vector or (aligned16(table) and table.stride(0) % vector == 0):
+        return table
+    return table.clone(memory_format=torch.contiguous_format)
+
+
 def lay_out(
     tier: str, over_x: Sequence[Tensor | None], modulation: Sequence[Tensor | None], rows: Tensor | None
 ) -> tuple[list[Any], RowView, Tensor | None, RowIndex | None]:
@@ -144,7 +157,11 @@ def lay_out(
     """
     if rows is None:
         return *collapsed([*over_x, *modulation]), None, None
-    tables = [None if table is None else dense_rows(table) for table in modulation]
+    x = over_x[0]
+    assert x is not None
+    tables = [
+        None if table is None else dense_rows(table) if tier == "cpu" else table_rows(table, x) for table in modulation
+    ]
     count = next(table.shape[0] for table in tables if table is not None)
     if tier == "cpu":
         check_range(rows, count)

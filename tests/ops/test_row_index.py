@@ -115,6 +115,20 @@ def test_layouts(backend: str, op: str, view: Callable[[Tensor], Tensor]) -> Non
 
 @over_backends("rms_norm_modulate")
 @over_ops
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize(("first", "pitch"), [(1, 528), (0, 521), (8, 529)])
+def test_tables_at_any_address(backend: str, op: str, dtype: torch.dtype, first: int, pitch: int) -> None:
+    """Rows of tables that no access of 16 bytes meets, beside a fresh copy of them that it does."""
+    tensors, rows = drawn((40, 520), dtype), indices("mixed", (40,), 3)
+    for seed, name in enumerate(TABLES):
+        whole = noise(first + 3 * pitch, dtype=dtype, seed=seed)
+        tensors[name] = whole[first:].view(3, pitch)[:, :520]
+    with serving(backend):
+        assert_same(OPS[op](tensors, rows=rows), OPS[op](materialised(tensors, rows)))
+
+
+@over_backends("rms_norm_modulate")
+@over_ops
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 def test_empty(backend: str, op: str, shape: tuple[int, ...]) -> None:
     tensors = drawn(shape, count=0 if shape[-1] else 2)
