@@ -50,6 +50,9 @@ def indices(kind: str, lead: tuple[int, ...], count: int, dtype: torch.dtype = t
         return torch.arange(size).ge(size // 3).to(dtype).clamp_max(count - 1).reshape(lead)
     if kind == "strided":
         return torch.stack([mixed, mixed + count], dim=-1)[:, 0].reshape(lead)
+    if kind == "part":
+        wider = (noise(*lead[:-1], lead[-1] + 3, seed=9) * 1000).to(dtype).remainder(count)
+        return wider[..., 1:-2]
     if kind == "expanded":
         return mixed[: lead[-1]].expand(lead) if lead else mixed[0]
     return mixed.reshape(lead)
@@ -68,7 +71,7 @@ def test_it_is_the_materialised_form(backend: str, op: str, dtype: torch.dtype, 
 @over_backends("rms_norm_modulate")
 @over_ops
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("kind", ["mixed", "constant", "runs", "strided", "expanded"])
+@pytest.mark.parametrize("kind", ["mixed", "constant", "runs", "strided", "part", "expanded"])
 def test_any_index(backend: str, op: str, kind: str, index: torch.dtype) -> None:
     """Tables wider than x among them, and of one row."""
     for count in (1, 2, 5):

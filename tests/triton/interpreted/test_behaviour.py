@@ -402,7 +402,9 @@ def test_a_row_whose_index_is_out_of_range_is_nan(index: torch.dtype, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_row_index_gives_the_bits_of_the_materialised_form(dtype: torch.dtype) -> None:
     x, y, sums = torch.randn(2, 6, 13).to(dtype), torch.randn(2, 6, 13).to(dtype), torch.randn(2, 3, 13).to(dtype)
-    for rows in (torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]]), torch.tensor([1, 0, 0, 1, 1, 0]).expand(2, 6)):
+    mixed = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]])
+    # Dense, the same for both samples, and a part of a longer index.
+    for rows in (mixed, mixed[0].expand(2, 6), torch.cat([mixed, mixed], dim=1)[:, 1:7]):
         tables, each = sums.unbind(1), [table[rows] for table in sums.unbind(1)]
         for result, expected in (
             (ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows), ltxkern.rms_norm_modulate(x, *each[:2])),
