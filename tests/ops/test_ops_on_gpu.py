@@ -14,7 +14,8 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import dispatch, res2s_steps
-from tests.ops.contract import assert_same, noise
+from ltxkern.ops.float8 import to_e4m3
+from tests.ops.contract import assert_as_close, assert_same, noise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,6 +151,31 @@ def test_no_wait_and_equal_bits(tier: str, make: Callable[[], Call]) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert_same(again, expected)
+
+
+@over_tiers
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [2056, 2051])
+def test_merge_of_many_tiles(tier: str, dtype: torch.dtype, half: torch.dtype, columns: int) -> None:
+    """More blocks than run at once, of a weight and factors that are met in 16 bytes and that are not, against fp64."""
+    use(tier)
+    rows, ranks, scales = 4000, (384, 40), [0.7, -1.5]
+    weight = drawn(rows, columns).to(dtype)
+    a = [drawn(rank, columns, dtype=half, seed=rank) * rank**-0.25 for rank in ranks]
+    b = [drawn(rows, rank, dtype=half, seed=rank + 1) * rank**-0.25 for rank in ranks]
+    for count in (1, 2):
+        exact, plain, merged = weight.double(), weight.float(), weight.clone()
+        for one, other, scale in zip(a[:count], b, scales, strict=False):
+            exact = exact + scale * (other.double() @ one.double())
+            plain = plain + scale * (other.float() @ one.float())
+        with ltxkern.use_backend(tier):
+            ltxkern.merge_lora_(merged, a[:count], b[:count], scales[:count])
+        if dtype == torch.float8_e4m3fn:
+            # As fp32 numbers: half an ulp of e4m3 is not free.
+            assert_as_close(merged.float(), to_e4m3(plain).float(), exact)
+        else:
+            assert_as_close(merged, plain.to(dtype), exact)
 
 
 @over_tiers
