@@ -141,7 +141,7 @@ def rms_norm_modulate(
     Contract: rounded; fp32 arithmetic, one rounding (eager torch rounds after each of four steps); with `rows` the bits of
         `rms_norm_modulate(x, scale[rows], shift[rows])`.
     Bytes: read x, write out; scale and shift once where they are rows or tables, and 4 or 8 a row for its index. `scale[rows]` and
-        `shift[rows]` cost 4 D values a row instead, written and read.
+        `shift[rows]` cost 4 D values a row instead, written and read. On a GPU tables whose rows do not lie on 16 bytes are copied.
     An index below 0 or beyond N - 1: ValueError on the host, before anything is written. On a device nobody waits to look at the
         indices: that row of the result is NaN, and nothing outside the tables is read (the torch reference fails in torch's own
         lookup there).
