@@ -114,7 +114,7 @@ def mode_needs(
 def choose_mode(
     needs: Mapping[str, ModeNeeds], device_free: int, host_free: int, *, unified: bool = False
 ) -> tuple[str, str]:
-    """The first mode that fits, and why; "original" where none does.
+    """The first mode that fits, and why; else "original", with its blocks on the host where that fits.
 
     Args:
         needs: per mode.
@@ -136,4 +136,7 @@ def choose_mode(
             tried = f" ({'; '.join(refused)})" if refused else ""
             return mode, f"chosen: it is the fastest that fits into {free} free{tried}"
         refused.append(f"{need} do not fit")
+    offloaded = needs.get(OFFLOADED)
+    if offloaded and not unified and offloaded.device_bytes <= device_free and offloaded.host_bytes <= host_free:
+        return "original", f"chosen: only block by block does the model fit into {free} free ({'; '.join(refused)})"
     return "original", f"no mode fits into the free memory ({'; '.join(refused)}); the smallest is tried"

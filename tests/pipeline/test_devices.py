@@ -13,7 +13,7 @@ from ltxkern.launch.merge_lora import cpu_has_bfloat16_products
 from ltxkern.pipeline import host_memory, mode_choice, phase_stores
 from ltxkern.pipeline.correction import bit_pattern
 from ltxkern.pipeline.demo import build_demo, demo_lora
-from ltxkern.pipeline.device_modes import MODES, ModeNeeds, choose_mode
+from ltxkern.pipeline.device_modes import MODES, OFFLOADED, ModeNeeds, choose_mode
 from ltxkern.pipeline.devices import TwoStageDeviceManager
 from ltxkern.pipeline.host_memory import HostBudget, HostBudgetError, cgroup_available
 from ltxkern.pipeline.lora import NO_LORA, TWO_STAGE_STRENGTHS, LoRA, LoRAFactors, LoRAPhase, lora_phases
@@ -396,6 +396,15 @@ def test_auto_takes_the_first_mode_that_fits(device, host, expected):
     mode, reason = choose_mode(NEEDS, device, host)
     assert mode == expected
     assert ("no mode fits" in reason) == (device == 40)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "begins"), [(20, 60, "chosen: only block"), (19, 60, "no mode"), (20, 59, "no mode")]
+)
+def test_auto_offloads_where_only_that_fits(device, host, begins):
+    mode, reason = choose_mode(NEEDS | {OFFLOADED: ModeNeeds(OFFLOADED, 20, 60)}, device, host)
+    assert mode == "original"
+    assert reason.startswith(begins)
 
 
 def test_auto_counts_device_and_host_together_where_they_are_one():
