@@ -8,8 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ltxkern.commands.interrupts import heeded
-
 COMMANDS = ("generate", "batch", "plan", "compare", "doctor", "bench_env")
 INTERRUPTED = 130
 
@@ -40,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             arguments.parser.set_defaults(**kept)
             arguments = parser.parse_args(argv)
-        with heeded():
-            return int(arguments.run(arguments) or 0)
+        return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
         print("ltxkern: interrupted; no half-written file was left", file=sys.stderr)
         return INTERRUPTED

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ltxkern.cli import main
-from ltxkern.commands import interrupts
-from ltxkern.commands.generate import Bars
 from ltxkern.pipeline.media import probe_mp4
 
 SMALL = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2", "--quiet"]
@@ -259,37 +256,6 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
     assert "interrupted" in rest
     assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
-
-
-class PressesCtrlC:
-    """Whose finalizer is where an interrupt arrives; Python reports and drops what a finalizer raises."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_an_interrupt_that_python_drops_ends_the_run_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    dropped: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda event: dropped.append(event.exc_type))
-    bars = Bars(quiet=True)
-    with interrupts.heeded():
-        bars("stage 1", 1, 2)
-        del_me = PressesCtrlC()
-        del del_me
-        assert dropped == [KeyboardInterrupt]
-        with pytest.raises(KeyboardInterrupt):
-            bars("stage 1", 2, 2)
-    bars("stage 1", 2, 2)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_handlers_of_others_stay() -> None:
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interrupts.heeded():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def test_import_is_light() -> None:

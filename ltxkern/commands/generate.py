@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ltxkern.commands import interrupts, options, parallel
+from ltxkern.commands import options, parallel
 
 DEMO_NOTE = (
     "The demo model has random weights: its pictures are coloured noise and its sound is hiss. "
@@ -137,12 +137,7 @@ class Bars:
             self._bar = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage is through.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C was pressed, and nobody heard it.
-        """
-        interrupts.check()
+        """Show that `done` of `total` of a stage is through."""
         if self._quiet:
             return
         if stage != self._stage or self._bar is None:
