@@ -242,8 +242,14 @@ def test_doctor_and_bench_env(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ltxkern", "generate", *SMALL, "--steps", "400", "-o", str(tmp_path / "out.mp4")]
     command.remove("--quiet")
+    # A shell that runs the tests in the background hands down an ignored interrupt.
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     seen = ""
