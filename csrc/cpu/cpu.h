@@ -119,6 +119,9 @@ inline float load_param(const void* base, i64 type, i64 index, float absent) {
     return to_float(static_cast<const bf16*>(base)[index]);
 }
 
+// A sum of squares that rounding may have left below zero; NaN stays NaN.
+inline double not_negative(double v) { return v > 0.0 || v != v ? v : 0.0; }
+
 // Whether a call that moves so many bytes should write past the caches: through them each line would first be read, and evicted
 // before anyone asks for it. Processors of several dies report the sum of their last-level caches, of which a core reaches 32 MB.
 inline bool streams(i64 bytes) {

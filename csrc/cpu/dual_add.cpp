@@ -27,15 +27,15 @@ static void add_span(const T* x, const T* first, const T* second, T* out_first, 
         store_block<kStreamFirst>(out_first + i, one);
         store_block<kStreamSecond>(out_second + i, other);
     }
-    for (; i < count; i += kLanes) {
-        i64 rest = count - i < kLanes ? count - i : kLanes;
-        Floats shared = load_part(x + i, rest), one = load_part(first + i, rest), other = load_part(second + i, rest);
-        store_part(out_first + i, shared + one, rest);
-        store_part(out_second + i, shared + other, rest);
-    }
+    over_registers(count - i, [&](i64 k, auto n) {
+        i64 at = i + k;
+        Floats shared = load_n(x + at, n), one = shared + load_n(first + at, n), other = shared + load_n(second + at, n);
+        store_n(out_first + at, one, n);
+        store_n(out_second + at, other, n);
+    });
 }
 
-static void add_span(const double* x, const double* first, const double* second, double* out_first, double* out_second, i64 count) {
+static void add_doubles(const double* x, const double* first, const double* second, double* out_first, double* out_second, i64 count) {
 #pragma omp simd
     for (i64 i = 0; i < count; ++i) {
         double one = x[i] + first[i], other = x[i] + second[i];
@@ -55,24 +55,18 @@ static void dual_add(const void* parameters, int threads) {
         return past_caches && out != p.x && reinterpret_cast<std::uintptr_t>(out) % kStreamAlignment == 0;
     };
     bool one = streamed(out_first), other = streamed(out_second);
+    void (*add)(const T*, const T*, const T*, T*, T*, i64);
+    if constexpr (std::is_same_v<T, double>)
+        add = add_doubles;
+    else
+        add = one ? other ? add_span<T, true, true> : add_span<T, true, false> : other ? add_span<T, false, true> : add_span<T, false, false>;
     i64 spans = (p.size + kSpan - 1) / kSpan;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (i64 span = 0; span < spans; ++span) {
             i64 at = span * kSpan, count = p.size - at < kSpan ? p.size - at : kSpan;
-            auto call = [&](auto add) { add(x + at, first + at, second + at, out_first + at, out_second + at, count); };
-            if constexpr (std::is_same_v<T, double>) {
-                call([](auto... span) { add_span(span...); });
-            } else if (one && other) {
-                call([](auto... span) { add_span<T, true, true>(span...); });
-            } else if (one) {
-                call([](auto... span) { add_span<T, true, false>(span...); });
-            } else if (other) {
-                call([](auto... span) { add_span<T, false, true>(span...); });
-            } else {
-                call([](auto... span) { add_span<T, false, false>(span...); });
-            }
+            add(x + at, first + at, second + at, out_first + at, out_second + at, count);
         }
         end_streaming();
     }

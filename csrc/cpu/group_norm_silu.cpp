@@ -99,7 +99,7 @@ static Partial chunk_moments(const T* x, i64 count, double shift) {
         sums = sums_about(x, count, pivot);
     }
     double m2 = sums.squared - sums.plain * sums.plain / n;
-    return {n, pivot + sums.plain / n + shift, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
+    return {n, pivot + sums.plain / n + shift, not_negative(m2)};
 }
 
 // Whole blocks. Meanwhile the elements at `ahead` come into the cache: arithmetic alone would leave the memory idle.
@@ -253,28 +253,18 @@ static void merge_columns(const T* x, i64 count, i64 channels, float* sums, doub
     for (i64 c = 0; c < channels; ++c) {
         double offset = sum[c] * share, delta = centre[c] + offset - mean[c], own = squared[c] - sum[c] * offset;
         mean[c] += delta * weight;
-        m2[c] += (own > 0.0 || own != own ? own : 0.0) + delta * delta * before * weight;
+        m2[c] += not_negative(own) + delta * delta * before * weight;
     }
 }
 
 template <class T>
 static void apply_columns(const T* x, const T* residual, T* out, i64 count, i64 channels, const float* mean, const float* scale,
                           const float* offset) {
-    constexpr int kChains = 4;
-    constexpr i64 kStep = kChains * kLanes;
-    i64 body = channels / kStep * kStep;
-    auto shifted = [&](i64 c, auto n) {
-        Floats v = (load_n(x + c, n) - load_n(mean + c, n)) * load_n(scale + c, n) + load_n(offset + c, n);
-        return residual ? v + load_n(residual + c, n) : v;
-    };
     for (i64 i = 0; i < count; ++i, x += channels, out += channels, residual = residual ? residual + channels : nullptr) {
-        for (i64 c = 0; c < body; c += kStep) {
-            Floats v[kChains];
-            for (int k = 0; k < kChains; ++k) v[k] = shifted(c + k * kLanes, std::integral_constant<i64, kLanes>{});
-            silu_vectors(v);
-            for (int k = 0; k < kChains; ++k) store_lanes(out + c + k * kLanes, v[k]);
-        }
-        over_registers(channels - body, [&](i64 c, auto n) { store_n(out + body + c, silu_lanes(shifted(body + c, n)), n); });
+        store_silu(out, channels, [&](i64 c, auto n) {
+            Floats v = (load_n(x + c, n) - load_n(mean + c, n)) * load_n(scale + c, n) + load_n(offset + c, n);
+            return residual ? v + load_n(residual + c, n) : v;
+        });
     }
 }
 
@@ -338,8 +328,7 @@ constexpr i64 kFewPositions = 256;
 
 template <class T>
 static void few_positions(const GroupNormSilu& p, int threads) {
-    constexpr int kChains = 4;
-    constexpr i64 kStep = kChains * kLanes, kPart = 4096;
+    constexpr i64 kPart = 4096;
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
@@ -366,20 +355,12 @@ static void few_positions(const GroupNormSilu& p, int threads) {
             }
             float rstd = static_cast<float>(1.0 / __builtin_sqrt(total.m2 / static_cast<double>(length) + p.eps));
             float mean = static_cast<float>(total.mean);
-            auto normal = [&](i64 i, auto n) {
+            store_silu(out + start, length, [&](i64 i, auto n) {
                 Floats v = load_n(x + start + i, n);
                 if (p.conv_bias) v += load_n(shifts + at + i, n);
                 v = (v - mean) * (load_n(weights + at + i, n) * rstd) + load_n(biases + at + i, n);
                 return residual ? v + load_n(residual + start + i, n) : v;
-            };
-            i64 body = length / kStep * kStep;
-            for (i64 i = 0; i < body; i += kStep) {
-                Floats v[kChains];
-                for (int k = 0; k < kChains; ++k) v[k] = normal(i + k * kLanes, std::integral_constant<i64, kLanes>{});
-                silu_vectors(v);
-                for (int k = 0; k < kChains; ++k) store_lanes(out + start + i + k * kLanes, v[k]);
-            }
-            over_registers(length - body, [&](i64 i, auto n) { store_n(out + start + body + i, silu_lanes(normal(body + i, n)), n); });
+            });
         }
     }
 }

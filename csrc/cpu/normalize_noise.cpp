@@ -69,7 +69,7 @@ static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count,
         sums = sums_about(v, count, pivot);
     }
     double offset = sums.plain / n, m2 = sums.squared - sums.plain * offset;
-    return {(pivot - origin) + offset, m2 > 0.0 || m2 != m2 ? m2 : 0.0};
+    return {(pivot - origin) + offset, not_negative(m2)};
 }
 
 static double element(const void* x, i64 type, i64 at) {

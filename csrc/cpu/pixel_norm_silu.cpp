@@ -79,18 +79,8 @@ static void contiguous_tile(const PixelNormSilu& p, const T* x, T* out, i64 coun
 // All channels of one position.
 template <class T>
 static void channels_last_row(const PixelNormSilu& p, const T* x, T* out, const float* weight) {
-    constexpr int kChains = 4;
     float factor = inverse_rms(p.channels, p.eps, [&](i64 i, auto n) { return load_n(x + i, n); });
-    i64 body = p.channels / (kChains * kLanes) * kChains * kLanes;
-    for (i64 c = 0; c < body; c += kChains * kLanes) {
-        Floats v[kChains];
-        for (int k = 0; k < kChains; ++k) v[k] = load_lanes(x + c + k * kLanes) * factor * load_lanes(weight + c + k * kLanes);
-        silu_vectors(v);
-        for (int k = 0; k < kChains; ++k) store_lanes(out + c + k * kLanes, v[k]);
-    }
-    over_registers(p.channels - body, [&](i64 i, auto n) {
-        store_n(out + body + i, silu_lanes(load_n(x + body + i, n) * factor * load_n(weight + body + i, n)), n);
-    });
+    store_silu(out, p.channels, [&](i64 i, auto n) { return load_n(x + i, n) * factor * load_n(weight + i, n); });
 }
 
 template <class T>

@@ -139,15 +139,15 @@ static void midpoint_piece(const Res2sMidpoint& p, const Piece& piece, bool stre
 template <class C>
 static void advance_piece(const Res2sAdvance& p, const Piece& piece, bool stream) {
     const AdvanceModality& m = p.modality[piece.modality];
-    alignas(64) C buffers[5][kChunk];
+    alignas(64) C buffers[4][kChunk];
     Keep keep;
     if (m.mask) keep.load(m.mask, m.clean, m.clean_type, m.extent, piece);
     const Keep* kept = m.mask ? &keep : nullptr;
-    const C* anchors = as_compute(m.anchor, kComputeType<C>, piece.first, piece.count, buffers[0]);
-    const C* first = masked_prediction(m.x0, m.x0_type, piece, kept, buffers[1]);
-    const C* second = masked_prediction(m.x0_mid, m.x0_mid_type, piece, kept, buffers[2]);
-    Noise<C> noise = noise_of(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[3]);
-    Target<C> out(m.out, m.out_type, piece.first, buffers[4], stream && m.out != m.anchor);
+    const C* anchors = static_cast<const C*>(m.anchor) + piece.first;
+    const C* first = masked_prediction(m.x0, m.x0_type, piece, kept, buffers[0]);
+    const C* second = masked_prediction(m.x0_mid, m.x0_mid_type, piece, kept, buffers[1]);
+    Noise<C> noise = noise_of(m.noise, m.noise_type, m.stats, m.extent, piece, buffers[2]);
+    Target<C> out(m.out, m.out_type, piece.first, buffers[3], stream && m.out != m.anchor);
     C hb1 = static_cast<C>(p.hb1), hb2 = static_cast<C>(p.hb2);
     C a = static_cast<C>(p.a), b = static_cast<C>(p.b), s = static_cast<C>(p.s);
     over_lanes<C>(piece.count, [&](i64 i, auto kind) {

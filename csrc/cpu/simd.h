@@ -185,6 +185,21 @@ inline void store_n(T* address, Floats v, N n) {
     else store_lanes(address, v);
 }
 
+// out[i] = silu(value(i, n)) for all of `count`, as over_registers goes; whole registers four at a time, see silu_vectors.
+template <class T, class Value>
+inline void store_silu(T* out, i64 count, const Value& value) {
+    constexpr int kChains = 4;
+    constexpr i64 kStep = kChains * kLanes;
+    i64 body = count / kStep * kStep;
+    for (i64 i = 0; i < body; i += kStep) {
+        Floats v[kChains];
+        for (int k = 0; k < kChains; ++k) v[k] = value(i + k * kLanes, std::integral_constant<i64, kLanes>{});
+        silu_vectors(v);
+        for (int k = 0; k < kChains; ++k) store_lanes(out + i + k * kLanes, v[k]);
+    }
+    over_registers(count - body, [&](i64 i, auto n) { store_n(out + body + i, silu_lanes(value(body + i, n)), n); });
+}
+
 // v, rounded: the compiler may not contract the product that made it with a sum.
 inline Floats rounded(Floats v) {
 #if defined(__x86_64__)

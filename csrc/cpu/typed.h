@@ -72,7 +72,7 @@ inline void put_value(C* address, V v) {
 template <class C>
 inline const C* as_compute(const void* base, i64 type, i64 index, i64 count, C* buffer) {
     const void* address = element_address(base, type, index);
-    if (type == (sizeof(C) == 8 ? kF64 : kF32)) return static_cast<const C*>(address);
+    if (type == kComputeType<C>) return static_cast<const C*>(address);
     if (type == kF64) {
         const double* in = static_cast<const double*>(address);
         for (i64 i = 0; i < count; ++i) buffer[i] = static_cast<C>(in[i]);
@@ -92,26 +92,11 @@ inline const C* as_compute(const void* base, i64 type, i64 index, i64 count, C* 
     return buffer;
 }
 
-// Bytes past the caches, where the address allows it; end_streaming() when a thread is done.
-inline void stream_bytes(void* to, const void* from, i64 count) {
-#if defined(__AVX2__)
-    if (reinterpret_cast<std::uintptr_t>(to) % 32 == 0) {
-        auto* out = static_cast<__m256i*>(to);
-        auto* in = static_cast<const __m256i*>(from);
-        for (; count >= 32; count -= 32) _mm256_stream_si256(out++, _mm256_loadu_si256(in++));
-        to = out, from = in;
-    }
-#endif
-    std::memcpy(to, from, static_cast<std::size_t>(count));
-}
-
-// fp64 reaches the 16-bit types through fp32, as in torch. `stream`: past the caches, where the dtype is the compute dtype.
+// fp64 reaches the 16-bit types through fp32, as in torch.
 template <class C>
-inline void store_compute(const C* values, void* base, i64 type, i64 index, i64 count, bool stream = false) {
+inline void store_compute(const C* values, void* base, i64 type, i64 index, i64 count) {
     void* address = element_address(base, type, index);
-    if (stream && type == (sizeof(C) == 8 ? kF64 : kF32)) {
-        stream_bytes(address, values, count * static_cast<i64>(sizeof(C)));
-    } else if (type == kF64) {
+    if (type == kF64) {
         double* out = static_cast<double*>(address);
         for (i64 i = 0; i < count; ++i) out[i] = static_cast<double>(values[i]);
     } else if (type == kF32) {

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltxkern.launch.plans import THREADS, dense, hand_back, planned
 from ltxkern.launch.tensors import aligned16, ceil_div, param_code, round_up
 from ltxkern.steps import Argument, Call, Launch, Parameter
-from ltxkern.triton.layout import RowView, power_of_two, row_view
+from ltxkern.triton.layout import RowView, power_of_two, row_view, with_tables
 
 
 class Operand(NamedTuple):
@@ -166,9 +166,9 @@ def lay_out(
     if tier == "cpu":
         check_range(rows, count)
     (*given, index), view = collapsed([*over_x, rows[..., None]])
-    pairs = [(0, 0 if table is None else table.stride(0)) for table in tables]
-    row_index = RowIndex(rows.element_size(), count, *view.strides[-1])
-    return [*given, *tables], view._replace(strides=(*view.strides[:-1], *pairs)), index, row_index
+    *strides, own = with_tables(view, tables).strides
+    row_index = RowIndex(rows.element_size(), count, *own)
+    return [*given, *tables], view._replace(strides=tuple(strides)), index, row_index
 
 
 def _run_norm(

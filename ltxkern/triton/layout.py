@@ -70,10 +70,13 @@ def rows_of(
     if index is None:
         return row_view(x, *present, *(x if tensor is None else tensor for tensor in modulation), x)
     view = row_view(x, *present, index[..., None])
-    if view is None:
-        return None
-    tables = [(0, 0 if table is None else table.stride(0)) for table in modulation]
-    return view._replace(strides=(*view.strides[:-1], *tables, view.strides[-1]))
+    return None if view is None else with_tables(view, modulation)
+
+
+def with_tables(view: RowView, tables: Sequence[Tensor | None]) -> RowView:
+    """The view of x, other operands and a row index, with the pairs of tables (N, D) before that of the index."""
+    pairs = [(0, 0 if table is None else table.stride(0)) for table in tables]
+    return view._replace(strides=(*view.strides[:-1], *pairs, view.strides[-1]))
 
 
 def _broadcast_strides(onto: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
