@@ -123,20 +123,19 @@ def choose_mode(
     Returns:
         (mode, reason).
     """
+    free = gib(device_free) if unified else f"{gib(device_free)} on the device and {gib(host_free)} on the host"
+
+    def fits(need: ModeNeeds) -> bool:
+        if unified:
+            return need.device_bytes + need.host_bytes <= min(device_free, host_free)
+        return need.device_bytes <= device_free and need.host_bytes <= host_free
+
     refused: list[str] = []
     for mode in MODES:
-        need = needs[mode]
-        device, host = need.device_bytes, need.host_bytes
-        if unified:
-            fits = device + host <= min(device_free, host_free)
-        else:
-            fits = device <= device_free and host <= host_free
-        free = gib(device_free) if unified else f"{gib(device_free)} on the device and {gib(host_free)} on the host"
-        if fits:
+        if fits(needs[mode]):
             tried = f" ({'; '.join(refused)})" if refused else ""
             return mode, f"chosen: it is the fastest that fits into {free} free{tried}"
-        refused.append(f"{need} do not fit")
-    offloaded = needs.get(OFFLOADED)
-    if offloaded and not unified and offloaded.device_bytes <= device_free and offloaded.host_bytes <= host_free:
+        refused.append(f"{needs[mode]} do not fit")
+    if not unified and OFFLOADED in needs and fits(needs[OFFLOADED]):
         return "original", f"chosen: only block by block does the model fit into {free} free ({'; '.join(refused)})"
     return "original", f"no mode fits into the free memory ({'; '.join(refused)}); the smallest is tried"
