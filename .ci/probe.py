@@ -9,7 +9,8 @@ import sys
 import torch
 
 import ltxkern
-from ltxkern import inventory, native, nvrtc
+from ltxkern import inventory
+from ltxkern.compiled import extension, nvrtc
 from ltxkern.dispatch import BACKENDS, unavailable
 
 
@@ -27,7 +28,7 @@ def greatest_error(device: str, backend: str) -> float:
 def main() -> None:
     """Print the facts."""
     reasons = {name: unavailable(name) for name in BACKENDS}
-    built = native.extension() if reasons["cpu"] is None else None
+    built = extension.extension() if reasons["cpu"] is None else None
     kernels = list(built.kernels()) if built else []
     listed = {kernel for names in inventory.CUDA.values() for kernel in names}
     for kernel in sorted(listed):

@@ -23,9 +23,9 @@ from accuracy import WrongResultError
 from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
-from ltxkern.pipeline.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
-from ltxkern.pipeline.transformer import LTX2Transformer, predict_velocity
-from ltxkern.pipeline.transformer_inputs import ModalityInput
+from ltxkern.pipeline.model.inputs import ModalityInput
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
+from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
 from providers import COMPILE, EAGER, compiler_missing
 from record import Record, write_json
 from report import full_report, size

@@ -21,10 +21,10 @@ from bench_lora_switch import random_lora
 from cases import DTYPES
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run
-from ltxkern.pipeline.components import PRODUCTION_CONFIGS, build, component_dtype
-from ltxkern.pipeline.hq import HQTwoStagePipeline
-from ltxkern.pipeline.planner import CUDA_OVERHEAD, plan
-from ltxkern.pipeline.request import GenerationRequest
+from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build, component_dtype
+from ltxkern.pipeline.planning.plan import CUDA_OVERHEAD, plan
+from ltxkern.pipeline.run.request import GenerationRequest
 from record import Record
 from report import full_report
 from report import size as text_size

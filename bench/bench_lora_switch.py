@@ -25,9 +25,9 @@ from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.ops.merge_lora import merge_lora_
-from ltxkern.pipeline.devices import TwoStageDeviceManager
-from ltxkern.pipeline.lora import LoRA, LoRAPhase
-from ltxkern.pipeline.phase_merge import merge_phase, merge_phase_pair
+from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
+from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
 from record import Record
 from report import full_report, size
 from timing import CallTimer, interleave, summarise

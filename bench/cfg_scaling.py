@@ -14,13 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.cfg_parallel import dispatch_branches
-from ltxkern.pipeline.demo import build_demo
-from ltxkern.pipeline.guidance import HQ_GUIDANCE, TWO_STAGE_GUIDANCE, CFGPolicy, MultiModalPolicy, SingleBranchPolicy
-from ltxkern.pipeline.latents import LatentState
-from ltxkern.pipeline.model_geometry import geometry_of
-from ltxkern.pipeline.request import GenerationRequest, StagePlan, find_preset, scale_blocks
-from ltxkern.pipeline.stage import BranchForward
+from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.parallel.by_branch import dispatch_branches
+from ltxkern.pipeline.run.request import GenerationRequest, StagePlan, find_preset, scale_blocks
+from ltxkern.pipeline.run.stage import BranchForward
+from ltxkern.pipeline.sampling.guidance import (
+    HQ_GUIDANCE,
+    TWO_STAGE_GUIDANCE,
+    CFGPolicy,
+    MultiModalPolicy,
+    SingleBranchPolicy,
+)
+from ltxkern.pipeline.sampling.latents import LatentState
 
 RANKS = (1, 2, 3, 4)
 HEADER = 512

@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfg_scaling import contexts, states
-from ltxkern.pipeline.cfg_parallel import CFGParallel, run_cfg_parallel
-from ltxkern.pipeline.demo import build_demo
-from ltxkern.pipeline.guidance import HQ_GUIDANCE, GuidedDenoiser, MultiModalPolicy, SingleBranchPolicy
-from ltxkern.pipeline.model_geometry import geometry_of
-from ltxkern.pipeline.request import GenerationRequest
-from ltxkern.pipeline.sequence_parallel import SequenceParallel, TokenShards, even_parts
-from ltxkern.pipeline.stage import BranchForward
+from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.parallel.by_branch import CFGParallel, run_cfg_parallel
+from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards, even_parts
+from ltxkern.pipeline.run.request import GenerationRequest
+from ltxkern.pipeline.run.stage import BranchForward
+from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, GuidedDenoiser, MultiModalPolicy, SingleBranchPolicy
 
 TOKENS, AUDIO_TOKENS, HEADS, WIDTH, AUDIO_WIDTH, BLOCKS, CHANNELS = 32640, 126, 32, 128, 64, 48, 128
 FORWARDS = 7

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "program.h"
 
 #ifndef LTXK_MODULE
 #define LTXK_MODULE _C
@@ -140,7 +140,7 @@ void bind_shim(py::module_& module);
 #endif
 
 PYBIND11_MODULE(LTXK_MODULE, module) {
-    module.doc() = "Kernels of ltxkern: see ltxkern.native, which is the only caller.";
+    module.doc() = "Kernels of ltxkern: see ltxkern.compiled.extension, which is the only caller.";
     module.def("use_exchange_api", &use_exchange_api);
     module.def("cuda_unavailable", [] { return ltxk::runtime::unavailable(); }, "Why no CUDA kernel can run, or None.");
     module.def("isa", [] { return std::string(ltxk::isa_name(ltxk::best_isa())); }, "Instruction set of the CPU kernels.");

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ltxkern.pipeline.request import GenerationRequest, StagePlan
+from ltxkern.pipeline.run.request import GenerationRequest, StagePlan
 
 FOLDER = Path(__file__).parent
 BLUE, GREEN, GREY, ORANGE = "#dbe9f6", "#dff0d8", "#eeeeee", "#fde8cf"

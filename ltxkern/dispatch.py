@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.overlap import Signature
+from ltxkern.aliasing import Signature
 
 logger = logging.getLogger("ltxkern")
 
@@ -84,9 +84,9 @@ def unavailable(backend: str) -> str | None:
     if backend in _disabled():
         return f"{backend} is switched off by LTXKERN_DISABLE"
     if backend in ("cuda", "nvrtc", "cpu"):
-        from ltxkern import native
+        from ltxkern.compiled import extension
 
-        return native.unavailable(backend)
+        return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -288,9 +288,9 @@ class Op:
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
         if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
             return reason
-        from ltxkern import native
+        from ltxkern.compiled import extension
 
-        return native.lacks(backend, self.name)
+        return extension.lacks(backend, self.name)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:

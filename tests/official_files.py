@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.components import COMPONENT_NAMES
-from ltxkern.pipeline.official_names import official_name
+from ltxkern.pipeline.files.official_names import official_name
+from ltxkern.pipeline.model.components import COMPONENT_NAMES
 
 
 def write_official(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:

@@ -150,7 +150,7 @@ def test_pixel_norm_silu_module(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_pipeline_components_run_on_the_fused_ops() -> None:
     import ltxkern.dispatch as dispatch
-    from ltxkern.pipeline.demo import build_demo
+    from ltxkern.pipeline.files.demo import build_demo
 
     parts = build_demo()
     for name in ("group_norm_silu", "pixel_norm_silu"):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ltxkern.commands import options, parallel
 
 if TYPE_CHECKING:
-    from ltxkern.pipeline.batch import Item, Manifest, Outcome
-    from ltxkern.pipeline.batch_ray import Placement
-    from ltxkern.pipeline.cfg_parallel import CFGParallel
+    from ltxkern.commands.batch_items import Item, Manifest, Outcome
+    from ltxkern.commands.batch_ray import Placement
+    from ltxkern.pipeline.parallel.by_branch import CFGParallel
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
 # What no result depends on; a CFG group gives the bits of one process.
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[list[Item], Manifest, list[Item]]:
     """The items, what is known of them, and those that need to run."""
-    from ltxkern.pipeline.batch import Manifest, pending, read_items
+    from ltxkern.commands.batch_items import Manifest, pending, read_items
 
     if arguments.format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {arguments.format!r}")
@@ -192,7 +192,7 @@ def _meet(placement: Placement) -> parallel.Job:
     import torch
     import torch.distributed as dist
 
-    from ltxkern.pipeline.ranks import Ranks
+    from ltxkern.pipeline.parallel.ranks import Ranks
 
     lead = placement.rank == 0
     store = dist.TCPStore(placement.host, placement.port, placement.size, lead, timeout=timedelta(seconds=120))
@@ -204,7 +204,7 @@ def _meet(placement: Placement) -> parallel.Job:
 def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
     """Errors that concern one item. On several ranks only those that all of them raise: after another one they are out of step."""
     from ltxkern.dispatch import BackendError
-    from ltxkern.pipeline.ranks import BranchError
+    from ltxkern.pipeline.parallel.ranks import BranchError
 
     if several_ranks:
         return (BranchError, ValueError)
@@ -212,7 +212,7 @@ def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
 
 
 def _outcome(arguments: argparse.Namespace, item: Item, generator: Generator) -> Outcome:
-    from ltxkern.pipeline.batch import attempt, digest
+    from ltxkern.commands.batch_items import attempt, digest
 
     return attempt(item, digest(item, settings(arguments)), generator, _collected(generator._job.ranks is not None))
 
@@ -230,8 +230,8 @@ def _run_here(arguments: argparse.Namespace, job: parallel.Job, todo: list[Item]
 
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
-    from ltxkern.pipeline.batch import Outcome, digest
-    from ltxkern.pipeline.ranks import Launch
+    from ltxkern.commands.batch_items import Outcome, digest
+    from ltxkern.pipeline.parallel.ranks import Launch
 
     launch = Launch.from_environment()
     if launch.size > 1:
@@ -240,7 +240,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
         import ray
     except ModuleNotFoundError as error:
         raise ValueError('ray is not installed: pip install "ltxkern[ray]", or leave --ray out') from error
-    from ltxkern.pipeline.batch_ray import require_capacity, run_with_ray
+    from ltxkern.commands.batch_ray import require_capacity, run_with_ray
 
     size = arguments.cfg_parallel_size or 1
     parallel.check_options(arguments, Launch(size=size))

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     """The command on one rank of a job; only the lead prints and writes."""
-    from ltxkern.pipeline.output_file import writable_output
+    from ltxkern.pipeline.results.atomic import writable_output
 
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
@@ -76,7 +76,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
 
 def result_bytes(request: Any, geometry: Any, output: str) -> int:
     """About what the result takes on disk: latents exactly, PNG frames of noise at worst, an mp4 at a tenth of that."""
-    from ltxkern.pipeline.output_file import output_kind
+    from ltxkern.pipeline.results.atomic import output_kind
 
     last = request.plan(geometry)[-1]
     if output_kind(output) == "latents":
@@ -110,7 +110,7 @@ def finished(path: Path, kind: str) -> str:
     """The last line of a run: what was written, read back from the file."""
     if kind != "mp4":
         return str(path)
-    from ltxkern.pipeline.media import probe_mp4
+    from ltxkern.pipeline.results.media import probe_mp4
 
     info = probe_mp4(path)
     sound = f"{info.audio_rate} Hz, {info.channels} channels" if info.audio_rate else "no sound"

@@ -126,7 +126,7 @@ def guidance(arguments: argparse.Namespace, modality: str, default: Any, blocks:
             ) from error
     if not changes:
         return None
-    from ltxkern.pipeline.request import scale_blocks
+    from ltxkern.pipeline.run.request import scale_blocks
 
     moved = scale_blocks(default, blocks)
     assert moved is not None
@@ -137,7 +137,7 @@ def request_arguments(arguments: argparse.Namespace, geometry: Any) -> dict[str,
     """Keyword arguments of the pipeline call (and of `GenerationRequest`, less the preset)."""
     from dataclasses import replace
 
-    from ltxkern.pipeline.request import find_preset, image_conditions
+    from ltxkern.pipeline.run.request import find_preset, image_conditions
 
     preset = find_preset(arguments.pipeline)
     images = image_conditions(arguments.image)
@@ -165,7 +165,7 @@ def request_arguments(arguments: argparse.Namespace, geometry: Any) -> dict[str,
 
 def strengths(arguments: argparse.Namespace) -> tuple[float, float]:
     """Distilled strengths of both stages: given, or the preset's."""
-    from ltxkern.pipeline.request import find_preset
+    from ltxkern.pipeline.run.request import find_preset
 
     defaults = find_preset(arguments.pipeline).distilled_strengths
     given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)
@@ -188,9 +188,9 @@ def find_dtype(arguments: argparse.Namespace) -> Any:
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Refuse, from headers alone, paths that do not exist and LoRAs that fit nothing of the model."""
-    from ltxkern.pipeline.checkpoint import component_config, find_model
-    from ltxkern.pipeline.components import build
-    from ltxkern.pipeline.lora_file import check_lora_file
+    from ltxkern.pipeline.files.checkpoint import component_config, find_model
+    from ltxkern.pipeline.files.lora_file import check_lora_file
+    from ltxkern.pipeline.model.components import build
 
     for name in ("upsampler", "text_encoder"):
         given = getattr(arguments, name)
@@ -205,7 +205,7 @@ def check_files(arguments: argparse.Namespace) -> None:
     if not files:
         return
     if arguments.model == "demo":
-        from ltxkern.pipeline.demo import DEMO_CONFIGS
+        from ltxkern.pipeline.files.demo import DEMO_CONFIGS
 
         config = DEMO_CONFIGS["transformer"]
     elif Path(arguments.model).expanduser().exists():
@@ -224,7 +224,7 @@ def _require_file(name: str, path: str) -> None:
 
 def open_pipeline(arguments: argparse.Namespace) -> Any:
     """The pipeline that the model options describe."""
-    from ltxkern.pipeline.hq import HQTwoStagePipeline
+    from ltxkern.pipeline.generator import HQTwoStagePipeline
 
     return HQTwoStagePipeline.from_pretrained(
         arguments.model,
@@ -304,7 +304,7 @@ def _typed(kind: Any, key: str, value: Any, path: str) -> Any:
 
 def model_geometry(arguments: argparse.Namespace) -> Any:
     """Latent geometry of the model that --model names, from its headers; nothing is loaded."""
-    from ltxkern.pipeline.model_geometry import geometry_of
+    from ltxkern.pipeline.files.geometry import geometry_of
 
     return geometry_of(arguments.model)
 
@@ -315,7 +315,7 @@ def checked_request(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any,
     Raises:
         ValueError, TypeError: the first option that cannot be served.
     """
-    from ltxkern.pipeline.request import GenerationRequest, find_device, find_preset, require_strength
+    from ltxkern.pipeline.run.request import GenerationRequest, find_device, find_preset, require_strength
 
     resolve_defaults(arguments)
     preset = find_preset(arguments.pipeline)
@@ -341,7 +341,7 @@ def make_plan(arguments: argparse.Namespace, request: Any) -> Any:
     """The memory plan of a request, for the device that would be used."""
     import torch
 
-    from ltxkern.pipeline.planner import plan
+    from ltxkern.pipeline.planning.plan import plan
 
     free = {name: getattr(arguments, f"{name}_gib", None) for name in ("device_free", "host_free")}
     files = [split_suffix(text, "lora")[0] for text in arguments.lora]

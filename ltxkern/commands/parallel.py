@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltxkern.pipeline.cfg_parallel import CFGParallel
-    from ltxkern.pipeline.ranks import Launch, Ranks
+    from ltxkern.pipeline.parallel.by_branch import CFGParallel
+    from ltxkern.pipeline.parallel.ranks import Launch, Ranks
 
 _OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
 STAGE2_PARALLEL = ("none", "ulysses")
@@ -63,8 +63,8 @@ class Job:
             return None
         import torch.distributed as dist
 
-        from ltxkern.pipeline.cfg_parallel import CFGParallel
-        from ltxkern.pipeline.sequence_parallel import SequenceParallel
+        from ltxkern.pipeline.parallel.by_branch import CFGParallel
+        from ltxkern.pipeline.parallel.by_token import SequenceParallel
 
         by_tokens = stage2 == "ulysses"
         if wanted is not None:
@@ -94,7 +94,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
         ValueError: options that contradict each other or the number of ranks.
         SystemExit: status 2, on every rank, where one of several failed.
     """
-    from ltxkern.pipeline.ranks import EXIT_FAILED, Launch, Ranks
+    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, Ranks
 
     launch = Launch.from_environment()
     if launch.size == 1:
@@ -200,7 +200,7 @@ def _prefixes(text: str) -> Iterator[Path]:
 
 def _spoken() -> tuple[type[BaseException], ...]:
     from ltxkern.dispatch import BackendError
-    from ltxkern.pipeline.ranks import RankError
+    from ltxkern.pipeline.parallel.ranks import RankError
 
     return (RankError, ValueError, TypeError, OSError, ArithmeticError, BackendError)
 

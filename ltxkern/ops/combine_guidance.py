@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import combine_guidance as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import combine_guidance as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_like, check_out, check_tensor
 from ltxkern.triton import constraints, triton_backend
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import dual_add as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import dual_add as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_like, check_outs, check_tensor
 from ltxkern.triton import constraints, triton_backend
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import rows
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import rows
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,

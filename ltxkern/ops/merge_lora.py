@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.aliasing import Read, Written, apart, check
+from ltxkern.compiled import merge_lora as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import merge_lora as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_choice,
@@ -22,7 +23,6 @@ from ltxkern.ops.checks import (
     raise_no_tensor,
 )
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
-from ltxkern.overlap import Read, Written, apart, check
 from ltxkern.triton import constraints, triton_backend
 
 ROUNDINGS = ("single", "reference", "stochastic")

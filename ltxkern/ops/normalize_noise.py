@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import normalize_noise as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op, like
-from ltxkern.launch import normalize_noise as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
 from ltxkern.triton import constraints, triton_backend
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltxkern.compiled import pixel_norm_silu as launch
+from ltxkern.compiled.tensors import device_limits, refuse
 from ltxkern.dispatch import Backend, Op, like
-from ltxkern.launch import pixel_norm_silu as launch
-from ltxkern.launch.tensors import device_limits, refuse
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,

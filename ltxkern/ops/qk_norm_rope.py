@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import qk_norm_rope as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import qk_norm_rope as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_choice,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import res2s as launch
+from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
-from ltxkern.launch import res2s as launch
-from ltxkern.launch.plans import backends
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_device,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltxkern.launch.rows import check_range
+from ltxkern.compiled.rows import check_range
 from ltxkern.ops.checks import ACTIVATION_DTYPES, check_device, check_integer_tensor, check_shape, check_tensor
 
 

@@ -17,8 +17,8 @@ from bench_lora_switch import (
 from torch import nn
 
 from ltxkern.ops.merge_lora import merge_lora_
-from ltxkern.pipeline.lora import LoRAPhase
-from ltxkern.pipeline.phase_merge import merge_phase
+from ltxkern.pipeline.files.lora import LoRAPhase
+from ltxkern.pipeline.memory.merge import merge_phase
 
 
 @pytest.fixture

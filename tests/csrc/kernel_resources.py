@@ -14,7 +14,7 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from ltxkern import nvrtc
+from ltxkern.compiled import nvrtc
 from tests.csrc.shim_build import shim
 
 BASELINE = Path(__file__).with_name("kernel_resources.json")

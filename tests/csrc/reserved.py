@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern import native
-from ltxkern.steps import Launch, Step
+from ltxkern.compiled import extension
+from ltxkern.compiled.steps import Launch, Step
 from tests.csrc.shim_build import shim
 
 
@@ -38,7 +38,7 @@ def only_blocks(first: int, count: int = 1) -> Iterator[None]:
 
 def run(step: Step, *tensors: Tensor | None) -> None:
     """One step on the shim."""
-    native.device_plan(shim(), [step], len(tensors))(*tensors)
+    extension.device_plan(shim(), [step], len(tensors))(*tensors)
 
 
 def planner(threads: int, blocks: int | None = None) -> Callable[..., Callable[..., None]]:

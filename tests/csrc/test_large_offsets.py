@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ltxkern.launch import group_norm_silu as group_norm
-from ltxkern.launch import pixel_norm_silu as pixel_norm
-from ltxkern.steps import Launch
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import pixel_norm_silu as pixel_norm
+from ltxkern.compiled.steps import Launch
 from tests.csrc.reserved import only_blocks, reserved, run
 from tests.ops.contract import noise
 

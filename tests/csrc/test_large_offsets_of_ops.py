@@ -17,9 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern import native
-from ltxkern.launch import combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
-from ltxkern.launch.tensors import PARAM_CODES
+from ltxkern.compiled import (
+    combine_guidance,
+    dual_add,
+    extension,
+    merge_lora,
+    normalize_noise,
+    qk_norm_rope,
+    res2s,
+    rows,
+)
+from ltxkern.compiled.tensors import PARAM_CODES
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.reserved import only_blocks, planner, reserved, run
 from tests.csrc.shim_build import ROOT
@@ -288,7 +296,7 @@ def test_noise(channels: int) -> None:
 
 
 @pytest.mark.skipif(
-    native.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {native.unavailable('cpu')}"
+    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
 )
 def test_strides_of_rows_on_the_cpu() -> None:
     """The CPU kernels, on few rows that lie more than 2^31 elements apart."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import inventory
-from ltxkern.launch import merge_lora
+from ltxkern.compiled import merge_lora
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from tests.csrc.reserved import run
 from tests.csrc.shim_build import shim

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ltxkern import native
-from ltxkern.launch import group_norm_silu as group_norm
-from ltxkern.launch import pixel_norm_silu as pixel_norm
-from ltxkern.steps import Launch
+from ltxkern.compiled import extension
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import pixel_norm_silu as pixel_norm
+from ltxkern.compiled.steps import Launch
 from tests.csrc import kernel_runs
 from tests.csrc.shim_build import shim
 from tests.ops.contract import noise
@@ -53,7 +53,7 @@ def test_a_large_mean_and_a_constant_group(name: str) -> None:
     out = torch.full_like(x, torch.nan)
     case = group_norm.describe(out, x, None, None, 2, 1e-5, None, None)
     steps, workspace = planner(case)
-    native.device_plan(shim(), steps, group_norm.ARGUMENTS)(
+    extension.device_plan(shim(), steps, group_norm.ARGUMENTS)(
         out, x, None, None, None, None, torch.empty(workspace, dtype=torch.uint8)
     )
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 2, eps=1e-5))
@@ -77,7 +77,7 @@ def test_group_norm_into_its_own_input(name: str, into: str) -> None:
         steps, size = planners[name](case)
         workspace = torch.full((size,), 0xCD, dtype=torch.uint8)
         shim().schedule(3)
-        native.device_plan(shim(), steps, group_norm.ARGUMENTS)(out, x, None, None, residual, None, workspace)
+        extension.device_plan(shim(), steps, group_norm.ARGUMENTS)(out, x, None, None, residual, None, workspace)
         results.append(out)
     assert torch.equal(*results)
 
@@ -93,7 +93,7 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         case = pixel_norm.describe(out, x, 1e-6, None)
         launch = pixel_norm.columns(case, 64) if last else pixel_norm.rows(case, 100 << 10, 64)
         shim().schedule(3)
-        native.device_plan(shim(), (launch,), pixel_norm.ARGUMENTS)(out, x, None)
+        extension.device_plan(shim(), (launch,), pixel_norm.ARGUMENTS)(out, x, None)
         results.append(out)
     assert torch.equal(*results)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern import nvrtc
+from ltxkern.compiled import nvrtc
 from tests.csrc import kernel_resources
 
 pytest.importorskip("cupy", reason="NVRTC TIER NOT TESTED: pip install 'ltxkern[cuda13]'")

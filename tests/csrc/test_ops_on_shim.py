@@ -13,9 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from ltxkern import dispatch, native
-from ltxkern.launch import combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows
-from ltxkern.steps import Step
+from ltxkern import dispatch
+from ltxkern.compiled import (
+    combine_guidance,
+    dual_add,
+    extension,
+    merge_lora,
+    normalize_noise,
+    qk_norm_rope,
+    res2s,
+    rows,
+)
+from ltxkern.compiled.steps import Step
 from tests.csrc.shim_build import shim
 from tests.ops import (
     test_combine_guidance,
@@ -55,7 +64,7 @@ def planner(threads: int) -> Callable[..., Callable[..., None]]:
     def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         # The merge kernels' tiles need their 256 threads.
         size = 256 if isinstance(case, merge_lora.Case) else threads
-        return native.device_plan(shim(), steps(case, threads=size), arguments)
+        return extension.device_plan(shim(), steps(case, threads=size), arguments)
 
     return planned
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ltxkern import nvrtc
+from ltxkern.compiled import nvrtc
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

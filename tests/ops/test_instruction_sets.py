@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern import native
+from ltxkern.compiled import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
 COMPARE = """
 import torch, ltxkern
-from ltxkern import native, res2s_steps
+from ltxkern.compiled import extension
+from ltxkern import res2s_steps
 from tests.ops.contract import noise, poisoned
 
 STEP = res2s_steps([0.9, 0.7])[0]
@@ -81,12 +82,12 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 near = dict(rtol=4 * eps, atol=8 * eps * max(1.0, float(other.abs().max())))
                 say = lambda text: f"{name} {dtype} width {width}: {text}"
                 torch.testing.assert_close(one, other, msg=say, **near)
-print(native.extension().isa())
+print(extension.module().isa())
 """
 
 
 @pytest.mark.skipif(
-    native.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {native.unavailable('cpu')}"
+    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
 )
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_op(isa: str) -> None:

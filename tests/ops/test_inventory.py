@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ltxkern
-from ltxkern import dispatch, inventory, native
-from ltxkern.launch import (
+from ltxkern import dispatch, inventory
+from ltxkern.compiled import (
     combine_guidance,
     dual_add,
+    extension,
     group_norm_silu,
     merge_lora,
     normalize_noise,
@@ -20,14 +21,14 @@ from ltxkern.launch import (
     res2s,
     rows,
 )
-from ltxkern.launch.tensors import DeviceLimits
+from ltxkern.compiled.steps import Launch, Zero
+from ltxkern.compiled.tensors import DeviceLimits
 from ltxkern.ops.res2s_step import res2s_steps
-from ltxkern.steps import Launch, Zero
 from tests.ops.contract import noise
 
 LAUNCHES = (combine_guidance, dual_add, merge_lora, normalize_noise, qk_norm_rope, res2s, rows)
 needs_extension = pytest.mark.skipif(
-    native.unavailable("cpu") is not None, reason=f"OLDER BUILDS NOT TESTED: {native.unavailable('cpu')}"
+    extension.unavailable("cpu") is not None, reason=f"OLDER BUILDS NOT TESTED: {extension.unavailable('cpu')}"
 )
 
 
@@ -36,9 +37,9 @@ def build_without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes the extension look like a build without one CPU kernel."""
 
     def remove(kernel: str) -> None:
-        present = frozenset(native.extension().cpu_kernels())
+        present = frozenset(extension.module().cpu_kernels())
         assert kernel in present
-        monkeypatch.setattr(native, "_registered", lambda tier: present - {kernel})
+        monkeypatch.setattr(extension, "_registered", lambda tier: present - {kernel})
         for op in dispatch._registry.values():
             monkeypatch.setattr(op, "_present", {})
 
@@ -63,7 +64,7 @@ def test_an_older_build_is_refused_before_the_call(build_without: Callable[[str]
 @needs_extension
 def test_the_lists_are_those_of_this_build() -> None:
     assert {kernel for kernels in inventory.CPU.values() for kernel in kernels} == set(
-        native.extension().cpu_kernels()
+        extension.module().cpu_kernels()
     ), "csrc/cpu and ltxkern/inventory.py differ"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from ltxkern.launch import merge_lora as launch
+from ltxkern.compiled import merge_lora as launch
 from ltxkern.ops.merge_lora import OP
 from tests.ops.contract import assert_same, noise
 from tests.ops.test_merge_lora import lora

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ltxkern.launch import group_norm_silu as launch
-from ltxkern.launch import pixel_norm_silu as pixel
-from ltxkern.launch.tensors import DeviceLimits
-from ltxkern.steps import Launch, pack
+from ltxkern.compiled import group_norm_silu as launch
+from ltxkern.compiled import pixel_norm_silu as pixel
+from ltxkern.compiled.steps import Launch, pack
+from ltxkern.compiled.tensors import DeviceLimits
 
 H200 = DeviceLimits((9, 0), 132, 232448, 50 << 20)
 DEVICES = {

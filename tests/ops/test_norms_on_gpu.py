@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import ltxkern
-from ltxkern import dispatch, native
-from ltxkern.launch import group_norm_silu as launch
-from ltxkern.launch.tensors import device_limits
+from ltxkern import dispatch
+from ltxkern.compiled import extension
+from ltxkern.compiled import group_norm_silu as launch
+from ltxkern.compiled.tensors import device_limits
 from tests.csrc import kernel_runs
 from tests.ops.contract import noise
 
@@ -31,7 +32,7 @@ def use(backend: str) -> None:
 def test_every_kernel(tier: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
     use(tier)
     limits = device_limits(torch.cuda.current_device())
-    build = native.plan_builder(tier)
+    build = extension.plan_builder(tier)
     for name, planner in kernel_runs.group_norm_planners(shape, dtype):
         if "cluster" in name and limits.cluster_blocks == 1:
             continue

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from ltxkern.pipeline.conditioning import ImageCondition
-from ltxkern.pipeline.hq import HQTwoStagePipeline
-from ltxkern.pipeline.request import GenerationRequest, Geometry, find_preset
+from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.model.conditioning import ImageCondition
+from ltxkern.pipeline.run.request import GenerationRequest, Geometry, find_preset
 from tests.golden import Golden, open_golden
 from tests.pipeline.golden_transformer import transformer, upsampler
 from tests.serving import device_of

@@ -10,8 +10,9 @@ from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_em
 
 import ltxkern
 from ltxkern.ops.res2s import post_process
-from ltxkern.pipeline.conditioning import ImageCondition, apply_image_conditions
-from ltxkern.pipeline.latents import (
+from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions
+from ltxkern.pipeline.model.transformer import LTX2Transformer
+from ltxkern.pipeline.sampling.latents import (
     AudioLatentShape,
     LatentState,
     VideoLatentShape,
@@ -24,7 +25,6 @@ from ltxkern.pipeline.latents import (
     unpatchify,
     video_positions,
 )
-from ltxkern.pipeline.transformer import LTX2Transformer
 from tests.golden import Golden, open_golden
 
 COVERS = ("helpers/", "layout/", "cond/", "rope/")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.euler import euler_sample, euler_step
-from ltxkern.pipeline.res2s import TAIL_SIGMA, res2s_sample
-from ltxkern.pipeline.schedule import (
+from ltxkern.pipeline.sampling.euler import euler_sample, euler_step
+from ltxkern.pipeline.sampling.res2s import TAIL_SIGMA, res2s_sample
+from ltxkern.pipeline.sampling.schedule import (
     DISTILLED_SIGMAS,
     STAGE_2_SIGMAS,
     ltx2_sigmas,

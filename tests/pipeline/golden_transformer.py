@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from ltxkern.pipeline.checkpoint import load_component
-from ltxkern.pipeline.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
-from ltxkern.pipeline.transformer_inputs import ModalityInput
+from ltxkern.pipeline.files.checkpoint import load_component
+from ltxkern.pipeline.model.inputs import ModalityInput
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
 from tests.golden import Golden, open_golden
 from tests.official_files import upsampler_section, write_official
 

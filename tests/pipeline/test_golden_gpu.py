@@ -15,7 +15,7 @@ from torch import Tensor
 import ltxkern
 from ltxkern import dispatch
 from ltxkern.patch import patch
-from ltxkern.pipeline.res2s import res2s_sample
+from ltxkern.pipeline.sampling.res2s import res2s_sample
 from tests.pipeline import golden_hq, golden_sampler, golden_transformer
 from tests.serving import device_of
 

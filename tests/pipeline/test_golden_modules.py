@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from ltxkern.pipeline.checkpoint import load_component
-from ltxkern.pipeline.decode import decode_audio, decode_video, denormalize, normalize
-from ltxkern.pipeline.media import rgb_to_yuv420
-from ltxkern.pipeline.text import connect
+from ltxkern.pipeline.files.checkpoint import load_component
+from ltxkern.pipeline.model.decode import decode_audio, decode_video, denormalize, normalize
+from ltxkern.pipeline.model.text import connect
+from ltxkern.pipeline.results.media import rgb_to_yuv420
 from tests.golden import Golden, open_golden_modules
 from tests.official_files import (
     audio_vae_section,

@@ -1,4 +1,4 @@
-"""Outputs that are inputs, on the interpreted kernels: the calls of tests/ops/test_overlap.py."""
+"""Outputs that are inputs, on the interpreted kernels: the calls of tests/ops/test_aliasing.py."""
 
 from __future__ import annotations
 

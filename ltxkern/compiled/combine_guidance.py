@@ -1,0 +1,96 @@
+"""Launch geometry of guidance: moments per chunk and their merging only where there is a rescale."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, contiguous, dense, hand_back, planned
+from ltxkern.compiled.steps import Argument, Call, Launch
+from ltxkern.compiled.tensors import PARAM_CODES, aligned16, ceil_div, param_code
+
+OUT, COND, UNCOND, PERTURBED, ISOLATED, WORKSPACE = (Argument(i) for i in range(6))
+ARGUMENTS = 6
+CHUNK = 4096
+# Every block of the second launch merges all partials: larger tensors take longer chunks.
+PARTIALS = 512
+PARTIAL_BYTES = 32
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on; `factors` multiply (cond - branch)."""
+
+    type_code: int
+    size: int
+    aligned: bool
+    factors: tuple[float, float, float]
+    rescale: float
+
+    @property
+    def vector(self) -> int:
+        """Elements of a thread's access."""
+        return 4 if self.aligned and self.size % 4 == 0 else 1
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a chunk: of the size alone, so that results never vary."""
+        return CHUNK * ceil_div(ceil_div(self.size, CHUNK), PARTIALS)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the tensor."""
+        return ceil_div(self.size, self.chunk)
+
+    @property
+    def double(self) -> bool:
+        """Whether the arithmetic is fp64."""
+        return self.type_code == PARAM_CODES[torch.float64]
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """Apply alone, or behind the moments where there is a rescale."""
+    branches = (COND, UNCOND, PERTURBED, ISOLATED, case.type_code, case.size, *case.factors)
+    name = f"<{'double' if case.double else 'float'}, {case.vector}>"
+    rescaled = case.rescale != 0.0
+    apply = (*branches, WORKSPACE if rescaled else None, OUT, case.chunk, case.chunks, case.rescale)
+    steps = [Launch(f"ltxk::guidance_apply{name}", (case.chunks,), threads, apply)]
+    if rescaled:
+        measure = (*branches, WORKSPACE, case.chunk)
+        steps.insert(0, Launch(f"ltxk::guidance_measure{name}", (case.chunks,), threads, measure))
+    return steps
+
+
+def cpu_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    parameters = (COND, UNCOND, PERTURBED, ISOLATED, OUT, case.type_code, case.size, *case.factors, case.rescale)
+    return [Call(f"combine_guidance<{'f64' if case.double else 'f32'}>", parameters)]
+
+
+def run(
+    tier: str,
+    out: Tensor,
+    cond: Tensor,
+    uncond: Tensor | None,
+    perturbed: Tensor | None,
+    isolated: Tensor | None,
+    cfg_scale: float,
+    stg_scale: float,
+    modality_scale: float,
+    rescale_scale: float,
+) -> None:
+    """One call; tensors that are not contiguous pass through a copy."""
+    if cond.numel() == 0:
+        return
+    (target,) = dense([out])
+    branches = [contiguous(branch) for branch in (cond, uncond, perturbed, isolated)]
+    factors = (cfg_scale - 1.0, stg_scale, modality_scale - 1.0)
+    case = Case(param_code(cond), cond.numel(), aligned16(target, *branches), factors, rescale_scale)
+    if tier == "cpu":
+        planned(tier, cpu_calls, case, ARGUMENTS)(target, *branches, None)
+    else:
+        size = PARTIAL_BYTES * case.chunks if rescale_scale != 0.0 else 0
+        workspace = torch.empty(size, dtype=torch.uint8, device=cond.device) if size else None
+        planned(tier, device_steps, case, ARGUMENTS)(target, *branches, workspace)
+    hand_back([out], [target])

@@ -1,0 +1,54 @@
+"""Launch geometry of two sums that share an operand: one pack a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.steps import Argument, Call, Launch
+from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, aligned16, ceil_div
+
+# x, first, second, and the two sums.
+TENSORS = tuple(Argument(i) for i in range(5))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything of a call that its launch depends on."""
+
+    dtype: torch.dtype
+    size: int
+    aligned: bool
+
+    @property
+    def vector(self) -> int:
+        """Elements of a thread's access: 16 bytes where addresses and size allow it, else one."""
+        vector = 16 // self.dtype.itemsize
+        return vector if self.aligned and self.size % vector == 0 else 1
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """One launch."""
+    blocks = ceil_div(case.size, threads * case.vector)
+    name = f"ltxk::dual_add<{CUDA_NAMES[case.dtype]}, {case.vector}>"
+    return [Launch(name, (blocks,), threads, (*TENSORS, case.size))]
+
+
+def cpu_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", (*TENSORS, case.size))]
+
+
+def run(tier: str, out: Sequence[Tensor], x: Tensor, first: Tensor, second: Tensor) -> None:
+    """One call; tensors that are not contiguous pass through a copy."""
+    if x.numel() == 0:
+        return
+    targets = dense(out)
+    given = [x.contiguous(), first.contiguous(), second.contiguous(), *targets]
+    case = Case(x.dtype, x.numel(), aligned16(*given))
+    planned(tier, cpu_calls if tier == "cpu" else device_steps, case, len(TENSORS))(*given)
+    hand_back(out, targets)

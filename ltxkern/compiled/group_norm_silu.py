@@ -1,0 +1,319 @@
+"""Launch geometry of GroupNorm + SiLU: the choice between its kernels, by bytes and by what the device holds on chip."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled import extension
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, Step, Zero
+from ltxkern.compiled.tensors import (
+    CPU_NAMES,
+    CUDA_NAMES,
+    DeviceLimits,
+    aligned16,
+    ceil_div,
+    device_limits,
+    is_channels_last,
+    matched,
+    param_code,
+    round_up,
+)
+
+# Order of the tensors in every call of a plan.
+OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
+ARGUMENTS = 7
+THREADS = 256
+# Above this many partials a group, merging them at the head of every apply block costs more than a launch of its own.
+MERGE_IN_APPLY = 1024
+# Upper bound of the on-chip kernels' static shared memory.
+STATIC_SHARED = 1024
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on; sizes in elements."""
+
+    dtype: torch.dtype
+    samples: int
+    channels: int
+    positions: int
+    groups: int
+    eps: float
+    channels_last: bool
+    aligned: bool
+    residual: bool
+    weight_code: int
+    bias_code: int
+    conv_bias: bool
+    conv_bias_code: int
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_length(self) -> int:
+        return self.group_channels * self.positions
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def vector(self) -> int:
+        """Elements per access: 16 bytes where the tensors are aligned."""
+        return 16 // self.itemsize if self.aligned else 1
+
+
+def _shape(case: Case, chunk: int) -> tuple[int, ...]:
+    return case.channels, case.group_channels, case.positions, chunk, ceil_div(case.positions, chunk)
+
+
+def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
+    """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
+    chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
+    shape = _shape(case, chunk)
+    rows, groups = case.samples * case.channels, case.samples * case.groups
+    tiles = rows * shape[-1]
+    finals = Argument(WORKSPACE.index, 8 * tiles)
+    many = case.group_channels * shape[-1] > MERGE_IN_APPLY
+    name = f"<{CUDA_NAMES[case.dtype]}, {case.vector}>"
+    steps: list[Step] = [
+        Launch(
+            f"ltxk::group_norm_stats{name}", (tiles,), threads, (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape)
+        )
+    ]
+    if many:
+        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, (WORKSPACE, finals, *shape, case.eps)))
+    parameters = (
+        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
+        *(WORKSPACE, finals if many else None, *shape, case.eps),
+    )
+    steps.append(Launch(f"ltxk::group_norm_apply{name}", (tiles,), threads, parameters))
+    return tuple(steps), 8 * (tiles + groups)
+
+
+def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
+    """Channels-last: statistics, finalise, apply, with about `blocks` blocks. Returns the steps and workspace bytes."""
+    vector = case.vector if case.channels % case.vector == 0 else 1
+    lanes = min(threads, ceil_div(case.channels, vector))
+    rows = threads // lanes
+    across = ceil_div(case.channels, lanes * vector)
+    per_block = ceil_div(case.samples * case.positions * across, blocks)
+    chunk = min(max(per_block, 8 * rows), max(case.positions, 1))
+    shape = _shape(case, chunk)
+    tiles, groups = case.samples * shape[-1], case.samples * case.groups
+    partial_bytes = 8 * tiles * case.channels
+    finals = Argument(WORKSPACE.index, partial_bytes)
+    name = f"<{CUDA_NAMES[case.dtype]}, {vector}>"
+    stats: tuple[Parameter, ...] = (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape, lanes, rows)
+    apply: tuple[Parameter, ...] = (
+        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
+        finals,
+        *shape,
+        *(lanes, rows),
+    )
+    steps = (
+        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, stats),
+        Launch("ltxk::group_norm_finalize", (groups,), THREADS, (WORKSPACE, finals, *shape, case.eps)),
+        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, apply),
+    )
+    return steps, partial_bytes + 8 * groups
+
+
+def _on_chip_vector(case: Case) -> int:
+    return case.vector if case.positions % case.vector == 0 else 1
+
+
+def _on_chip_parameters(
+    case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
+) -> tuple[Parameter, ...]:
+    return (
+        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
+        *(case.channels, case.group_channels, case.positions, case.samples * case.groups),
+        *(blocks, part, kept, case.eps, partials, arrived),
+    )
+
+
+def _affine_bytes(case: Case) -> int:
+    return 12 * case.group_channels
+
+
+def _resident_threads(part: int, vector: int) -> int:
+    """Threads of a block that holds `part` elements: four accesses each, where there are enough."""
+    return min(512, max(32, round_up(ceil_div(part, 4 * vector), 32)))
+
+
+def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tuple[Step, ...], int]:
+    """One launch, a cluster of blocks per group, the group in shared memory: 2 units. Returns the steps and workspace bytes."""
+    vector = _on_chip_vector(case)
+    part = round_up(ceil_div(case.group_length, cluster), vector)
+    threads = threads or _resident_threads(part, vector)
+    shared = round_up(part * case.itemsize, 16) + _affine_bytes(case)
+    launch = Launch(
+        f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",
+        (case.samples * case.groups * cluster,),
+        threads,
+        _on_chip_parameters(case, cluster, part, part, None, None),
+        shared_bytes=shared,
+        cluster=cluster,
+    )
+    return (launch,), 0
+
+
+def pipeline(case: Case, team: int, teams: int, kept_bytes: int, threads: int = 512) -> tuple[tuple[Step, ...], int]:
+    """One cooperative launch of `teams` teams of blocks, each with two groups in flight; a block keeps `kept_bytes` of either."""
+    part = round_up(ceil_div(case.group_length, team), case.vector)
+    kept = min(part, kept_bytes // case.itemsize // case.vector * case.vector)
+    groups = case.samples * case.groups
+    counters = round_up(4 * groups, 16)
+    launch = Launch(
+        f"ltxk::group_norm_pipeline<{CUDA_NAMES[case.dtype]}, {case.vector}>",
+        (team * teams,),
+        threads,
+        _on_chip_parameters(case, team, part, kept, Argument(WORKSPACE.index, counters), WORKSPACE),
+        shared_bytes=2 * round_up(kept * case.itemsize, 16) + _affine_bytes(case),
+        cooperative=True,
+    )
+    return (Zero(WORKSPACE, counters), launch), counters + 8 * groups * team
+
+
+def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
+    """Blocks per group for `resident`: the most that run all groups in one wave, else the fewest that hold a group."""
+    groups = case.samples * case.groups
+    vector = _on_chip_vector(case)
+    if case.group_length * case.itemsize > 8 << 20 or (vector == 1 and case.group_length > 1 << 14):
+        return None
+    fitting = []
+    for size in (1, 2, 4, 8):
+        part = ceil_div(case.group_length, size)
+        # A cluster costs two barriers of its own: no block of one is left with less than an access a thread.
+        if size > 1 and part * case.itemsize < 16 * 512:
+            break
+        shared = round_up(part * case.itemsize, 16) + 16 + _affine_bytes(case)
+        if size <= limits.cluster_blocks and shared + STATIC_SHARED <= limits.shared_bytes:
+            # Registers let 1024 threads in: see the kernel's launch bounds.
+            by_threads = 1024 // _resident_threads(part, vector)
+            per_processor = min(by_threads, (limits.shared_bytes + 1024) // (shared + STATIC_SHARED + 1024))
+            fitting.append((size, groups * size <= limits.multiprocessors * per_processor))
+    waves = [size for size, one_wave in fitting if one_wave]
+    return max(waves) if waves else min((size for size, _ in fitting), default=None)
+
+
+def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
+    """As many teams as still hold their groups in shared memory; of those counts, one that divides the groups evenly."""
+    groups = case.samples * case.groups
+    most = max(1, min(groups, blocks * slot_bytes // (case.group_length * case.itemsize)))
+    return next(teams for teams in range(most, 0, -1) if groups % teams == 0)
+
+
+def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
+    """The launches that move the fewest bytes on this device.
+
+    A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
+    L2. Larger ones take the pipeline, which keeps two groups on chip, where L2 holds what shared memory does not.
+    """
+    if case.channels_last:
+        return columns(case, 8 * limits.multiprocessors)
+    if (cluster := _cluster_size(case, limits)) is not None:
+        return resident(case, cluster)
+    total, group_bytes = (
+        case.samples * case.groups * case.group_length * case.itemsize,
+        case.group_length * case.itemsize,
+    )
+    blocks = 2 * limits.multiprocessors
+    slot = (((limits.shared_bytes + 1024) // 2 - 1024 - STATIC_SHARED - _affine_bytes(case)) // 2) // 16 * 16
+    vectors = case.aligned and case.positions % case.vector == 0 and case.group_length < 1 << 31
+    spilled = max(0, group_bytes - blocks * slot)
+    if vectors and slot > 0 and total > limits.l2_bytes // 2 and 2 * spilled < limits.l2_bytes * 3 // 4:
+        teams = _team_count(case, blocks, slot)
+        return pipeline(case, blocks // teams, teams, slot)
+    return two_pass(case)
+
+
+def cpu_calls(case: Case) -> tuple[Call, ...]:
+    """The CPU kernel's call."""
+    kernel = f"group_norm_silu<{CPU_NAMES[case.dtype]}>"
+    parameters = (
+        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
+        *(case.samples, case.channels, case.group_channels, case.positions, int(case.channels_last), case.eps),
+    )
+    return (Call(kernel, parameters),)
+
+
+def describe(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None,
+    conv_bias: Tensor | None,
+) -> Case:
+    """The case of a call whose x, out and residual share a dense layout."""
+    samples, channels = x.shape[:2]
+    return Case(
+        dtype=x.dtype,
+        samples=samples,
+        channels=channels,
+        positions=x.numel() // (samples * channels),
+        groups=num_groups,
+        eps=float(eps),
+        channels_last=not x.is_contiguous(),
+        aligned=aligned16(out, x, residual),
+        residual=residual is not None,
+        weight_code=param_code(weight),
+        bias_code=param_code(bias),
+        conv_bias=conv_bias is not None,
+        conv_bias_code=param_code(conv_bias),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _device_plan(tier: str, device: int, case: Case) -> tuple[Callable[..., None], int]:
+    steps, workspace = choose(case, device_limits(device))
+    return extension.plan_builder(tier)(steps, ARGUMENTS), workspace
+
+
+@functools.lru_cache(maxsize=1024)
+def _cpu_plan(case: Case) -> Callable[..., None]:
+    return extension.cpu_plan(cpu_calls(case), ARGUMENTS)
+
+
+def run(
+    plan_for: Callable[[Case, Tensor], tuple[Callable[..., None], int]],
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None,
+    conv_bias: Tensor | None,
+) -> None:
+    """One call in a layout that the kernels know; tensors that lie otherwise pass through a copy."""
+    if x.numel() == 0:
+        return
+    channels_last = not x.is_contiguous() and is_channels_last(x)
+    source = matched(x, channels_last)
+    target = out if matched(out, channels_last) is out else torch.empty_like(source)
+    residual = None if residual is None else matched(residual, channels_last)
+    weight, bias, conv_bias = (None if t is None else t.contiguous() for t in (weight, bias, conv_bias))
+    case = describe(target, source, weight, bias, num_groups, eps, residual, conv_bias)
+    plan, workspace_bytes = plan_for(case, source)
+    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device) if workspace_bytes else None
+    plan(target, source, weight, bias, residual, conv_bias, workspace)
+    if target is not out:
+        out.copy_(target)
+
+
+def load(tier: str) -> Callable[..., None]:
+    """The kernel of a compiled tier ("cuda", "nvrtc" or "cpu"), called as `kernel(out, *args)`."""
+    if tier == "cpu":
+        return functools.partial(run, lambda case, x: (_cpu_plan(case), 0))
+    return functools.partial(run, lambda case, x: _device_plan(tier, x.device.index, case))

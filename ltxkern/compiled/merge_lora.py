@@ -1,0 +1,196 @@
+"""How each compiled tier merges LoRAs: torch's addmm, a tile kernel on tensor or plain cores, or the chain of the official rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, planned
+from ltxkern.compiled.steps import Argument, Launch, Parameter
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, ceil_div
+
+# LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
+LORAS = 4
+# Weights of a block, in rows and in columns: of the kernel on plain cores, and of that on tensor cores.
+TILE = 64
+TENSOR_TILE = 128
+# Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
+#
+# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 13 us at 990 TFLOP/s
+# and 10 us at 4.1 TB/s. mma.sync reaches about two thirds of the first, 20 us; plain cores need 190 us at their peak of 67 TFLOP/s.
+# With tiles of 128 x 128, 201 MB of factors cross from L2: 37 us at 5.5 TB/s, and that bounds the kernel. A block of 256 threads
+# holds 64 sums a thread: two blocks of at most 128 registers a thread share a multiprocessor, so that one writes weights while the
+# other multiplies.
+SMALL_RANK = 16
+# Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
+CPU_CHUNK = 4 << 20
+CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
+HALVES = (torch.float16, torch.bfloat16)
+HALF_NAMES = {CODES[half]: CUDA_NAMES[half] for half in HALVES}
+Composition = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything of a call that its launch depends on; one entry of codes, ranks and scales a LoRA."""
+
+    type_code: int
+    rows: int
+    columns: int
+    strides: tuple[int, int]
+    codes: tuple[tuple[int, int], ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    stochastic: bool
+    seed: int
+
+
+def kernel_of(case: Case) -> tuple[str, int]:
+    """The kernel of a case, and its tile: tensor cores where all factors are fp16 or all bf16 and the ranks are not small.
+
+    Other factors would have to be rounded for the tensor cores. These cut sums off where they hold no more bits: for fp32 weights,
+    and for several LoRAs, whose scales differ, every 32 ranks are added to totals outside of them.
+    """
+    codes = {code for pair in case.codes for code in pair}
+    if len(codes) > 1 or not codes <= HALF_NAMES.keys() or sum(case.ranks) <= SMALL_RANK:
+        return "ltxk::merge_lora", TILE
+    sum_steps = len(case.ranks) > 1 or case.type_code == CODES[torch.float32]
+    half = HALF_NAMES[codes.pop()]
+    return f"ltxk::merge_lora_tensor_cores<{half}, {str(sum_steps).lower()}>", TENSOR_TILE
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """One block of 256 threads a tile of the weight."""
+    kernel, tile = kernel_of(case)
+    fields: list[Parameter] = []
+    for index, ((a_code, b_code), rank, scale) in enumerate(zip(case.codes, case.ranks, case.scales, strict=True)):
+        fields += [Argument(1 + 2 * index), Argument(2 + 2 * index), a_code, b_code, rank, scale]
+    fields += [None, None, 0, 0, 0, 0.0] * (LORAS - len(case.ranks))
+    tiles = ceil_div(case.columns, tile)
+    weight = (Argument(0), case.type_code, case.rows, case.columns, *case.strides, tiles)
+    parameters = (*weight, *fields, len(case.ranks), int(case.stochastic), case.seed)
+    return [Launch(kernel, (ceil_div(case.rows, tile) * tiles,), threads, parameters)]
+
+
+def describe(
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    rounding: str,
+    seed: int,
+) -> Case:
+    """The case of contiguous factors."""
+    return Case(
+        type_code=CODES[weight.dtype],
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        strides=(weight.stride(0), weight.stride(1)),
+        codes=tuple((CODES[a.dtype], CODES[b.dtype]) for a, b in zip(lora_a, lora_b, strict=True)),
+        ranks=tuple(a.shape[0] for a in lora_a),
+        scales=tuple(map(float, scale)),
+        stochastic=rounding == "stochastic",
+        # Only there does it count: layers of one shape share a plan otherwise.
+        seed=seed if rounding == "stochastic" else 0,
+    )
+
+
+def refuse(
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    chunk_bytes: int,
+    rounding: str,
+    seed: int = 0,
+) -> str | None:
+    """What the CUDA tiers decline: fp64, and more LoRAs than share one rounding."""
+    if rounding == "reference":
+        return None
+    if any(tensor.dtype == torch.float64 for tensor in (weight, *lora_a, *lora_b)):
+        return "torch.float64 weights or factors: the kernel accumulates in fp32"
+    if len(lora_a) > LORAS:
+        return f"{len(lora_a)} LoRAs at once: the kernel merges at most {LORAS} with one rounding"
+    return None
+
+
+@contextmanager
+def full_precision_reduction() -> Iterator[None]:
+    """Products of the block add their parts in fp32, whatever the process allows otherwise."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction
+    settings.allow_fp16_reduced_precision_reduction = settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction = before
+
+
+def one_product(weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
+    """Whether one addmm merges with one rounding: a 16-bit weight with dense rows, and one LoRA of its dtype."""
+    dense = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
+    same = weight.dtype in HALVES and all(factor.dtype == weight.dtype for factor in (*lora_a, *lora_b))
+    return len(lora_a) == 1 and dense and same
+
+
+def run_device(
+    tier: str,
+    composition: Composition,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    chunk_bytes: int,
+    rounding: str,
+    seed: int = 0,
+) -> None:
+    """CUDA: the official chain by torch, addmm for one large LoRA of a 16-bit weight's dtype, else a tile kernel."""
+    if rounding == "reference":
+        composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+        return
+    if rounding == "single" and lora_a[0].shape[0] > SMALL_RANK and one_product(weight, lora_a, lora_b):
+        with torch.no_grad(), full_precision_reduction():
+            weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
+        return
+    factors_a, factors_b = [a.contiguous() for a in lora_a], [b.contiguous() for b in lora_b]
+    case = describe(weight, factors_a, factors_b, scale, rounding, seed)
+    pairs: list[Any] = [factor for pair in zip(factors_a, factors_b, strict=True) for factor in pair]
+    target = weight.detach()
+    if weight.dtype == torch.float8_e4m3fn:
+        target = target.view(torch.uint8)
+    planned(tier, device_steps, case, 1 + len(pairs))(target, *pairs)
+
+
+def cpu_has_bfloat16_products() -> bool:
+    """Whether torch multiplies bf16 matrices with the processor's own instructions; without them it is a hundred times slower."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def run_cpu(
+    tier: str,
+    composition: Composition,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: Sequence[float],
+    chunk_bytes: int,
+    rounding: str,
+    seed: int = 0,
+) -> None:
+    """CPU: addmm where the processor has bf16 products, else fp32 products in chunks with one rounding."""
+    bfloat16 = weight.dtype == torch.bfloat16 and cpu_has_bfloat16_products()
+    if rounding == "single" and bfloat16 and one_product(weight, lora_a, lora_b):
+        with torch.no_grad():
+            weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
+        return
+    composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+
+
+def run(tier: str, composition: Composition, *args: Any) -> None:
+    """One merge on a tier; `composition` is the op's torch reference."""
+    (run_cpu if tier == "cpu" else run_device)(tier, composition, *args)

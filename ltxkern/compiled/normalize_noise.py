@@ -1,0 +1,110 @@
+"""Launch geometry of noise standardisation and its statistics: chunks of a fixed length, two launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.tensors import aligned16, ceil_div, param_code
+
+OUT, X, WORKSPACE = (Argument(i) for i in range(3))
+ARGUMENTS = 3
+CHUNK = 4096
+# Every block of the second launch merges all partials of its slice: longer slices take longer chunks.
+PARTIALS = 256
+# Blocks of the first launch where each block of the second reads one flag of every one of them.
+FLAGS = 1024
+PARTIAL_BYTES = 16
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on; `entry` is normalize, channelwise or statistics."""
+
+    entry: str
+    type_code: int
+    slices: int
+    length: int
+    aligned: bool
+
+    @property
+    def vector(self) -> int:
+        """Elements of a thread's access."""
+        return 4 if self.aligned and self.length % 4 == 0 else 1
+
+    @property
+    def chunk(self) -> int:
+        """Elements of a chunk: of the size alone, so that results never vary."""
+        return CHUNK * ceil_div(ceil_div(self.length, CHUNK), PARTIALS)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a slice."""
+        return ceil_div(self.length, self.chunk)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the first launch."""
+        return min(self.slices * self.chunks, FLAGS) if self.flagged else self.slices * self.chunks
+
+    @property
+    def flagged(self) -> bool:
+        """Whether a value that is not finite in one slice reaches the others."""
+        return self.entry == "normalize" and self.slices > 1
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Partials, the origin of each slice, then flags."""
+        return self.flags_at + (8 * self.blocks if self.flagged else 0)
+
+    @property
+    def origins_at(self) -> int:
+        """Offset of the origins in the workspace."""
+        return PARTIAL_BYTES * self.slices * self.chunks
+
+    @property
+    def flags_at(self) -> int:
+        """Offset of the flags in the workspace."""
+        return self.origins_at + 8 * self.slices
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """Measure, then apply or merge."""
+    cut: tuple[Parameter, ...] = (case.slices, case.length, case.chunk, case.chunks)
+    origins = Argument(WORKSPACE.index, case.origins_at)
+    flags = Argument(WORKSPACE.index, case.flags_at) if case.flagged else None
+    measure = (X, case.type_code, WORKSPACE, origins, flags, *cut)
+    steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, measure)]
+    if case.entry == "statistics":
+        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, (WORKSPACE, origins, OUT, *cut))]
+    apply = (X, OUT, case.type_code, WORKSPACE, origins, flags, case.blocks if case.flagged else 0, *cut)
+    return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, apply)]
+
+
+def cpu_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    statistics = case.entry == "statistics"
+    targets = (None, OUT) if statistics else (OUT, None)
+    sizes = (case.type_code, case.slices, case.length, int(case.entry == "normalize"))
+    return [Call("normalize_noise", (X, *targets, *sizes))]
+
+
+def run(tier: str, entry: str, out: Tensor, x: Tensor) -> None:
+    """One call: `out` is the standardised tensor, or the statistics."""
+    if x.numel() == 0:
+        if entry == "statistics":
+            out.zero_()
+        return
+    (target,) = dense([out])
+    source = x.contiguous()
+    length = x.shape[-2] * x.shape[-1]
+    case = Case(entry, param_code(x), x.numel() // length, length, aligned16(source, target))
+    if tier == "cpu":
+        planned(tier, cpu_calls, case, ARGUMENTS)(target, source, None)
+    else:
+        workspace = torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
+        planned(tier, device_steps, case, ARGUMENTS)(target, source, workspace)
+    hand_back([out], [target])

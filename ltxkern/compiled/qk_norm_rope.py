@@ -1,0 +1,100 @@
+"""Launch geometry of query and key RMSNorm with rotary embedding: one block a token and tensor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.rows import dense_rows, vector_of
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.tensors import ceil_div, param_code, round_up
+
+Q, K, Q_WEIGHT, K_WEIGHT, COS, SIN, Q_OUT, K_OUT = (Argument(i) for i in range(8))
+ARGUMENTS = 8
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on; strides in elements, those of the tables by batch, head, token and pair."""
+
+    type_code: int
+    weight_codes: tuple[int, int]
+    table_code: int
+    strides: tuple[tuple[int, int], tuple[int, int]]
+    table_strides: tuple[int, int, int, int]
+    batch: int
+    tokens: int
+    heads: int
+    pairs: int
+    interleaved: bool
+    eps: float
+    vector: int
+
+
+def _parameters(case: Case) -> tuple[Parameter, ...]:
+    (q_code, k_code), (q_strides, k_strides) = case.weight_codes, case.strides
+    return (
+        *(Q, Q_WEIGHT, Q_OUT, q_code, *q_strides),
+        *(K, K_WEIGHT, K_OUT, k_code, *k_strides),
+        *(COS, SIN, case.type_code, case.table_code, *case.table_strides),
+        *(case.tokens, case.heads, case.pairs, int(case.interleaved), case.eps),
+    )
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """q and k of a token in neighbouring blocks, of no more threads than a token has packs."""
+    block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, case.vector), 32)))
+    grid = (2 * case.batch * case.tokens,)
+    return [Launch(f"ltxk::qk_norm_rope<{case.vector}>", grid, block, _parameters(case))]
+
+
+def cpu_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    return [Call("qk_norm_rope", (*_parameters(case), case.batch))]
+
+
+def run(
+    tier: str,
+    out: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    layout: str,
+) -> None:
+    """One call on checked arguments."""
+    if q.numel() == 0:
+        return
+    targets = dense(out)
+    q, k, q_weight, k_weight = dense_rows(q), dense_rows(k), q_weight.contiguous(), k_weight.contiguous()
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    batch, tokens = q.shape[:2]
+    heads, pairs = cos.shape[1], cos.shape[3]
+    table = (cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1), cos.stride(2), cos.stride(3))
+    strides = ((q.stride(0), q.stride(1)), (k.stride(0), k.stride(1)))
+    vector = 1
+    if layout == "split" and (table[3] == 1 or pairs == 1):
+        given: list[Tensor | None] = [q, k, q_weight, k_weight, cos, sin, *targets]
+        vector = vector_of(q.element_size(), pairs, given, [*strides[0], *strides[1], *table[:3]])
+    case = Case(
+        type_code=param_code(q),
+        weight_codes=(param_code(q_weight), param_code(k_weight)),
+        table_code=param_code(cos),
+        strides=strides,
+        table_strides=table,
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        pairs=pairs,
+        interleaved=layout == "interleaved",
+        eps=eps,
+        vector=vector,
+    )
+    plan = planned(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)
+    plan(q, k, q_weight, k_weight, cos, sin, *targets)
+    hand_back(out, targets)

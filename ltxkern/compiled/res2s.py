@@ -1,0 +1,197 @@
+"""Launch geometry of the res2s sampler: all modalities of a half-step in one launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, contiguous, dense, hand_back, planned
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, ceil_div, param_code
+
+# Modalities of one launch (kModalities in csrc/include/ltxkern/res2s_parameters.cuh); more take further launches.
+MODALITIES = 4
+# Elements of a thread where all tensors allow vector access: two 16-byte loads of an fp64 operand.
+VECTOR = 4
+
+
+class Modality(NamedTuple):
+    """Sizes of one modality in elements, and the type codes of its kernel's parameters; `slice` shares a row of statistics."""
+
+    size: int
+    slice: int
+    channels: int
+    codes: tuple[int, ...]
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on.
+
+    Attributes:
+        kernel: name without template arguments.
+        compute: dtype of the arithmetic.
+        pointers: tensors of a modality, in the order of the kernel's parameters.
+        aligned: whether every thread may own VECTOR neighbouring elements.
+        coefficients: the last fields of the kernel's parameters.
+    """
+
+    kernel: str
+    compute: torch.dtype
+    pointers: int
+    modalities: tuple[Modality, ...]
+    aligned: bool
+    coefficients: tuple[float, ...]
+
+    @property
+    def vector(self) -> int:
+        """Elements of a thread."""
+        return VECTOR if self.aligned and all(m.channels % VECTOR == 0 for m in self.modalities) else 1
+
+
+def _fields(case: Case, first: int, block: int) -> tuple[list[Parameter], int]:
+    """Parameters of the modalities from `first` on, and their blocks."""
+    fields: list[Parameter] = []
+    blocks = 0
+    for index in range(first, first + MODALITIES):
+        if index >= len(case.modalities):
+            fields += [0] * (case.pointers + len(case.modalities[0].codes) + 4)
+            continue
+        modality = case.modalities[index]
+        fields += [Argument(index * case.pointers + k) for k in range(case.pointers)]
+        fields += [*modality.codes, modality.size, modality.slice, modality.channels, blocks]
+        blocks += ceil_div(modality.size, block)
+    return fields, blocks
+
+
+def half_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
+    """One launch (or CPU call) for each MODALITIES modalities."""
+    steps: list[Launch | Call] = []
+    for first in range(0, len(case.modalities), MODALITIES):
+        fields, blocks = _fields(case, first, threads * case.vector)
+        parameters = (*fields, min(MODALITIES, len(case.modalities) - first), *case.coefficients)
+        if cpu:
+            steps.append(Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters))
+        else:
+            name = f"ltxk::{case.kernel}<{CUDA_NAMES[case.compute]}, {case.vector}>"
+            steps.append(Launch(name, (blocks,), threads, parameters))
+    return steps
+
+
+def single_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
+    """The SDE step of one tensor."""
+    (modality,) = case.modalities
+    pointers = [Argument(k) for k in range(case.pointers)]
+    extent = (modality.size, modality.slice, modality.channels, 0)
+    parameters: tuple[Parameter, ...] = (*pointers, *modality.codes, *extent, *case.coefficients)
+    if cpu:
+        return [Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters)]
+    name = f"ltxk::{case.kernel}<{CUDA_NAMES[case.compute]}, {case.vector}>"
+    return [Launch(name, (ceil_div(modality.size, threads * case.vector),), threads, parameters)]
+
+
+DEVICE_HALF_STEP, CPU_HALF_STEP = functools.partial(half_step, cpu=False), functools.partial(half_step, cpu=True)
+DEVICE_SINGLE, CPU_SINGLE = functools.partial(single_step, cpu=False), functools.partial(single_step, cpu=True)
+
+
+def describe(x: Tensor, stats: Tensor | None, codes: tuple[int, ...]) -> Modality:
+    """One modality: x is a tensor of its shape."""
+    slice_size = x.numel() if stats is None or x.dim() < 2 else x.shape[-2] * x.shape[-1]
+    return Modality(x.numel(), slice_size, x.shape[-1] if x.dim() else 1, codes)
+
+
+def _run_half_step(
+    tier: str,
+    kernel: str,
+    compute: torch.dtype,
+    rows: Sequence[tuple[list[Tensor | None], Modality]],
+    coefficients: tuple[float, ...],
+) -> None:
+    if not rows:
+        return
+    pointers = [tensor for row, _ in rows for tensor in row]
+    modalities = tuple(modality for _, modality in rows)
+    case = Case(kernel, compute, len(rows[0][0]), modalities, aligned16(*pointers), coefficients)
+    plan = planned(tier, CPU_HALF_STEP if tier == "cpu" else DEVICE_HALF_STEP, case, len(pointers))
+    plan(*pointers)
+
+
+def midpoint(
+    tier: str,
+    out: Sequence[Tensor],
+    latent: Sequence[Tensor],
+    x0: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    clean: Sequence[Tensor | None],
+    stats: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    refine: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Half-step 1: x_mid of all modalities, then the anchors of all, in `out`."""
+    targets = dense(out)
+    count = len(latent)
+    rows: list[tuple[list[Tensor | None], Modality]] = []
+    for i, state in enumerate(latent):
+        if state.numel() == 0:
+            continue
+        codes = (param_code(state), param_code(x0[i]), param_code(noise[i]), param_code(clean[i]))
+        given = map(contiguous, (state, x0[i], noise[i], mask[i], clean[i], stats[i]))
+        rows.append(([*given, targets[i], targets[count + i]], describe(state, stats[i], codes)))
+    gain = 1.0 / (1.0 - coefficients[0]) if refine else 0.0
+    _run_half_step(tier, "res2s_midpoint", dtype, rows, (*map(float, coefficients), gain))
+    hand_back(out, targets)
+
+
+def advance(
+    tier: str,
+    out: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    x0: Sequence[Tensor],
+    x0_mid: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    mask: Sequence[Tensor | None],
+    clean: Sequence[Tensor | None],
+    stats: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    model_dtype: Sequence[torch.dtype],
+) -> None:
+    """Half-step 2: the next latent of each modality in `out`; one launch for each dtype of the anchors."""
+    targets = dense(out)
+    for compute in dict.fromkeys(start.dtype for start in anchor):
+        rows: list[tuple[list[Tensor | None], Modality]] = []
+        for i, start in enumerate(anchor):
+            if start.numel() == 0 or start.dtype != compute:
+                continue
+            codes = (*map(param_code, (x0[i], x0_mid[i], noise[i], clean[i])), PARAM_CODES[model_dtype[i]])
+            given = map(contiguous, (start, x0[i], x0_mid[i], noise[i], mask[i], clean[i], stats[i]))
+            rows.append(([*given, targets[i]], describe(start, stats[i], codes)))
+        _run_half_step(tier, "res2s_advance", compute, rows, tuple(map(float, coefficients)))
+    hand_back(out, targets)
+
+
+def sde_step(
+    tier: str,
+    out: Tensor,
+    sample: Tensor,
+    denoised: Tensor,
+    noise: Tensor,
+    coefficients: Sequence[float],
+    stats: Tensor | None,
+) -> None:
+    """One SDE step."""
+    if sample.numel() == 0:
+        return
+    (target,) = dense([out])
+    pointers = [*map(contiguous, (sample, denoised, noise, stats)), target]
+    modality = describe(sample, stats, (param_code(sample), param_code(denoised), param_code(noise)))
+    compute = torch.float64 if torch.float64 in (sample.dtype, denoised.dtype) else torch.float32
+    case = Case(
+        "res2s_sde_step", compute, len(pointers), (modality,), aligned16(*pointers), tuple(map(float, coefficients))
+    )
+    planned(tier, CPU_SINGLE if tier == "cpu" else DEVICE_SINGLE, case, len(pointers))(*pointers)
+    hand_back([out], [target])

@@ -1,0 +1,283 @@
+"""Launch geometry of the transformer's row kernels: modulated RMSNorm, gated residual, head gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.tensors import aligned16, ceil_div, param_code, round_up
+from ltxkern.triton.layout import RowView, power_of_two, row_view, with_tables
+
+
+class Operand(NamedTuple):
+    """An operand over the rows of x: its type code, and its strides between rows in elements."""
+
+    code: int
+    outer: int
+    inner: int
+
+
+class RowIndex(NamedTuple):
+    """A row index: bytes of one, rows of the tables that it points into, its strides between rows of x in elements."""
+
+    itemsize: int
+    table_rows: int
+    outer: int
+    inner: int
+
+
+class Case(NamedTuple):
+    """Everything of a call that its launches depend on.
+
+    Attributes:
+        operands: x first; None where an operand is absent.
+        row_index: which row of its tables a row of x takes; None where scale, shift and gate are no tables.
+        column: stride of the gate along a row, for the gated residual.
+        vector: elements of a thread's access.
+    """
+
+    operands: tuple[Operand | None, ...]
+    rows: int
+    inner: int
+    width: int
+    vector: int
+    eps: float = 0.0
+    weight_code: int = 0
+    column: int = 0
+    row_index: RowIndex | None = None
+
+
+def _fields(operand: Operand | None, index: int) -> tuple[Parameter, ...]:
+    return (None, 0, 0, 0) if operand is None else (Argument(index), operand.code, operand.outer, operand.inner)
+
+
+def vector_of(itemsize: int, width: int, tensors: list[Tensor | None], strides: list[int]) -> int:
+    """Elements of one access: 16 bytes of x where widths, strides and addresses of all operands allow it, else one."""
+    vector = 16 // itemsize
+    fits = aligned16(*tensors) and all(size % vector == 0 for size in (width, *strides))
+    return vector if fits else 1
+
+
+def _index_fields(index: RowIndex | None, argument: Argument) -> tuple[Parameter, ...]:
+    return (None, 0, 0, 0, 0) if index is None else (argument, *index)
+
+
+# Order of the tensors of rms_norm_modulate: operands, weight, sum, out, index.
+WEIGHT, SUMMED, NORM_OUT, NORM_INDEX = (Argument(i) for i in range(5, 9))
+NORM_ARGUMENTS = 9
+
+
+def _norm_parameters(case: Case) -> tuple[Parameter, ...]:
+    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
+    fields += _index_fields(case.row_index, NORM_INDEX)
+    return (*fields, WEIGHT, case.weight_code, SUMMED, NORM_OUT, case.inner, case.width, case.eps)
+
+
+def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """One block a row, of no more threads than the row has packs."""
+    block = min(threads, max(32, round_up(ceil_div(case.width, case.vector), 32)))
+    return [Launch(f"ltxk::rms_norm_modulate_rows<{case.vector}>", (case.rows,), block, _norm_parameters(case))]
+
+
+def norm_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    return [Call("rms_norm_modulate_rows", (*_norm_parameters(case), case.rows))]
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its last dim is not dense."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def collapsed(operands: Sequence[Tensor | None]) -> tuple[list[Any], RowView]:
+    """Operands with dense rows whose leading dims collapse to two, by copies where they do not; x is the first."""
+    given = [None if tensor is None else dense_rows(tensor) for tensor in operands]
+    x = given[0]
+    assert x is not None
+    view = row_view(x, *(x if tensor is None else tensor for tensor in given[1:]))
+    if view is None:
+        given = [
+            None if tensor is None else tensor.expand(*x.shape[:-1], tensor.shape[-1]).contiguous() for tensor in given
+        ]
+        x = given[0]
+        assert x is not None
+        view = row_view(x, *(x if tensor is None else tensor for tensor in given[1:]))
+    assert view is not None
+    return given, view
+
+
+def _operand(tensor: Tensor | None, strides: tuple[int, int]) -> Operand | None:
+    return None if tensor is None else Operand(param_code(tensor), *strides)
+
+
+def check_range(rows: Tensor, count: int) -> None:
+    """Every index names one of `count` rows. On a device that would be a wait for it, so only host tensors are looked at.
+
+    Raises:
+        ValueError: the least or the largest one does not.
+    """
+    # A tensor that traces has no values.
+    if type(rows) is not Tensor or not rows.is_cpu or rows.numel() == 0:
+        return
+    least, most = (int(value) for value in rows.aminmax())
+    if least < 0 or most >= count:
+        wrong = least if least < 0 else most
+        raise ValueError(f"rows must be at least 0 and below {count}, the number of rows of the tables, got {wrong}")
+
+
+def table_rows(table: Tensor, x: Tensor) -> Tensor:
+    """A table with dense rows; a copy where its rows lie so that no 16-byte access of x's elements would meet them.
+
+    A fresh table has such rows: by them the order of the sums, and so the bits, are those of materialised rows.
+    """
+    table = dense_rows(table)
+    vector = 16 // x.element_size()
+    if x.shape[-1] % vector or (aligned16(table) and table.stride(0) % vector == 0):
+        return table
+    return table.clone(memory_format=torch.contiguous_format)
+
+
+def lay_out(
+    tier: str, over_x: Sequence[Tensor | None], modulation: Sequence[Tensor | None], rows: Tensor | None
+) -> tuple[list[Any], RowView, Tensor | None, RowIndex | None]:
+    """Operands as the kernels take them, copied where they do not lie so.
+
+    Args:
+        tier: whose kernels.
+        over_x: x and what else lies over its rows.
+        modulation: over the rows of x too, or tables (N, D) with `rows`.
+        rows: the row index into the tables.
+    Returns:
+        All operands; their view, in which a table has strides (0, between rows); the index, and how it lies.
+    """
+    if rows is None:
+        return *collapsed([*over_x, *modulation]), None, None
+    x = over_x[0]
+    assert x is not None
+    tables = [
+        None if table is None else dense_rows(table) if tier == "cpu" else table_rows(table, x) for table in modulation
+    ]
+    count = next(table.shape[0] for table in tables if table is not None)
+    if tier == "cpu":
+        check_range(rows, count)
+    (*given, index), view = collapsed([*over_x, rows[..., None]])
+    *strides, own = with_tables(view, tables).strides
+    row_index = RowIndex(rows.element_size(), count, *own)
+    return [*given, *tables], view._replace(strides=tuple(strides)), index, row_index
+
+
+def _run_norm(
+    tier: str,
+    out: Tensor,
+    summed: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None,
+) -> None:
+    if x.numel() == 0:
+        return
+    given, view, index, row_index = lay_out(tier, [x, y], [scale, shift, gate], rows)
+    outputs = [out] if summed is None else [out, summed]
+    targets = dense(outputs)
+    weight = None if weight is None else weight.contiguous()
+    operands = tuple([_operand(tensor, strides) for tensor, strides in zip(given, view.strides, strict=True)])
+    strides = [stride for pair in view.strides for stride in pair]
+    vector = vector_of(x.element_size(), x.shape[-1], [*given, weight, *targets], strides)
+    sizes = (view.outer * view.inner, view.inner, x.shape[-1], vector)
+    case = Case(operands, *sizes, eps, param_code(weight), row_index=row_index)
+    plan = planned(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)
+    plan(*given, weight, None if summed is None else targets[1], targets[0], index)
+    hand_back(outputs, targets)
+
+
+def rms_norm_modulate(
+    tier: str,
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None = None,
+) -> None:
+    """rms_norm_modulate on rows that collapse to two dims."""
+    _run_norm(tier, out, None, x, scale, shift, None, None, eps, weight, rows)
+
+
+def gated_norm(
+    tier: str,
+    out: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None = None,
+) -> None:
+    """gated_residual_rms_norm_modulate: out is (sum, norm)."""
+    _run_norm(tier, out[1], out[0], x, scale, shift, y, gate, eps, weight, rows)
+
+
+GATE_OUT, GATE_INDEX = Argument(3), Argument(4)
+GATE_ARGUMENTS = 5
+
+
+def _gate_parameters(case: Case) -> tuple[Parameter, ...]:
+    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
+    fields += _index_fields(case.row_index, GATE_INDEX)
+    return (*fields, case.column, GATE_OUT, case.rows, case.inner, case.width)
+
+
+def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """Short rows share a block, long ones take several side by side."""
+    row_threads = min(threads, power_of_two(ceil_div(case.width, case.vector)))
+    tiles = ceil_div(case.width, row_threads * case.vector)
+    groups = ceil_div(case.rows, threads // row_threads)
+    parameters = (*_gate_parameters(case), row_threads, tiles)
+    return [Launch(f"ltxk::gated_residual_rows<{case.vector}>", (groups * tiles,), threads, parameters)]
+
+
+def gate_calls(case: Case) -> list[Call]:
+    """The CPU kernel's call."""
+    return [Call("gated_residual_rows", _gate_parameters(case))]
+
+
+def _run_gate(tier: str, out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor, rows: Tensor | None = None) -> None:
+    if x.numel() == 0:
+        return
+    given, view, index, row_index = lay_out(tier, [x, y], [gate], rows)
+    width, gate = x.shape[-1], given[2]
+    (target,) = dense([out])
+    column = gate.stride(-1) if y is not None and gate.shape[-1] == width else 0
+    operands = tuple([_operand(tensor, strides) for tensor, strides in zip(given, view.strides, strict=True)])
+    strides = [stride for pair in view.strides[: 3 if column else 2] for stride in pair]
+    aligned = [*given[:2], target, gate if column else None]
+    vector = vector_of(x.element_size(), width, aligned, [*strides, 0 if column in (0, 1) else 1])
+    case = Case(operands, view.outer * view.inner, view.inner, width, vector, column=column, row_index=row_index)
+    planned(tier, gate_calls if tier == "cpu" else gate_steps, case, GATE_ARGUMENTS)(*given, target, index)
+    hand_back([out], [target])
+
+
+def gated_residual(tier: str, out: Tensor, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> None:
+    """gated_residual on rows that collapse to two dims."""
+    gate = gate.reshape(1) if gate.dim() == 0 else gate
+    if x.dim() == 0:
+        x, y, out = x.reshape(1), y.reshape(1), out.view(1)
+    _run_gate(tier, out, x, y, gate, rows)
+
+
+def head_gate(tier: str, out: Tensor, x: Tensor, logits: Tensor) -> None:
+    """head_gate: a row is one head."""
+    _run_gate(tier, out, x, None, logits[..., None])

@@ -1,0 +1,1 @@
+"""Model files: where they lie, what they hold, how they are read."""

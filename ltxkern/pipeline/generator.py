@@ -1,0 +1,439 @@
+"""The LTX-2.3 two-stage generators: prompt and pictures in, video with sound out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltxkern.patch import Patched, patch
+from ltxkern.pipeline.files.checkpoint import load_components
+from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
+from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.model.components import Components
+from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
+from ltxkern.pipeline.model.text import PromptEmbeddings
+from ltxkern.pipeline.parallel.by_branch import CFGParallel
+from ltxkern.pipeline.result import HQOutput
+from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
+from ltxkern.pipeline.run import prompts
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.prompts import PromptEncoder
+from ltxkern.pipeline.run.request import (
+    GenerationRequest,
+    Geometry,
+    find_device,
+    find_preset,
+    image_conditions,
+    require_strength,
+)
+from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy, SingleBranchPolicy
+
+OUTPUT_TYPES = ("video", "latents", "stream")
+SAMPLE_RATE = 48000
+
+
+class HQTwoStagePipeline:
+    """Prompt (and pictures) to video with sound, by the published LTX-2.3 two-stage algorithm.
+
+    Stage 1 denoises at half size with guidance, the latent is upsampled, stage 2 refines at full size with the distilled LoRA
+    at its own strength, the VAEs and the vocoder decode. Build with `from_pretrained` or `from_components`.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        *,
+        device: torch.device | str = "cpu",
+        preset: str = "hq",
+        loras: Sequence[tuple[LoRA, float]] = (),
+        distilled_lora: LoRA | None = None,
+        distilled_strengths: tuple[float, float] | None = None,
+        device_mode: str = "auto",
+        geometry: Geometry | None = None,
+        pristine: str | Path | None = None,
+        embedding_cache: EmbeddingCache | None = None,
+        keep_text_encoder: bool = False,
+    ) -> None:
+        self.components = components
+        self.device = torch.device(device)
+        self.preset = find_preset(preset)
+        self.loras = list(loras)
+        self.distilled_lora = distilled_lora
+        self.distilled_strengths = distilled_strengths or self.preset.distilled_strengths
+        self.manager = TwoStageDeviceManager(device_mode, device=self.device)
+        self.geometry = geometry or geometry_from_configs(
+            components.config("transformer"), components.config("audio_vae")
+        )
+        self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
+        self.denoiser_factory: Callable[..., Any] | None = None
+        self._parallel: CFGParallel | None = None
+        self._patched: list[Patched] = []
+        self._pristine = pristine
+        self._attached = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        preset: str = "hq",
+        device_mode: str = "auto",
+        loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+        distilled_lora: str | Path | None = None,
+        distilled_strengths: tuple[float, float] | None = None,
+        upsampler: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        embedding_cache: str | Path | bool = True,
+        keep_text_encoder: bool = False,
+    ) -> HQTwoStagePipeline:
+        """Open a model: the built-in "demo", an official single file, a diffusers folder, or a hub id.
+
+        Args:
+            path_or_id: "demo" (tiny random weights: its pictures are noise), a path, or a hub id.
+            device: where to compute; None for the first CUDA device, else the CPU.
+            dtype: of weights and activations; the vocoder stays fp32.
+            preset: "hq", "two-stage" or "one-stage".
+            device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
+            loras: user LoRA files with strengths (1.0 where none is given), merged before the distilled one in both stages.
+            distilled_lora: the distilled LoRA file; the demo brings its own.
+            distilled_strengths: its strength in stage 1 and 2; None for the preset's (0.25, 0.5 in HQ).
+            upsampler, text_encoder: files or folders of parts that do not lie with the model.
+            embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for the
+                demo), False for none. A prompt found there needs no text encoder.
+            keep_text_encoder: keep it in memory after encoding; otherwise it is let go and read again when needed.
+        Raises:
+            CheckpointError: a file that is missing, truncated or does not fit; with keys and file.
+            ValueError: unknown preset or mode, a strength that is negative or not finite.
+        """
+        chosen = find_preset(preset)
+        place = find_device(device)
+        strengths = distilled_strengths or chosen.distilled_strengths
+        pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
+        for name, strength in [*((str(path), s) for path, s in pairs), *(("distilled LoRA", s) for s in strengths)]:
+            require_strength(name, strength)
+        components = load_components(path_or_id, dtype=dtype, upsampler=upsampler, text_encoder=text_encoder)
+        distilled: LoRA | None = None
+        if distilled_lora is not None:
+            distilled = LoRA.from_file(distilled_lora)
+        elif str(path_or_id) == "demo":
+            from ltxkern.pipeline.files.demo import demo_distilled_lora
+
+            distilled = demo_distilled_lora()
+        elif chosen.stages == 2 and any(strengths):
+            raise ValueError(
+                f"the {chosen.name} pipeline needs the distilled LoRA: give distilled_lora=PATH, or distilled_strengths=(0, 0)"
+            )
+        local = str(path_or_id) != "demo" and Path(path_or_id).exists()
+        return cls(
+            components,
+            device=place,
+            preset=preset,
+            loras=[(LoRA.from_file(path), strength) for path, strength in pairs],
+            distilled_lora=distilled,
+            distilled_strengths=strengths,
+            device_mode=device_mode,
+            pristine=path_or_id if local else None,
+            embedding_cache=prompts.embedding_cache(embedding_cache, path_or_id, text_encoder, dtype)
+            if local
+            else None,
+            keep_text_encoder=keep_text_encoder,
+        )
+
+    @classmethod
+    def from_components(
+        cls,
+        transformer: Any = None,
+        upsampler: Any = None,
+        video_vae: Any = None,
+        audio_vae: Any = None,
+        vocoder: Any = None,
+        connectors: Any = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> HQTwoStagePipeline:
+        """Compose modules that are already loaded; any may be None when its stage is not run.
+
+        Norms and activations of VAEs and upsampler are fused in place (`ltxkern.patch`) until `close`.
+
+        Args:
+            transformer, upsampler, video_vae, audio_vae, vocoder, connectors, text_encoder, tokenizer: the modules.
+            settings: keyword arguments of the constructor, e.g. device, preset, loras, distilled_lora, geometry.
+        """
+        fused = [patch(module) for module in (upsampler, video_vae, audio_vae) if isinstance(module, torch.nn.Module)]
+        components = Components(
+            transformer=transformer,
+            upsampler=upsampler,
+            video_vae=video_vae,
+            audio_vae=audio_vae,
+            vocoder=vocoder,
+            connectors=connectors,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        if "device" not in settings and transformer is not None:
+            settings["device"] = next(transformer.parameters()).device
+        pipeline = cls(components, **settings)
+        pipeline._patched = fused
+        return pipeline
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
+        images: Sequence[Any] = (),
+        seed: int = 10,
+        height: int = 1088,
+        width: int = 1920,
+        num_frames: int = 121,
+        frame_rate: float = 24.0,
+        steps: int | None = None,
+        *,
+        video_guidance: GuidanceScales | None = None,
+        audio_guidance: GuidanceScales | None = None,
+        guidance_policy: type[CFGPolicy] = MultiModalPolicy,
+        distilled_strengths: tuple[float, float] | None = None,
+        eta: float = 0.5,
+        audio_source: str = "stage1",
+        max_batch_size: int = 1,
+        tiling: Tiling = "auto",
+        embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
+        negative_embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
+        initial_noise: Sequence[Tensor] | None = None,
+        sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None = None,
+        image_latents: Sequence[Sequence[Tensor]] | None = None,
+        stage1_sigmas: Sequence[float] | Tensor | None = None,
+        stage2_sigmas: Sequence[float] | Tensor | None = None,
+        output_type: str = "video",
+        callback: StepCallback | None = None,
+        progress: Progress | None = None,
+    ) -> HQOutput:
+        """Generate.
+
+        Args:
+            prompt, negative_prompt: one text, or one per video; None takes `DEFAULT_NEGATIVE_PROMPT`.
+            images: `ImageCondition`, "PATH[:FRAME[:STRENGTH]]", paths or (path, frame, strength) tuples.
+            seed: of the initial noise; the sampler's own noise has fixed seeds, as published.
+            height, width: of the result, multiples of 64 (32 for one stage).
+            num_frames: 8k+1.
+            frame_rate: frames per second.
+            steps: of stage 1; None for the preset's (15 in HQ).
+            video_guidance, audio_guidance: scales of stage 1; None for the preset's.
+            guidance_policy: what stage 1 makes of the scales: which branches run and how they combine.
+            distilled_strengths: of the distilled LoRA in stage 1 and 2, for this request alone.
+            eta: noise share of a res2s step.
+            audio_source: "stage1" (published) or "stage2".
+            max_batch_size: guidance branches per forward.
+            tiling: of the video decoder; see `decode_video`.
+            embeddings, negative_embeddings: contexts (video, audio) in place of encoded prompts.
+            initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
+            sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
+            image_latents: per stage the normalised latents of `images`, in place of encoding them.
+            stage1_sigmas, stage2_sigmas: schedules in place of the preset's.
+            output_type: "video", "latents", or "stream" (video decoded while it is consumed).
+            callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
+            progress: called with (stage, done, total) wherever something advances.
+        Returns:
+            `HQOutput`.
+        Raises:
+            ValueError, TypeError: a parameter that cannot be served, before anything is loaded.
+            NonFiniteError: a stage ended in NaN or infinity; the message names it.
+
+        Contract: exact against the published algorithm within rounding (5e-5 in fp32 over a whole run, golden data).
+        Source: the LTX-2 two-stage HQ pipeline, version 1.2.0.
+        """
+        from ltxkern.dispatch import served
+
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        request = GenerationRequest(
+            prompt=prompt,
+            images=image_conditions(images),
+            preset=self.preset,
+            seed=seed,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+            steps=steps,
+            video_guidance=video_guidance,
+            audio_guidance=audio_guidance,
+            eta=eta,
+            audio_source=audio_source,
+            stage1_sigmas=_floats(stage1_sigmas),
+            stage2_sigmas=_floats(stage2_sigmas),
+            max_batch_size=max_batch_size,
+        )
+        if negative_prompt is not None:
+            request = replace(request, negative_prompt=negative_prompt)
+        strengths = self.distilled_strengths if distilled_strengths is None else distilled_strengths
+        for strength in strengths:
+            require_strength("distilled LoRA", strength)
+        request.validate(self.geometry, check_files=image_latents is None)
+        plans = request.plan(self.geometry)
+        self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
+        run = DenoisingRun(self, request, plans, initial_noise, sde_noise, image_latents, callback, progress)
+        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(plans)]
+        policies = self._policies(request, guidance_policy, embeddings, negative_embeddings, progress)
+        plans[0] = replace(plans[0], branches=len(policies[0].branches))
+        if self._parallel is not None:
+            phases = phases[: self._parallel.stages(policies[: len(plans)])]
+        if phases:
+            self._attach(request, phases)
+        latents = run.stages(policies, phases)
+        output = HQOutput(None, None, latents, frame_rate, SAMPLE_RATE, seed, plans)
+        leads = self._parallel is None or self._parallel.rank == 0
+        if output_type != "latents" and leads:
+            self._decode(output, request, tiling, output_type, progress)
+        output.backends = {name: sorted(names) for name, names in served().items()}
+        return output
+
+    def share_branches(self, parallel: CFGParallel) -> None:
+        """Run the guidance branches of every later call on several ranks.
+
+        Each rank makes the same calls. Results are on rank 0; the others leave after the last stage that they take part in, with
+        that stage's latents and neither video nor audio.
+
+        Args:
+            parallel: the ranks; one rank changes nothing.
+        Raises:
+            ValueError: more ranks than attention heads where tokens are shared out too.
+        """
+        if parallel.size > 1:
+            if parallel.sequence is not None:
+                config = self.components.config("transformer") or {}
+                names = ("num_attention_heads", "audio_num_attention_heads")
+                parallel.sequence.require(heads=min(int(config[name]) for name in names))
+            self._parallel = parallel
+            self.denoiser_factory = parallel.denoiser
+
+    def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
+        needed = ["transformer"]
+        if self.preset.stages == 2:
+            needed.append("upsampler")
+        if encodes_images or output_type != "latents":
+            needed.append("video_vae")
+        if output_type != "latents":
+            needed += ["audio_vae", "vocoder"]
+        if encodes_text:
+            needed += ["tokenizer", "text_encoder", "connectors"]
+        absent = [name for name in needed if self.components.is_absent(name)]
+        if absent:
+            raise ValueError(
+                f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
+            )
+
+    def _policies(
+        self,
+        request: GenerationRequest,
+        policy: type[CFGPolicy],
+        embeddings: PromptEmbeddings | Sequence[Tensor] | None,
+        negative: PromptEmbeddings | Sequence[Tensor] | None,
+        progress: Progress | None,
+    ) -> list[CFGPolicy]:
+        """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device."""
+        guidance = request.guidance(self.geometry)
+        # Which branches somebody's own policy runs is only known once it is built.
+        unknown = not issubclass(policy, MultiModalPolicy)
+        wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
+        if embeddings is None:
+            texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
+            encoded = self.prompts.encode(texts, progress)
+            embeddings = prompts.stack(encoded[: request.batch])
+            if len(encoded) > request.batch:
+                negative = prompts.stack(encoded[request.batch :])
+        if wants_negative and negative is None and not unknown:
+            raise ValueError(
+                "negative_embeddings are needed where a cfg scale is not 1: give them, or set both cfg scales to 1"
+            )
+        positive = prompts.contexts("embeddings", embeddings, request.batch, self.device)
+        opposite = (
+            None if negative is None else prompts.contexts("negative_embeddings", negative, request.batch, self.device)
+        )
+        return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
+
+    def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
+        if not self._attached:
+            transformer = self.components.transformer
+            assert transformer is not None
+            self.manager.attach(transformer, pristine=self._pristine)
+            self._attached = True
+        self.manager.prepare(*phases, activation_bytes=self._activation_bytes(request))
+
+    def _activation_bytes(self, request: GenerationRequest) -> int:
+        """What a run needs on a GPU beside the transformer's weights, so that "auto" leaves room for it."""
+        if self.device.type != "cuda" or self.manager.mode is not None:
+            return 0
+        from ltxkern.pipeline.planning.plan import CUDA_OVERHEAD, plan
+
+        made = plan(self.components, request, device=self.device)
+        beside = (
+            sum(made.sizes.nbytes.get(name, 0) for name in part.components) + part.activations.device
+            for part in made.stages
+        )
+        return max(beside) + made.kept + CUDA_OVERHEAD
+
+    def _decode(
+        self, output: HQOutput, request: GenerationRequest, tiling: Tiling, output_type: str, progress: Progress | None
+    ) -> None:
+        audio: list[Tensor]
+        videos: list[Any] = [self._video_chunks(one[None], tiling, progress) for one in output.latents["video"]]
+        if output_type == "stream":
+            audio = self._waveforms(output.latents["audio"], progress)
+        else:
+            audio, videos = self.manager.side_by_side(
+                lambda: self._waveforms(output.latents["audio"], progress),
+                lambda: [torch.cat([chunk.cpu() for chunk in stream]) for stream in videos],
+            )
+        single = isinstance(request.prompt, str)
+        output.video, output.audio = (videos[0], audio[0]) if single else (videos, audio)
+
+    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
+        parts = self.components
+        report(progress, "audio", 0, 1)
+        with (
+            self.manager.component("audio_vae", parts.audio_vae) as audio_vae,
+            self.manager.component("vocoder", parts.vocoder) as vocoder,
+        ):
+            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
+        report(progress, "audio", 1, 1)
+        return waveforms
+
+    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
+        with self.manager.component("video_vae", self.components.video_vae) as vae:
+            yield from decode_video(
+                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
+            )
+
+    def close(self) -> None:
+        """Release what is held, and give back what was given.
+
+        A transformer from files is let go of: the next call reads it again. One that was given has its pristine weights
+        again, where it was, and given modules have their plain norms.
+        """
+        is_ours = self.components.reloadable("transformer")
+        self.manager.close(discard=is_ours)
+        if is_ours:
+            self.components.release("transformer")
+        for patched in self._patched:
+            patched.undo()
+        self._attached = False
+
+    def __enter__(self) -> HQTwoStagePipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _floats(sigmas: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
+    return None if sigmas is None else tuple(float(sigma) for sigma in sigmas)

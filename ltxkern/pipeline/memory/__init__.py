@@ -1,0 +1,1 @@
+"""LoRA phases and where weights live."""

@@ -1,0 +1,261 @@
+"""The weights that LoRA phases change: where each lives, which phase it holds, its checksum, its pristine source."""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
+
+OUTER_BLOCK = "outer"
+_BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*blocks|layers)\.\d+(?=\.)")
+
+
+class LoRAPhaseError(RuntimeError):
+    """The weights are in no defined phase, or could not be brought into one."""
+
+
+def block_of(module: str) -> str:
+    """Name of the transformer block that a module lies in, or "outer"."""
+    match = _BLOCK.match(module)
+    return match.group(0) if match else OUTER_BLOCK
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Two int64 on the tensor's device: the sum of all bit patterns, and the sum of row sums times odd row numbers.
+
+    Integer arithmetic modulo 2^64: exact, and equal for equal bits whatever the order of summation. A contiguous tensor
+    is read once.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() == 0:
+        return torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    nbytes = flat.numel() * flat.element_size()
+    width = next(size for size in (8, 4, 2, 1) if (nbytes % size == 0 and size >= flat.element_size()) or size == 1)
+    words = flat.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[width])
+    columns = next(size for size in (1024, 64, 8, 1) if words.numel() % size == 0)
+    rows = words.view(-1, columns).sum(dim=1, dtype=torch.int64)
+    return (rows * _row_factors(rows.numel(), rows.device)).sum(dim=1)
+
+
+@functools.lru_cache(maxsize=32)
+def _row_factors(rows: int, device: torch.device) -> Tensor:
+    """(2, rows) int64: ones, and odd row numbers; few row counts occur, and a switch asks for thousands."""
+    numbers = torch.arange(rows) * 2 + 1
+    # Made on the host: the blocking copy leaves nothing for other streams to wait for.
+    return torch.stack((torch.ones_like(numbers), numbers)).to(device)
+
+
+class PristineSource(Protocol):
+    """Where the weights without any LoRA come from."""
+
+    def fetch(self, module: str) -> Tensor:
+        """The pristine weight of a module, on the host; not to be written."""
+
+    def host_bytes(self) -> int:
+        """Bytes that the source keeps on the host."""
+
+
+class HostPristine:
+    """Pristine weights kept on the host: the tensors the model was loaded into, copied only where they lie elsewhere."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, Tensor] = {}
+
+    def add(self, module: str, weight: Tensor) -> None:
+        """Keeps a weight that is pristine now."""
+        self._weights[module] = weight.detach().to("cpu")
+
+    def fetch(self, module: str) -> Tensor:
+        return self._weights[module]
+
+    def host_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self._weights.values())
+
+
+class CheckpointPristine:
+    """Pristine weights read from the model's files whenever they are needed; nothing stays on the host.
+
+    Args:
+        path: official single file, or the diffusers folder of the transformer.
+        dtype: dtype of the model.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype) -> None:
+        from ltxkern.pipeline.files.headers import CheckpointError, read_header
+        from ltxkern.pipeline.files.official_names import component_of, diffusers_name
+
+        path = Path(path)
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        self._dtype = dtype
+        self._stored: dict[str, tuple[Path, str]] = {}
+        self._open: dict[Path, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]:
+            for key in read_header(file).tensors:
+                name = diffusers_name("transformer", key) if component_of(key) == "transformer" else key
+                if name is not None and name.endswith(".weight"):
+                    self._stored[name.removesuffix(".weight")] = (file, key)
+        if not self._stored:
+            raise CheckpointError(f"{path}: holds no weights of a transformer")
+
+    def fetch(self, module: str) -> Tensor:
+        from safetensors import safe_open
+
+        if module not in self._stored:
+            raise LoRAPhaseError(f"the checkpoint holds no weight of {module}")
+        path, key = self._stored[module]
+        # Kept open: the header lists thousands of tensors and would be read for each of them.
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        return self._open[path].get_tensor(key).to(self._dtype)
+
+    def host_bytes(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class LiveWeight:
+    """What a module computes with: the tensor, and what is merged in it (None: unknown, it was being written)."""
+
+    tensor: Tensor
+    key: WeightKey | None
+
+
+class WeightTable:
+    """The patched weights of one transformer by block; the truth about which tensor each parameter points to.
+
+    An entry is replaced as a whole, so that an exception at any point leaves every weight with a known content or marked
+    as unknown.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.live: dict[str, LiveWeight] = {}
+        self.blocks: dict[str, tuple[str, ...]] = {}
+        self.checksums: dict[tuple[str, WeightKey], tuple[int, ...]] = {}
+        self._owners: dict[str, nn.Module] = {}
+        self._fitting: weakref.WeakSet[LoRA] = weakref.WeakSet()
+
+    def parameter(self, module: str) -> nn.Parameter:
+        """The parameter that a module computes with."""
+        owner = self._owners.get(module)
+        if owner is None:
+            owner = self._owners[module] = self.transformer.get_submodule(module)
+        weight = owner.weight
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(f"{module}.weight must be a parameter, got {type(weight).__name__}")
+        return weight
+
+    def new_modules(self, phases: Iterable[LoRAPhase]) -> list[str]:
+        """Modules that these phases change and that are not in the table yet.
+
+        Raises:
+            ValueError: a LoRA does not fit, or two modules share one weight.
+        """
+        modules: set[str] = set()
+        for phase in phases:
+            for lora, _ in phase.entries:
+                if lora not in self._fitting:
+                    lora.check(self.transformer)
+                    self._fitting.add(lora)
+            modules.update(phase.modules)
+        if modules <= self.live.keys():
+            return []
+        by_storage: dict[int, str] = {}
+        for module in sorted(modules | set(self.live)):
+            pointer = self.parameter(module).untyped_storage().data_ptr()
+            if self.parameter(module).numel() and by_storage.setdefault(pointer, module) != module:
+                raise ValueError(f"{by_storage[pointer]} and {module} share one weight: a LoRA cannot change both")
+        return sorted(modules - set(self.live))
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes in weights that are pristine and writable, and points their parameters to them."""
+        for module, tensor in weights.items():
+            self.live[module] = LiveWeight(tensor, PRISTINE_KEY)
+            self.checksums[module, PRISTINE_KEY] = tuple(checksum(tensor).tolist())
+            self.point(module)
+        self.blocks = blocks_of(self.live)
+
+    def point(self, module: str) -> None:
+        """Makes the module compute with the table's tensor."""
+        parameter, tensor = self.parameter(module), self.live[module].tensor
+        if parameter.data_ptr() != tensor.data_ptr():
+            parameter.data = tensor
+
+    def holds(self, phase: LoRAPhase) -> bool:
+        """Whether every weight holds this phase and is what its module computes with."""
+        return all(
+            live.key == phase.key(module) and self.parameter(module).data_ptr() == live.tensor.data_ptr()
+            for module, live in self.live.items()
+        )
+
+    def expect(self, module: str, key: WeightKey, tensor: Tensor) -> None:
+        """Compares a weight with the checksum that the same content had before, or remembers it.
+
+        Raises:
+            LoRAPhaseError: they differ.
+        """
+        self.expect_all({module: tensor}, {module: key})
+
+    def expect_all(self, tensors: Mapping[str, Tensor], keys: Mapping[str, WeightKey]) -> None:
+        """`expect` for the weights of a block, with one transfer to the host."""
+        if not tensors:
+            return
+        sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).tolist()
+        for module, found in zip(tensors, sums, strict=True):
+            before = self.checksums.setdefault((module, keys[module]), tuple(found))
+            if before != tuple(found):
+                raise LoRAPhaseError(
+                    f"{module}.weight does not have the bits it had with the same LoRAs before: the device's matrix product "
+                    "is not repeatable, or something else wrote into the weight"
+                )
+
+    def verify(self) -> bool:
+        """Whether every live weight has the bits that its content had when it was made."""
+        for modules in self.blocks.values():
+            sums = torch.stack([checksum(self.live[module].tensor) for module in modules]).tolist()
+            for module, found in zip(modules, sums, strict=True):
+                key = self.live[module].key
+                if key is None or self.checksums.get((module, key), tuple(found)) != tuple(found):
+                    return False
+        return True
+
+    def block_checksums(self) -> dict[str, int]:
+        """One number per block over its patched weights as they are now."""
+        result = {}
+        for block, modules in self.blocks.items():
+            total = torch.stack([checksum(self.parameter(module)) for module in modules])
+            total = total * (torch.arange(len(modules), device=total.device)[:, None] * 2 + 1)
+            result[block] = int(total.sum())
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the patched weights, once."""
+        return sum(live.tensor.nbytes for live in self.live.values())
+
+    @property
+    def numel(self) -> int:
+        """Number of the patched weights."""
+        return sum(live.tensor.numel() for live in self.live.values())
+
+
+def blocks_of(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Modules by block: those outside all blocks first, then the blocks in order of their numbers."""
+    found: dict[str, list[str]] = {}
+    for module in sorted(modules):
+        found.setdefault(block_of(module), []).append(module)
+
+    def order(block: str) -> tuple[bool, str, int]:
+        stem, _, number = block.rpartition(".")
+        return block != OUTER_BLOCK, stem, int(number) if number.isdigit() else -1
+
+    return {block: tuple(found[block]) for block in sorted(found, key=order)}

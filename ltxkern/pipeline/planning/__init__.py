@@ -1,0 +1,1 @@
+"""What a request needs, in memory and time, before anything is loaded."""

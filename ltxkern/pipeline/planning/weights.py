@@ -1,0 +1,154 @@
+"""What a model's configuration and headers say about its size: modules without memory, bytes per component."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.headers import read_header
+from ltxkern.pipeline.files.lora import LoRA
+from ltxkern.pipeline.files.official_names import lora_module
+from ltxkern.pipeline.memory.host_copy import module_tensors
+from ltxkern.pipeline.memory.modes import WeightSizes, weight_sizes
+from ltxkern.pipeline.model.components import BUILDABLE, Components, build, component_dtype
+from ltxkern.pipeline.model.text import MAX_TEXT_TOKENS
+from ltxkern.pipeline.run.request import Geometry
+
+DISTILLED_RANK = 384
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model without its weights.
+
+    Args:
+        configs: constructor arguments of every component that is there.
+        nbytes: bytes of its weights in the dtypes it runs in.
+        transformer: sizes that decide the device mode.
+        text_tokens: rows of a prompt's context.
+        dtype: of the model.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    nbytes: Mapping[str, int]
+    transformer: WeightSizes
+    text_tokens: int
+    dtype: torch.dtype
+    _modules: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """How latents relate to pixels."""
+        return geometry_from_configs(self.configs.get("transformer"), self.configs.get("audio_vae"))
+
+    def module(self, component: str, **changes: Any) -> Any:
+        """The component on the meta device, in the dtype it runs in; built once, which takes longer than to run it."""
+        key = (component, *sorted(changes.items()))
+        if key not in self._modules:
+            self._modules[key] = meta_module(component, {**self.configs[component], **changes}, self.dtype)
+        return self._modules[key]
+
+
+def meta_module(component: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A component on the meta device, in the dtype it runs in."""
+    module = build(component, config)
+    # The plain method: diffusers' own warns about a cast that is meant here.
+    return nn.Module.to(module, dtype=component_dtype(component, dtype))
+
+
+def model_sizes(
+    model: str | Path | Components,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    loras: Sequence[str | Path | LoRA] | None = None,
+    upsampler: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+) -> ModelSizes:
+    """Reads configurations and headers; no weights.
+
+    Args:
+        model: "demo", an official file, a diffusers folder or hub id, or components; of these nothing is loaded, and a text
+            encoder that is not loaded does not count.
+        dtype: the model runs in.
+        loras: files or LoRAs that the phases merge; None: one of rank 384 (4 for the demo) over every Linear.
+        upsampler, text_encoder: as for `find_model`.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    text_tokens = MAX_TEXT_TOKENS
+    configs: Mapping[str, Mapping[str, Any]]
+    nbytes: dict[str, int] = {}
+    rank = DISTILLED_RANK
+    if isinstance(model, Components):
+        configs, nbytes, text_tokens = _of_components(model)
+    elif str(model) == "demo":
+        from ltxkern.pipeline.files.demo import _LORA_RANK, _TEXT_TOKENS, DEMO_CONFIGS, _text_encoder
+
+        configs, text_tokens, rank = DEMO_CONFIGS, _TEXT_TOKENS, _LORA_RANK
+        with torch.device("meta"):
+            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(_text_encoder())) * dtype.itemsize
+    else:
+        configs, nbytes = _of_files(model, dtype, upsampler, text_encoder)
+    modules = {name: meta_module(name, config, dtype) for name, config in configs.items()}
+    for name, module in modules.items():
+        nbytes.setdefault(name, sum(tensor.nbytes for tensor in module_tensors(module)))
+    sizes = WeightSizes(0, 0, 0, ())
+    if "transformer" in modules:
+        sizes = _transformer_sizes(modules["transformer"], loras, rank)
+    return ModelSizes(configs, nbytes, sizes, text_tokens, dtype, {(name,): module for name, module in modules.items()})
+
+
+def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]], dict[str, int], int]:
+    configs: dict[str, Mapping[str, Any]] = {}
+    nbytes = {}
+    # Reading a component that is not there yet, or was released, would load it: a text encoder of 23 GiB to be counted.
+    for name in (*BUILDABLE, "text_encoder"):
+        if components.is_loaded(name):
+            nbytes[name] = sum(tensor.nbytes for tensor in module_tensors(getattr(components, name)))
+        config = components.config(name) if name in BUILDABLE else None
+        if config is not None:
+            configs[name] = {key: value for key, value in config.items() if not key.startswith("_")}
+    tokenizer = components.tokenizer if components.is_loaded("tokenizer") else None
+    limit = getattr(tokenizer, "model_max_length", MAX_TEXT_TOKENS)
+    return configs, nbytes, min(MAX_TEXT_TOKENS, limit)
+
+
+def _of_files(
+    model: str | Path, dtype: torch.dtype, upsampler: str | Path | None, text_encoder: str | Path | None
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, int]]:
+    from ltxkern.pipeline.files.checkpoint import component_bytes, component_config, find_model
+
+    files = find_model(model, upsampler=upsampler, text_encoder=text_encoder)
+    found = component_bytes(files, dtype=dtype)
+    configs = {name: component_config(files, name) for name in found if name in BUILDABLE}
+    return configs, {name: nbytes for name, nbytes in found.items() if name not in BUILDABLE}
+
+
+def _transformer_sizes(
+    transformer: nn.Module, loras: Sequence[str | Path | LoRA] | None, assumed_rank: int
+) -> WeightSizes:
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    if loras is None:
+        factors = assumed_rank * sum(sum(module.weight.shape) for module in linears.values())
+        factors *= next(transformer.parameters()).dtype.itemsize
+        patched = linears
+    else:
+        described = [_lora_modules(lora) for lora in loras]
+        factors = sum(nbytes for _, nbytes in described)
+        patched = {name: linears[name] for modules, _ in described for name in modules if name in linears}
+    return weight_sizes(module_tensors(transformer), {name: m.weight for name, m in patched.items()}, factors)
+
+
+def _lora_modules(lora: str | Path | LoRA) -> tuple[list[str], int]:
+    if isinstance(lora, LoRA):
+        return list(lora.factors), lora.nbytes
+    tensors = read_header(lora).tensors
+    parts = [lora_module(key) for key in tensors]
+    return [part[0] for part in parts if part is not None], sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,1 @@
+"""What a generation leaves on disk."""

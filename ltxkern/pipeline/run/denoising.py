@@ -1,0 +1,160 @@
+"""The denoising part of one generation: the run's generator, its stages, and what lies between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltxkern.pipeline.files.lora import LoRAPhase
+from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
+from ltxkern.pipeline.model.decode import upsample_latent
+from ltxkern.pipeline.run.request import GenerationRequest, StagePlan
+from ltxkern.pipeline.run.stage import StageSettings, run_stage, seeded_generator
+from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.guidance import CFGPolicy
+from ltxkern.pipeline.sampling.latents import LatentState
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+StepCallback = Callable[[str, int, int, dict[str, Tensor]], None]
+
+
+def report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    """Tell a progress callback, where there is one."""
+    if progress is not None:
+        progress(stage, done, total)
+
+
+@dataclass
+class DenoisingRun:
+    """The denoising part of one call: the run's generator, its stages, and what lies between them."""
+
+    pipeline: Any
+    request: GenerationRequest
+    plans: list[StagePlan]
+    initial_noise: Sequence[Tensor] | None
+    sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None
+    image_latents: Sequence[Sequence[Tensor]] | None
+    callback: StepCallback | None
+    progress: Progress | None
+
+    def stages(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
+        """The stages that `phases` covers (all, save on some ranks of several); the latents that `HQOutput` carries."""
+        pipeline = self.pipeline
+        self.generator = seeded_generator(self.request.seed, pipeline.device)
+        latents: dict[str, Tensor] = {}
+        video: Tensor | None = None
+        audio: Tensor | None = None
+        for index, (plan, phase) in enumerate(zip(self.plans, phases, strict=False)):
+            pictures = self._pictures(index)
+            pipeline.manager.switch_lora_phase(phase)
+            with pipeline.manager.stage(plan.name, forwards=self._forwards(plan, policies[index])):
+                states = self._stage(index, policies[index], pictures, video, audio)
+            video, audio = states["video"].unpack(), states["audio"].unpack()
+            if index == 0:
+                latents |= {"stage1_video": video, "stage1_audio": audio}
+            if index + 1 < len(phases):
+                video = self._upsample(video)
+                latents["upsampled_video"] = video
+        if video is None or audio is None or len(phases) < len(self.plans):
+            return latents
+        if len(self.plans) > 1:
+            latents["stage2_audio"] = audio
+        source = audio if self.request.audio_source == "stage2" else latents["stage1_audio"]
+        return latents | {"video": video, "audio": source}
+
+    def _forwards(self, plan: StagePlan, policy: CFGPolicy) -> int | None:
+        """Transformer calls of a stage, where they are known beforehand; None where steps may be skipped or shared out."""
+        if self.pipeline.denoiser_factory is not None or any(policy.skipped(step) for step in range(len(plan.sigmas))):
+            return None
+        return plan.evaluations * -(-len(policy.branches) // self.request.max_batch_size)
+
+    def _pictures(self, index: int) -> Sequence[Tensor]:
+        if self.image_latents is not None:
+            return self.image_latents[index]
+        if not self.request.images:
+            return ()
+        plan, pipeline = self.plans[index], self.pipeline
+        report(self.progress, f"images for {plan.name}", 0, 1)
+        with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
+            encoded = encode_conditions(vae, self.request.images, plan.height, plan.width, device=pipeline.device)
+        report(self.progress, f"images for {plan.name}", 1, 1)
+        return encoded
+
+    def _stage(
+        self, index: int, policy: CFGPolicy, pictures: Sequence[Tensor], video: Tensor | None, audio: Tensor | None
+    ) -> dict[str, LatentState]:
+        plan, pipeline = self.plans[index], self.pipeline
+        transformer = pipeline.components.transformer
+        dtype = next(transformer.parameters()).dtype
+        place: dict[str, Any] = {"fps": self.request.frame_rate, "dtype": dtype, "device": pipeline.device}
+        place["spatial_ratio"] = pipeline.geometry.spatial_ratio
+        place["temporal_ratio"] = pipeline.geometry.temporal_ratio
+        state = LatentState.create(plan.video, latent=video, **place)
+        conditions = self._conditions(pictures)
+        if conditions:
+            ratio = pipeline.geometry.spatial_ratio
+            state = apply_image_conditions(
+                state, conditions, pictures, fps=self.request.frame_rate, spatial_ratio=ratio
+            )
+        states = {"video": state, "audio": LatentState.create(plan.audio, latent=audio, **place)}
+        scale = 1.0 if index == 0 else plan.sigmas[0]
+        for offset, name in enumerate(("video", "audio")):
+            given = None if self.initial_noise is None else self.initial_noise[2 * index + offset]
+            states[name] = states[name].noise(scale, generator=self.generator, noise=given)
+        settings = StageSettings(
+            plan.name,
+            plan.sampler,
+            torch.tensor(plan.sigmas, dtype=torch.float32),
+            self.request.eta,
+            self.request.max_batch_size,
+            None if self.sde_noise is None else self.sde_noise[index],
+        )
+        return run_stage(
+            transformer,
+            states,
+            policy,
+            settings,
+            conditioned=bool(conditions),
+            callback=self._step_callback(plan),
+            denoiser_factory=pipeline.denoiser_factory,
+        )
+
+    def _conditions(self, pictures: Sequence[Tensor]) -> Sequence[ImageCondition]:
+        if self.image_latents is not None and not self.request.images and len(pictures) == 1:
+            return (ImageCondition("", 0, 1.0),)
+        return self.request.images
+
+    def _step_callback(self, plan: StagePlan) -> Callable[[int, int, dict[str, Tensor]], None]:
+        def after_step(done: int, total: int, latents: dict[str, Tensor]) -> None:
+            report(self.progress, plan.name, done, total)
+            if self.callback is not None:
+                self.callback(plan.name, done, total, latents)
+
+        report(self.progress, plan.name, 0, plan.steps)
+        return after_step
+
+    def _upsample(self, video: Tensor) -> Tensor:
+        pipeline = self.pipeline
+        report(self.progress, "upsampling", 0, 1)
+        with pipeline.manager.component("upsampler", pipeline.components.upsampler) as upsampler:
+            larger = upsample_latent(upsampler, self._statistics(), video)
+        check_latent("upsampling", "video latent", larger)
+        report(self.progress, "upsampling", 1, 1)
+        return larger
+
+    def _statistics(self) -> Any:
+        """The video VAE, for its latent statistics; without one the latents are taken as normalised to mean 0 and std 1."""
+        components = self.pipeline.components
+        if components.video_vae is not None:
+            return components.video_vae
+        logger.warning("no video VAE is given: the upsampler takes mean 0 and std 1 for the latent statistics")
+        channels = self.pipeline.geometry.video_channels
+        return SimpleNamespace(latents_mean=torch.zeros(channels), latents_std=torch.ones(channels))

@@ -1,0 +1,355 @@
+"""One generation, checked before anything is loaded: what is asked for, and the shapes, sigmas and forwards that follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
+from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, TWO_STAGE_GUIDANCE, GuidanceRequest, GuidanceScales
+from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, require_frame_count
+from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
+
+PRODUCTION_BLOCKS = 48
+
+# The five leading tags are the published pipeline's (the model knows them); the rest covers the same ground in our words.
+DEFAULT_NEGATIVE_PROMPT = (
+    "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, "
+    "blurred, unfocused, burnt-out highlights, crushed shadows, flat contrast, washed-out colours, heavy noise, grain, "
+    "compression blocks, flicker, jitter, camera shake, ghosting, duplicated limbs, deformed hands, extra fingers, "
+    "warped face, waxy skin, stiff motion, frozen frame, watermark, logo, text overlay, silence, muffled sound, "
+    "distorted or robotic voice, echo, hiss, sound out of sync, unwanted speech, cartoon filter, generation artefacts"
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What distinguishes the generators that share this code.
+
+    sampler: "res2s" or "euler"; stages: 1 or 2; distilled_strengths: of the distilled LoRA in stage 1 and 2.
+    """
+
+    name: str
+    sampler: str
+    stages: int
+    steps: int
+    guidance: GuidanceRequest
+    distilled_strengths: tuple[float, float]
+
+
+PRESETS = {
+    "hq": Preset("hq", "res2s", 2, 15, HQ_GUIDANCE, (0.25, 0.5)),
+    "two-stage": Preset("two-stage", "euler", 2, 30, TWO_STAGE_GUIDANCE, (0.0, 1.0)),
+    "one-stage": Preset("one-stage", "euler", 1, 30, TWO_STAGE_GUIDANCE, (0.0, 0.0)),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ValueError: unknown name; the known ones are listed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"pipeline must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model's latents relate to pixels; the defaults are LTX-2.3's."""
+
+    spatial_ratio: int = 32
+    temporal_ratio: int = 8
+    video_channels: int = 128
+    audio_channels: int = 8
+    mel_bins: int = 16
+    blocks: int = PRODUCTION_BLOCKS
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, resolved: sizes, schedule and the number of forwards."""
+
+    name: str
+    height: int
+    width: int
+    video: VideoLatentShape
+    audio: AudioLatentShape
+    sigmas: tuple[float, ...]
+    sampler: str
+    branches: int
+
+    @property
+    def steps(self) -> int:
+        """Steps that a sampler reports: intervals of the schedule, and the clean last evaluation of res2s."""
+        return len(self.sigmas) - 1 + (1 if self.sampler == "res2s" and self.sigmas[-1] == 0 else 0)
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations: res2s takes two a step and one for a final zero, Euler one a step."""
+        steps = len(self.sigmas) - 1
+        if self.sampler == "euler":
+            return steps
+        return 2 * steps + (1 if self.sigmas[-1] == 0 else 0)
+
+    @property
+    def forwards(self) -> int:
+        """Transformer forwards when every branch runs in every evaluation."""
+        return self.evaluations * self.branches
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Everything that determines one generation; see `HQTwoStagePipeline.__call__` for the meaning of each field."""
+
+    prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str] = DEFAULT_NEGATIVE_PROMPT
+    images: Sequence[ImageCondition] = ()
+    preset: Preset = field(default_factory=lambda: PRESETS["hq"])
+    seed: int = 10
+    height: int = 1088
+    width: int = 1920
+    num_frames: int = 121
+    frame_rate: float = 24.0
+    steps: int | None = None
+    video_guidance: GuidanceScales | None = None
+    audio_guidance: GuidanceScales | None = None
+    eta: float = 0.5
+    audio_source: str = "stage1"
+    stage1_sigmas: Sequence[float] | None = None
+    stage2_sigmas: Sequence[float] | None = None
+    max_batch_size: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Number of videos: one per prompt."""
+        return 1 if isinstance(self.prompt, str) else len(self.prompt)
+
+    def prompts(self) -> list[str]:
+        """The prompts, one per video."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    def negative_prompts(self) -> list[str]:
+        """The negative prompts, one per video."""
+        if isinstance(self.negative_prompt, str):
+            return [self.negative_prompt] * self.batch
+        return list(self.negative_prompt)
+
+    def validate(self, geometry: Geometry | None = None, *, check_files: bool = True) -> None:
+        """Refuse what cannot be generated, in one sentence, before anything is loaded.
+
+        Raises:
+            ValueError, TypeError: the first parameter that is wrong, with the nearest legal value.
+        """
+        geometry = geometry or Geometry()
+        _require_texts(self.prompts(), self.negative_prompts())
+        _require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
+        _require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
+        require_frame_count(_whole("num_frames", self.num_frames), geometry.temporal_ratio)
+        _require_positive("frame_rate", self.frame_rate)
+        if not -(2**63) <= _whole("seed", self.seed) < 2**64:
+            raise ValueError(f"seed must be between -2^63 and 2^64 - 1, got {self.seed}")
+        if self.steps is not None and self.stage1_sigmas is None and _whole("steps", self.steps) < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}: use 2")
+        if self.audio_source not in ("stage1", "stage2"):
+            raise ValueError(f'audio_source must be "stage1" or "stage2", got {self.audio_source!r}')
+        if self.audio_source == "stage2" and self.preset.stages == 1:
+            raise ValueError('audio_source "stage2" needs a pipeline of two stages: use "stage1"')
+        if not (math.isfinite(self.eta) and 0 <= self.eta <= 1):
+            raise ValueError(f"eta must be between 0 and 1, got {self.eta}")
+        if _whole("max_batch_size", self.max_batch_size) < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}: use 1")
+        if self.audio_shape(geometry).frames < 1:
+            raise ValueError(
+                f"num_frames {self.num_frames} at {self.frame_rate} fps is shorter than one audio latent (1/25 s): use more frames"
+            )
+        for name, sigmas in (("stage1_sigmas", self.stage1_sigmas), ("stage2_sigmas", self.stage2_sigmas)):
+            if sigmas is not None:
+                _require_schedule(name, [float(sigma) for sigma in sigmas])
+        self._require_blocks(geometry)
+        validate_image_conditions(self.images, self.num_frames, check_files=check_files)
+
+    def _require_blocks(self, geometry: Geometry) -> None:
+        for name, scales in (("video", self.video_guidance), ("audio", self.audio_guidance)):
+            wrong = [b for b in (scales.stg_blocks if scales else ()) if not 0 <= b < geometry.blocks]
+            if wrong:
+                raise ValueError(f"{name} stg_blocks must be between 0 and {geometry.blocks - 1}, got {wrong}")
+
+    def video_shape(self, stage: int, geometry: Geometry) -> VideoLatentShape:
+        """Video latent of stage 1 (half size where there are two stages) or 2."""
+        divisor = self.preset.stages // stage
+        return VideoLatentShape.from_pixels(
+            self.num_frames,
+            self.height // divisor,
+            self.width // divisor,
+            channels=geometry.video_channels,
+            batch=self.batch,
+            spatial_ratio=geometry.spatial_ratio,
+            temporal_ratio=geometry.temporal_ratio,
+        )
+
+    def audio_shape(self, geometry: Geometry) -> AudioLatentShape:
+        """Audio latent of both stages."""
+        return AudioLatentShape.from_pixels(
+            self.num_frames,
+            self.frame_rate,
+            channels=geometry.audio_channels,
+            mel_bins=geometry.mel_bins,
+            batch=self.batch,
+        )
+
+    def guidance(self, geometry: Geometry) -> GuidanceRequest:
+        """Guidance of stage 1; a preset's STG block is moved to the same depth of the model."""
+        default = self.preset.guidance
+        return GuidanceRequest(
+            *(
+                given if given is not None else scale_blocks(preset, geometry.blocks)
+                for given, preset in ((self.video_guidance, default.video), (self.audio_guidance, default.audio))
+            )
+        )
+
+    def plan(self, geometry: Geometry | None = None) -> list[StagePlan]:
+        """The stages with their shapes, schedules and forwards."""
+        geometry = geometry or Geometry()
+        branches = branch_count(self.guidance(geometry))
+        first = self.video_shape(1, geometry)
+        steps = self.steps if self.steps is not None else self.preset.steps
+        sigmas = self.stage1_sigmas if self.stage1_sigmas is not None else ltx2_sigmas(steps, first.tokens).tolist()
+        divisor = self.preset.stages
+        plans = [
+            StagePlan(
+                "stage 1",
+                self.height // divisor,
+                self.width // divisor,
+                first,
+                self.audio_shape(geometry),
+                tuple(float(sigma) for sigma in sigmas),
+                self.preset.sampler,
+                branches,
+            )
+        ]
+        if divisor == 2:
+            later = self.stage2_sigmas if self.stage2_sigmas is not None else STAGE_2_SIGMAS
+            plans.append(
+                replace(
+                    plans[0],
+                    name="stage 2",
+                    height=self.height,
+                    width=self.width,
+                    video=self.video_shape(2, geometry),
+                    sigmas=tuple(float(sigma) for sigma in later),
+                    branches=1,
+                )
+            )
+        return plans
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device that a name asks for; None is the first CUDA device, else the CPU.
+
+    Raises:
+        ValueError: not a CPU or CUDA device, or one that this machine does not have.
+    """
+    count = torch.cuda.device_count()
+    legal = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+    if name is None:
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of {legal}, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be one of {legal}, got {str(name)!r}")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {str(name)!r} is not there: use one of {legal}")
+    return device
+
+
+def require_strength(name: str, strength: float) -> None:
+    """A LoRA strength is a finite number that is not negative.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not (isinstance(strength, (int, float)) and 0 <= strength < float("inf")):
+        raise ValueError(
+            f"{name}: the strength must be a finite number of at least 0, got {strength}: use 0 to switch it off"
+        )
+
+
+def image_conditions(images: Sequence[Any]) -> tuple[ImageCondition, ...]:
+    """Image conditions from what users write: conditions, "PATH[:FRAME[:STRENGTH]]", paths, or tuples."""
+    conditions = []
+    for item in images:
+        if isinstance(item, ImageCondition):
+            conditions.append(item)
+        elif isinstance(item, str):
+            conditions.append(parse_image_condition(item))
+        elif isinstance(item, Path):
+            conditions.append(ImageCondition(item))
+        else:
+            conditions.append(ImageCondition(*item))
+    return tuple(conditions)
+
+
+def branch_count(guidance: GuidanceRequest) -> int:
+    """Forwards of one guided evaluation: branches whose scale is void for both modalities do not run."""
+    scales = guidance.present.values()
+    extra = (any(s.cfg != 1 for s in scales), any(s.stg != 0 for s in scales), any(s.modality != 1 for s in scales))
+    return 1 + sum(extra)
+
+
+def scale_blocks(scales: GuidanceScales | None, blocks: int) -> GuidanceScales | None:
+    """A preset made for the published 48 blocks, moved to the same relative depth of another model."""
+    if blocks == PRODUCTION_BLOCKS or scales is None or not scales.stg_blocks:
+        return scales
+    return replace(scales, stg_blocks=tuple(sorted({b * blocks // PRODUCTION_BLOCKS for b in scales.stg_blocks})))
+
+
+def _require_texts(prompts: list[str], negatives: list[str]) -> None:
+    if not prompts:
+        raise ValueError("prompt must hold at least one text, got none")
+    for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
+        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise TypeError(f"{name} must be a text or a list of texts, got {wrong[0]}")
+    if len(negatives) != len(prompts):
+        raise ValueError(
+            f"negative_prompt must be one text, or one per prompt: {len(prompts)} prompts, {len(negatives)} given"
+        )
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return value
+
+
+def _require_side(name: str, value: int, multiple: int) -> None:
+    if _whole(name, value) >= multiple and value % multiple == 0:
+        return
+    below, above = value // multiple * multiple, -(-value // multiple) * multiple
+    if below < multiple:
+        raise ValueError(f"{name} {value} is not a positive multiple of {multiple}: use {multiple}")
+    nearest, other = (above, below) if above - value <= value - below else (below, above)
+    raise ValueError(f"{name} {value} is not a multiple of {multiple}: use {nearest} or {other}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def _require_schedule(name: str, sigmas: list[float]) -> None:
+    falling = all(later < earlier for earlier, later in pairwise(sigmas))
+    if len(sigmas) < 2 or not falling or not all(0 <= sigma <= 1 for sigma in sigmas):
+        raise ValueError(f"{name} must be at least two strictly falling numbers between 1 and 0, got {sigmas}")

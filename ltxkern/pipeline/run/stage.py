@@ -1,0 +1,144 @@
+"""One denoising stage: latent states, guided transformer forwards, and the sampler that joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltxkern.pipeline.model.inputs import ModalityInput
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_x0_batched
+from ltxkern.pipeline.parallel.by_token import SequenceParallel
+from ltxkern.pipeline.sampling.euler import euler_sample
+from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner, run_branches
+from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.res2s import res2s_sample
+from ltxkern.pipeline.sampling.state import Latents
+
+StepCallback = Callable[[int, int, dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How a stage is sampled.
+
+    sampler: "res2s" or "euler"; sigmas: schedule; eta: noise of a res2s step; max_batch_size: branches per forward;
+    sde_noise: ready noise of every res2s draw per modality, in the order of `res2s_sample`; seeded draws where None.
+    """
+
+    name: str
+    sampler: str
+    sigmas: Tensor
+    eta: float = 0.5
+    max_batch_size: int = 1
+    sde_noise: Mapping[str, Sequence[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class BranchForward:
+    """Turns the packed latents of a moment into the x0 predictions of guidance branches.
+
+    sequence: ranks over which the video tokens are shared out; None where this process has them all.
+    """
+
+    transformer: LTX2Transformer
+    states: Mapping[str, LatentState]
+    masked: bool
+    sequence: SequenceParallel | None = None
+
+    def inputs(self, latents: Mapping[str, Tensor], sigma: float, branch: CFGBranch) -> dict[str, Any]:
+        """Keyword arguments of `predict_x0` for one branch."""
+        arguments = dict(branch.kwargs)
+        contexts = {"video": arguments.pop("video_context"), "audio": arguments.pop("audio_context")}
+        for name, state in self.states.items():
+            mask = state.mask if self.masked else None
+            levels = state.levels if self.masked else None
+            arguments[name] = ModalityInput(latents[name], sigma, mask, state.positions, contexts[name], levels)
+        return {"video": None, "audio": None} | arguments
+
+    def __call__(self, latents: Mapping[str, Tensor], sigma: float, branch: CFGBranch) -> dict[str, Tensor]:
+        """x0 of one branch."""
+        return self.batched(latents, sigma, [branch])[0]
+
+    def batched(
+        self, latents: Mapping[str, Tensor], sigma: float, branches: Sequence[CFGBranch]
+    ) -> list[dict[str, Tensor]]:
+        """x0 of several branches from one forward."""
+        inputs = [self.inputs(latents, sigma, branch) for branch in branches]
+        return predict_x0_batched(self.transformer, inputs, self.sequence)
+
+
+def batched_runner(max_batch_size: int) -> Runner:
+    """A runner that takes up to `max_batch_size` branches into one forward; 1 runs them one after the other."""
+
+    def run(branches: Sequence[CFGBranch], forward: Any, latents: Latents, sigma: float) -> dict[str, Prediction]:
+        predictions: dict[str, Prediction] = {}
+        for start in range(0, len(branches), max_batch_size):
+            chunk = branches[start : start + max_batch_size]
+            results = forward.batched(latents, sigma, chunk)
+            predictions |= {branch.name: result for branch, result in zip(chunk, results, strict=True)}
+        return predictions
+
+    return run_branches if max_batch_size == 1 else run
+
+
+def run_stage(
+    transformer: LTX2Transformer,
+    states: Mapping[str, LatentState],
+    policy: CFGPolicy,
+    settings: StageSettings,
+    *,
+    conditioned: bool,
+    callback: StepCallback | None = None,
+    denoiser_factory: Callable[[CFGPolicy, BranchForward], Any] | None = None,
+) -> dict[str, LatentState]:
+    """Denoise the noised states of one stage.
+
+    Args:
+        transformer: weights of this stage's LoRA phase.
+        states: noised state per modality.
+        policy: built guidance policy.
+        settings: sampler, schedule and replay noise.
+        conditioned: whether any token is held by a mask; False spares per-token work everywhere.
+        callback: called after each step with (done, total, latents).
+        denoiser_factory: makes the denoiser from policy and forward; None runs the branches one after another.
+    Returns:
+        The states with the denoised latents, conditioning tokens removed.
+    Raises:
+        NonFiniteError: the stage ended in NaN or infinity.
+    """
+    forward = BranchForward(transformer, states, conditioned)
+    if denoiser_factory is not None:
+        denoiser = denoiser_factory(policy, forward)
+    else:
+        denoiser = GuidedDenoiser(policy, forward, runner=batched_runner(settings.max_batch_size))
+    latents = {name: state.latent for name, state in states.items()}
+    masks = {name: state.mask for name, state in states.items()} if conditioned else None
+    clean = {name: state.clean for name, state in states.items()} if conditioned else None
+    if settings.sampler == "res2s":
+        result = res2s_sample(
+            denoiser,
+            latents,
+            settings.sigmas,
+            masks=masks,
+            clean=clean,
+            eta=settings.eta,
+            noise=settings.sde_noise,
+            callback=callback,
+        )
+    else:
+        result = euler_sample(denoiser, latents, settings.sigmas, masks=masks, clean=clean, callback=callback)
+    done = {}
+    for name, state in states.items():
+        check_latent(settings.name, f"{name} latent", result[name])
+        done[name] = replace(state, latent=result[name]).clear_conditioning()
+    return done
+
+
+def seeded_generator(seed: int, device: torch.device | str) -> torch.Generator:
+    """The generator of one run's initial noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order."""
+    return torch.Generator(device).manual_seed(seed)

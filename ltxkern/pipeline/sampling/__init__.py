@@ -1,0 +1,1 @@
+"""What happens between two model calls: schedules, samplers, guidance, latent state."""

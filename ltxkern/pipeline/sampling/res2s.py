@@ -1,0 +1,202 @@
+"""The res2s sampler: two evaluations a step, fp64 arithmetic, SDE noise, and a clean last evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ltxkern.ops.normalize_noise import noise_statistics
+from ltxkern.ops.res2s import post_process, res2s_advance, res2s_midpoint
+from ltxkern.ops.res2s_step import Res2sStep, res2s_steps
+from ltxkern.pipeline.sampling.state import (
+    Callback,
+    Denoiser,
+    Latents,
+    SamplerState,
+    fp32,
+    sampler_state,
+    schedule_floats,
+)
+
+TAIL_SIGMA = fp32(0.0011)
+SUBSTEP_SEED_OFFSET = 10_000
+
+
+class _Noise(Protocol):
+    """Source of the noise of one step or substep: tensors, and their statistics where they are raw."""
+
+    def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]: ...
+
+
+class _DrawnNoise:
+    """Raw fp64 noise from two fresh generators on the latents' device, in one buffer per modality.
+
+    A buffer is free again before its next draw: the op that reads it is launched on the same stream in between.
+    """
+
+    def __init__(self, state: SamplerState, step_seed: int, substep_seed: int) -> None:
+        self._generators = {
+            substep: torch.Generator(state.device).manual_seed(seed)
+            for substep, seed in ((False, step_seed), (True, substep_seed))
+        }
+        self._buffers = [torch.empty_like(latent, dtype=torch.float64) for latent in state.latents]
+        self._statistics = [latent.new_empty((latent.shape[0], 3), dtype=torch.float64) for latent in state.latents]
+
+    def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        for buffer, statistics in zip(self._buffers, self._statistics, strict=True):
+            buffer.normal_(generator=self._generators[substep])
+            noise_statistics(buffer, out=statistics)
+        return self._buffers, self._statistics
+
+
+class _ReplayedNoise:
+    """Ready noise given by the caller: substep 0, step 0, substep 1, step 1, ... of each modality."""
+
+    def __init__(self, state: SamplerState, noise: Mapping[str, Sequence[Tensor]], count: int) -> None:
+        self._noise: list[list[Tensor]] = []
+        if set(noise) != set(state.names):
+            raise ValueError(f"noise must hold exactly {', '.join(state.names)}, got {', '.join(noise) or 'nothing'}")
+        for name, latent in zip(state.names, state.latents, strict=True):
+            tensors = list(noise[name])
+            if len(tensors) != count:
+                raise ValueError(f"noise[{name!r}] must hold {count} tensors (two a step), got {len(tensors)}")
+            for index, tensor in enumerate(tensors):
+                if tensor.shape != latent.shape:
+                    raise ValueError(
+                        f"noise[{name!r}][{index}] must have shape {tuple(latent.shape)}, got {tuple(tensor.shape)}"
+                    )
+                if tensor.device != latent.device:
+                    raise ValueError(f"noise[{name!r}][{index}] must be on {latent.device}, got {tensor.device}")
+            self._noise.append(tensors)
+
+    def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+        return [tensors[2 * step + (not substep)] for tensors in self._noise], None
+
+
+@torch.no_grad()
+def res2s_sample(
+    denoiser: Denoiser,
+    latents: Mapping[str, Tensor],
+    sigmas: Tensor | Iterable[float],
+    *,
+    masks: Mapping[str, Tensor | None] | None = None,
+    clean: Mapping[str, Tensor | None] | None = None,
+    noise_seed: int = -1,
+    substep_seed: int | None = None,
+    eta: float = 0.5,
+    anchor_refinement: bool = True,
+    model_dtype: torch.dtype | None = None,
+    noise: Mapping[str, Sequence[Tensor]] | None = None,
+    callback: Callback | None = None,
+) -> Latents:
+    """Denoise latents by the res2s sampler: a second-order exponential Runge-Kutta step with SDE noise on both of its stages.
+
+    One step from sigma to sigma': evaluate at sigma; `res2s_midpoint` to sqrt(sigma sigma') with substep noise; evaluate there;
+    `res2s_advance` to sigma' with step noise. A schedule that ends at 0 goes to 0.0011 instead and takes one more evaluation
+    there, whose prediction is the result: n steps are 2n + 1 evaluations (2n where the last sigma is positive).
+
+    Args:
+        denoiser: `denoiser(latents, sigma, *, step, substep) -> x0 by modality`. step counts from 0; substep is True at the
+            midpoint; the final evaluation has step n. The tensors handed to it are never written to again.
+        latents: "video" and/or "audio", packed (B, T, C), fp16 to fp64; not changed.
+        sigmas: decreasing noise levels, last one 0 or positive; rounded to fp32. A tensor on a GPU is read once, before the loop.
+        masks: fp32 (B, T, 1) per modality, 1 where a token is denoised, 0 where it stays `clean`; missing or None for all ones.
+        clean: (B, T, C) per modality; goes with its mask.
+        noise_seed: seed of the step noise.
+        substep_seed: seed of the substep noise; None for noise_seed + 10000. Both generators are fresh in every call.
+        eta: share of sigma' that each step adds as noise. The substep always uses 0.5.
+        anchor_refinement: whether small steps refine their anchor (closed form of the 100-iteration recursion).
+        model_dtype: dtype of the state between steps and of the result; None for the latents' own.
+        noise: ready fp64 noise instead of drawn one: per modality substep 0, step 0, substep 1, step 1, ... (2n tensors).
+        callback: called as `callback(done, total, latents)` after each step, done from 1; the final evaluation counts as one.
+    Returns:
+        Clean latents by modality, in the model dtype.
+    Raises:
+        TypeError, ValueError: each names the parameter. What the denoiser or the callback raises passes through.
+
+    Contract: state in the model dtype, everything between two evaluations in fp64. Noise is drawn in fp64 on the latents' device
+    (video before audio) and standardised per sample. Nothing reads a device value on the host inside the loop.
+    Source: the res2s sampler of LTX-2; Hochbruck and Ostermann 2005.
+    """
+    state = sampler_state(latents, masks, clean, model_dtype)
+    levels = schedule_floats(sigmas)
+    clean_end = levels[-1] == 0.0
+    if clean_end:
+        if not levels[-2] > TAIL_SIGMA:
+            raise ValueError(f"sigmas: the last level before 0 must be above {TAIL_SIGMA:.4f}, got {levels[-2]}")
+        levels[-1] = TAIL_SIGMA
+    steps = res2s_steps(levels, eta, anchor_refinement=anchor_refinement)
+    source: _Noise
+    if noise is not None:
+        source = _ReplayedNoise(state, noise, 2 * len(steps))
+    else:
+        source = _DrawnNoise(
+            state, noise_seed, noise_seed + SUBSTEP_SEED_OFFSET if substep_seed is None else substep_seed
+        )
+    return _run(denoiser, state, steps, source, clean_end, callback)
+
+
+def _run(
+    denoiser: Denoiser,
+    state: SamplerState,
+    steps: Sequence[Res2sStep],
+    source: _Noise,
+    clean_end: bool,
+    callback: Callback | None,
+) -> Latents:
+    total = len(steps) + clean_end
+    current = state.latents
+    anchors = [torch.empty_like(latent, dtype=torch.float64) for latent in current]
+    for index, step in enumerate(steps):
+        x0 = state.predict(denoiser, current, step.sigma, index, False)
+        current = _half_steps(denoiser, state, current, x0, anchors, index, step, source)
+        if callback is not None:
+            callback(index + 1, total, state.named(current))
+    if clean_end:
+        x0 = state.predict(denoiser, current, TAIL_SIGMA, len(steps), False)
+        triples = zip(x0, state.masks, state.cleans, strict=True)
+        current = [post_process(value, mask, clean).to(state.dtype) for value, mask, clean in triples]
+        if callback is not None:
+            callback(total, total, state.named(current))
+    return state.named(current)
+
+
+def _half_steps(
+    denoiser: Denoiser,
+    state: SamplerState,
+    current: list[Tensor],
+    x0: list[Tensor],
+    anchors: list[Tensor],
+    index: int,
+    step: Res2sStep,
+    source: _Noise,
+) -> list[Tensor]:
+    """From the prediction at sigma to the state at sigma_next; the anchors are scratch."""
+    noise, statistics = source.next(index, substep=True)
+    midpoints = [torch.empty_like(latent) for latent in current]
+    res2s_midpoint(
+        current,
+        x0,
+        noise,
+        step,
+        mask=state.masks,
+        clean=state.cleans,
+        noise_stats=statistics,
+        out=(midpoints, anchors),
+    )
+    x0_mid = state.predict(denoiser, midpoints, step.sigma_sub, index, True)
+    noise, statistics = source.next(index, substep=False)
+    return res2s_advance(
+        anchors,
+        x0,
+        x0_mid,
+        noise,
+        step,
+        mask=state.masks,
+        clean=state.cleans,
+        noise_stats=statistics,
+        model_dtype=state.dtype,
+    )

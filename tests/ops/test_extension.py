@@ -1,0 +1,141 @@
+"""The compiled tier's plumbing: instruction sets, raw addresses, refusals, and the package without the extension."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltxkern
+from ltxkern.compiled import extension
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled.steps import Argument, pack
+from tests.ops.contract import noise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_extension = pytest.mark.skipif(
+    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
+)
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+COMPARE = """
+import torch, ltxkern
+from ltxkern.compiled import extension
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for shape, groups in (((2, 12, 5, 7), 4), ((1, 4, 2311), 2), ((1, 35, 3), 5)):
+        for last in (False, True):
+            x = torch.randn(shape).to(dtype)
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+            weight = torch.randn(shape[1])
+            with ltxkern.use_backend("cpu"):
+                ours = ltxkern.group_norm_silu(x, weight, weight, groups), ltxkern.pixel_norm_silu(x, weight=weight)
+            wanted = (
+                ltxkern.reference.group_norm_silu(x.double(), weight.double(), weight.double(), groups),
+                ltxkern.reference.pixel_norm_silu(x.float(), 1e-8, weight),
+            )
+            for one, other in zip(ours, wanted):
+                tolerance = 2 * torch.finfo(dtype).eps
+                torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=max(tolerance, 4e-6))
+print(extension.module().isa())
+"""
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_sets(isa: str) -> None:
+    done = run(COMPARE, LTXKERN_CPU_ISA=isa)
+    if "this processor has no" in done.stderr:
+        pytest.skip(f"{isa} OBJECTS NOT TESTED: this processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == isa
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_named() -> None:
+    done = run("import ltxkern; print(ltxkern.capabilities()['group_norm_silu']['cpu'])", LTXKERN_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "LTXKERN_CPU_ISA must be base, avx2 or avx512, got sse9" in done.stderr
+
+
+@needs_extension
+def test_raw_addresses_give_the_same_bits() -> None:
+    x, weight = noise(1, 6, 37), noise(6, seed=1)
+    plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    case = group_norm.describe(plain, x, weight, weight, 3, 1e-5, None, None)
+    plan = extension.module().CpuPlan(group_norm.ARGUMENTS)
+    for call in group_norm.cpu_calls(case):
+        plan.add_call(call.kernel, *pack(call.parameters))
+    plan(1, plain, x, weight, weight, None, None, None)
+    plan.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
+    assert torch.equal(plain, raw)
+    with pytest.raises(TypeError, match="takes 7 addresses"):
+        plan.raw(1, [0])
+
+
+@needs_extension
+def test_meta_tensors_and_wrong_arguments_are_refused() -> None:
+    plan = extension.module().CpuPlan(1)
+    with pytest.raises(KeyError, match="no CPU kernel"):
+        plan.add_call("no_such_kernel<f32>", b"", [])
+    with pytest.raises(TypeError, match="takes 1 tensors"):
+        plan(1)
+    with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)):
+        plan(1, "not a tensor")
+
+
+def test_parameters_are_eight_byte_fields() -> None:
+    packed, relocations = pack((Argument(2, 16), None, -3, 0.5))
+    assert packed == bytes(16) + (-3).to_bytes(8, "little", signed=True) + bytes.fromhex("000000000000e03f")
+    assert relocations == [(0, 2, 16)]
+
+
+def test_the_package_works_without_the_extension() -> None:
+    script = (
+        "import sys; sys.modules['ltxkern._C'] = None\n"
+        "import torch, ltxkern\n"
+        "y = ltxkern.group_norm_silu(torch.ones(1, 4, 3), None, None, 2)\n"
+        "assert ltxkern.backends()[-1] == 'torch' and 'cpu' not in ltxkern.backends()\n"
+        "print(ltxkern.capabilities()['group_norm_silu']['cpu'])"
+    )
+    done = run(script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ltxkern._C" in done.stdout
+
+
+def test_importing_touches_nothing() -> None:
+    script = (
+        "import sys, ltxkern; print([m for m in ('ltxkern._C', 'cupy', 'triton', 'diffusers') if m in sys.modules])"
+    )
+    assert run(script).stdout.strip() == "[]"
+
+
+def test_a_switched_off_backend_says_so() -> None:
+    done = run(
+        "import ltxkern; print(ltxkern.capabilities()['group_norm_silu']['cpu'])", LTXKERN_DISABLE="group_norm_silu:cpu"
+    )
+    assert "switched off" in done.stdout
+
+
+@pytest.mark.parametrize("entry", ["no_such_op:cpu", "gpu"])
+def test_a_wrong_entry_of_what_is_switched_off_is_an_error(entry: str) -> None:
+    done = run("import torch, ltxkern; ltxkern.pixel_norm_silu(torch.ones(1, 4, 3))", LTXKERN_DISABLE=f"torch,{entry}")
+    assert done.returncode != 0
+    assert f"LTXKERN_DISABLE={entry}: unknown" in done.stderr
+
+
+@needs_extension
+def test_receipts_name_the_backend() -> None:
+    with ltxkern.use_backend("cpu"):
+        ltxkern.pixel_norm_silu(torch.ones(1, 4, 3))
+    assert "cpu" in ltxkern.dispatch.served()["pixel_norm_silu"]

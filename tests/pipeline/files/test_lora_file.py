@@ -1,0 +1,97 @@
+"""LoRA files: official names, what fits, and what is said when it does not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ltxkern.pipeline.files.checkpoint import (
+    CheckpointError,
+    load_lora,
+)
+from ltxkern.pipeline.files.demo import build_demo, demo_lora
+from ltxkern.pipeline.model.components import Components
+
+
+@pytest.fixture(scope="module")
+def demo() -> Components:
+    return build_demo()
+
+
+def lora_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None) -> Path:
+    tensors = {key: value.contiguous() for key, value in demo_lora().items()}
+    change(tensors)
+    save_file(tensors, path / "lora.safetensors")
+    return path / "lora.safetensors"
+
+
+def test_lora_fits_every_linear(demo: Components, tmp_path: Path) -> None:
+    transformer = demo.transformer
+    assert transformer is not None
+    lora = load_lora(lora_file(tmp_path), transformer=transformer)
+    linears = {name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(lora) == linears
+    for name, (a, b, alpha) in lora.items():
+        assert (b @ a).shape == transformer.get_submodule(name).weight.shape
+        assert alpha is None
+    assert "time_embed.linear" in lora
+    assert "audio_time_embed.emb.timestep_embedder.linear_1" in lora
+    assert "av_cross_attn_video_a2v_gate.linear" in lora
+
+
+def test_lora_alpha_and_connector_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["diffusion_model.proj_out.alpha"] = torch.tensor(8.0)
+        tensors["diffusion_model.video_embeddings_connector.x.lora_A.weight"] = torch.ones(4, 3)
+
+    lora = load_lora(lora_file(tmp_path, change))
+    assert lora["proj_out"][2] == 8.0
+    assert not any("connector" in name for name in lora)
+    assert "1 keys of the text connectors are left out" in caplog.text
+
+
+def test_lora_with_diffusers_names(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({f"transformer.proj_in.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}, path)
+    assert set(load_lora(path)) == {"proj_in"}
+
+
+A, B = "diffusion_model.proj_out.lora_A.weight", "diffusion_model.proj_out.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(B), r"1 modules without lora_A or lora_B: proj_out"),
+        (lambda t: t.pop(A), r"1 modules without lora_A or lora_B: proj_out"),
+        (lambda t: t.update({A: torch.ones(3, 64)}), r"1 pairs that are not \(R, in\) and \(out, R\): proj_out"),
+        (
+            lambda t: t.update({A: torch.ones(4, 65)}),
+            r"1 of the wrong shape: proj_out \(expected \(16, 64\), got \(16, 65\)\)",
+        ),
+        (
+            lambda t: t.update(
+                {A.replace("proj_out", "nothing"): t[A] + 1, B.replace("proj_out", "nothing"): t[B] + 1}
+            ),
+            "1 modules the transformer does not have: nothing",
+        ),
+        (lambda t: t.update({"weight": torch.ones(1)}), "expected keys diffusion_model.*got weight"),
+        (lambda t: t.clear(), "expected keys diffusion_model.*got none"),
+    ],
+    ids=["no-B", "no-A", "rank", "shape", "module", "keys", "empty"],
+)
+def test_lora_misfit(demo: Components, tmp_path: Path, change: Callable, message: str) -> None:
+    path = lora_file(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_lora(path, transformer=demo.transformer)
+    assert str(path) in str(error.value)
+
+
+def test_lora_that_fits_nothing(demo: Components, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({f"diffusion_model.double_blocks.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}, path)
+    with pytest.raises(CheckpointError, match=r"does not have: double_blocks\.0"):
+        load_lora(path, transformer=demo.transformer)

@@ -1,0 +1,76 @@
+"""Small transformers with LoRAs for the tests of phases, and what a fresh merge makes of their weights."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.memory.merge import merge_phase
+
+
+class Blocks(nn.Module):
+    """An outer Linear, `transformer_blocks` of two Linears and a buffer each, and an outer Linear with another shape."""
+
+    def __init__(self, width: int, hidden: int, blocks: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(blocks)
+        )
+        self.proj_out = nn.Linear(width, 3)
+        self.register_buffer("table", torch.ones(width))
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj_in(x) * self.table
+        for block in self.transformer_blocks:
+            x = x + block(x)
+        return self.proj_out(x)
+
+
+def small_model(
+    *, seed: int = 0, width: int = 48, hidden: int = 80, blocks: int = 3, dtype: torch.dtype = torch.bfloat16
+) -> Blocks:
+    """Random weights of std 0.02."""
+    torch.manual_seed(seed)
+    model = Blocks(width, hidden, blocks, dtype)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.02)
+    return model
+
+
+def random_lora(name: str, model: nn.Module, *, seed: int, rank: int = 7, size: float = 0.2) -> LoRA:
+    """Factors for every Linear; at strength 1 the product has `size` times the spread of the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            a = torch.randn(rank, module.in_features, generator=generator)
+            b = torch.randn(module.out_features, rank, generator=generator)
+            b *= size * module.weight.float().std() / rank**0.5
+            dtype = module.weight.dtype
+            factors[module_name] = LoRAFactors(a.to(dtype), b.to(dtype))
+    return LoRA(name, factors)
+
+
+def linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights of all Linears by module name."""
+    return {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def fresh_merges(
+    pristine: Mapping[str, Tensor], phases: Sequence[LoRAPhase], rounding: str = "reference"
+) -> dict[LoRAPhase, dict[str, Tensor]]:
+    """Every phase merged into copies of the pristine weights."""
+    merge = functools.partial(merge_phase, rounding=rounding)
+    return {phase: {name: merge(w.clone(), name, phase) for name, w in pristine.items()} for phase in phases}
+
+
+def assert_weights(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    """The Linears hold exactly these bits."""
+    for name, weight in expected.items():
+        found = model.get_submodule(name).weight
+        assert found.dtype == weight.dtype
+        assert torch.equal(found.view(-1).view(torch.uint8), weight.view(-1).view(torch.uint8)), name

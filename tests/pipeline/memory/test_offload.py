@@ -1,0 +1,327 @@
+"""Offloading: blocks that visit the device merge on arrival and leave as they came; modules that are lent."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ltxkern.pipeline.files.lora import NO_LORA, lora_phases
+from ltxkern.pipeline.memory import offload, stores
+from ltxkern.pipeline.memory.host_copy import HostCopy, Lender, module_bytes, module_tensors, storages
+from ltxkern.pipeline.memory.host_memory import HostBudget
+from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.test_timeline import SimulatedClock
+
+
+def merged_copy(model, weights):
+    merged = copy.deepcopy(model)
+    for name, weight in weights.items():
+        merged.get_submodule(name).weight.copy_(weight)
+    return merged
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
+    model = small_model(blocks=blocks)
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    expected = fresh_merges(pristine, [*phases, NO_LORA])
+    reference = {phase: merged_copy(model, weights) for phase, weights in expected.items()}
+    x = torch.randn(2, 48).bfloat16()
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.mode == "original"
+        assert "one by one" in manager.describe()
+        seen = {}
+        for index, block in enumerate(model.transformer_blocks):
+            block[1].register_forward_pre_hook(
+                lambda *_, index=index, block=block: seen.__setitem__(index, block[0].weight.clone())
+            )
+        for phase in (phases[0], phases[1], phases[0], NO_LORA, phases[1]):
+            manager.switch_lora_phase(phase)
+            for _ in range(2):
+                assert torch.equal(model(x), reference[phase](x))
+                for index, weight in seen.items():
+                    assert torch.equal(weight, expected[phase][f"transformer_blocks.{index}.0"])
+        # Two blocks at most are on the device beside the weights outside of them.
+        block_bytes = sum(p.nbytes for p in model.transformer_blocks[0].parameters())
+        assert manager.store.extra_device_bytes <= 2 * block_bytes
+    assert_weights(model, pristine)
+
+
+def test_a_failure_while_blocks_are_settled_is_undone(monkeypatch):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    closed = []
+    real, calls = HostCopy.__init__, iter(range(10))
+
+    def init(self, *args, **kwargs):
+        if next(calls) == 2:
+            raise MemoryError
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(HostCopy, "close", lambda self: closed.append(self))
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        phases = lora_phases([], random_lora("distilled", model, seed=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(HostCopy, "__init__", init)
+            with pytest.raises(MemoryError):
+                manager.prepare(*phases)
+        assert len(closed) == 2
+        assert_weights(model, pristine)
+        manager.prepare(*phases)
+    assert_weights(model, pristine)
+
+
+def test_an_offloaded_forward_that_fails_can_be_repeated(monkeypatch):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    reference = merged_copy(model, fresh_merges(pristine, phases)[phases[0]])
+    x = torch.randn(2, 48).bfloat16()
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        for failing in range(6):
+            calls = iter(range(100))
+            real = stores.merge_phase
+
+            def merge(*args, calls=calls, failing=failing, real=real, **kwargs):
+                if next(calls) == failing:
+                    raise KeyboardInterrupt
+                return real(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(stores, "merge_phase", merge)
+                with pytest.raises(KeyboardInterrupt):
+                    model(model(x) @ torch.ones(3, 48).bfloat16())
+            assert torch.equal(model(x), reference(x))
+    assert_weights(model, pristine)
+
+
+def test_the_next_block_travels_while_one_computes():
+    clock = SimulatedClock()
+    model = small_model(blocks=4)
+    with TwoStageDeviceManager("original", offload=True, clock=clock) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        for index, block in enumerate(model.transformer_blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: clock.run(f"compute block {index}", 10.0))
+        model(torch.randn(1, 48).bfloat16())
+    for index in range(1, 4):
+        fetched, before = clock.first(f"fetch transformer_blocks.{index}"), clock.first(f"compute block {index - 1}")
+        assert fetched.stream == "side"
+        assert fetched.start < before.end
+        assert clock.first(f"compute block {index}").start >= fetched.end
+
+
+class Shared(nn.Module):
+    """Two parameters and a buffer in one storage, a tied weight, an empty parameter."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.arange(12.0)
+        self.first = nn.Parameter(base[:6].view(2, 3))
+        self.second = nn.Parameter(base[4:8])
+        self.register_buffer("third", base[8:])
+        self.tied = self.first
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+
+def test_shared_storages_are_counted_and_moved_once():
+    module = Shared()
+    assert len(storages(module)) == 1
+    assert module_bytes(module) == 48
+    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    home = module.first.data_ptr()
+    copy_of = HostCopy(module, HostBudget(0), pin=False)
+    # Another place on the same machine: "cpu:0" differs from "cpu", so that the storages are really copied.
+    copy_of.lend(torch.device("cpu", 0))
+    assert module.first.data_ptr() != home
+    assert module.tied is module.first
+    assert len(storages(module)) == 1
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    module.first.data[0, 0] = 99
+    copy_of.take_home()
+    assert module.first.data_ptr() == home
+    assert module.first[0, 0] == 0
+
+
+def test_a_failure_while_moving_leaves_the_module_at_home(monkeypatch):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    home = [parameter.data_ptr() for parameter in module.parameters()]
+    copies = HostCopy(module, HostBudget(0), pin=False)
+    real, calls = torch.empty, iter(range(100))
+
+    def empty(*args, **kwargs):
+        if kwargs.get("dtype") is torch.uint8 and next(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("full")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        copies.lend(torch.device("cpu", 0))
+    assert [parameter.data_ptr() for parameter in module.parameters()] == home
+
+
+class TestLender:
+    """Another place on the same machine stands for the device: "cpu:0" differs from "cpu", so that storages are copied."""
+
+    @pytest.fixture
+    def lender(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.UntypedStorage, "is_pinned", lambda self, device="cuda": False)
+        self.taken = []
+
+        def allocate(shape, dtype):
+            self.taken.append(shape.numel())
+            return torch.empty(shape, dtype=dtype)
+
+        made = Lender(torch.device("meta"), HostBudget(10_000, allocate))
+        made._device = torch.device("cpu", 0)
+        # Modules on the host do not count as being there.
+        monkeypatch.setattr("ltxkern.pipeline.memory.host_copy._is_on", lambda module, device: False)
+        return made
+
+    def test_a_module_that_comes_again_is_pinned_once(self, lender):
+        module = nn.Linear(8, 8)
+        before = module.weight.detach().clone()
+        for _ in range(3):
+            with lender.lent("part", module, keep=False):
+                assert torch.equal(module.weight, before)
+        assert len(self.taken) == 2
+        assert lender._budget.used > 0
+        lender.close()
+        assert lender._budget.used == 0
+        assert torch.equal(module.weight, before)
+
+    def test_another_module_or_other_weights_take_its_place(self, lender):
+        first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+        with lender.lent("part", first, keep=False):
+            pass
+        used = lender._budget.used
+        with lender.lent("part", second, keep=False):
+            pass
+        assert lender._budget.used == used
+        second.weight.data = torch.ones(8, 8)
+        with lender.lent("part", second, keep=False):
+            assert second.weight.sum() == 64
+        assert lender._budget.used == used
+
+    def test_what_comes_once_or_has_no_room_stays_pageable(self, lender):
+        with lender.lent("text", nn.Linear(8, 8), keep=False, once=True):
+            pass
+        assert not lender._copies
+        with lender.lent("large", nn.Linear(80, 80), keep=False):
+            pass
+        assert lender._budget.used == 0
+
+    def test_what_is_kept_comes_home_at_the_end_and_after_an_error(self, lender):
+        module = nn.Linear(8, 8)
+        with lender.lent("part", module, keep=True):
+            there = module.weight.data_ptr()
+        assert module.weight.data_ptr() == there
+        lender.close()
+        assert module.weight.data_ptr() != there
+
+        def fail():
+            with lender.lent("part", module, keep=True):
+                assert module.weight.data_ptr() != home
+                raise KeyError
+
+        home = module.weight.data_ptr()
+        with pytest.raises(KeyError):
+            fail()
+        assert lender._copies["part"].is_home()
+
+
+def test_offloading_brings_the_weights_outside_the_blocks_home_again():
+    model = small_model(blocks=2)
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        outer = manager.store._outer
+        found = {id(tensor) for tensor, place in outer if place.type == "cpu"}
+        assert found == {id(t) for t in (*model.proj_in.parameters(), *model.proj_out.parameters(), model.table)}
+        # Another place on the same machine: "cpu:0" differs from "cpu", so that the storages are really copied.
+        manager.store._outer = [(tensor, torch.device("cpu", 0)) for tensor, _ in outer]
+        there = {id(tensor): tensor.data_ptr() for tensor, _ in outer}
+    assert all(tensor.data_ptr() != there[id(tensor)] for tensor in (*model.proj_in.parameters(), model.table))
+
+
+def test_tensors_that_share_memory_go_on_sharing_it_when_they_are_moved():
+    module = Shared()
+    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    home = module.first.data_ptr()
+    offload._move((tensor, torch.device("cpu", 0)) for tensor in module_tensors(module))
+    assert module.first.data_ptr() != home
+    assert len(storages(module)) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Blocks and other weights seem to lie on a GPU; what is moved there is written down, and may find no room."""
+    state = {"full": False, "moved": {}}
+    real = offload._move
+
+    def move(tensors):
+        for tensor, place in tensors:
+            if state["full"] and place.type == "cuda":
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nMore words.")
+            real([(tensor, torch.device("cpu"))])
+            state["moved"][id(tensor)] = place
+
+    monkeypatch.setattr(offload, "_place", lambda tensor: torch.device("cuda", 0))
+    monkeypatch.setattr(offload, "_move", move)
+    return state
+
+
+def attach_and_close(model):
+    """One offloaded request, and what the table of places says after `prepare`."""
+    with TwoStageDeviceManager("original", offload=True) as manager:
+        manager.attach(model)
+        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+        inside = {id(t) for t in module_tensors(model.transformer_blocks)}
+        model(torch.randn(2, 48).bfloat16())
+        return inside
+
+
+def test_blocks_that_were_on_the_gpu_return_there(elsewhere):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    attach_and_close(model)
+    assert set(elsewhere["moved"]) == {id(tensor) for tensor in module_tensors(model)}
+    assert set(elsewhere["moved"].values()) == {torch.device("cuda", 0)}
+    assert_weights(model, pristine)
+
+
+def test_blocks_that_find_no_room_stay_on_the_host_together(elsewhere, monkeypatch, caplog):
+    model = small_model(blocks=3)
+    pristine = linear_weights(model)
+    real = offload.OffloadStore._take_back
+
+    def take_back(self):
+        # The last block finds no room.
+        elsewhere["full"] = True
+        tensors = [tensor for tensor, _ in self._away]
+        self._away = [(t, torch.device("cuda" if t is tensors[-1] else "meta")) for t in tensors]
+        real(self)
+
+    monkeypatch.setattr(offload.OffloadStore, "_take_back", take_back)
+    inside = attach_and_close(model)
+    assert {elsewhere["moved"][key] for key in inside} == {torch.device("cpu")}
+    assert caplog.messages == [
+        "the transformer's blocks stay on the host: CUDA out of memory. Tried to allocate 2 MiB."
+    ]
+    assert_weights(model, pristine)
+
+
+def test_modules_without_weights_can_be_lent():
+    with Lender(torch.device("cpu"), HostBudget(0)).lent("nothing", nn.Identity(), keep=False):
+        pass

@@ -1,0 +1,333 @@
+"""Output files: colours, mp4 contents, determinism, atomic writing, and one clear sentence for what cannot be written."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import wave
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from ltxkern.pipeline.results.atomic import output_kind, writable_output
+from ltxkern.pipeline.results.media import (
+    probe_mp4,
+    rgb_to_yuv420,
+    to_int16,
+    write_frames,
+    write_latents,
+    write_mp4,
+)
+
+ROOT = Path(__file__).parents[3]
+
+
+def video(frames: int, height: int = 48, width: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Slowly changing colours that survive compression."""
+    t = torch.linspace(0, 1, frames).view(-1, 1, 1)
+    y, x = torch.linspace(0, 1, height).view(1, -1, 1), torch.linspace(0, 1, width).view(1, 1, -1)
+    planes = torch.broadcast_tensors(0.5 + 0.4 * (x - 0.5), 0.2 + 0.5 * y, 0.3 + 0.4 * t)
+    return torch.stack(planes, dim=-1).to(dtype)
+
+
+def tone(samples: int) -> Tensor:
+    time = torch.arange(samples) / 48000
+    return torch.stack((0.5 * torch.sin(2764 * time), 0.25 * torch.sin(5529 * time)))
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_yuv_of_known_colours(dtype: torch.dtype) -> None:
+    colours = {
+        (0, 0, 0): (16, 128, 128),
+        (1, 1, 1): (235, 128, 128),
+        (1, 0, 0): (62, 102, 240),
+        (0, 1, 0): (172, 41, 26),
+        (0, 0, 1): (31, 240, 117),
+    }
+    for rgb, (y, u, v) in colours.items():
+        packed = rgb_to_yuv420(torch.tensor(rgb, dtype=dtype).expand(2, 4, 6, 3))
+        assert packed.shape == (2, 6, 6)
+        assert packed.dtype == torch.uint8
+        planes = packed[1].flatten().int()
+        expected = torch.tensor([y] * 24 + [u] * 6 + [v] * 6)
+        assert (planes - expected).abs().max() <= 1
+
+
+def test_yuv_averages_chroma_and_truncates() -> None:
+    chunk = torch.zeros(1, 2, 2, 3)
+    chunk[0, 0, 0] = torch.tensor([1.0, 0.0, 0.0])
+    packed = rgb_to_yuv420(chunk).flatten().tolist()
+    assert packed == [int(0.2126 * 219 + 16), 16, 16, 16, int(128 - 0.1146 / 4 * 224), int(128 + 0.5 / 4 * 224)]
+
+
+def test_yuv_refuses_odd_sides() -> None:
+    for shape in ((1, 3, 4, 3), (1, 4, 3, 3), (1, 4, 4, 4), (4, 4, 3)):
+        with pytest.raises(ValueError, match="chunk must be"):
+            rgb_to_yuv420(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fps", [24.0, 23.976, 30000 / 1001, 12.5])
+def test_mp4_holds_what_was_written(tmp_path: Path, dtype: torch.dtype, fps: float) -> None:
+    path = tmp_path / "a.mp4"
+    seen: list[int] = []
+    source = video(17, dtype=dtype)
+    write_mp4(path, source.split([5, 12]), tone(33120), fps, progress=seen.append)
+    info = probe_mp4(path)
+    assert (info.frames, info.height, info.width) == (17, 48, 64)
+    assert (info.audio_rate, info.channels) == (48000, 2)
+    assert abs(info.fps - fps) < 1e-3
+    assert 33120 <= info.audio_samples < 33120 + 3 * 1024
+    assert seen == list(range(1, 18))
+    assert leftovers(tmp_path) == ["a.mp4"]
+
+
+def test_mp4_colours_and_sound_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    source = video(9)
+    write_mp4(path, [source], tone(24000), 24.0)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        tags = (context.color_primaries, context.color_trc, context.colorspace, context.color_range)
+        assert tags == (1, 1, 1, 1)
+        assert context.pix_fmt == "yuv420p"
+        frames = []
+        for frame in container.decode(stream):
+            assert frame.pts * stream.time_base == Fraction(len(frames), 24)
+            y, u, v = (
+                np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width].astype(int)
+                for plane in frame.planes
+            )
+            frames.append(np.concatenate((y.ravel(), u.ravel(), v.ravel())))
+    expected = rgb_to_yuv420(source).flatten(1).int().numpy()
+    assert np.abs(np.stack(frames) - expected).mean() < 1.5
+    with av.open(str(path)) as container:
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)[:, :24000]
+    assert np.abs(heard - tone(24000).numpy())[:, 2048:-2048].mean() < 0.01
+
+
+def test_mp4_without_sound(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", [video(1)])
+    info = probe_mp4(tmp_path / "a.mp4")
+    assert (info.frames, info.audio_rate, info.channels, info.audio_samples) == (1, 0, 0, 0)
+
+
+SCRIPT = """
+import os, sys
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+from ltxkern.pipeline.results.media import write_mp4
+from tests.pipeline.results.test_media import tone, video
+write_mp4(sys.argv[1], video(33, 96, 128).split(9), tone(66000), 24.0)
+"""
+
+
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    """Also in another process, on one core only, with another thread count."""
+    first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
+    write_mp4(first, video(33, 96, 128).split(9), tone(66000), 24.0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(second)], env=environment, check=True)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException], after: int) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def chunks() -> Iterator[Tensor]:
+        if after:
+            yield video(40)
+        raise error
+
+    with pytest.raises(error):
+        write_mp4(path, chunks(), tone(4800))
+    assert path.read_bytes() == b"old"
+    folder = tmp_path / "frames"
+    with pytest.raises(error):
+        write_frames(folder, chunks(), tone(4800))
+    assert leftovers(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "audio", "fps", "words"),
+    [
+        ([], None, 24.0, "at least one frame"),
+        ([video(1), video(1, 32)], None, 24.0, "chunks must all be"),
+        ([video(1, 47)], None, 24.0, "even H and W"),
+        ([video(1)], torch.zeros(1, 9), 24.0, r"audio must be \(2, samples\)"),
+        ([video(1)], None, 0.0, "fps must be"),
+        ([video(1)], None, float("nan"), "fps must be"),
+    ],
+)
+def test_mp4_refuses(tmp_path: Path, chunks: list[Tensor], audio: Tensor | None, fps: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        write_mp4(tmp_path / "a.mp4", chunks, audio, fps)
+    assert leftovers(tmp_path) == []
+
+
+@contextlib.contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Writes beyond `limit` bytes of a file fail, as on a file system with a maximum file size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_anything(path: Path) -> None:
+    """Noise, so that every kind of output is large."""
+    noise = torch.rand(24, 96, 128, 3, generator=torch.Generator().manual_seed(0))
+    kind = output_kind(path)
+    if kind == "mp4":
+        write_mp4(path, noise.split(8), tone(48000))
+    elif kind == "latents":
+        write_latents(path, noise, None)
+    else:
+        write_frames(path, noise.split(8), tone(48000))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.safetensors", "a"])
+@pytest.mark.parametrize("limit", [1, 5000, 20000])
+def test_a_file_that_cannot_grow(tmp_path: Path, name: str, limit: int) -> None:
+    expected = f"{name}' failed: the file grew too big; nothing was written there"
+    with pytest.raises(OSError, match=re.escape(expected)), file_size_limit(limit):
+        write_anything(tmp_path / name)
+    assert leftovers(tmp_path) == []
+    write_anything(tmp_path / name)
+    assert leftovers(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("missing", [1, 100, 1500, 4000])
+def test_mp4_that_fails_while_it_is_closed(tmp_path: Path, missing: int) -> None:
+    """The last bytes are written while the muxer closes, where errors are easily lost."""
+    path = tmp_path / "a.mp4"
+    write_anything(path)
+    size = path.stat().st_size
+    path.unlink()
+    with pytest.raises(OSError, match="grew too big"), file_size_limit(size - missing):
+        write_anything(path)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.safetensors", "a"])
+def test_a_full_disk(tmp_path: Path, name: str) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        expected = f"{name}' failed: the disk is full; nothing was written there"
+        with pytest.raises(OSError, match=re.escape(expected)):
+            write_anything(tmp_path / name)
+        assert leftovers(tmp_path) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_frames_and_wav(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    source = video(5, dtype=torch.bfloat16)
+    for _ in range(2):  # the second run replaces the first
+        write_frames(folder, source.split(2), tone(4801), 48000)
+    assert leftovers(folder) == ["audio.wav", *(f"frame_{i:05d}.png" for i in range(5))]
+    assert leftovers(tmp_path) == ["out"]
+    picture = np.asarray(Image.open(folder / "frame_00003.png"))
+    assert np.array_equal(picture, (source[3].float() * 255).round().numpy().astype(np.uint8))
+    with wave.open(str(folder / "audio.wav")) as wav:
+        assert (wav.getnchannels(), wav.getframerate(), wav.getsampwidth(), wav.getnframes()) == (2, 48000, 2, 4801)
+        data = np.frombuffer(wav.readframes(4801), np.int16).reshape(-1, 2)
+    assert np.array_equal(data, to_int16(tone(4801)))
+    write_frames(folder, [source[:2]])
+    assert leftovers(folder) == ["frame_00000.png", "frame_00001.png"]
+
+
+def test_frames_never_remove_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for call in (lambda: writable_output(tmp_path), lambda: write_frames(tmp_path, [video(1)])):
+        with pytest.raises(ValueError, match=r"already holds 'thesis.txt'"):
+            call()
+    assert leftovers(tmp_path) == ["thesis.txt"]
+
+
+def test_int16_clips_and_truncates() -> None:
+    samples = to_int16(torch.tensor([[0.0, 1.0, -1.0, 2.0], [0.99999, -2.0, 0.5, -0.5]]))
+    assert samples.dtype == np.int16
+    assert samples.tolist() == [[0, 32766], [32767, -32767], [-32767, 16383], [32767, -16383]]
+
+
+def test_latents_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    latents = {"video": torch.randn(1, 4, 2, 3, 5).bfloat16().transpose(3, 4), "audio": torch.randn(1, 2, 7, 16)}
+    metadata = {"seed": 10, "frame_rate": 24.0, "prompt": "a cat"}
+    write_latents(path, latents["video"], latents["audio"], metadata)
+    with safe_open(str(path), framework="pt") as file:
+        assert sorted(file.keys()) == ["audio", "video"]
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in latents.items())
+        assert json.loads(file.metadata()["ltxkern"]) == metadata
+    digests = set()
+    for _ in range(8):
+        write_latents(path, latents["video"], None, metadata)
+        digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(digests) == 1
+    with pytest.raises(ValueError, match="neither"):
+        write_latents(path, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.mp4", "mp4"), ("A.MP4", "mp4"), ("a.safetensors", "latents"), ("a", "frames"), ("a.b/", "frames")],
+)
+def test_suffix_decides(tmp_path: Path, name: str, kind: str) -> None:
+    assert output_kind(f"{tmp_path}/{name}") == kind
+    assert writable_output(f"{tmp_path}/{name}") == kind
+    assert leftovers(tmp_path) == []
+
+
+def test_existing_results_are_legal(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"old")
+    assert writable_output(tmp_path / "a.mp4") == "mp4"
+    (tmp_path / "v1.5").mkdir()
+    assert writable_output(tmp_path / "v1.5") == "frames"
+    assert (tmp_path / "a.mp4").read_bytes() == b"old"
+
+
+def test_unwritable_outputs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown suffix '.avi': name a .mp4 file, a .safetensors file"):
+        writable_output(tmp_path / "a.avi")
+    with pytest.raises(ValueError, match="does not exist"):
+        writable_output(tmp_path / "nowhere" / "a.mp4")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        writable_output(tmp_path / "file")
+    with pytest.raises(ValueError, match="is a file"):
+        writable_output(f"{tmp_path}/file/")
+    for unwritable in ("/proc/a.mp4", "/proc/a"):
+        with pytest.raises(ValueError, match="is not writable"):
+            writable_output(unwritable)
+
+
+def test_probe_refuses_what_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="not a video"):
+        probe_mp4(path)
