@@ -275,14 +275,14 @@ def describe(
 
 
 @functools.lru_cache(maxsize=1024)
-def _device_plan(tier: str, device: int, case: Case) -> tuple[Callable[..., None], int]:
+def _device_program(tier: str, device: int, case: Case) -> tuple[Callable[..., None], int]:
     steps, workspace = choose(case, device_limits(device))
-    return extension.plan_builder(tier)(steps, ARGUMENTS), workspace
+    return extension.program_builder(tier)(steps, ARGUMENTS), workspace
 
 
 @functools.lru_cache(maxsize=1024)
-def _cpu_plan(case: Case) -> Callable[..., None]:
-    return extension.cpu_plan(cpu_calls(case), ARGUMENTS)
+def _cpu_program(case: Case) -> Callable[..., None]:
+    return extension.cpu_program(cpu_calls(case), ARGUMENTS)
 
 
 def run(
@@ -315,5 +315,5 @@ def run(
 def load(tier: str) -> Callable[..., None]:
     """The kernel of a compiled tier ("cuda", "nvrtc" or "cpu"), called as `kernel(out, *args)`."""
     if tier == "cpu":
-        return functools.partial(run, lambda case, x: (_cpu_plan(case), 0))
-    return functools.partial(run, lambda case, x: _device_plan(tier, x.device.index, case))
+        return functools.partial(run, lambda case, x: (_cpu_program(case), 0))
+    return functools.partial(run, lambda case, x: _device_program(tier, x.device.index, case))

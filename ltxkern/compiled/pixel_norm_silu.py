@@ -108,14 +108,14 @@ def describe(out: Tensor, x: Tensor, eps: float, weight: Tensor | None) -> Case:
 
 
 @functools.lru_cache(maxsize=1024)
-def _device_plan(tier: str, device: int, case: Case) -> Callable[..., None]:
+def _device_program(tier: str, device: int, case: Case) -> Callable[..., None]:
     launch = columns(case) if case.channels_last else rows(case, device_limits(device).shared_bytes)
-    return extension.plan_builder(tier)((launch,), ARGUMENTS)
+    return extension.program_builder(tier)((launch,), ARGUMENTS)
 
 
 @functools.lru_cache(maxsize=1024)
-def _cpu_plan(case: Case) -> Callable[..., None]:
-    return extension.cpu_plan(cpu_calls(case), ARGUMENTS)
+def _cpu_program(case: Case) -> Callable[..., None]:
+    return extension.cpu_program(cpu_calls(case), ARGUMENTS)
 
 
 def run(
@@ -136,5 +136,5 @@ def run(
 def load(tier: str) -> Callable[..., None]:
     """The kernel of a compiled tier ("cuda", "nvrtc" or "cpu"), called as `kernel(out, *args)`."""
     if tier == "cpu":
-        return functools.partial(run, lambda case, x: _cpu_plan(case))
-    return functools.partial(run, lambda case, x: _device_plan(tier, x.device.index, case))
+        return functools.partial(run, lambda case, x: _cpu_program(case))
+    return functools.partial(run, lambda case, x: _device_program(tier, x.device.index, case))
