@@ -12,8 +12,7 @@ from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
 from ltxkern.compiled.steps import Argument, Call, Launch
 from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, aligned16, ceil_div
 
-# x, first, second, and the two sums.
-TENSORS = tuple(Argument(i) for i in range(5))
+TENSORS = {name: Argument(i) for i, name in enumerate(("x", "first", "second", "out_first", "out_second"))}
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,12 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """One launch."""
     blocks = ceil_div(case.size, threads * case.vector)
     name = f"ltxk::dual_add<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    return [Launch(name, (blocks,), threads, (*TENSORS, case.size))]
+    return [Launch(name, (blocks,), threads, {**TENSORS, "size": case.size})]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", (*TENSORS, case.size))]
+    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", {**TENSORS, "size": case.size})]
 
 
 def run(tier: str, out: Sequence[Tensor], x: Tensor, first: Tensor, second: Tensor) -> None:
