@@ -27,7 +27,7 @@ def test_group_norm(last: bool) -> None:
     assert isinstance(stats, Launch)
     assert isinstance(apply, Launch)
     workspace = torch.zeros(size, dtype=torch.uint8)
-    chunk, chunks = stats.parameters[7], stats.parameters[8]
+    chunk, chunks = stats.parameters["chunk"], stats.parameters["chunks"]
     assert isinstance(chunk, int)
     assert isinstance(chunks, int)
     with only_blocks(stats.grid[0] - 1):
