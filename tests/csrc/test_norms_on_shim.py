@@ -125,7 +125,7 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
     kernel_runs.run_pixel_norm(shim(), shape, dtype, last=last and len(shape) > 2, threads=threads)
 
 
-def test_a_divergent_plan_is_refused() -> None:
+def test_a_program_of_other_parameters_is_refused() -> None:
     program = shim().DeviceProgram(1)
     with pytest.raises(KeyError, match="no kernel"):
         program.add_launch("ltxk::no_such_kernel", (1, 1, 1), 32, 0, 1, False, b"", [])
