@@ -21,54 +21,54 @@ from ltxkern import inventory
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
 
-def device_plan(binding: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
-    """The steps as a plan of a compiled module: `plan(*tensors)` runs them on the tensors' current stream."""
-    plan = binding.DevicePlan(arguments)
+def device_program(binding: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
+    """The steps as a program of a compiled module: `program(*tensors)` runs them on the tensors' current stream."""
+    program = binding.DeviceProgram(arguments)
     for step in steps:
         if isinstance(step, Zero):
-            plan.add_zero(step.target.index, step.target.offset, step.bytes)
+            program.add_zero(step.target.index, step.target.offset, step.bytes)
         else:
             parameters, relocations = pack(step.parameters)
-            plan.add_launch(
+            program.add_launch(
                 *(step.kernel, grid3(step.grid), step.block, step.shared_bytes, step.cluster, step.cooperative),
                 *(parameters, relocations),
             )
-    return plan
+    return program
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _cuda_plan(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
-    plan = device_plan(module(), steps, arguments)
+def _cuda_program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+    program = device_program(module(), steps, arguments)
     if _has_exchange_api():
-        return plan
+        return program
 
     def run(*tensors: Tensor | None) -> None:
         device = next(tensor.device.index for tensor in tensors if tensor is not None)
-        plan.raw(_addresses(tensors), device, torch._C._cuda_getCurrentRawStream(device))
+        program.raw(_addresses(tensors), device, torch._C._cuda_getCurrentRawStream(device))
 
     return run
 
 
-def plan_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
-    """What makes plans of a CUDA tier: "cuda" or "nvrtc"."""
+def program_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
+    """What makes programs of a CUDA tier: "cuda" or "nvrtc"."""
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
-        return nvrtc.plan
-    return _cuda_plan
+        return nvrtc.program
+    return _cuda_program
 
 
-def cpu_plan(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
-    """CPU calls as a plan: `plan(*tensors)` runs them with torch's number of threads."""
-    plan = module().CpuPlan(arguments)
+def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
+    """CPU calls as a program: `program(*tensors)` runs them with torch's number of threads."""
+    program = module().CpuProgram(arguments)
     for call in calls:
-        plan.add_call(call.kernel, *pack(call.parameters))
+        program.add_call(call.kernel, *pack(call.parameters))
     if _has_exchange_api():
-        return lambda *tensors: plan(torch.get_num_threads(), *tensors)
-    return lambda *tensors: plan.raw(torch.get_num_threads(), _addresses(tensors))
+        return lambda *tensors: program(torch.get_num_threads(), *tensors)
+    return lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors))
 
 
 def _has_exchange_api() -> bool:

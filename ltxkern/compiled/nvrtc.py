@@ -246,13 +246,13 @@ def _launch(step: Launch) -> Callable[[list[int], int, int], None]:
     return run
 
 
-def plan(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
     """The steps as a callable on `arguments` tensors; kernels are compiled when it first runs."""
     runners = [_zero(step) if isinstance(step, Zero) else _launch(step) for step in steps]
 
     def run(*tensors: Tensor | None) -> None:
         if len(tensors) != arguments:
-            raise TypeError(f"plan takes {arguments} tensors, got {len(tensors)}")
+            raise TypeError(f"program takes {arguments} tensors, got {len(tensors)}")
         device = next(tensor.device.index for tensor in tensors if tensor is not None)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         with torch.cuda.device(device):

@@ -22,8 +22,8 @@ def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any,
     """The program of one case, made once: `steps(case)` are calls for the tier "cpu", launches for the others."""
     made = steps(case)
     if tier == "cpu":
-        return extension.cpu_plan([step for step in made if isinstance(step, Call)], arguments)
-    return extension.plan_builder(tier)([step for step in made if not isinstance(step, Call)], arguments)
+        return extension.cpu_program([step for step in made if isinstance(step, Call)], arguments)
+    return extension.program_builder(tier)([step for step in made if not isinstance(step, Call)], arguments)
 
 
 def workspace(tier: str, size: int, x: Tensor) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The steps of a call as data: kernel launches, zeroed memory and CPU calls, with their parameters by address or by value.
 
-The launch modules make them from shapes, every tier turns them into a plan.
+The launch modules make them from shapes, every tier turns them into a program.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def run_group_norm(
     case = group_norm.describe(out, x, weight, bias, groups, 1e-5, residual, conv_bias)
     steps, workspace_bytes = planner(case)
     workspace = torch.full((workspace_bytes,), 0xCD, dtype=torch.uint8)
-    extension.device_plan(module, steps, group_norm.ARGUMENTS)(out, x, weight, bias, residual, conv_bias, workspace)
+    extension.device_program(module, steps, group_norm.ARGUMENTS)(out, x, weight, bias, residual, conv_bias, workspace)
     composition = reference(x, weight, bias, groups, 1e-5, residual, conv_bias)
     assert_as_close(out, composition, exact_group_norm(x, weight, bias, groups, residual, conv_bias))
     return out
@@ -99,7 +99,7 @@ def run_pixel_norm(module: ModuleType, shape: tuple[int, ...], dtype: torch.dtyp
     out = poisoned(x).as_strided(x.shape, x.stride())
     case = pixel_norm.describe(out, x, 1e-6, weight)
     launch = pixel_norm.columns(case, threads) if case.channels_last else pixel_norm.rows(case, 100 << 10, threads)
-    extension.device_plan(module, (launch,), pixel_norm.ARGUMENTS)(out, x, weight)
+    extension.device_program(module, (launch,), pixel_norm.ARGUMENTS)(out, x, weight)
     wide = x.double()
     scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)
     exact = F.silu(scaled * weight.double().reshape((1, -1) + (1,) * (x.dim() - 2)))

@@ -38,11 +38,11 @@ def only_blocks(first: int, count: int = 1) -> Iterator[None]:
 
 def run(step: Step, *tensors: Tensor | None) -> None:
     """One step on the shim."""
-    extension.device_plan(shim(), [step], len(tensors))(*tensors)
+    extension.device_program(shim(), [step], len(tensors))(*tensors)
 
 
 def planner(threads: int, blocks: int | None = None) -> Callable[..., Callable[..., None]]:
-    """What stands in for `plans.planned`: launches on the shim, of the last `blocks` of each grid or of all."""
+    """What stands in for `programs.planned`: launches on the shim, of the last `blocks` of each grid or of all."""
 
     def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         made = steps(case, threads=threads)

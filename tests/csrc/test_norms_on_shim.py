@@ -53,7 +53,7 @@ def test_a_large_mean_and_a_constant_group(name: str) -> None:
     out = torch.full_like(x, torch.nan)
     case = group_norm.describe(out, x, None, None, 2, 1e-5, None, None)
     steps, workspace = planner(case)
-    extension.device_plan(shim(), steps, group_norm.ARGUMENTS)(
+    extension.device_program(shim(), steps, group_norm.ARGUMENTS)(
         out, x, None, None, None, None, torch.empty(workspace, dtype=torch.uint8)
     )
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 2, eps=1e-5))
@@ -77,7 +77,7 @@ def test_group_norm_into_its_own_input(name: str, into: str) -> None:
         steps, size = planners[name](case)
         workspace = torch.full((size,), 0xCD, dtype=torch.uint8)
         shim().schedule(3)
-        extension.device_plan(shim(), steps, group_norm.ARGUMENTS)(out, x, None, None, residual, None, workspace)
+        extension.device_program(shim(), steps, group_norm.ARGUMENTS)(out, x, None, None, residual, None, workspace)
         results.append(out)
     assert torch.equal(*results)
 
@@ -93,7 +93,7 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         case = pixel_norm.describe(out, x, 1e-6, None)
         launch = pixel_norm.columns(case, 64) if last else pixel_norm.rows(case, 100 << 10, 64)
         shim().schedule(3)
-        extension.device_plan(shim(), (launch,), pixel_norm.ARGUMENTS)(out, x, None)
+        extension.device_program(shim(), (launch,), pixel_norm.ARGUMENTS)(out, x, None)
         results.append(out)
     assert torch.equal(*results)
 
@@ -126,10 +126,10 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
 
 
 def test_a_divergent_plan_is_refused() -> None:
-    plan = shim().DevicePlan(1)
+    program = shim().DeviceProgram(1)
     with pytest.raises(KeyError, match="no kernel"):
-        plan.add_launch("ltxk::no_such_kernel", (1, 1, 1), 32, 0, 1, False, b"", [])
+        program.add_launch("ltxk::no_such_kernel", (1, 1, 1), 32, 0, 1, False, b"", [])
     with pytest.raises(ValueError, match="bytes of parameters"):
-        plan.add_launch("ltxk::group_norm_finalize", (1, 1, 1), 32, 0, 1, False, bytes(8), [])
+        program.add_launch("ltxk::group_norm_finalize", (1, 1, 1), 32, 0, 1, False, bytes(8), [])
     with pytest.raises(TypeError, match="takes 1 tensors"):
-        plan(torch.zeros(1), torch.zeros(1))
+        program(torch.zeros(1), torch.zeros(1))

@@ -59,12 +59,12 @@ ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads", "pas
 
 
 def planner(threads: int) -> Callable[..., Callable[..., None]]:
-    """`plans.planned`, with the launches on the shim in blocks of this size."""
+    """`programs.planned`, with the launches on the shim in blocks of this size."""
 
     def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         # The merge kernels' tiles need their 256 threads.
         size = 256 if isinstance(case, merge_lora.Case) else threads
-        return extension.device_plan(shim(), steps(case, threads=size), arguments)
+        return extension.device_program(shim(), steps(case, threads=size), arguments)
 
     return planned
 

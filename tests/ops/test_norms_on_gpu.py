@@ -32,7 +32,7 @@ def use(backend: str) -> None:
 def test_every_kernel(tier: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
     use(tier)
     limits = device_limits(torch.cuda.current_device())
-    build = extension.plan_builder(tier)
+    build = extension.program_builder(tier)
     for name, planner in kernel_runs.group_norm_planners(shape, dtype):
         if "cluster" in name and limits.cluster_blocks == 1:
             continue
