@@ -295,11 +295,7 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
-            return reason
-        from ltxkern.compiled import extension
-
-        return extension.lacks(backend, self.name)
+        return unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:

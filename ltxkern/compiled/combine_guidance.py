@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program, workspace
-from ltxkern.compiled.steps import Argument, Call, Launch
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
 from ltxkern.compiled.tensors import PARAM_CODES, aligned16, param_code
 from ltxkern.layout import ceil_div, contiguous, dense, hand_back
 
@@ -58,23 +58,28 @@ class Case(NamedTuple):
         return self.type_code == PARAM_CODES[torch.float64]
 
 
+def _parameters(case: Case) -> dict[str, Parameter]:
+    cfg, stg, modality = case.factors
+    return {
+        **{"cond": COND, "uncond": UNCOND, "perturbed": PERTURBED, "isolated": ISOLATED, "out": OUT},
+        **{"type": case.type_code, "size": case.size, "cfg": cfg, "stg": stg, "modality": modality},
+        "rescale": case.rescale,
+    }
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Apply alone, or behind the moments where there is a rescale."""
-    branches = (COND, UNCOND, PERTURBED, ISOLATED, case.type_code, case.size, *case.factors)
     name = f"<{'double' if case.double else 'float'}, {case.vector}>"
     rescaled = case.rescale != 0.0
-    apply = (*branches, WORKSPACE if rescaled else None, OUT, case.chunk, case.chunks, case.rescale)
-    steps = [Launch(f"ltxk::guidance_apply{name}", (case.chunks,), threads, apply)]
-    if rescaled:
-        measure = (*branches, WORKSPACE, case.chunk)
-        steps.insert(0, Launch(f"ltxk::guidance_measure{name}", (case.chunks,), threads, measure))
-    return steps
+    partials = WORKSPACE if rescaled else None
+    parameters = {**_parameters(case), "partials": partials, "chunk": case.chunk, "chunks": case.chunks}
+    kernels = ("guidance_measure", "guidance_apply") if rescaled else ("guidance_apply",)
+    return [Launch(f"ltxk::{kernel}{name}", (case.chunks,), threads, parameters) for kernel in kernels]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    parameters = (COND, UNCOND, PERTURBED, ISOLATED, OUT, case.type_code, case.size, *case.factors, case.rescale)
-    return [Call(f"combine_guidance<{'f64' if case.double else 'f32'}>", parameters)]
+    return [Call(f"combine_guidance<{'f64' if case.double else 'f32'}>", _parameters(case))]
 
 
 def run(tier: str, out: Tensor, args: Arguments) -> None:

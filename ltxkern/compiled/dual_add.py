@@ -17,8 +17,7 @@ from ltxkern.layout import ceil_div, dense, hand_back
 if TYPE_CHECKING:
     from ltxkern.ops.dual_add import Arguments
 
-# x, first, second, and the two sums.
-TENSORS = tuple(Argument(i) for i in range(5))
+TENSORS = {name: Argument(i) for i, name in enumerate(("x", "first", "second", "out_first", "out_second"))}
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,12 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """One launch."""
     blocks = ceil_div(case.size, threads * case.vector)
     name = f"ltxk::dual_add<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    return [Launch(name, (blocks,), threads, (*TENSORS, case.size))]
+    return [Launch(name, (blocks,), threads, {**TENSORS, "size": case.size})]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", (*TENSORS, case.size))]
+    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", {**TENSORS, "size": case.size})]
 
 
 def run(tier: str, out: Sequence[Tensor], args: Arguments) -> None:

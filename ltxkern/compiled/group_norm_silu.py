@@ -74,30 +74,35 @@ class Case(NamedTuple):
         return 0 if self.limits is None else _chosen(self)[1]
 
 
-def _shape(case: Case, chunk: int) -> tuple[int, ...]:
-    return case.channels, case.group_channels, case.positions, chunk, ceil_div(case.positions, chunk)
+def _parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **{"x": X, "out": OUT, "residual": RESIDUAL, "weight": WEIGHT, "bias": BIAS, "conv_bias": CONV_BIAS},
+        **{"weight_type": case.weight_code, "bias_type": case.bias_code, "conv_bias_type": case.conv_bias_code},
+        **{"samples": case.samples, "channels": case.channels, "group_channels": case.group_channels},
+        **{"positions": case.positions, "channels_last": int(case.channels_last), "eps": case.eps},
+    }
+
+
+def _two_pass_parameters(
+    case: Case, finals: Argument | None, chunk: int, chunks: int, lanes: int = 0, rows: int = 0
+) -> dict[str, Parameter]:
+    passes = {"chunk": chunk, "chunks": chunks, "lanes": lanes, "rows": rows}
+    return {**_parameters(case), "partials": WORKSPACE, "finals": finals, **passes}
 
 
 def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
     """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
     chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
-    shape = _shape(case, chunk)
+    chunks = ceil_div(case.positions, chunk)
     rows, groups = case.samples * case.channels, case.samples * case.groups
-    tiles = rows * shape[-1]
+    tiles = rows * chunks
     finals = Argument(WORKSPACE.index, 8 * tiles)
-    many = case.group_channels * shape[-1] > MERGE_IN_APPLY
+    many = case.group_channels * chunks > MERGE_IN_APPLY
     name = f"<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    steps: list[Step] = [
-        Launch(
-            f"ltxk::group_norm_stats{name}", (tiles,), threads, (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape)
-        )
-    ]
+    parameters = _two_pass_parameters(case, finals if many else None, chunk, chunks)
+    steps: list[Step] = [Launch(f"ltxk::group_norm_stats{name}", (tiles,), threads, parameters)]
     if many:
-        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, (WORKSPACE, finals, *shape, case.eps)))
-    parameters = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(WORKSPACE, finals if many else None, *shape, case.eps),
-    )
+        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, parameters))
     steps.append(Launch(f"ltxk::group_norm_apply{name}", (tiles,), threads, parameters))
     return tuple(steps), 8 * (tiles + groups)
 
@@ -110,22 +115,16 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     across = ceil_div(case.channels, lanes * vector)
     per_block = ceil_div(case.samples * case.positions * across, blocks)
     chunk = min(max(per_block, 8 * rows), max(case.positions, 1))
-    shape = _shape(case, chunk)
-    tiles, groups = case.samples * shape[-1], case.samples * case.groups
+    chunks = ceil_div(case.positions, chunk)
+    tiles, groups = case.samples * chunks, case.samples * case.groups
     partial_bytes = 8 * tiles * case.channels
     finals = Argument(WORKSPACE.index, partial_bytes)
     name = f"<{CUDA_NAMES[case.dtype]}, {vector}>"
-    stats: tuple[Parameter, ...] = (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape, lanes, rows)
-    apply: tuple[Parameter, ...] = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        finals,
-        *shape,
-        *(lanes, rows),
-    )
+    parameters = _two_pass_parameters(case, finals, chunk, chunks, lanes, rows)
     steps = (
-        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, stats),
-        Launch("ltxk::group_norm_finalize", (groups,), THREADS, (WORKSPACE, finals, *shape, case.eps)),
-        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, apply),
+        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, parameters),
+        Launch("ltxk::group_norm_finalize", (groups,), THREADS, parameters),
+        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, parameters),
     )
     return steps, partial_bytes + 8 * groups
 
@@ -136,12 +135,9 @@ def _on_chip_vector(case: Case) -> int:
 
 def _on_chip_parameters(
     case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
-) -> tuple[Parameter, ...]:
-    return (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(case.channels, case.group_channels, case.positions, case.samples * case.groups),
-        *(blocks, part, kept, case.eps, partials, arrived),
-    )
+) -> dict[str, Parameter]:
+    sizes = {"groups": case.samples * case.groups, "blocks": blocks, "slice": part, "kept": kept}
+    return {**_parameters(case), **sizes, "partials": partials, "arrived": arrived}
 
 
 def _affine_bytes(case: Case) -> int:
@@ -242,12 +238,7 @@ def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
 
 def cpu_calls(case: Case) -> tuple[Call, ...]:
     """The CPU kernel's call."""
-    kernel = f"group_norm_silu<{CPU_NAMES[case.dtype]}>"
-    parameters = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(case.samples, case.channels, case.group_channels, case.positions, int(case.channels_last), case.eps),
-    )
-    return (Call(kernel, parameters),)
+    return (Call(f"group_norm_silu<{CPU_NAMES[case.dtype]}>", _parameters(case)),)
 
 
 @functools.lru_cache(maxsize=1024)

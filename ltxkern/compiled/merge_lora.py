@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.steps import Argument, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Launch, Parameter, nested
 from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES
 from ltxkern.layout import ceil_div
 
@@ -70,13 +70,21 @@ def kernel_of(case: Case) -> tuple[str, int]:
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """One block of 256 threads a tile of the weight."""
     kernel, tile = kernel_of(case)
-    fields: list[Parameter] = []
-    for index, ((a_code, b_code), rank, scale) in enumerate(zip(case.codes, case.ranks, case.scales, strict=True)):
-        fields += [Argument(1 + 2 * index), Argument(2 + 2 * index), a_code, b_code, rank, scale]
-    fields += [None, None, 0, 0, 0, 0.0] * (LORAS - len(case.ranks))
     tiles = ceil_div(case.columns, tile)
-    weight = (Argument(0), case.type_code, case.rows, case.columns, *case.strides, tiles)
-    parameters = (*weight, *fields, len(case.ranks), int(case.stochastic), case.seed)
+    row_stride, column_stride = case.strides
+    parameters: dict[str, Parameter] = {
+        **{"weight": Argument(0), "type": case.type_code, "rows": case.rows, "columns": case.columns},
+        **{"row_stride": row_stride, "column_stride": column_stride, "column_tiles": tiles},
+    }
+    for index in range(LORAS):
+        name = f"lora[{index}]"
+        if index < len(case.ranks):
+            a, b, (a_type, b_type) = Argument(1 + 2 * index), Argument(2 + 2 * index), case.codes[index]
+            rank, scale = case.ranks[index], case.scales[index]
+            parameters |= nested(name, a=a, b=b, a_type=a_type, b_type=b_type, rank=rank, scale=scale)
+        else:
+            parameters |= nested(name, a=None, b=None, a_type=0, b_type=0, rank=0, scale=0.0)
+    parameters |= {"count": len(case.ranks), "stochastic": int(case.stochastic), "seed": case.seed}
     return [Launch(kernel, (ceil_div(case.rows, tile) * tiles,), threads, parameters)]
 
 

@@ -74,25 +74,32 @@ class Case(NamedTuple):
         return self.origins_at + 8 * self.slices
 
 
+def _parameters(case: Case) -> dict[str, Parameter]:
+    statistics = case.entry == "statistics"
+    return {
+        **{"x": X, "out": None if statistics else OUT, "stats": OUT if statistics else None, "type": case.type_code},
+        **{"slices": case.slices, "length": case.length, "whole": int(case.entry == "normalize")},
+    }
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Measure, then apply or merge."""
-    cut: tuple[Parameter, ...] = (case.slices, case.length, case.chunk, case.chunks)
-    origins = Argument(WORKSPACE.index, case.origins_at)
-    flags = Argument(WORKSPACE.index, case.flags_at) if case.flagged else None
-    measure = (X, case.type_code, WORKSPACE, origins, flags, *cut)
-    steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, measure)]
+    parameters: dict[str, Parameter] = {
+        **_parameters(case),
+        **{"chunk": case.chunk, "chunks": case.chunks, "partials": WORKSPACE},
+        "origins": Argument(WORKSPACE.index, case.origins_at),
+        "flags": Argument(WORKSPACE.index, case.flags_at) if case.flagged else None,
+        "flag_count": case.blocks if case.flagged else 0,
+    }
+    steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, parameters)]
     if case.entry == "statistics":
-        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, (WORKSPACE, origins, OUT, *cut))]
-    apply = (X, OUT, case.type_code, WORKSPACE, origins, flags, case.blocks if case.flagged else 0, *cut)
-    return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, apply)]
+        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, parameters)]
+    return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, parameters)]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    statistics = case.entry == "statistics"
-    targets = (None, OUT) if statistics else (OUT, None)
-    sizes = (case.type_code, case.slices, case.length, int(case.entry == "normalize"))
-    return [Call("normalize_noise", (X, *targets, *sizes))]
+    return [Call("normalize_noise", _parameters(case))]
 
 
 def run(tier: str, entry: str, out: Tensor, args: Arguments | NoiseArguments) -> None:

@@ -48,8 +48,12 @@ class Case(NamedTuple):
         return vector if self.aligned and length % vector == 0 else 1
 
 
-def _parameters(case: Case, lanes: int) -> tuple[Parameter, ...]:
-    return (X, OUT, WEIGHT, case.weight_code, case.samples, case.channels, case.positions, lanes, case.eps)
+def _parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **{"x": X, "out": OUT, "weight": WEIGHT, "weight_type": case.weight_code},
+        **{"samples": case.samples, "channels": case.channels, "positions": case.positions},
+        **{"channels_last": int(case.channels_last), "eps": case.eps},
+    }
 
 
 def _power_of_two(at_most: int) -> int:
@@ -67,7 +71,7 @@ def rows(case: Case, shared_bytes: int, threads: int = THREADS) -> Launch:
         f"ltxk::pixel_norm_rows<{CUDA_NAMES[case.dtype]}, {vector}>",
         (case.samples * ceil_div(case.positions, width),),
         threads,
-        _parameters(case, lanes),
+        {**_parameters(case), "lanes": lanes},
         shared_bytes=lanes * per_lane,
     )
 
@@ -86,17 +90,13 @@ def columns(case: Case, threads: int = THREADS) -> Launch:
         f"ltxk::pixel_norm_columns<{CUDA_NAMES[case.dtype]}, {vector}, {held}>",
         (ceil_div(case.samples * case.positions, threads // lanes),),
         threads,
-        _parameters(case, lanes),
+        {**_parameters(case), "lanes": lanes},
     )
 
 
 def cpu_calls(case: Case) -> tuple[Call, ...]:
     """The CPU kernel's call."""
-    parameters = (
-        *(X, OUT, WEIGHT, case.weight_code),
-        *(case.samples, case.channels, case.positions, int(case.channels_last), case.eps),
-    )
-    return (Call(f"pixel_norm_silu<{CPU_NAMES[case.dtype]}>", parameters),)
+    return (Call(f"pixel_norm_silu<{CPU_NAMES[case.dtype]}>", _parameters(case)),)
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:

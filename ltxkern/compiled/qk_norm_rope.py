@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.rows import dense_rows, vector_of
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
 from ltxkern.compiled.tensors import param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
 
@@ -36,14 +36,20 @@ class Case(NamedTuple):
     vector: int
 
 
-def _parameters(case: Case) -> tuple[Parameter, ...]:
-    (q_code, k_code), (q_strides, k_strides) = case.weight_codes, case.strides
-    return (
-        *(Q, Q_WEIGHT, Q_OUT, q_code, *q_strides),
-        *(K, K_WEIGHT, K_OUT, k_code, *k_strides),
-        *(COS, SIN, case.type_code, case.table_code, *case.table_strides),
-        *(case.tokens, case.heads, case.pairs, int(case.interleaved), case.eps),
-    )
+def _parameters(case: Case) -> dict[str, Parameter]:
+    parameters: dict[str, Parameter] = {}
+    for index, (x, weight, out) in enumerate(((Q, Q_WEIGHT, Q_OUT), (K, K_WEIGHT, K_OUT))):
+        batch, token = case.strides[index]
+        lies = {"weight_type": case.weight_codes[index], "batch_stride": batch, "token_stride": token}
+        parameters |= nested(f"tensor[{index}]", x=x, weight=weight, out=out, **lies)
+    batch, head, token, pair = case.table_strides
+    return {
+        **parameters,
+        **{"cos": COS, "sin": SIN, "type": case.type_code, "table_type": case.table_code},
+        **{"table_batch": batch, "table_head": head, "table_token": token, "table_pair": pair},
+        **{"batch": case.batch, "tokens": case.tokens, "heads": case.heads, "pairs": case.pairs},
+        **{"interleaved": int(case.interleaved), "eps": case.eps},
+    }
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -55,7 +61,7 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call("qk_norm_rope", (*_parameters(case), case.batch))]
+    return [Call("qk_norm_rope", _parameters(case))]
 
 
 def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
 from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import ceil_div, contiguous, dense, hand_back
 
@@ -21,6 +21,33 @@ if TYPE_CHECKING:
 MODALITIES = 4
 # Elements of a thread where all tensors allow vector access: two 16-byte loads of an fp64 operand.
 VECTOR = 4
+
+
+class Fields(NamedTuple):
+    """Names in a kernel's parameters: of a modality's tensors and of their type codes, and of the coefficients."""
+
+    pointers: tuple[str, ...]
+    codes: tuple[str, ...]
+    coefficients: tuple[str, ...]
+
+
+FIELDS = {
+    "res2s_midpoint": Fields(
+        ("latent", "x0", "noise", "mask", "clean", "stats", "middle", "anchor"),
+        ("latent_type", "x0_type", "noise_type", "clean_type"),
+        ("c", "a", "b", "s", "gain"),
+    ),
+    "res2s_advance": Fields(
+        ("anchor", "x0", "x0_mid", "noise", "mask", "clean", "stats", "out"),
+        ("x0_type", "x0_mid_type", "noise_type", "clean_type", "out_type"),
+        ("hb1", "hb2", "a", "b", "s"),
+    ),
+    "res2s_sde_step": Fields(
+        ("sample", "denoised", "noise", "stats", "out"),
+        ("sample_type", "denoised_type", "noise_type"),
+        ("a", "b", "s"),
+    ),
+}
 
 
 class Modality(NamedTuple):
@@ -56,27 +83,34 @@ class Case(NamedTuple):
         return VECTOR if self.aligned and all(m.channels % VECTOR == 0 for m in self.modalities) else 1
 
 
-def _fields(case: Case, first: int, block: int) -> tuple[list[Parameter], int]:
-    """Parameters of the modalities from `first` on, and their blocks."""
-    fields: list[Parameter] = []
-    blocks = 0
-    for index in range(first, first + MODALITIES):
-        if index >= len(case.modalities):
-            fields += [0] * (case.pointers + len(case.modalities[0].codes) + 4)
-            continue
-        modality = case.modalities[index]
-        fields += [Argument(index * case.pointers + k) for k in range(case.pointers)]
-        fields += [*modality.codes, modality.size, modality.slice, modality.channels, blocks]
-        blocks += ceil_div(modality.size, block)
-    return fields, blocks
+def _modality(case: Case, index: int, first_block: int) -> dict[str, Parameter]:
+    """The fields of one modality; null and zero where the call has no such one."""
+    names, given = FIELDS[case.kernel], index < len(case.modalities)
+    modality = case.modalities[index] if given else Modality(0, 0, 0, (0,) * len(names.codes))
+    extent = {"size": modality.size, "slice": modality.slice, "channels": modality.channels, "first_block": first_block}
+    tensors = range(index * case.pointers, (index + 1) * case.pointers)
+    return {
+        **{name: Argument(at) if given else None for name, at in zip(names.pointers, tensors, strict=True)},
+        **dict(zip(names.codes, modality.codes, strict=True)),
+        **nested("extent", **extent),
+    }
+
+
+def _coefficients(case: Case) -> dict[str, Parameter]:
+    return dict(zip(FIELDS[case.kernel].coefficients, case.coefficients, strict=True))
 
 
 def half_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
     """One launch (or CPU call) for each MODALITIES modalities."""
     steps: list[Launch | Call] = []
     for first in range(0, len(case.modalities), MODALITIES):
-        fields, blocks = _fields(case, first, threads * case.vector)
-        parameters = (*fields, min(MODALITIES, len(case.modalities) - first), *case.coefficients)
+        fields: dict[str, Parameter] = {}
+        blocks, count = 0, min(MODALITIES, len(case.modalities) - first)
+        for slot in range(MODALITIES):
+            fields |= nested(f"modality[{slot}]", **_modality(case, first + slot, blocks if slot < count else 0))
+            if slot < count:
+                blocks += ceil_div(case.modalities[first + slot].size, threads * case.vector)
+        parameters = {**fields, "count": count, **_coefficients(case)}
         if cpu:
             steps.append(Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters))
         else:
@@ -88,9 +122,7 @@ def half_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Ca
 def single_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
     """The SDE step of one tensor."""
     (modality,) = case.modalities
-    pointers = [Argument(k) for k in range(case.pointers)]
-    extent = (modality.size, modality.slice, modality.channels, 0)
-    parameters: tuple[Parameter, ...] = (*pointers, *modality.codes, *extent, *case.coefficients)
+    parameters = {**_modality(case, 0, 0), **_coefficients(case)}
     if cpu:
         return [Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters)]
     name = f"ltxk::{case.kernel}<{CUDA_NAMES[case.compute]}, {case.vector}>"

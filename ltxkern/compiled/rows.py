@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
 from ltxkern.compiled.tensors import aligned16, param_code
 from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, round_up, row_view, with_tables
 
@@ -56,8 +56,16 @@ class Case(NamedTuple):
     row_index: RowIndex | None = None
 
 
-def _fields(operand: Operand | None, index: int) -> tuple[Parameter, ...]:
-    return (None, 0, 0, 0) if operand is None else (Argument(index), operand.code, operand.outer, operand.inner)
+def _fields(case: Case, names: Sequence[str], index: Argument) -> dict[str, Parameter]:
+    """The operands by name, then the row index, which is the tensor `index`."""
+    fields: dict[str, Parameter] = {}
+    for at, (name, operand) in enumerate(zip(names, case.operands, strict=True)):
+        code, outer, inner = operand or Operand(0, 0, 0)
+        data = None if operand is None else Argument(at)
+        fields |= nested(name, data=data, type=code, outer_stride=outer, inner_stride=inner)
+    itemsize, count, outer, inner = case.row_index or RowIndex(0, 0, 0, 0)
+    data = None if case.row_index is None else index
+    return fields | nested("index", data=data, bytes=itemsize, count=count, outer_stride=outer, inner_stride=inner)
 
 
 def vector_of(itemsize: int, width: int, tensors: Sequence[Tensor | None], strides: list[int]) -> int:
@@ -67,19 +75,17 @@ def vector_of(itemsize: int, width: int, tensors: Sequence[Tensor | None], strid
     return vector if fits else 1
 
 
-def _index_fields(index: RowIndex | None, argument: Argument) -> tuple[Parameter, ...]:
-    return (None, 0, 0, 0, 0) if index is None else (argument, *index)
-
-
 # Order of the tensors of rms_norm_modulate: operands, weight, sum, out, index.
 WEIGHT, SUMMED, NORM_OUT, NORM_INDEX = (Argument(i) for i in range(5, 9))
 NORM_ARGUMENTS = 9
 
 
-def _norm_parameters(case: Case) -> tuple[Parameter, ...]:
-    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
-    fields += _index_fields(case.row_index, NORM_INDEX)
-    return (*fields, WEIGHT, case.weight_code, SUMMED, NORM_OUT, case.inner, case.width, case.eps)
+def _norm_parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **_fields(case, ("x", "y", "scale", "shift", "gate"), NORM_INDEX),
+        **{"weight": WEIGHT, "weight_type": case.weight_code, "summed": SUMMED, "out": NORM_OUT},
+        **{"rows": case.rows, "inner": case.inner, "width": case.width, "eps": case.eps},
+    }
 
 
 def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -90,7 +96,7 @@ def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
 
 def norm_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call("rms_norm_modulate_rows", (*_norm_parameters(case), case.rows))]
+    return [Call("rms_norm_modulate_rows", _norm_parameters(case))]
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -214,10 +220,12 @@ GATE_OUT, GATE_INDEX = Argument(3), Argument(4)
 GATE_ARGUMENTS = 5
 
 
-def _gate_parameters(case: Case) -> tuple[Parameter, ...]:
-    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
-    fields += _index_fields(case.row_index, GATE_INDEX)
-    return (*fields, case.column, GATE_OUT, case.rows, case.inner, case.width)
+def _gate_parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **_fields(case, ("x", "y", "gate"), GATE_INDEX),
+        **{"gate_column": case.column, "out": GATE_OUT},
+        **{"rows": case.rows, "inner": case.inner, "width": case.width},
+    }
 
 
 def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -225,7 +233,7 @@ def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     row_threads = min(threads, power_of_two(ceil_div(case.width, case.vector)))
     tiles = ceil_div(case.width, row_threads * case.vector)
     groups = ceil_div(case.rows, threads // row_threads)
-    parameters = (*_gate_parameters(case), row_threads, tiles)
+    parameters = {**_gate_parameters(case), "row_threads": row_threads, "tiles": tiles}
     return [Launch(f"ltxk::gated_residual_rows<{case.vector}>", (groups * tiles,), threads, parameters)]
 
 
