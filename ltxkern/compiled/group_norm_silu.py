@@ -212,16 +212,17 @@ def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
     return next(teams for teams in range(most, 0, -1) if groups % teams == 0)
 
 
-def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
+def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
     """The launches that move the fewest bytes on this device.
 
     A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
     L2. Larger ones take the pipeline, which keeps two groups on chip, where L2 holds what shared memory does not.
+    `threads=` of a block, in place of a kernel's own number where the workspace does not depend on it.
     """
     if case.channels_last:
         return columns(case, 8 * limits.multiprocessors)
     if (cluster := _cluster_size(case, limits)) is not None:
-        return resident(case, cluster)
+        return resident(case, cluster, **threads)
     total, group_bytes = (
         case.samples * case.groups * case.group_length * case.itemsize,
         case.group_length * case.itemsize,
@@ -232,8 +233,8 @@ def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
     spilled = max(0, group_bytes - blocks * slot)
     if vectors and slot > 0 and total > limits.l2_bytes // 2 and 2 * spilled < limits.l2_bytes * 3 // 4:
         teams = _team_count(case, blocks, slot)
-        return pipeline(case, blocks // teams, teams, slot)
-    return two_pass(case)
+        return pipeline(case, blocks // teams, teams, slot, **threads)
+    return two_pass(case, **threads)
 
 
 def cpu_calls(case: Case) -> tuple[Call, ...]:
@@ -242,14 +243,14 @@ def cpu_calls(case: Case) -> tuple[Call, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen(case: Case) -> tuple[tuple[Step, ...], int]:
+def _chosen(case: Case, **threads: int) -> tuple[tuple[Step, ...], int]:
     assert case.limits is not None
-    return choose(case, case.limits)
+    return choose(case, case.limits, **threads)
 
 
-def device_steps(case: Case) -> tuple[Step, ...]:
+def device_steps(case: Case, **threads: int) -> tuple[Step, ...]:
     """The launches on the device whose limits the case names."""
-    return _chosen(case)[0]
+    return _chosen(case, **threads)[0]
 
 
 def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -> Case:
