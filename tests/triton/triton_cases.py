@@ -22,14 +22,17 @@ def group_norm_case(
     groups: int,
     *,
     channels_last: bool = False,
-    residual: bool = False,
+    residual: bool | str = False,
     conv_bias: torch.dtype | bool = False,
     affine: torch.dtype | str | None = "same",
     mean: float = 0.0,
     std: float = 1.0,
     eps: float = 1e-5,
 ) -> Case:
-    """GroupNorm + SiLU of a shape; `affine` "same" is x's dtype, a dtype is that one, None is no affine part."""
+    """GroupNorm + SiLU of a shape.
+
+    `affine` "same" is x's dtype, a dtype is that one, None is no affine part; a residual is contiguous, or lies "like x".
+    """
 
     def make(device: str, dtype: torch.dtype) -> Problem:
         draw = Draw(device, dtype)
@@ -43,6 +46,7 @@ def group_norm_case(
             kind = torch.promote_types(kind, dtype)
             weight, bias = draw(channels, dtype=kind, mean=1.0), draw(channels, dtype=kind)
         added = draw(*shape) if residual else None
+        added = torch.empty_like(x).copy_(added) if residual == "like x" else added
         shift = draw(channels, dtype=None if conv_bias is True else conv_bias) if conv_bias else None
 
         def exact() -> list[Tensor]:
@@ -285,7 +289,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def _upsampler(*shape: int, last: bool = False, full: bool = False) -> list[Case]:
-    options = {"channels_last": last, "residual": full, "conv_bias": FP32 if full else False}
+    options = {"channels_last": last, "residual": "like x" if full else False, "conv_bias": FP32 if full else False}
     return [group_norm_case("", (1, *shape), 32, affine=FP32, **options)]
 
 
