@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.programs import THREADS, program, workspace
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import aligned16, ceil_div, param_code
+from ltxkern.compiled.tensors import aligned16, param_code
+from ltxkern.layout import ceil_div, dense, hand_back
+
+if TYPE_CHECKING:
+    from ltxkern.ops.normalize_noise import Arguments, NoiseArguments
 
 OUT, X, WORKSPACE = (Argument(i) for i in range(3))
 ARGUMENTS = 3
@@ -99,8 +102,9 @@ def cpu_calls(case: Case) -> list[Call]:
     return [Call("normalize_noise", _parameters(case))]
 
 
-def run(tier: str, entry: str, out: Tensor, x: Tensor) -> None:
+def run(tier: str, entry: str, out: Tensor, args: Arguments | NoiseArguments) -> None:
     """One call: `out` is the standardised tensor, or the statistics."""
+    (x,) = args
     if x.numel() == 0:
         if entry == "statistics":
             out.zero_()
@@ -109,9 +113,6 @@ def run(tier: str, entry: str, out: Tensor, x: Tensor) -> None:
     source = x.contiguous()
     length = x.shape[-2] * x.shape[-1]
     case = Case(entry, param_code(x), x.numel() // length, length, aligned16(source, target))
-    if tier == "cpu":
-        planned(tier, cpu_calls, case, ARGUMENTS)(target, source, None)
-    else:
-        workspace = torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
-        planned(tier, device_steps, case, ARGUMENTS)(target, source, workspace)
+    steps = cpu_calls if tier == "cpu" else device_steps
+    program(tier, steps, case, ARGUMENTS)(target, source, workspace(tier, case.workspace_bytes, x))
     hand_back([out], [target])

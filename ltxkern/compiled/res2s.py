@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, contiguous, dense, hand_back, planned
+from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
-from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, ceil_div, param_code
+from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, param_code
+from ltxkern.layout import ceil_div, contiguous, dense, hand_back
+
+if TYPE_CHECKING:
+    from ltxkern.ops.res2s import AdvanceArguments, MidpointArguments, StepArguments
 
 # Modalities of one launch (kModalities in csrc/include/ltxkern/res2s_parameters.cuh); more take further launches.
 MODALITIES = 4
@@ -147,75 +151,47 @@ def _run_half_step(
     pointers = [tensor for row, _ in rows for tensor in row]
     modalities = tuple(modality for _, modality in rows)
     case = Case(kernel, compute, len(rows[0][0]), modalities, aligned16(*pointers), coefficients)
-    plan = planned(tier, CPU_HALF_STEP if tier == "cpu" else DEVICE_HALF_STEP, case, len(pointers))
-    plan(*pointers)
+    program(tier, CPU_HALF_STEP if tier == "cpu" else DEVICE_HALF_STEP, case, len(pointers))(*pointers)
 
 
-def midpoint(
-    tier: str,
-    out: Sequence[Tensor],
-    latent: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    refine: bool,
-    dtype: torch.dtype,
-) -> None:
+def midpoint(tier: str, out: Sequence[Tensor], args: MidpointArguments) -> None:
     """Half-step 1: x_mid of all modalities, then the anchors of all, in `out`."""
     targets = dense(out)
-    count = len(latent)
+    count = len(args.latent)
     rows: list[tuple[list[Tensor | None], Modality]] = []
-    for i, state in enumerate(latent):
+    for i, state in enumerate(args.latent):
         if state.numel() == 0:
             continue
-        codes = (param_code(state), param_code(x0[i]), param_code(noise[i]), param_code(clean[i]))
-        given = map(contiguous, (state, x0[i], noise[i], mask[i], clean[i], stats[i]))
-        rows.append(([*given, targets[i], targets[count + i]], describe(state, stats[i], codes)))
-    gain = 1.0 / (1.0 - coefficients[0]) if refine else 0.0
-    _run_half_step(tier, "res2s_midpoint", dtype, rows, (*map(float, coefficients), gain))
+        x0, noise, clean, stats = args.x0[i], args.noise[i], args.clean[i], args.noise_stats[i]
+        given = map(contiguous, (state, x0, noise, args.mask[i], clean, stats))
+        codes = tuple(map(param_code, (state, x0, noise, clean)))
+        rows.append(([*given, targets[i], targets[count + i]], describe(state, stats, codes)))
+    gain = 1.0 / (1.0 - args.coefficients[0]) if args.refine else 0.0
+    _run_half_step(tier, "res2s_midpoint", args.compute_dtype, rows, (*map(float, args.coefficients), gain))
     hand_back(out, targets)
 
 
-def advance(
-    tier: str,
-    out: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    x0_mid: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    model_dtype: Sequence[torch.dtype],
-) -> None:
+def advance(tier: str, out: Sequence[Tensor], args: AdvanceArguments) -> None:
     """Half-step 2: the next latent of each modality in `out`; one launch for each dtype of the anchors."""
     targets = dense(out)
-    for compute in dict.fromkeys(start.dtype for start in anchor):
+    for compute in dict.fromkeys(start.dtype for start in args.anchor):
         rows: list[tuple[list[Tensor | None], Modality]] = []
-        for i, start in enumerate(anchor):
+        for i, start in enumerate(args.anchor):
             if start.numel() == 0 or start.dtype != compute:
                 continue
-            codes = (*map(param_code, (x0[i], x0_mid[i], noise[i], clean[i])), PARAM_CODES[model_dtype[i]])
-            given = map(contiguous, (start, x0[i], x0_mid[i], noise[i], mask[i], clean[i], stats[i]))
-            rows.append(([*given, targets[i]], describe(start, stats[i], codes)))
-        _run_half_step(tier, "res2s_advance", compute, rows, tuple(map(float, coefficients)))
+            x0, x0_mid, noise, clean, stats = (
+                given[i] for given in (args.x0, args.x0_mid, args.noise, args.clean, args.noise_stats)
+            )
+            given = map(contiguous, (start, x0, x0_mid, noise, args.mask[i], clean, stats))
+            codes = (*map(param_code, (x0, x0_mid, noise, clean)), PARAM_CODES[args.model_dtype[i]])
+            rows.append(([*given, targets[i]], describe(start, stats, codes)))
+        _run_half_step(tier, "res2s_advance", compute, rows, tuple(map(float, args.coefficients)))
     hand_back(out, targets)
 
 
-def sde_step(
-    tier: str,
-    out: Tensor,
-    sample: Tensor,
-    denoised: Tensor,
-    noise: Tensor,
-    coefficients: Sequence[float],
-    stats: Tensor | None,
-) -> None:
+def sde_step(tier: str, out: Tensor, args: StepArguments) -> None:
     """One SDE step."""
+    sample, denoised, noise, coefficients, stats = args
     if sample.numel() == 0:
         return
     (target,) = dense([out])
@@ -225,5 +201,5 @@ def sde_step(
     case = Case(
         "res2s_sde_step", compute, len(pointers), (modality,), aligned16(*pointers), tuple(map(float, coefficients))
     )
-    planned(tier, CPU_SINGLE if tier == "cpu" else DEVICE_SINGLE, case, len(pointers))(*pointers)
+    program(tier, CPU_SINGLE if tier == "cpu" else DEVICE_SINGLE, case, len(pointers))(*pointers)
     hand_back([out], [target])
