@@ -63,8 +63,7 @@ def forced(planner: Planner) -> Iterator[None]:
 def forced_threads(threads: int) -> Iterator[None]:
     """pixel_norm_silu takes blocks of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in (pixel_norm.rows, pixel_norm.columns):
-            patch.setattr(pixel_norm, kernel.__name__, functools.partial(kernel, threads=threads))
+        patch.setattr(pixel_norm, "device_steps", functools.partial(pixel_norm.device_steps, threads=threads))
         yield
 
 

@@ -18,7 +18,6 @@ import ltxkern
 from ltxkern import BackendError, reference, use_backend
 from ltxkern.triton import (
     combine_guidance,
-    dual_add,
     gated_residual,
     group_norm_silu,
     merge_lora,
@@ -256,19 +255,6 @@ def test_merge_changes_only_the_given_rows_of_a_larger_store() -> None:
     assert store.count_nonzero() == 39
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_dual_add_equals_two_adds_in_place_over_several_blocks(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dual_add, "BLOCK", 16)
-    x, first, second = (torch.randn(7, 13).to(dtype) for _ in range(3))
-    other = torch.full((13, 7), NAN, dtype=dtype).t()
-    expected = x + first, x + second
-    ltxkern.dual_add(x, first, second, out=(x, other))
-    assert torch.equal(x, expected[0])
-    assert torch.equal(other, expected[1])
-
-
 def test_gates_over_several_columns_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_residual, "TILE", 16)
     x, y = torch.randn(2, 3, 4, 37)
@@ -283,7 +269,6 @@ def test_empty_tensors() -> None:
     assert ltxkern.group_norm_silu(empty, None, None, 2).shape == (0, 4, 3)
     assert ltxkern.pixel_norm_silu(empty).shape == (0, 4, 3)
     assert ltxkern.combine_guidance(empty, empty, cfg_scale=2.0, rescale_scale=0.5).shape == (0, 4, 3)
-    assert ltxkern.dual_add(empty, empty, empty)[1].shape == (0, 4, 3)
     assert ltxkern.rms_norm_modulate(empty, torch.ones(3), torch.ones(3)).shape == (0, 4, 3)
     assert ltxkern.gated_residual(empty, empty, torch.ones(3)).shape == (0, 4, 3)
     assert ltxkern.head_gate(empty, torch.empty(0, 4)).shape == (0, 4, 3)
@@ -324,7 +309,6 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ltxkern.res2s_midpoint(_strided(), _strided(), torch.randn(2, 6, 4), STEPS[0]),
         "takes contiguous",
     ),
-    "dual-add": (lambda: ltxkern.dual_add(_strided(), _strided(), _strided()), "x has strides"),
     "merge-fp64": (lambda: ltxkern.merge_lora_(torch.zeros(3, 3).double(), torch.ones(1, 3), torch.ones(3, 1)), "fp32"),
     "merge-reference": (
         lambda: ltxkern.merge_lora_(torch.zeros(3, 3), torch.ones(1, 3), torch.ones(3, 1), rounding="reference"),
