@@ -72,6 +72,7 @@ def on_shim(
     shuffle: bool = True,
     run: Run | None = None,
     small_rank: int | None = None,
+    small_chunks: bool = True,
 ) -> Iterator[None]:
     """The backend "cpu" is the shim; fresh memory is NaN.
 
@@ -81,6 +82,7 @@ def on_shim(
         seed: of the order of fibers; without `shuffle` they run in thread order.
         run: what runs the steps of a call in place of the whole of them.
         small_rank: the largest rank of merge_lora's kernel on plain cores, where it is not the library's own.
+        small_chunks: reductions have those of SMALL_CHUNKS.
     """
 
     def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
@@ -109,7 +111,7 @@ def on_shim(
             if hasattr(module, "_device_program"):
                 patch.setattr(module, "_device_program", inspect.unwrap(module._device_program))
         patch.setattr(group_norm_silu, "device_limits", lambda index: limits)
-        for module, constants in SMALL_CHUNKS.items():
+        for module, constants in SMALL_CHUNKS.items() if small_chunks else ():
             for name, value in constants.items():
                 patch.setattr(module, name, value)
         if small_rank is not None:
