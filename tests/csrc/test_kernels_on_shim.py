@@ -1,10 +1,15 @@
 """Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled.steps import Launch, Step
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,

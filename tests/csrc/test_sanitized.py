@@ -8,7 +8,7 @@ import pytest
 
 from tests.csrc.shim_build import ROOT, build
 
-# Every case and every kernel of the norms; of the op tests odd sizes, views and in-place calls, and one block size where fibers decide
+# Every case and every kernel of the norms; of the op tests odd sizes, views and in-place calls, in one block size, as fibers decide
 # the order.
 CASES = (
     "test_kernels_on_shim and (every_case or (group_norm or pixel_norm) and not own_input and (float32 or bfloat16))"
