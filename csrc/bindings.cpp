@@ -137,6 +137,11 @@ void call_cpu(const CpuProgram& program, int threads, const py::args& tensors) {
 
 #if defined(LTXK_SHIM)
 void bind_shim(py::module_& module);
+#else
+namespace ltxk {
+// Of the sources that the build saw; CMakeLists.txt defines it.
+extern const char* const source_digest;
+}
 #endif
 
 PYBIND11_MODULE(LTXK_MODULE, module) {
@@ -176,5 +181,7 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
         });
 #if defined(LTXK_SHIM)
     bind_shim(module);
+#else
+    module.attr("source_digest") = ltxk::source_digest;
 #endif
 }

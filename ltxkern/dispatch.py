@@ -1,8 +1,8 @@
 """Backends, their declared constraints, and the one place where an implementation is chosen.
 
-Every op of the toolkit is an `Op`: a schema, a torch reference, an allocator for its outputs and an ordered list of
-`Backend` entries. A backend declares in words what it cannot serve (`refuse`) and loads its kernel lazily (`load`);
-the choice is made before the call from these declarations, never by catching an exception.
+Every op of the toolkit is an `Op`: a NamedTuple of arguments, a torch reference, an allocator for its outputs and its `Backend`
+entries. A backend declares in words what it cannot serve (`refuse`) and loads its kernel lazily (`load`); the choice is made before
+the call from these declarations, never by catching an exception.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern import schema
 from ltxkern.aliasing import Signature
 
 logger = logging.getLogger("ltxkern")
@@ -41,12 +42,12 @@ class Backend:
 
     Args:
         name: one of `BACKENDS` other than "torch", which every op has through its reference.
-        refuse: called with the op's arguments; the reason in words why this backend cannot serve them, or None.
-        load: returns the kernel, called as `kernel(out, *args)` (in-place ops: `kernel(*args)`); runs once, at first use.
+        refuse: called with the op's arguments, a NamedTuple; the reason in words why this backend cannot serve them, or None.
+        load: returns the kernel, called as `kernel(out, args)` (in-place ops: `kernel(args)`); runs once, at first use.
     """
 
     name: str
-    refuse: Callable[..., str | None]
+    refuse: Callable[[Any], str | None]
     load: Callable[[], Callable[..., None]]
 
 
@@ -136,6 +137,11 @@ def capabilities() -> dict[str, dict[str, str | None]]:
     return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
 
 
+def registered() -> dict[str, Op]:
+    """Every op by its name."""
+    return _registry
+
+
 def served() -> dict[str, set[str]]:
     """Which backends have served each op so far in this process (the receipt that a run's log quotes)."""
     return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
@@ -168,30 +174,33 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
 
 
 class Op:
-    """One operation: schema, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
+    """One operation: arguments, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
 
     Args:
         name: name under `torch.ops.ltxkern`; a functional op is also registered as `<name>_out` with its outputs as last arguments.
-        schema: argument list and result in torch schema syntax, e.g. "(Tensor x, float eps) -> Tensor".
+        arguments: NamedTuple of the arguments: what refusals, kernels and `allocate` take; its annotations make the torch schema.
+        result: in torch schema syntax, "()" for an in-place op, which changes its first argument.
         reference: the torch composition, `reference(*args)`; returns fresh tensors (functional) or works in place.
-        allocate: outputs with the right shape, dtype and strides, `allocate(*args)`; also the fake implementation. None: in place.
+        allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
         differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
         backends: compiled implementations, best first.
-        may_be: for each output the arguments that it may be, element for element, on every backend; see `overlap.Signature`.
+        may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
     """
 
     def __init__(
         self,
         name: str,
-        schema: str,
+        arguments: type[Any],
+        result: str,
         reference: Callable[..., Any],
-        allocate: Callable[..., Any] | None = None,
+        allocate: Callable[[Any], Any] | None = None,
         *,
         differentiable: bool = False,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
     ) -> None:
         self.name = name
+        self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
         self.differentiable = differentiable
@@ -202,31 +211,31 @@ class Op:
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
-        self._signature = Signature(schema.rsplit("->", 1)[0], may_be if allocate else None)
+        self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
         _registry[name] = self
-        self._register(schema)
+        self._register(schema.text(arguments, in_place=allocate is None), result)
 
-    def _register(self, schema: str) -> None:
-        _library.define(self.name + schema)
-        _library.impl(
-            self.name, self._run_functional if self.allocate else self._run_in_place, "CompositeExplicitAutograd"
-        )
+    def _register(self, parameters: str, result: str) -> None:
+        allocate = self.allocate
+        run = self._run_in_place if allocate is None else self._run_functional
+        _library.define(f"{self.name}({parameters}) -> {result}")
+        _library.impl(self.name, lambda *values: run(self.arguments(*values)), "CompositeExplicitAutograd")
         torch.library.register_fake(
-            f"ltxkern::{self.name}", self.allocate if self.allocate else lambda *args: None, lib=_library
+            f"ltxkern::{self.name}",
+            lambda *values: None if allocate is None else allocate(self.arguments(*values)),
+            lib=_library,
         )
         self._functional = getattr(torch.ops.ltxkern, self.name).default
-        if self.allocate is None:
+        if allocate is None:
             self._refuse_gradients(self.name)
             return
         self._register_backward()
-        arguments, result = schema.rsplit("->", 1)
-        arguments = arguments.strip().removesuffix(")")
         self._out_count = _count_outputs(result)
         if self._out_count == 0:
             outputs = "Tensor(a!)[] out"
         else:
             outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(self._out_count))
-        _library.define(f"{self.name}_out{arguments}, {outputs}) -> ()")
+        _library.define(f"{self.name}_out({parameters}, {outputs}) -> ()")
         _library.impl(f"{self.name}_out", self._run_out, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ltxkern::{self.name}_out", lambda *args: None, lib=_library)
         self._refuse_gradients(f"{self.name}_out")
@@ -286,18 +295,14 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
-            return reason
-        from ltxkern.compiled import extension
-
-        return extension.lacks(backend, self.name)
+        return unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:
             self._present[names] = tuple(name for name in names or BACKENDS if self.missing(name) is None)
         return self._present[names]
 
-    def select(self, args: Sequence[Any]) -> str:
+    def select(self, args: Any) -> str:
         """Name of the first permitted backend that serves these arguments.
 
         Raises:
@@ -305,10 +310,10 @@ class Op:
         """
         names = _forced.get() or _environment_choice()
         for name in self._candidates(names):
-            if name == "torch" or self._backends[name].refuse(*args) is None:
+            if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(
-            f"{name}: {self.missing(name) or self._backends[name].refuse(*args)}" for name in names or BACKENDS
+            f"{name}: {self.missing(name) or self._backends[name].refuse(args)}" for name in names or BACKENDS
         )
         raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
 
@@ -323,14 +328,14 @@ class Op:
             self.receipts.add(backend)
             logger.info("%s is served by %s", self.name, backend)
 
-    def _run_functional(self, *args: Any) -> Any:
+    def _run_functional(self, args: Any) -> Any:
         assert self.allocate is not None
         backend = self.select(args)
         self._note(backend)
         if backend == "torch":
             return self.reference(*args)
-        out = self.allocate(*args)
-        self.kernel(backend)(out, *args)
+        out = self.allocate(args)
+        self.kernel(backend)(out, args)
         return out
 
     def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
@@ -338,27 +343,30 @@ class Op:
         if not _needs_dispatcher([*args, *outputs]):
             self._signature.check(outputs, args)
 
-    def _run_into(self, out: Any, args: Sequence[Any]) -> None:
+    def _run_into(self, out: Any, args: Any) -> None:
         self._signature.check((out,) if isinstance(out, Tensor) else out, args)
         backend = self.select(args)
         self._note(backend)
         if backend != "torch":
-            self.kernel(backend)(out, *args)
+            self.kernel(backend)(out, args)
         elif isinstance(out, Tensor):
             out.copy_(self.reference(*args))
         else:
             for target, value in zip(out, self.reference(*args), strict=True):
                 target.copy_(value)
 
-    def _run_in_place(self, *args: Any) -> None:
+    def _run_in_place(self, args: Any) -> None:
         self._signature.check(args[:1], args)
         self._change(self.select(args), args)
 
-    def _change(self, backend: str, args: Sequence[Any]) -> None:
+    def _change(self, backend: str, args: Any) -> None:
         self._note(backend)
-        (self.reference if backend == "torch" else self.kernel(backend))(*args)
+        if backend == "torch":
+            self.reference(*args)
+        else:
+            self.kernel(backend)(args)
 
-    def run_each(self, calls: Sequence[Sequence[Any]], check_memory: Callable[[], None]) -> None:
+    def run_each(self, calls: Sequence[Any], check_memory: Callable[[], None]) -> None:
         """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
         if any(map(_needs_dispatcher, calls)):
             for args in calls:
@@ -372,18 +380,17 @@ class Op:
             self._change(backend, args)
 
     def _run_out(self, *args: Any) -> None:
-        if self._out_count <= 1:
-            self._run_into(args[-1], args[:-1])
-        else:
-            self._run_into(args[-self._out_count :], args[: -self._out_count])
+        count = max(1, self._out_count)
+        outputs = args[-count:]
+        self._run_into(outputs[0] if count == 1 else outputs, self.arguments(*args[:-count]))
 
-    def __call__(self, *args: Any, out: Any = None) -> Any:
-        """Run the op on checked arguments; `out` is a tensor, or a sequence of tensors where the op has several outputs."""
+    def __call__(self, args: Any, out: Any = None) -> Any:
+        """Run the op on checked arguments, an `arguments`; `out` is a tensor, or a sequence where the op has several outputs."""
         if self.allocate is None:
-            self._functional(*args) if _needs_dispatcher(args) else self._run_in_place(*args)
+            self._functional(*args) if _needs_dispatcher(args) else self._run_in_place(args)
             return None
         if out is None:
-            return self._functional(*args) if _needs_dispatcher(args) else self._run_functional(*args)
+            return self._functional(*args) if _needs_dispatcher(args) else self._run_functional(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         if not _needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern import inventory
+from ltxkern.compiled import sources
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
+
+logger = logging.getLogger("ltxkern")
 
 
 def device_program(binding: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
@@ -89,10 +92,17 @@ def _extension_missing() -> str | None:
     if importlib.util.find_spec("ltxkern._C") is None:
         return "ltxkern._C is not built: reinstall with a C++ compiler (LTXKERN_BUILD=auto pip install .)"
     try:
-        module()
+        built = getattr(module(), "source_digest", None)
     except (ImportError, RuntimeError) as error:
         return f"ltxkern._C does not load: {error}"
-    return None
+    if built == sources.packaged():
+        return None
+    reason = (
+        "ltxkern._C was built from other sources than this package has: rebuild it: LTXKERN_BUILD=auto pip install . "
+        "(in a checkout: python setup.py build_ext --inplace)"
+    )
+    logger.warning("%s", reason)
+    return reason
 
 
 def unavailable(tier: str) -> str | None:
@@ -112,20 +122,3 @@ def unavailable(tier: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: torch.cuda.is_available() is false"
     return None
-
-
-@functools.cache
-def _registered(tier: str) -> frozenset[str]:
-    return frozenset(module().cpu_kernels() if tier == "cpu" else module().kernels())
-
-
-def lacks(tier: str, op: str) -> str | None:
-    """Why the loaded extension cannot serve an op in the tier "cuda" or "cpu", or None if it can: an older build lacks kernels."""
-    wanted = (inventory.CPU if tier == "cpu" else inventory.CUDA).get(op, ())
-    absent = [kernel for kernel in wanted if kernel not in _registered(tier)]
-    if not absent:
-        return None
-    return (
-        f"ltxkern._C was built without {', '.join(absent)}: it is older than this package; rebuild it: "
-        "LTXKERN_BUILD=auto pip install . (in a checkout: python setup.py build_ext --inplace)"
-    )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import sources
 from ltxkern.compiled.steps import Launch, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")
@@ -48,10 +49,7 @@ def include_directory() -> Path:
 
 @functools.cache
 def _sources_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted((include_directory() / "ltxkern").glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return sources.digest(include_directory() / "ltxkern")
 
 
 def header_of(kernel: str) -> str:

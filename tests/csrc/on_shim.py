@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,32 +84,29 @@ def on_shim(
         small_chunks: reductions have those of SMALL_CHUNKS.
     """
 
-    def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+    def launches(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
         if run is None:
             made: Callable[..., None] = extension.device_program(shim(), steps, arguments)
             return made
         return lambda *tensors: run(steps, tensors)
 
-    def planned(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
+    def program(tier: str, steps: Callable[..., Sequence[Step]], case: Any, arguments: int) -> Callable[..., None]:
         # The merge kernels' tiles need their 256 threads.
         sized = {} if threads is None or isinstance(case, merge_lora.Case) else {"threads": threads}
-        return program(steps(case, **sized), arguments)
+        return launches(steps(case, **sized), arguments)
 
     changes = {
-        "planned": planned,
+        "program": program,
         "device_limits": lambda index: H200,
         "refuse_device": lambda tensor: None,
     }
     before = torch.are_deterministic_algorithms_enabled()
     shim().schedule(seed, shuffle=shuffle)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extension, "program_builder", lambda tier: program)
         for module in modules():
             for name in changes.keys() & vars(module).keys():
                 patch.setattr(module, name, changes[name])
-            if hasattr(module, "_device_program"):
-                patch.setattr(module, "_device_program", inspect.unwrap(module._device_program))
-        patch.setattr(group_norm_silu, "device_limits", lambda index: limits)
+        patch.setattr(group_norm_silu, "limits_of", lambda tier, x: limits)
         for module, constants in SMALL_CHUNKS.items() if small_chunks else ():
             for name, value in constants.items():
                 patch.setattr(module, name, value)

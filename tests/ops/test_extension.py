@@ -12,6 +12,7 @@ import ltxkern
 from ltxkern.compiled import extension
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Argument, pack
+from ltxkern.ops.group_norm_silu import Arguments
 from tests.ops.contract import noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def test_an_unknown_instruction_set_is_named() -> None:
 def test_raw_addresses_give_the_same_bits() -> None:
     x, weight = noise(1, 6, 37), noise(6, seed=1)
     plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    case = group_norm.describe(plain, x, weight, weight, 3, 1e-5, None, None)
+    case = group_norm.describe(plain, Arguments(x, weight, weight, 3, 1e-5, None, None))
     program = extension.module().CpuProgram(group_norm.ARGUMENTS)
     for call in group_norm.cpu_calls(case):
         program.add_call(call.kernel, *pack(call.parameters))
