@@ -15,6 +15,7 @@ from ltxkern.compiled.steps import Launch, Step
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from ltxkern.ops.merge_lora import Arguments
 from tests.csrc.on_shim import on_shim, run_step
+from tests.csrc.shim_build import shim
 from tests.ops.contract import assert_as_close, noise
 
 F16, BF16, F32, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn

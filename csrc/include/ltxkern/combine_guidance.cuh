@@ -8,6 +8,7 @@ namespace ltxk {
 
 #include "ltxkern/combine_guidance_parameters.cuh"
 
+// What the launches add.
 struct GuidanceChunks : CombineGuidance {
     GuidancePartial* partials;  // null: no rescale
     i64 chunk, chunks;

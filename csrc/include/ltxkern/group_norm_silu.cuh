@@ -19,7 +19,7 @@ struct alignas(8) Partial {
 
 // What the launches of two passes add.
 struct GroupNormTwoPass : GroupNormSilu {
-    Partial* partials;  // [n][channel][chunk]; null: they are not read
+    Partial* partials;  // [n][channel][chunk]
     Partial* finals;    // [n][group]: mean and 1 / sqrt(var + eps); null: each block merges the partials itself
     i64 chunk;          // positions per partial
     i64 chunks;         // partials per channel: ceil(positions / chunk)
@@ -113,24 +113,9 @@ __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     }
 }
 
-struct BlockSum {
-    float warp[32];
-};
-
-// Sum over the block in a fixed order; every thread gets it.
-LTXK_DEVICE float sum_block(float value, BlockSum& scratch) {
-    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    float sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0f;
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
-
 // Mean and inverse deviation of one group from its partials: Chan's rule for all of them at once, about the first one's mean.
 // `group`: of all samples.
-LTXK_DEVICE Partial merge_partials(const GroupNormTwoPass& p, i64 group, BlockSum& scratch) {
+LTXK_DEVICE Partial merge_partials(const GroupNormTwoPass& p, i64 group, BlockSum<float>& scratch) {
     const Partial* partials = p.partials + group * p.group_channels * p.chunks;
     u32 chunks = static_cast<u32>(p.chunks), count = static_cast<u32>(p.group_channels) * chunks;
     float whole = static_cast<float>(p.chunk), rest = static_cast<float>(p.positions - (p.chunks - 1) * p.chunk);
@@ -151,7 +136,7 @@ LTXK_DEVICE Partial merge_partials(const GroupNormTwoPass& p, i64 group, BlockSu
 
 // Block = one group of one sample.
 __global__ void __launch_bounds__(256) group_norm_finalize(GroupNormTwoPass p) {
-    LTXK_SHARED(BlockSum, scratch);
+    LTXK_SHARED(BlockSum<float>, scratch);
     i64 group = blockIdx.x;
     Partial final = merge_partials(p, group, scratch);
     if (threadIdx.x == 0) p.finals[group] = final;
@@ -170,7 +155,7 @@ LTXK_DEVICE void apply_pack(const T* x, T* out, const T* residual, const Channel
 // Contiguous layout; blocks walk the activation backwards, so that they meet its tail while it is still in the L2 cache.
 template <class T, int V>
 __global__ void __launch_bounds__(256, 4) group_norm_apply(GroupNormTwoPass p) {
-    LTXK_SHARED(BlockSum, scratch);
+    LTXK_SHARED(BlockSum<float>, scratch);
     u32 tile = gridDim.x - 1 - blockIdx.x, chunks = static_cast<u32>(p.chunks), row = tile / chunks;
     i64 first = (tile % chunks) * p.chunk, last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
     u32 channel = row % static_cast<u32>(p.channels), group = row / static_cast<u32>(p.group_channels);

@@ -12,28 +12,14 @@ namespace ltxk {
 
 #include "ltxkern/normalize_noise_parameters.cuh"
 
+// What the launches add.
 struct NoiseChunks : NormalizeNoise {
     i64 chunk, chunks;       // elements of a chunk, chunks of a slice
     NoisePartial* partials;  // [slice][chunk]
     double* origins;         // [slice]: kept, as the values may be written over while others still need them
-    double* flags;           // [block of the first launch]: 0, or NaN where one of its chunks holds a value that is not finite; may be null
+    double* flags;           // [block that measures]: 0, or NaN where one of its chunks holds a value that is not finite; may be null
     i64 flag_count;          // 0 where every slice stands for itself
 };
-
-struct BlockSumDouble {
-    double warp[32];
-};
-
-// Sum over the block in a fixed order; every thread gets it.
-LTXK_DEVICE double sum_block(double value, BlockSumDouble& scratch) {
-    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    double sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0;
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
 
 LTXK_DEVICE i64 chunk_size(const NoiseChunks& cut, i64 chunk) {
     i64 left = cut.length - chunk * cut.chunk;
@@ -79,7 +65,7 @@ __global__ void __launch_bounds__(256) noise_measure(NoiseChunks p) {
 }
 
 // Mean and M2 of one slice from its partials, about the first one's mean.
-LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const NoiseChunks& cut, BlockSumDouble& scratch) {
+LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const NoiseChunks& cut, BlockSum<double>& scratch) {
     double pivot = partials[0].mean, shifted = 0.0, m2 = 0.0;
     for (i64 i = threadIdx.x; i < cut.chunks; i += blockDim.x) shifted += (partials[i].mean - pivot) * static_cast<double>(chunk_size(cut, i));
     double offset = sum_block(shifted, scratch) / static_cast<double>(cut.length);
@@ -92,7 +78,7 @@ LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const Noise
 
 // Block = one slice.
 __global__ void __launch_bounds__(256) noise_statistics(NoiseChunks p) {
-    LTXK_SHARED(BlockSumDouble, scratch);
+    LTXK_SHARED(BlockSum<double>, scratch);
     i64 slice = blockIdx.x;
     NoisePartial all = slice_moments(p.partials + slice * p.chunks, p, scratch);
     if (threadIdx.x != 0) return;
@@ -104,7 +90,7 @@ __global__ void __launch_bounds__(256) noise_statistics(NoiseChunks p) {
 // Block = one chunk, the last ones first: their elements may still lie in the L2 cache.
 template <int V>
 __global__ void __launch_bounds__(256) noise_apply(NoiseChunks p) {
-    LTXK_SHARED(BlockSumDouble, scratch);
+    LTXK_SHARED(BlockSum<double>, scratch);
     i64 task = static_cast<i64>(gridDim.x) - 1 - blockIdx.x, slice = task / p.chunks, chunk = task % p.chunks;
     NoisePartial all = slice_moments(p.partials + slice * p.chunks, p, scratch);
     double origin = p.origins[slice], factor = 1.0 / square_root(all.m2 / static_cast<double>(p.length - 1)), flag = 0.0;

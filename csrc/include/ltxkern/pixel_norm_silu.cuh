@@ -7,6 +7,7 @@ namespace ltxk {
 
 #include "ltxkern/pixel_norm_silu_parameters.cuh"
 
+// What a launch adds.
 struct PixelNormLanes : PixelNormSilu {
     i64 lanes;  // contiguous: threads along positions; channels-last: threads along channels (a power of two up to 32)
 };
