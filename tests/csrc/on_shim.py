@@ -71,6 +71,7 @@ def on_shim(
     shuffle: bool = True,
     run: Run | None = None,
     small_rank: int | None = None,
+    small_chunks: bool = True,
 ) -> Iterator[None]:
     """The backend "cpu" is the shim; fresh memory is NaN.
 
@@ -80,6 +81,7 @@ def on_shim(
         seed: of the order of fibers; without `shuffle` they run in thread order.
         run: what runs the steps of a call in place of the whole of them.
         small_rank: the largest rank of merge_lora's kernel on plain cores, where it is not the library's own.
+        small_chunks: reductions have those of SMALL_CHUNKS.
     """
 
     def launches(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
@@ -105,7 +107,7 @@ def on_shim(
             for name in changes.keys() & vars(module).keys():
                 patch.setattr(module, name, changes[name])
         patch.setattr(group_norm_silu, "limits_of", lambda tier, x: limits)
-        for module, constants in SMALL_CHUNKS.items():
+        for module, constants in SMALL_CHUNKS.items() if small_chunks else ():
             for name, value in constants.items():
                 patch.setattr(module, name, value)
         if small_rank is not None:

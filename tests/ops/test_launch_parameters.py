@@ -1,6 +1,7 @@
 """Launches of every op on every compiled tier: kernels that the build has, and parameters as the kernels' C++ structs have them."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import ltxkern
 from ltxkern import dispatch
-from ltxkern.compiled import extension, merge_lora
+from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.ops.res2s_step import res2s_steps
 from tests.csrc import registered
 from tests.csrc.registered import Field
-from tests.ops.contract import noise
+from tests.ops.contract import channels_last, misaligned, noise
+from tests.ops.op_cases import CASES, Size
 
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
 ROOMY = SimpleNamespace(
@@ -36,52 +36,11 @@ DEVICES = {
 Made = Callable[[], Any]
 
 
-def sampler_calls(width: int) -> Iterator[tuple[str, Made]]:
-    """The sampler's ops and the elementwise ones, in every dtype."""
-    step = res2s_steps([0.9, 0.5, 0.2])[0]
-    for dtype in (*HALVES, torch.float64):
-        a, b, c = (noise(1, 6, width, dtype=dtype, seed=seed) for seed in range(3))
-        yield "normalize_noise", partial(ltxkern.normalize_noise, a)
-        yield "channelwise_normalize", partial(ltxkern.channelwise_normalize, a)
-        yield "noise_statistics", partial(ltxkern.noise_statistics, a)
-        for rescale in (0.0, 0.5):
-            yield (
-                "combine_guidance",
-                partial(ltxkern.combine_guidance, a, b, cfg_scale=3, rescale_scale=rescale),
-            )
-        yield "dual_add", partial(ltxkern.dual_add, a[:, :5], b[:, :5], c[:, :5])
-        yield "res2s_sde_step", partial(ltxkern.res2s_sde_step, a, b, 0.8, 0.5, c)
-        for wide in (torch.float32, torch.float64):
-            yield "res2s_midpoint", partial(ltxkern.res2s_midpoint, a, b, c, step, compute_dtype=wide)
-            yield "res2s_advance", partial(ltxkern.res2s_advance, a.to(wide), b, b, c, step)
-
-
-def transformer_calls(width: int) -> Iterator[tuple[str, Made]]:
-    """The ops over rows, plain and with tables, and the merge."""
-    for dtype in HALVES:
-        a, b = noise(2, 6, 2 * width, dtype=dtype), noise(2, 6, 2 * width, dtype=dtype, seed=1)
-        row, angles = b[:, :1], noise(1, 2, 6, width // 2 or 1)
-        rows, table = torch.zeros(2, 6, dtype=torch.int32), b[0]
-        q = noise(1, 6, 4 * (width // 2), dtype=dtype)
-        weight = noise(q.shape[-1], dtype=dtype)
-        yield "rms_norm_modulate", partial(ltxkern.rms_norm_modulate, a, row, row)
-        yield "rms_norm_modulate", partial(ltxkern.rms_norm_modulate, a, table, table, rows=rows)
-        yield "gated_residual_rms_norm_modulate", partial(ltxkern.gated_residual_rms_norm_modulate, a, b, row, row, row)
-        yield "gated_residual", partial(ltxkern.gated_residual, a, b, row)
-        yield "gated_residual", partial(ltxkern.gated_residual, a, b, table, rows=rows)
-        yield "head_gate", partial(ltxkern.head_gate, a[None], a[None, ..., 0])
-        yield "qk_norm_rope", partial(ltxkern.qk_norm_rope, q, q, weight, weight, angles, angles)
-    for dtype, weight_dtype, rank in (
-        (torch.float32, torch.float32, 4),
-        *((half, weight, 65) for half in HALVES[:2] for weight in (torch.float32, torch.float8_e4m3fn)),
-    ):
-        merged, down, up = noise(8, 8).to(weight_dtype), noise(rank, 8, dtype=dtype), noise(8, rank, dtype=dtype)
-        yield "merge_lora_", partial(ltxkern.merge_lora_, merged, down, up)
-
-
-def misaligned(x: Tensor) -> Tensor:
-    """The same values, off the 16-byte boundary."""
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+def calls_of_cases() -> Iterator[tuple[str, Made]]:
+    """Every case of the table, in vectors and in scalars."""
+    for case in CASES:
+        for dtype, width in itertools.product(case.dtypes, (16, 7)):
+            yield case.op, partial(case.run, case.tensors(dtype, Size(2, 6, width)))
 
 
 def norm_calls() -> Iterator[tuple[str, Made]]:
@@ -90,7 +49,7 @@ def norm_calls() -> Iterator[tuple[str, Made]]:
         for shape in ((1, 8, 4096), (1, 6, 33)):
             x = noise(*shape, dtype=dtype)
             weight, bias = noise(shape[1], dtype=dtype), noise(shape[1], dtype=torch.float32, seed=1)
-            for given in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), misaligned(x)):
+            for given in (x, channels_last(x), misaligned(x)):
                 yield "group_norm_silu", partial(ltxkern.group_norm_silu, given, weight, bias, 1, residual=given)
                 yield "group_norm_silu", partial(ltxkern.group_norm_silu, given, None, None, 2, conv_bias=weight)
                 yield "pixel_norm_silu", partial(ltxkern.pixel_norm_silu, given, weight=weight)
@@ -118,7 +77,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[s
 
         monkeypatch.setattr(extension, "cpu_program", record)
         monkeypatch.setattr(extension, "program_builder", lambda tier: record)
-        monkeypatch.setattr(merge_lora, "SMALL_RANK", 64)
         # Nothing runs: the launches of a tier are made where there is neither a device nor an extension.
         monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
         for op in dispatch._registry.values():
@@ -127,10 +85,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[s
         for device in DEVICES.values() if tier == "cuda" else [ROOMY]:
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, of=device: of)
             forget()
-            for name, call in (
-                *(pair for width in (16, 7) for pair in (*sampler_calls(width), *transformer_calls(width))),
-                *norm_calls(),
-            ):
+            for name, call in (*calls_of_cases(), *norm_calls()):
                 known = dispatch._registry[name]
                 if tier not in known._backends:
                     continue
