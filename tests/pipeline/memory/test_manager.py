@@ -13,7 +13,7 @@ from ltxkern.compiled.merge_lora import cpu_has_bfloat16_products
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.files.lora import NO_LORA, TWO_STAGE_STRENGTHS, LoRA, LoRAFactors, LoRAPhase, lora_phases
 from ltxkern.pipeline.files.official_names import lora_module
-from ltxkern.pipeline.memory import choice, host_memory, stores
+from ltxkern.pipeline.memory import host_memory, modes, stores
 from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
 from ltxkern.pipeline.memory.host_memory import HostBudget, HostBudgetError, cgroup_available
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
@@ -421,7 +421,7 @@ def test_describe_says_what_each_mode_needs(monkeypatch):
         text = manager.describe()
     assert "device mode resident: chosen" in text
     assert all(f"{mode}: " in text for mode in MODES)
-    monkeypatch.setattr(choice, "device_available", lambda device: 0)
+    monkeypatch.setattr(modes, "device_available", lambda device: 0)
     with TwoStageDeviceManager("auto") as manager:
         manager.attach(model)
         manager.prepare(*phases)
