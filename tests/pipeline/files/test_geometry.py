@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.files.geometry import geometry_from_configs, geometry_of
 from ltxkern.pipeline.files.headers import CheckpointError
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS
 from ltxkern.pipeline.sampling.latents import Geometry
-from tests.official_files import write_diffusers_demo, write_official_demo
 
 DEMO = Geometry(video_channels=16, audio_channels=2, blocks=2)
 
@@ -20,10 +18,8 @@ def test_the_published_configurations_give_the_defaults() -> None:
         assert geometry_from_configs(*given) == Geometry(32, 8, 128, 8, 16, 48)
 
 
-def test_every_layout_of_the_demo_says_the_same(tmp_path: Path) -> None:
-    demo = build_demo()
-    official = write_official_demo(tmp_path, demo)["checkpoint"]
-    for model in ("demo", official, write_diffusers_demo(tmp_path / "folder", demo)):
+def test_every_layout_of_the_demo_says_the_same(official: dict[str, Path], folder: Path) -> None:
+    for model in ("demo", official["checkpoint"], folder):
         assert geometry_of(model) == DEMO
 
 
