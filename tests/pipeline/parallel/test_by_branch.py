@@ -261,24 +261,8 @@ def test_options_that_fit() -> None:
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """Four ranks, three branches: by default one rank has no part; the file equals one process's."""
-    command = [
-        "-m",
-        "ltxkern",
-        "generate",
-        "--height",
-        "64",
-        "--width",
-        "128",
-        "--num-frames",
-        "9",
-        "--steps",
-        "2",
-        "--prompt",
-        "kite",
-        "--device",
-        "cpu",
-        "-o",
-    ]
+    size = "--height 64 --width 128 --num-frames 9 --steps 2"
+    command = f"-m ltxkern generate {size} --prompt kite --device cpu -o".split()
     single = [sys.executable, *command, str(tmp_path / "one.safetensors")]
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     several += [*command, str(tmp_path / "four.safetensors")]
