@@ -6,10 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_ltx2 import (
-    LTX2PerturbedAttnProcessor,
-    LTX2VideoTransformer3DModel,
-)
+from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 from torch import Tensor
 
 from ltxkern.pipeline.model.block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate

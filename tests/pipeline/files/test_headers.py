@@ -7,11 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.files.checkpoint import (
-    CheckpointError,
-    load_component,
-    load_lora,
-)
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_component, load_lora
 from ltxkern.pipeline.files.headers import StoredTensor, listed, read_header
 
 

@@ -8,10 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.files.checkpoint import (
-    CheckpointError,
-    load_lora,
-)
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_lora
 from ltxkern.pipeline.files.demo import demo_lora
 from ltxkern.pipeline.model.components import Components
 
