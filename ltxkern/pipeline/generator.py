@@ -26,13 +26,13 @@ from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback,
 from ltxkern.pipeline.run.prompts import PromptEncoder
 from ltxkern.pipeline.run.request import (
     GenerationRequest,
-    Geometry,
     find_device,
     find_preset,
     image_conditions,
     require_strength,
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy, SingleBranchPolicy
+from ltxkern.pipeline.sampling.latents import Geometry
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ltxkern.pipeline.run.request import Geometry
+from ltxkern.pipeline.sampling.latents import Geometry
 
 
 def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:

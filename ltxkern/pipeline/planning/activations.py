@@ -13,7 +13,7 @@ from ltxkern.pipeline.model.decode import denormalize, resolve_tiling, upsample_
 from ltxkern.pipeline.model.tiling import frame_count
 from ltxkern.pipeline.planning.meta_trace import peak_bytes
 from ltxkern.pipeline.planning.weights import ModelSizes
-from ltxkern.pipeline.run.request import GenerationRequest, Geometry, StagePlan
+from ltxkern.pipeline.run.request import GenerationRequest, StagePlan
 from ltxkern.pipeline.run.stage import BranchForward, batched_runner
 from ltxkern.pipeline.sampling.guidance import (
     CFGPolicy,
@@ -22,7 +22,7 @@ from ltxkern.pipeline.sampling.guidance import (
     MultiModalPolicy,
     SingleBranchPolicy,
 )
-from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.latents import Geometry, LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 
 # Blocks of the transformer that are run: what one block needs is free again before the next.

@@ -18,7 +18,7 @@ from ltxkern.pipeline.memory.host_copy import module_tensors
 from ltxkern.pipeline.memory.modes import WeightSizes, weight_sizes
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build, component_dtype
 from ltxkern.pipeline.model.text import MAX_TEXT_TOKENS
-from ltxkern.pipeline.run.request import Geometry
+from ltxkern.pipeline.sampling.latents import Geometry
 
 DISTILLED_RANK = 384
 
@@ -89,11 +89,11 @@ def model_sizes(
     if isinstance(model, Components):
         configs, nbytes, text_tokens = _of_components(model)
     elif str(model) == "demo":
-        from ltxkern.pipeline.files.demo import _LORA_RANK, _TEXT_TOKENS, DEMO_CONFIGS, _text_encoder
+        from ltxkern.pipeline.files.demo import DEMO_CONFIGS, DEMO_LORA_RANK, DEMO_TEXT_TOKENS, demo_text_encoder
 
-        configs, text_tokens, rank = DEMO_CONFIGS, _TEXT_TOKENS, _LORA_RANK
+        configs, text_tokens, rank = DEMO_CONFIGS, DEMO_TEXT_TOKENS, DEMO_LORA_RANK
         with torch.device("meta"):
-            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(_text_encoder())) * dtype.itemsize
+            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(demo_text_encoder())) * dtype.itemsize
     else:
         configs, nbytes = _of_files(model, dtype, upsampler, text_encoder)
     modules = {name: meta_module(name, config, dtype) for name, config in configs.items()}
