@@ -136,9 +136,9 @@ class Generator:
     def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
         self._arguments, self._job = arguments, job
         self.shared: CFGParallel | None = None
+        self._chosen = options.read_model_options(arguments)
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(options.backend_choice(arguments))
-        self._pipeline = self._stack.enter_context(options.open_pipeline(arguments))
+        self._pipeline = self._stack.enter_context(self._chosen.open())
 
     def __enter__(self) -> Generator:
         return self
@@ -152,23 +152,18 @@ class Generator:
         Raises:
             ValueError, TypeError, ArithmeticError, OSError: what concerns this item.
         """
-        asked, request, _ = options.checked_request(item_arguments(self._arguments, item.options))
+        request = options.read_request(item_arguments(self._arguments, item.options), self._chosen)
         if not request.prompts()[0].strip():
             raise ValueError("prompt is missing")
-        self._share(request)
+        if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
+            # All ranks of the job take part in every item; those beyond its branches idle.
+            self.shared = self._job.share(self._pipeline, request, self._job.size, self._arguments.stage2_parallel)
         kind = self._arguments.format
         output = Path(self._arguments.output).expanduser() / f"{item.name}{FORMATS[kind]}"
-        result = self._pipeline(**asked, output_type="latents" if kind == "latents" else "stream")
+        result = self._pipeline.generate(request, output_type="latents" if kind == "latents" else "stream")
         if self._job.leads:
             result.save(output)
         return output
-
-    def _share(self, request: Any) -> None:
-        """All ranks of the job take part in every item; those beyond its branches idle."""
-        if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
-            self.shared = self._job.share(
-                self._pipeline, request, None, self._job.size, self._arguments.stage2_parallel
-            )
 
 
 @dataclass(frozen=True)

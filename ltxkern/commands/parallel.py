@@ -51,9 +51,7 @@ class Job:
         """Whether this rank prints and writes."""
         return self.ranks is None or self.ranks.rank == 0
 
-    def share(
-        self, pipeline: Any, request: Any, geometry: Any, wanted: int | None, stage2: str = "none"
-    ) -> CFGParallel | None:
+    def share(self, pipeline: Any, request: Any, wanted: int | None, stage2: str = "none") -> CFGParallel | None:
         """Let the ranks of the job share out the pipeline's guidance branches, and with "ulysses" the tokens of stage 2.
 
         Returns:
@@ -70,7 +68,7 @@ class Job:
         if wanted is not None:
             degree = wanted
         else:
-            degree = self.size if by_tokens else min(self.size, request.plan(geometry)[0].branches)
+            degree = self.size if by_tokens else min(self.size, request.stages(pipeline.geometry)[0].branches)
         group = None if degree == self.size else dist.new_group(range(degree))
         if self.ranks.rank >= degree:
             return None

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ltxkern.cli import main
+from ltxkern.pipeline import HQTwoStagePipeline
 from ltxkern.pipeline.results.media import probe_mp4
 
 SMALL = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2", "--quiet"]
@@ -141,7 +142,7 @@ def test_a_full_disk_is_refused_before_any_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("ltxkern.commands.options.open_pipeline", lambda _: pytest.fail("a model was opened"))
+    monkeypatch.setattr(HQTwoStagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was opened"))
     for name in ("out.mp4", "out.safetensors", "frames"):
         assert "make room or name another folder" in refused(capsys, "-o", str(tmp_path / name))
 

@@ -76,7 +76,7 @@ def test_evaluation_counts_at_defaults(pipeline: HQTwoStagePipeline) -> None:
 def test_plan_tells_the_forwards_that_run(pipeline: HQTwoStagePipeline) -> None:
     counts = count_forwards(pipeline, steps=3)
     request = GenerationRequest(prompt="a", **{**SMALL, "steps": 3})
-    assert list(counts.values()) == [plan.forwards for plan in request.plan(pipeline.geometry)]
+    assert list(counts.values()) == [plan.forwards for plan in request.stages(pipeline.geometry)]
 
 
 def test_void_scales_skip_their_forwards(pipeline: HQTwoStagePipeline) -> None:
@@ -199,7 +199,7 @@ def test_a_held_first_frame_is_the_picture(pipeline: HQTwoStagePipeline, picture
 def test_replay_of_noise_and_embeddings(pipeline: HQTwoStagePipeline) -> None:
     """A run given everything that it would draw or compute equals the run that drew and computed it."""
     drawn: list[torch.Tensor] = []
-    plans = GenerationRequest(prompt="a kite", **SMALL).plan(pipeline.geometry)
+    plans = GenerationRequest(prompt="a kite", **SMALL).stages(pipeline.geometry)
     generator = torch.Generator().manual_seed(10)
     for plan in plans:
         for shape in ((1, plan.video.tokens, 16), (1, plan.audio.tokens, 32)):

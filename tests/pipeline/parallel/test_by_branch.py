@@ -235,7 +235,7 @@ def test_one_process_opens_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     pipeline = Sharing()
     with parallel.job(arguments()) as job:
-        assert job.share(pipeline, None, None, 1) is None
+        assert job.share(pipeline, None, 1) is None
         assert job.leads
         job.finish()
     assert not dist.is_initialized()
