@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ltxkern.commands import options, parallel
 
 if TYPE_CHECKING:
-    from ltxkern.pipeline.files.geometry import Geometry
     from ltxkern.pipeline.run.request import GenerationRequest
+    from ltxkern.pipeline.sampling.latents import Geometry
 
 DEMO_NOTE = (
     "The demo model has random weights: its pictures are coloured noise and its sound is hiss. "

@@ -13,7 +13,7 @@ from torch import Tensor
 from ltxkern.dispatch import served
 from ltxkern.patch import Patched, patch
 from ltxkern.pipeline.files.found import FoundModel
-from ltxkern.pipeline.files.geometry import Geometry, geometry_from_configs
+from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
@@ -33,6 +33,7 @@ from ltxkern.pipeline.run.request import (
     require_strength,
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy
+from ltxkern.pipeline.sampling.latents import Geometry
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000

@@ -12,7 +12,8 @@ from torch import Tensor
 import ltxkern
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.conditioning import ImageCondition
-from ltxkern.pipeline.run.request import GenerationRequest, Geometry, find_preset
+from ltxkern.pipeline.run.request import GenerationRequest, find_preset
+from ltxkern.pipeline.sampling.latents import Geometry
 from tests.golden import Golden, open_golden
 from tests.pipeline.golden_transformer import transformer, upsampler
 from tests.serving import device_of

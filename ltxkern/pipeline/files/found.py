@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ltxkern.pipeline.files.checkpoint import ModelFiles, component_config, find_model, load_components
-from ltxkern.pipeline.files.geometry import Geometry, geometry_from_configs
+from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.model.components import Components
+from ltxkern.pipeline.sampling.latents import Geometry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ltxkern.pipeline.run.request import Geometry
+from ltxkern.pipeline.sampling.latents import Geometry
 
 
 def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:

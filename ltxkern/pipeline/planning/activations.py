@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.files.geometry import Geometry
 from ltxkern.pipeline.model.decode import denormalize, resolve_tiling, upsample_latent
 from ltxkern.pipeline.model.tiling import frame_count
 from ltxkern.pipeline.planning.meta_trace import peak_bytes
@@ -23,7 +22,7 @@ from ltxkern.pipeline.sampling.guidance import (
     MultiModalPolicy,
     SingleBranchPolicy,
 )
-from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.latents import Geometry, LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 
 # Blocks of the transformer that are run: what one block needs is free again before the next.

@@ -12,7 +12,7 @@ from torch import nn
 
 from ltxkern.pipeline.files.checkpoint import component_bytes, component_config
 from ltxkern.pipeline.files.found import FoundModel
-from ltxkern.pipeline.files.geometry import Geometry, geometry_from_configs
+from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.headers import read_header
 from ltxkern.pipeline.files.lora import LoRA
 from ltxkern.pipeline.files.official_names import lora_module
@@ -20,6 +20,7 @@ from ltxkern.pipeline.memory.host_copy import module_tensors
 from ltxkern.pipeline.memory.modes import WeightSizes, weight_sizes
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build, component_dtype
 from ltxkern.pipeline.model.text import MAX_TEXT_TOKENS
+from ltxkern.pipeline.sampling.latents import Geometry
 
 DISTILLED_RANK = 384
 
@@ -86,11 +87,11 @@ def model_sizes(
     if isinstance(model, Components):
         configs, nbytes, text_tokens = _of_components(model)
     elif model.is_demo:
-        from ltxkern.pipeline.files.demo import _LORA_RANK, _TEXT_TOKENS, DEMO_CONFIGS, _text_encoder
+        from ltxkern.pipeline.files.demo import DEMO_CONFIGS, DEMO_LORA_RANK, DEMO_TEXT_TOKENS, demo_text_encoder
 
-        configs, text_tokens, rank = DEMO_CONFIGS, _TEXT_TOKENS, _LORA_RANK
+        configs, text_tokens, rank = DEMO_CONFIGS, DEMO_TEXT_TOKENS, DEMO_LORA_RANK
         with torch.device("meta"):
-            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(_text_encoder())) * dtype.itemsize
+            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(demo_text_encoder())) * dtype.itemsize
     else:
         found = component_bytes(model.files, dtype=dtype)
         configs = {name: component_config(model.files, name) for name in found if name in BUILDABLE}

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
 from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, TWO_STAGE_GUIDANCE, GuidanceRequest, GuidanceScales
-from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, require_frame_count
+from ltxkern.pipeline.sampling.latents import (
+    PRODUCTION_BLOCKS,
+    AudioLatentShape,
+    Geometry,
+    VideoLatentShape,
+    require_frame_count,
+)
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
-
-PRODUCTION_BLOCKS = 48
 
 # The five leading tags are the published pipeline's (the model knows them); the rest covers the same ground in our words.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -61,18 +65,6 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"pipeline must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a model's latents relate to pixels; the defaults are LTX-2.3's."""
-
-    spatial_ratio: int = 32
-    temporal_ratio: int = 8
-    video_channels: int = 128
-    audio_channels: int = 8
-    mel_bins: int = 16
-    blocks: int = PRODUCTION_BLOCKS
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from ltxkern.compiled import merge_lora as launch
 from ltxkern.pipeline.files.checkpoint import CheckpointError
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, lora_phases
 from ltxkern.pipeline.files.lora_file import dequantise
-from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair
-from tests.ops.contract import noise
-from tests.pipeline.memory.lora_models import linear_weights, random_lora, small_model
-from tests.serving import backends_of, serving
+from ltxkern.pipeline.memory.merge import merge_phase
+from tests.pipeline.memory.lora_models import random_lora, small_model
 
 
 def one_lora(name="a", *, rank=3, alpha=None, seed=0, size=(5, 4), dtype=torch.float32):
@@ -155,110 +150,3 @@ def test_misfits_name_the_lora_and_the_modules():
     factors["nowhere"] = wrong
     with pytest.raises(ValueError, match=r"LoRA mine.*nowhere.*proj_in"):
         LoRA("mine", factors).check(model)
-
-
-@pytest.mark.parametrize("rounding", ["reference", "single"])
-@pytest.mark.parametrize("strengths", [((1.0, 0.5), (0.25, 0.5)), ((0.0, 0.7), (0.3, 0.0)), ((1.0, 0.0), (0.5, 1.5))])
-@pytest.mark.parametrize("alpha", [None, 0.0, 2.5])
-def test_a_pair_of_phases_equals_two_merges(rounding, strengths, alpha):
-    model = small_model()
-    user, distilled = random_lora("user", model, seed=1), random_lora("distilled", model, seed=2)
-    distilled = LoRA("distilled", {name: LoRAFactors(f.a, f.b, alpha) for name, f in distilled.factors.items()})
-    first, second = (LoRAPhase(((user, one), (distilled, other))) for one, other in strengths)
-    for name, weight in linear_weights(model).items():
-        expected = [merge_phase(weight.clone(), name, phase, rounding=rounding) for phase in (first, second)]
-        other = torch.full_like(weight, float("nan"))
-        merge_phase_pair(weight, other, name, (first, second), rounding=rounding)
-        assert torch.equal(weight, expected[0])
-        assert torch.equal(other, expected[1])
-
-
-def stacked(shape, dtype, ranks, strengths):
-    """A weight, and the phases of LoRAs of these ranks at each set of strengths."""
-    weight = noise(*shape, dtype=dtype, scale=0.02)
-    loras = [
-        LoRA(
-            f"rank {rank}",
-            {
-                "m": LoRAFactors(
-                    noise(rank, shape[1], dtype=dtype, seed=2 * k, scale=0.05),
-                    noise(shape[0], rank, dtype=dtype, seed=2 * k + 1, scale=0.05),
-                )
-            },
-        )
-        for k, rank in enumerate(ranks)
-    ]
-    return weight, tuple(LoRAPhase(tuple(zip(loras, phase, strict=True))) for phase in strengths)
-
-
-@pytest.mark.parametrize("backend", backends_of("dual_add"))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("ranks", "strengths"),
-    [
-        ((4,), ((0.25,), (0.5,))),
-        ((3, 5, 2), ((0.7, -0.4, 0.25), (0.7, -0.4, 0.5))),
-        ((3, 5), ((0.7, 0.25), (0.0, 0.5))),
-        # A first LoRA of more ranks than the weight has columns, in one phase: its chunks are smaller than the other's.
-        ((40, 3), ((1.0, 0.25), (0.0, 0.5))),
-    ],
-    ids=["one", "stacked", "not in both", "chunks that differ"],
-)
-def test_a_pair_in_several_chunks_equals_two_merges(backend, dtype, ranks, strengths, monkeypatch):
-    monkeypatch.setattr(launch, "CPU_CHUNK", 6 * 24 * dtype.itemsize)
-    weight, phases = stacked((37, 24), dtype, ranks, strengths)
-    expected = [merge_phase(weight.clone(), "m", phase) for phase in phases]
-    other = torch.full_like(weight, float("nan"))
-    with serving(backend):
-        merge_phase_pair(weight, other, "m", phases)
-    assert torch.equal(weight, expected[0])
-    assert torch.equal(other, expected[1])
-
-
-class Touched(TorchDispatchMode):
-    """Writes down every op, views left out, that is given a part of one storage."""
-
-    def __init__(self, tensor):
-        super().__init__()
-        self._storage = tensor.untyped_storage().data_ptr()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
-        if not func.is_view and any(value.untyped_storage().data_ptr() == self._storage for value in given):
-            self.ops.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_pair_reads_the_weight_once(monkeypatch):
-    monkeypatch.setattr(launch, "CPU_CHUNK", 6 * 24 * 2)
-    weight, phases = stacked((37, 24), torch.bfloat16, (3, 5), ((0.7, 0.25), (0.7, 0.5)))
-    with torch.no_grad(), Touched(weight) as touched:
-        merge_phase_pair(weight, torch.empty_like(weight), "m", phases)
-    assert touched.ops.count("ltxkern::dual_add_out") == 7
-    assert set(touched.ops) <= {"ltxkern::dual_add_out", "aten::empty_like"}
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "ratio"),
-    [
-        (0.25, 0.5, 2.0),
-        (1.0, -0.125, -0.125),
-        (0.3, 0.6, 2.0),
-        (0.3, 0.7, None),
-        (0.5, 1.5, None),
-        (1e-300, 1e300, None),
-    ],
-)
-def test_deltas_are_multiples_where_the_scales_are(first, second, ratio):
-    model = small_model()
-    lora = random_lora("distilled", model, seed=1)
-    assert binary_ratio("proj_in", LoRAPhase(((lora, first),)), LoRAPhase(((lora, second),))) == ratio
-
-
-def test_two_loras_or_another_one_have_no_ratio():
-    model = small_model()
-    one, other = random_lora("one", model, seed=1), random_lora("other", model, seed=2)
-    single = LoRAPhase(((one, 1.0),))
-    for phase in (LoRAPhase(((one, 1.0), (other, 1.0))), LoRAPhase(((other, 1.0),)), LoRAPhase()):
-        assert binary_ratio("proj_in", single, phase) is None

@@ -1,59 +1,15 @@
 """Order of events in mode "snapshot", on simulated streams: what travels while what computes, and who waits for whom."""
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 
 from ltxkern.pipeline.files.lora import lora_phases
+from ltxkern.pipeline.memory.host_memory import HostBudgetError
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
-from tests.pipeline.memory.lora_models import random_lora, small_model
-from tests.pipeline.memory.stream_races import SideStream
+from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.simulated_clock import SimulatedClock
 
 BLOCK_TIME = 10.0  # what a block computes
-BYTES_PER_TIME = 4000.0  # of the copies
-
-
-@dataclass
-class Entry:
-    stream: str
-    label: str
-    start: float
-    end: float
-
-
-@dataclass
-class SimulatedClock(SideStream):
-    """Two streams, each in order; an operation takes the time of its bytes. The host waits for nothing."""
-
-    log: list[Entry] = field(default_factory=list)
-    waits: list[tuple[str, float, float]] = field(default_factory=list)
-    busy_until: dict[str, float] = field(default_factory=lambda: {"compute": 0.0, "side": 0.0})
-    host_waits: int = 0
-
-    def mark(self):
-        return self.busy_until[self.stream]
-
-    def wait(self, event):
-        self.waits.append((self.stream, self.busy_until[self.stream], event))
-        self.busy_until[self.stream] = max(self.busy_until[self.stream], event)
-
-    def hand_over(self, value):
-        pass
-
-    def note(self, label, nbytes=0):
-        self.run(label, nbytes / BYTES_PER_TIME)
-
-    def run(self, label, duration):
-        start = self.busy_until[self.stream]
-        self.busy_until[self.stream] = start + duration
-        self.log.append(Entry(self.stream, label, start, start + duration))
-
-    def synchronise(self):
-        self.host_waits += 1
-
-    def first(self, label):
-        return next(entry for entry in self.log if entry.label == label)
 
 
 @pytest.fixture
@@ -137,11 +93,49 @@ def test_stage_2_starts_before_its_last_block_has_arrived(run):
     assert starts < clock.first("fetch transformer_blocks.7").end
 
 
-def test_side_by_side_joins_on_the_compute_stream():
-    clock = SimulatedClock()
-    manager = TwoStageDeviceManager("original", clock=clock)
-    clock.run("before", 3.0)
-    manager.side_by_side(lambda: clock.run("audio", 4.0), lambda: clock.run("video", 10.0))
-    assert clock.first("audio").stream == "side"
-    assert clock.first("audio").start == clock.first("video").start == 3.0
-    assert clock.waits[-1] == ("compute", 13.0, 7.0)
+def test_a_full_host_in_snapshot_is_refused():
+    model = small_model()
+    pristine = linear_weights(model)
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    expected = fresh_merges(pristine, phases)
+    with TwoStageDeviceManager("snapshot", host_budget_bytes=1000) as manager:
+        manager.attach(model)
+        with pytest.raises(HostBudgetError, match=r"snapshot of .* needs .* bytes of host memory"):
+            manager.prepare(*phases)
+        assert manager.budget.used == 0
+        assert manager.phase == phases[0]
+        assert_weights(model, expected[phases[0]])
+        manager.switch_lora_phase(phases[1])
+        assert_weights(model, expected[phases[1]])
+    assert_weights(model, pristine)
+
+
+def test_room_for_one_snapshot_keeps_that_of_stage_2():
+    model = small_model()
+    pristine = linear_weights(model)
+    size = sum(weight.nbytes for weight in pristine.values())
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    expected = fresh_merges(pristine, phases)
+    with TwoStageDeviceManager("snapshot", host_budget_bytes=size + 100) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.store.snapshot_bytes == manager.budget.used == size
+        for phase in (phases[1], phases[0], phases[1]):
+            manager.switch_lora_phase(phase)
+            assert_weights(model, expected[phase])
+    assert manager.budget.used == 0
+
+
+def test_more_forwards_than_announced_still_see_their_own_phase():
+    model = small_model()
+    phases = lora_phases([], random_lora("distilled", model, seed=1))
+    pristine = linear_weights(model)
+    x = torch.randn(1, 48).bfloat16()
+    with TwoStageDeviceManager("snapshot") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        manager.begin_stage("stage 1", forwards=1)
+        first = model(x)
+        assert manager.phase is None
+        assert torch.equal(model(x), first)
+        assert_weights(model, fresh_merges(pristine, phases)[phases[0]])

@@ -1,0 +1,23 @@
+"""What the tests of the commands type, and how a refusal looks."""
+
+from __future__ import annotations
+
+import pytest
+
+from ltxkern.cli import main
+
+SMALL = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2", "--quiet"]
+
+
+def run(*arguments: str) -> int:
+    return main(["generate", *SMALL, *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "generate") -> str:
+    """Status 2, one line that begins with the program's name, and no traceback."""
+    extra = SMALL if command == "generate" else []
+    assert main([command, *extra, *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("ltxkern: error: ")
+    return lines[0]
