@@ -80,7 +80,14 @@ def _run_on_ranks(arguments: argparse.Namespace, job: parallel.Job) -> int:
     if job.ranks is not None:
         # The lead writes the manifest: nobody may read it later than all have read it.
         job.ranks.compare({"items to do": [item.name for item in todo]})
-    _run_here(arguments, job, todo, manifest)
+    if todo:
+        with Generator(arguments, job) as generator:
+            for item in todo:
+                outcome = generator.outcome(item)
+                if job.leads:
+                    _note(arguments, manifest, outcome)
+        if job.leads and not arguments.quiet:
+            parallel.report_traffic(generator.shared)
     job.finish()
     return _report(items, todo, manifest) if job.leads else 0
 
@@ -146,12 +153,15 @@ class Generator:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, item: Item) -> Path:
-        """Generate an item and write it beside the others; only the lead writes.
+    def outcome(self, item: Item) -> Outcome:
+        """What became of an item; an error that concerns it alone is its outcome."""
+        from ltxkern.commands.batch_items import attempt, digest
 
-        Raises:
-            ValueError, TypeError, ArithmeticError, OSError: what concerns this item.
-        """
+        wanted = digest(item, settings(self._arguments))
+        return attempt(item, wanted, self._generate, _collected(self._job.ranks is not None))
+
+    def _generate(self, item: Item) -> Path:
+        """Generate an item and write it beside the others; only the lead writes."""
         request = options.read_request(item_arguments(self._arguments, item.options), self._chosen)
         if not request.prompts()[0].strip():
             raise ValueError("prompt is missing")
@@ -174,9 +184,7 @@ class MakeWorker:
 
     def __call__(self, placement: Placement) -> Callable[[Item], Outcome]:
         """Load the model, meet the other ranks of the group, and return what runs an item."""
-        arguments = argparse.Namespace(**self.arguments)
-        generator = Generator(arguments, _meet(placement))
-        return lambda item: _outcome(arguments, item, generator)
+        return Generator(argparse.Namespace(**self.arguments), _meet(placement)).outcome
 
 
 def _meet(placement: Placement) -> parallel.Job:
@@ -198,30 +206,9 @@ def _meet(placement: Placement) -> parallel.Job:
 
 def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
     """Errors that concern one item. On several ranks only those that all of them raise: after another one they are out of step."""
-    from ltxkern.dispatch import BackendError
     from ltxkern.pipeline.parallel.ranks import BranchError
 
-    if several_ranks:
-        return (BranchError, ValueError)
-    return (BranchError, ValueError, TypeError, OSError, ArithmeticError, BackendError, RuntimeError)
-
-
-def _outcome(arguments: argparse.Namespace, item: Item, generator: Generator) -> Outcome:
-    from ltxkern.commands.batch_items import attempt, digest
-
-    return attempt(item, digest(item, settings(arguments)), generator, _collected(generator._job.ranks is not None))
-
-
-def _run_here(arguments: argparse.Namespace, job: parallel.Job, todo: list[Item], manifest: Manifest) -> None:
-    if not todo:
-        return
-    with Generator(arguments, job) as generator:
-        for item in todo:
-            outcome = _outcome(arguments, item, generator)
-            if job.leads:
-                _note(arguments, manifest, outcome)
-        if job.leads and not arguments.quiet:
-            parallel.report_traffic(generator.shared)
+    return (BranchError, ValueError) if several_ranks else (BranchError, RuntimeError, *options.expected_errors())
 
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.run.request import GenerationRequest, Preset
 
 DEMO_SIZES = {"height": 128, "width": 192, "num_frames": 25}
-REQUEST_FIELDS = (
-    *("prompt", "negative_prompt", "seed", "height", "width", "num_frames", "frame_rate", "steps"),
-    *("eta", "audio_source", "max_batch_size"),
-)
 GUIDANCE = {
     "cfg": "classifier-free guidance; 1 switches it off",
     "stg": "spatio-temporal guidance; 0 switches it off",
@@ -163,8 +159,6 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     Raises:
         ValueError: the first option that cannot be served.
     """
-    import torch
-
     from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
@@ -176,12 +170,14 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         default if value is None else value for value, default in zip(given, preset.distilled_strengths, strict=True)
     )
     loras = tuple(_with_strength(text) for text in arguments.lora)
-    for name, strength in (("distilled LoRA", first), ("distilled LoRA", second), *loras):
-        require_strength(name if name == "distilled LoRA" else f"lora {name}", strength)
+    for strength in (first, second):
+        require_strength("distilled LoRA", strength)
+    for path, strength in loras:
+        require_strength(f"lora {path}", strength)
     for name in ("upsampler", "text_encoder"):
-        path = getattr(arguments, name)
-        if path is not None and "/" not in path.strip("./") and not Path(path).expanduser().exists():
-            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {path}")
+        part = getattr(arguments, name)
+        if part is not None and "/" not in part.strip("./") and not Path(part).expanduser().exists():
+            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {part}")
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
@@ -190,14 +186,11 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         pass  # refuses a backend that cannot run here
     model = FoundModel.of(arguments.model, upsampler=arguments.upsampler, text_encoder=arguments.text_encoder)
     device = find_device(arguments.device)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if arguments.dtype not in (None, *dtypes):
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {arguments.dtype!r}")
     found = ModelOptions(
         model=model,
         preset=preset,
         device=device,
-        dtype=dtypes[arguments.dtype or ("fp32" if model.is_demo and device.type == "cpu" else "bf16")],
+        dtype=_find_dtype(arguments.dtype or ("fp32" if model.is_demo and device.type == "cpu" else "bf16")),
         device_mode=arguments.device_mode,
         backends=backends,
         loras=loras,
@@ -217,7 +210,9 @@ def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> Generat
     """
     from ltxkern.pipeline.run.request import GenerationRequest
 
-    given = {name: getattr(arguments, name) for name in REQUEST_FIELDS if getattr(arguments, name) is not None}
+    # Options that bear a field's name; what was not given keeps the request's default.
+    named = {field.name: getattr(arguments, field.name, None) for field in fields(GenerationRequest)}
+    given = {name: value for name, value in named.items() if value is not None}
     sizes = DEMO_SIZES if chosen.model.is_demo else {}
     request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**sizes, **given})
     if arguments.image_crf is not None:
@@ -246,6 +241,15 @@ def _guidance_changes(arguments: argparse.Namespace, modality: str) -> dict[str,
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _find_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
 def _with_strength(text: str) -> tuple[str, float]:
     """ "PATH[:STRENGTH]" as path and strength; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
@@ -271,6 +275,13 @@ def _check_loras(chosen: ModelOptions) -> None:
         transformer = None if config is None else build("transformer", config)
         for path in chosen.lora_files:
             check_lora_file(path, transformer=transformer)
+
+
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
+    from ltxkern.dispatch import BackendError
+
+    return (ValueError, TypeError, OSError, ArithmeticError, BackendError)
 
 
 def _backend_choice(names: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltxkern.commands.options import expected_errors
+
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.parallel.ranks import Launch, Ranks
@@ -92,7 +94,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
         ValueError: options that contradict each other or the number of ranks.
         SystemExit: status 2, on every rank, where one of several failed.
     """
-    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, Ranks
+    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, RankError, Ranks
 
     launch = Launch.from_environment()
     if launch.size == 1:
@@ -102,6 +104,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
     if launch.rank != 0:
         logging.getLogger("ltxkern").setLevel(logging.ERROR)
     ranks: Ranks | None = None
+    spoken: tuple[type[BaseException], ...] = (RankError, *expected_errors())
     try:
         ranks = Ranks.meet(launch, backend=_claim_device(arguments, launch))
         try:
@@ -113,7 +116,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
             ranks.require_person(interrupt)
             raise
         _close(ranks)
-    except _spoken() as error:
+    except spoken as error:
         logger.info("rank %d left", launch.rank, exc_info=True)
         if ranks is None or ranks.reports:
             print(f"ltxkern: error: {error}", file=sys.stderr)
@@ -194,13 +197,6 @@ def _prefixes(text: str) -> Iterator[Path]:
     parts = text.split(":")
     for count in range(len(parts), 0, -1):
         yield Path(":".join(parts[:count])).expanduser()
-
-
-def _spoken() -> tuple[type[BaseException], ...]:
-    from ltxkern.dispatch import BackendError
-    from ltxkern.pipeline.parallel.ranks import RankError
-
-    return (RankError, ValueError, TypeError, OSError, ArithmeticError, BackendError)
 
 
 def _close(ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ltxkern.commands import parallel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.parallel.ranks import Launch
+from tests.commands.typed import SMALL
 from tests.pipeline.parallel.jobs import ENVIRONMENT, ROOT, arguments
 
 
@@ -68,24 +69,7 @@ def test_options_that_fit() -> None:
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """Four ranks, three branches: by default one rank has no part; the file equals one process's."""
-    command = [
-        "-m",
-        "ltxkern",
-        "generate",
-        "--height",
-        "64",
-        "--width",
-        "128",
-        "--num-frames",
-        "9",
-        "--steps",
-        "2",
-        "--prompt",
-        "kite",
-        "--device",
-        "cpu",
-        "-o",
-    ]
+    command = ["-m", "ltxkern", "generate", *SMALL[:-1], "--device", "cpu", "-o"]
     single = [sys.executable, *command, str(tmp_path / "one.safetensors")]
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     several += [*command, str(tmp_path / "four.safetensors")]

@@ -82,17 +82,16 @@ class Plan:
         if self.unified:
             others = sum(nbytes for name, nbytes in self.sizes.nbytes.items() if name != "transformer")
             return need.device_bytes + need.host_bytes + others + self.kept + stage.activations.device
-        components = sum(self.sizes.nbytes.get(name, 0) for name in stage.components)
-        return need.device_bytes + components + self.kept + stage.activations.device + CUDA_OVERHEAD
+        return need.device_bytes + self._beside(stage)
 
     @property
     def beside_transformer(self) -> int:
         """Peak bytes on a GPU of everything but the transformer's weights."""
-        others = (
-            sum(self.sizes.nbytes.get(name, 0) for name in stage.components) + stage.activations.device
-            for stage in self.stages
-        )
-        return max(others) + self.kept + CUDA_OVERHEAD
+        return max(map(self._beside, self.stages))
+
+    def _beside(self, stage: StageMemory) -> int:
+        components = sum(self.sizes.nbytes.get(name, 0) for name in stage.components)
+        return components + self.kept + stage.activations.device + CUDA_OVERHEAD
 
     def peak_bytes(self, mode: str | None = None) -> int:
         """Peak bytes on the device over the run; on a CPU of everything."""

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
-from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, TWO_STAGE_GUIDANCE, GuidanceRequest, GuidanceScales
+from ltxkern.pipeline.sampling.guidance import (
+    HQ_GUIDANCE,
+    TWO_STAGE_GUIDANCE,
+    GuidanceRequest,
+    GuidanceScales,
+    MultiModalPolicy,
+)
 from ltxkern.pipeline.sampling.latents import (
     PRODUCTION_BLOCKS,
     AudioLatentShape,
@@ -252,7 +258,7 @@ class GenerationRequest:
                 self.audio_shape(geometry),
                 _floats(sigmas),
                 self.preset.sampler,
-                branch_count(self.guidance(geometry)),
+                len(MultiModalPolicy.build(self.guidance(geometry), {}, {}).branches),
             )
         ]
         if count == 2:
@@ -311,13 +317,6 @@ def _image_condition(item: Any) -> ImageCondition:
     if isinstance(item, (ImageCondition, Path)):
         return item if isinstance(item, ImageCondition) else ImageCondition(item)
     return ImageCondition(*item)
-
-
-def branch_count(guidance: GuidanceRequest) -> int:
-    """Forwards of one guided evaluation: branches whose scale is void for both modalities do not run."""
-    scales = guidance.present.values()
-    extra = (any(s.cfg != 1 for s in scales), any(s.stg != 0 for s in scales), any(s.modality != 1 for s in scales))
-    return 1 + sum(extra)
 
 
 def scale_blocks(scales: GuidanceScales | None, blocks: int) -> GuidanceScales | None:
