@@ -366,3 +366,10 @@ def _require_schedule(name: str, sigmas: list[float]) -> None:
     falling = all(later < earlier for earlier, later in pairwise(sigmas))
     if len(sigmas) < 2 or not falling or not all(0 <= sigma <= 1 for sigma in sigmas):
         raise ValueError(f"{name} must be at least two strictly falling numbers between 1 and 0, got {sigmas}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StagePlan":
+        warnings.warn("StagePlan is now called Stage", DeprecationWarning, stacklevel=2)
+        return Stage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,24 +18,8 @@ from ltxkern.pipeline.files.checkpoint import (
     load_component,
     load_components,
 )
-from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build
-from tests.official_files import DEMO_SECTIONS, write_diffusers_demo, write_official, write_official_demo
-
-
-@pytest.fixture(scope="module")
-def demo() -> Components:
-    return build_demo()
-
-
-@pytest.fixture(scope="module")
-def official(demo: Components, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_official_demo(tmp_path_factory.mktemp("official"), demo)
-
-
-@pytest.fixture(scope="module")
-def folder(demo: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_diffusers_demo(tmp_path_factory.mktemp("diffusers"), demo)
+from tests.official_files import DEMO_SECTIONS, write_official
 
 
 def loaded_from(source: str, official: dict[str, Path], folder: Path, **options: Any) -> Components:

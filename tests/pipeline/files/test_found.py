@@ -4,19 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.headers import CheckpointError
 from ltxkern.pipeline.sampling.latents import Geometry
-from tests.official_files import write_diffusers_demo, write_official_demo
 
 DEMO = Geometry(video_channels=16, audio_channels=2, blocks=2)
 
 
-def test_every_layout_of_the_demo_says_the_same(tmp_path: Path) -> None:
-    demo = build_demo()
-    official = write_official_demo(tmp_path, demo)["checkpoint"]
-    for model in ("demo", official, write_diffusers_demo(tmp_path / "folder", demo)):
+def test_every_layout_of_the_demo_says_the_same(official: dict[str, Path], folder: Path) -> None:
+    for model in ("demo", official["checkpoint"], folder):
         assert FoundModel.of(model).geometry == DEMO
 
 
@@ -26,8 +22,7 @@ def test_a_hub_id_counts_as_published_and_a_missing_file_is_an_error() -> None:
         FoundModel.of("some/where.safetensors")
 
 
-def test_a_found_model_is_handed_through(tmp_path: Path) -> None:
-    folder = write_diffusers_demo(tmp_path / "folder", build_demo())
+def test_a_found_model_is_handed_through(folder: Path) -> None:
     found = FoundModel.of(folder)
     assert FoundModel.of(found) is found
     assert (found.is_demo, found.is_here, found.path) == (False, True, folder)
@@ -36,8 +31,7 @@ def test_a_found_model_is_handed_through(tmp_path: Path) -> None:
     assert (hub.is_demo, hub.is_here, hub.path, hub.config("transformer")) == (False, False, None, None)
 
 
-def test_parts_from_elsewhere_are_looked_up_when_files_are_read(tmp_path: Path) -> None:
-    official = write_official_demo(tmp_path, build_demo())
+def test_parts_from_elsewhere_are_looked_up_when_files_are_read(official: dict[str, Path], tmp_path: Path) -> None:
     found = FoundModel.of(official["checkpoint"], upsampler=tmp_path / "nowhere.safetensors")
     assert found.geometry == DEMO
     with pytest.raises(CheckpointError, match="nowhere"):

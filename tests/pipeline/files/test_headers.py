@@ -7,19 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.files.checkpoint import (
-    CheckpointError,
-    load_component,
-    load_lora,
-)
-from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_component, load_lora
 from ltxkern.pipeline.files.headers import StoredTensor, listed, read_header
-from tests.official_files import write_official_demo
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_official_demo(tmp_path_factory.mktemp("official"), build_demo())
 
 
 def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:

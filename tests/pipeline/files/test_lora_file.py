@@ -8,17 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.files.checkpoint import (
-    CheckpointError,
-    load_lora,
-)
-from ltxkern.pipeline.files.demo import build_demo, demo_lora
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_lora
+from ltxkern.pipeline.files.demo import demo_lora
 from ltxkern.pipeline.model.components import Components
-
-
-@pytest.fixture(scope="module")
-def demo() -> Components:
-    return build_demo()
 
 
 def lora_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None) -> Path:

@@ -6,10 +6,7 @@ import pytest
 
 from ltxkern.pipeline.files import official_config
 from ltxkern.pipeline.model.components import BUILDABLE, PRODUCTION_CONFIGS, build
-from tests.official_files import (
-    PRODUCTION_SECTIONS,
-    PRODUCTION_UPSAMPLER,
-)
+from tests.official_files import PRODUCTION_SECTIONS, PRODUCTION_UPSAMPLER
 
 
 def header_config(component: str) -> dict[str, Any]:

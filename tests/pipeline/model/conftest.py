@@ -3,9 +3,7 @@
 import pytest
 
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.model.transformer import (
-    LTX2Transformer,
-)
+from ltxkern.pipeline.model.transformer import LTX2Transformer
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.model.transformer import (
-    LTX2Transformer,
-    predict_velocity,
-    predict_velocity_batched,
-)
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
 from tests.pipeline.model.demo_inputs import FLAGS, VIDEO_TOKENS, close, inputs, with_mask
 
 

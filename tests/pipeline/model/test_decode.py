@@ -16,9 +16,7 @@ from ltxkern.pipeline.model.decode import (
     resolve_tiling,
     upsample_latent,
 )
-from ltxkern.pipeline.model.tiling import (
-    VideoTiling,
-)
+from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling import finite
 from tests.pipeline.model.tiny_vae import repeating_vae, tiny_audio_vae, tiny_video_vae
 

@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from ltxkern.pipeline.model.inputs import device_tensors
-from ltxkern.pipeline.model.transformer import (
-    LTX2Transformer,
-    predict_velocity,
-    predict_velocity_batched,
-    predict_x0,
-)
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched, predict_x0
 from tests.pipeline.model.demo_inputs import inputs, with_mask
 
 
@@ -66,3 +61,22 @@ def test_wrong_arguments(model: LTX2Transformer) -> None:
         predict_velocity_batched(model, [pair, inputs(batch=2)])
     with pytest.raises(TypeError, match="skip_self_attn"):
         predict_x0(model, video, audio, skip_self_attn=[1])
+
+
+def test_a_part_holds_what_belongs_to_its_tokens() -> None:
+    item = inputs(batch=2)["video"]
+    own = slice(2, 5)
+    for given, per_token in (
+        (item, ()),
+        (with_mask(item), ("timestep",)),
+        (dataclasses.replace(with_mask(item), levels=(1.0, 0.0, 0.25)), ("rows",)),
+    ):
+        whole = device_tensors(given, 1000)
+        part = whole.part(own)
+        for field in dataclasses.fields(whole):
+            value, expected = getattr(part, field.name), getattr(whole, field.name)
+            if field.name == "positions":
+                expected = expected[:, :, own]
+            elif field.name in ("tokens", *per_token):
+                expected = expected[:, own]
+            assert value is expected is None or torch.equal(value, expected), field.name

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.results.atomic import output_kind, writable_output
-from ltxkern.pipeline.results.media import (
-    write_frames,
-    write_latents,
-    write_mp4,
-)
+from ltxkern.pipeline.results.media import write_frames, write_latents, write_mp4
 from tests.pipeline.results.samples import leftovers, tone, video
 
 

@@ -17,14 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ltxkern.pipeline.results.media import (
-    probe_mp4,
-    rgb_to_yuv420,
-    to_int16,
-    write_frames,
-    write_latents,
-    write_mp4,
-)
+from ltxkern.pipeline.results.media import probe_mp4, rgb_to_yuv420, to_int16, write_frames, write_latents, write_mp4
 from tests.pipeline.results.samples import leftovers, tone, video
 
 ROOT = Path(__file__).parents[3]

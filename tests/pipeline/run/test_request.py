@@ -11,6 +11,7 @@ import torch
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.conditioning import ImageCondition
+from ltxkern.pipeline.run import request
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
 from ltxkern.pipeline.sampling.guidance import GuidanceScales
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS
@@ -21,12 +22,12 @@ def test_what_users_write_becomes_plain_data(tmp_path: Path) -> None:
     """Images of every form, sigmas of every sequence; a request made from one is equal to it."""
     picture = tmp_path / "a.png"
     images = (picture, f"{picture}:8:0.5", (picture, 8, 0.5), ImageCondition(picture, 8))
-    request = GenerationRequest(prompt="a", images=images, stage1_sigmas=torch.tensor([1.0, 0.5, 0.0]))
-    found = [(str(image.path), image.frame, image.strength) for image in request.images]
+    asked = GenerationRequest(prompt="a", images=images, stage1_sigmas=torch.tensor([1.0, 0.5, 0.0]))
+    found = [(str(image.path), image.frame, image.strength) for image in asked.images]
     assert found == [(str(picture), frame, strength) for frame, strength in ((0, 1.0), (8, 0.5), (8, 0.5), (8, 1.0))]
-    assert request.stage1_sigmas == (1.0, 0.5, 0.0)
-    assert request.stages()[0].sigmas == (1.0, 0.5, 0.0)
-    assert replace(request) == request
+    assert asked.stage1_sigmas == (1.0, 0.5, 0.0)
+    assert asked.stages()[0].sigmas == (1.0, 0.5, 0.0)
+    assert replace(asked) == asked
 
 
 def test_stages_of_a_request() -> None:
@@ -40,10 +41,12 @@ def test_stages_of_a_request() -> None:
     assert (only.height, only.evaluations) == (1088, 4)
 
 
-def test_the_old_name_of_stages_warns() -> None:
-    request = GenerationRequest(prompt="a")
+def test_old_names_warn() -> None:
+    asked = GenerationRequest(prompt="a")
     with pytest.warns(DeprecationWarning, match="plan is now called stages"):
-        assert request.plan() == request.stages()
+        assert asked.plan() == asked.stages()
+    with pytest.warns(DeprecationWarning, match="StagePlan is now called Stage"):
+        assert request.StagePlan is request.Stage
 
 
 REFUSED = [
