@@ -299,11 +299,11 @@ class HQTwoStagePipeline:
                 f"preset: the request is for pipeline {request.preset.name}, and this one was opened as "
                 f"{self.preset.name}: use preset=pipeline.preset"
             )
-        request.validate(self.geometry, check_files=image_latents is None)
+        strengths = request.distilled_strengths or self.distilled_strengths
+        replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
         self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
         stages = request.stages(self.geometry)
         run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress)
-        strengths = request.distilled_strengths or self.distilled_strengths
         phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
         guidance = request.guidance(self.geometry)
         policies = self.prompts.policies(request, guidance, guidance_policy, embeddings, negative_embeddings, progress)
