@@ -14,18 +14,13 @@ from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.conditioning import ImageCondition
 from ltxkern.pipeline.run.request import GenerationRequest, find_preset
 from ltxkern.pipeline.sampling.latents import Geometry
-from tests.golden import Golden, open_golden
+from tests.golden import open_golden as golden
 from tests.pipeline.golden_transformer import transformer, upsampler
 from tests.serving import device_of
 
 COVERS = ("hq/",)
 TOLERANCE = 5e-5
 FRAME_RATE = 24.0
-
-
-@cache
-def golden() -> Golden:
-    return open_golden()
 
 
 def runs() -> list[str]:

@@ -59,9 +59,7 @@ def test_fifty_random_switches_equal_fresh_merges(mode, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_single_rounding_and_a_second_request_with_other_strengths(mode):
-    model = small_model()
-    pristine = linear_weights(model)
+def test_single_rounding_and_a_second_request_with_other_strengths(model, pristine, mode):
     distilled, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
     with TwoStageDeviceManager(mode, rounding="single") as manager:
         manager.attach(model)
@@ -177,12 +175,11 @@ def test_the_environment_names_the_mode(monkeypatch):
         TwoStageDeviceManager()
 
 
-def test_close_twice_and_what_comes_before_attach():
+def test_close_twice_and_what_comes_before_attach(model):
     manager = TwoStageDeviceManager("original")
     manager.close()
     with pytest.raises(LoRAPhaseError, match="no transformer is attached"):
         manager.prepare(NO_LORA)
-    model = small_model()
     manager.attach(model)
     with pytest.raises(ValueError, match="attached already"):
         manager.attach(model)
@@ -199,8 +196,7 @@ def test_weights_on_the_meta_device_are_refused():
         TwoStageDeviceManager("original").attach(model)
 
 
-def test_a_closed_manager_lets_go_of_the_weights():
-    model = small_model()
+def test_a_closed_manager_lets_go_of_the_weights(model):
     manager = TwoStageDeviceManager("resident")
     manager.attach(model)
     manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))

@@ -263,9 +263,7 @@ def test_a_failed_switch_leaves_the_former_phase_where_nothing_was_written(fail_
             assert manager.phase == phases[0]
 
 
-def test_inplace_goes_on_to_original_where_the_host_has_no_room_for_snapshots():
-    model = small_model()
-    pristine = linear_weights(model)
+def test_inplace_goes_on_to_original_where_the_host_has_no_room_for_snapshots(model, pristine):
     phases = lora_phases([], random_lora("violent", model, seed=1, size=2000.0))
     expected = fresh_merges(pristine, phases)
     with TwoStageDeviceManager("inplace", host_budget_bytes=1000) as manager:
@@ -278,8 +276,7 @@ def test_inplace_goes_on_to_original_where_the_host_has_no_room_for_snapshots():
     assert_weights(model, pristine)
 
 
-def test_a_lora_that_does_not_fit_changes_nothing():
-    model = small_model()
+def test_a_lora_that_does_not_fit_changes_nothing(model):
     lora = random_lora("distilled", model, seed=1)
     phases = lora_phases([], lora)
     foreign = LoRA("foreign", {"transformer_blocks.9.0": lora.factors["proj_in"]})

@@ -9,15 +9,14 @@ from ltxkern.compiled import merge_lora as launch
 from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
 from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair
 from tests.ops.contract import noise
-from tests.pipeline.memory.lora_models import linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import linear_weights, random_lora
 from tests.serving import backends_of, serving
 
 
 @pytest.mark.parametrize("rounding", ["reference", "single"])
 @pytest.mark.parametrize("strengths", [((1.0, 0.5), (0.25, 0.5)), ((0.0, 0.7), (0.3, 0.0)), ((1.0, 0.0), (0.5, 1.5))])
 @pytest.mark.parametrize("alpha", [None, 0.0, 2.5])
-def test_a_pair_of_phases_equals_two_merges(rounding, strengths, alpha):
-    model = small_model()
+def test_a_pair_of_phases_equals_two_merges(model, rounding, strengths, alpha):
     user, distilled = random_lora("user", model, seed=1), random_lora("distilled", model, seed=2)
     distilled = LoRA("distilled", {name: LoRAFactors(f.a, f.b, alpha) for name, f in distilled.factors.items()})
     first, second = (LoRAPhase(((user, one), (distilled, other))) for one, other in strengths)
@@ -106,14 +105,12 @@ def test_a_pair_reads_the_weight_once(monkeypatch):
         (1e-300, 1e300, None),
     ],
 )
-def test_deltas_are_multiples_where_the_scales_are(first, second, ratio):
-    model = small_model()
+def test_deltas_are_multiples_where_the_scales_are(model, first, second, ratio):
     lora = random_lora("distilled", model, seed=1)
     assert binary_ratio("proj_in", LoRAPhase(((lora, first),)), LoRAPhase(((lora, second),))) == ratio
 
 
-def test_two_loras_or_another_one_have_no_ratio():
-    model = small_model()
+def test_two_loras_or_another_one_have_no_ratio(model):
     one, other = random_lora("one", model, seed=1), random_lora("other", model, seed=2)
     single = LoRAPhase(((one, 1.0),))
     for phase in (LoRAPhase(((one, 1.0), (other, 1.0))), LoRAPhase(((other, 1.0),)), LoRAPhase()):

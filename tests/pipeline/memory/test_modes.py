@@ -2,11 +2,9 @@
 
 import pytest
 
-from ltxkern.pipeline.files.lora import lora_phases
 from ltxkern.pipeline.memory import modes
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES, OFFLOADED, ModeNeeds, choose_mode
-from tests.pipeline.memory.lora_models import random_lora, small_model
 
 NEEDS = {
     "resident": ModeNeeds("resident", 100, 0),
@@ -46,9 +44,7 @@ def test_auto_counts_device_and_host_together_where_they_are_one():
     assert choose_mode(NEEDS, 69, 69, unified=True)[1].startswith("no mode fits")
 
 
-def test_describe_says_what_each_mode_needs(monkeypatch):
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
+def test_describe_says_what_each_mode_needs(model, phases, monkeypatch):
     with TwoStageDeviceManager("auto") as manager:
         manager.attach(model)
         manager.prepare(*phases)

@@ -6,7 +6,7 @@ import torch
 from ltxkern.pipeline.files.lora import lora_phases
 from ltxkern.pipeline.memory.host_memory import HostBudgetError
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import assert_weights, random_lora, small_model
 from tests.pipeline.memory.simulated_clock import SimulatedClock
 
 BLOCK_TIME = 10.0  # what a block computes
@@ -93,11 +93,7 @@ def test_stage_2_starts_before_its_last_block_has_arrived(run):
     assert starts < clock.first("fetch transformer_blocks.7").end
 
 
-def test_a_full_host_in_snapshot_is_refused():
-    model = small_model()
-    pristine = linear_weights(model)
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    expected = fresh_merges(pristine, phases)
+def test_a_full_host_in_snapshot_is_refused(model, pristine, phases, expected):
     with TwoStageDeviceManager("snapshot", host_budget_bytes=1000) as manager:
         manager.attach(model)
         with pytest.raises(HostBudgetError, match=r"snapshot of .* needs .* bytes of host memory"):
@@ -110,12 +106,8 @@ def test_a_full_host_in_snapshot_is_refused():
     assert_weights(model, pristine)
 
 
-def test_room_for_one_snapshot_keeps_that_of_stage_2():
-    model = small_model()
-    pristine = linear_weights(model)
+def test_room_for_one_snapshot_keeps_that_of_stage_2(model, pristine, phases, expected):
     size = sum(weight.nbytes for weight in pristine.values())
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    expected = fresh_merges(pristine, phases)
     with TwoStageDeviceManager("snapshot", host_budget_bytes=size + 100) as manager:
         manager.attach(model)
         manager.prepare(*phases)
@@ -126,10 +118,7 @@ def test_room_for_one_snapshot_keeps_that_of_stage_2():
     assert manager.budget.used == 0
 
 
-def test_more_forwards_than_announced_still_see_their_own_phase():
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    pristine = linear_weights(model)
+def test_more_forwards_than_announced_still_see_their_own_phase(model, phases, expected):
     x = torch.randn(1, 48).bfloat16()
     with TwoStageDeviceManager("snapshot") as manager:
         manager.attach(model)
@@ -138,4 +127,4 @@ def test_more_forwards_than_announced_still_see_their_own_phase():
         first = model(x)
         assert manager.phase is None
         assert torch.equal(model(x), first)
-        assert_weights(model, fresh_merges(pristine, phases)[phases[0]])
+        assert_weights(model, expected[phases[0]])

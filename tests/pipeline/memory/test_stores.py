@@ -16,8 +16,7 @@ from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, line
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_equal_and_empty_phases_are_free(mode, monkeypatch):
-    model = small_model()
+def test_equal_and_empty_phases_are_free(model, mode, monkeypatch):
     lora = random_lora("distilled", model, seed=1)
     merges = []
     for name in ("merge_phase", "merge_phase_beside"):
@@ -55,8 +54,7 @@ def test_peak_extra_memory_of_a_switch(mode):
             assert manager.store.host_bytes == 0
 
 
-def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(monkeypatch):
-    model = small_model()
+def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(model, monkeypatch):
     lora = random_lora("distilled", model, seed=1)
     calls = []
 
@@ -77,10 +75,7 @@ def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(
             assert_weights(model, expected[phases[1]])
 
 
-def test_inplace_takes_two_products_where_one_does_not_give_the_bits(monkeypatch):
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    expected = fresh_merges(linear_weights(model), phases)
+def test_inplace_takes_two_products_where_one_does_not_give_the_bits(model, phases, expected, monkeypatch):
     with TwoStageDeviceManager("inplace") as manager:
         manager.attach(model)
         manager.prepare(*phases)
@@ -91,9 +86,7 @@ def test_inplace_takes_two_products_where_one_does_not_give_the_bits(monkeypatch
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_preparing_the_same_phases_again_merges_nothing(mode, monkeypatch):
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
+def test_preparing_the_same_phases_again_merges_nothing(model, phases, mode, monkeypatch):
     with TwoStageDeviceManager(mode) as manager:
         manager.attach(model)
         manager.prepare(*phases)
@@ -111,10 +104,8 @@ def test_preparing_the_same_phases_again_merges_nothing(mode, monkeypatch):
         assert manager.phase == phases[0]
 
 
-def test_inplace_falls_back_where_the_correction_would_be_too_large():
-    model = small_model()
+def test_inplace_falls_back_where_the_correction_would_be_too_large(model, pristine):
     lora = random_lora("violent", model, seed=1, size=2000.0)
-    pristine = linear_weights(model)
     phases = lora_phases([], lora)
     expected = fresh_merges(pristine, phases)
     with TwoStageDeviceManager("inplace") as manager:
@@ -128,10 +119,7 @@ def test_inplace_falls_back_where_the_correction_would_be_too_large():
     assert_weights(model, pristine)
 
 
-def test_inplace_falls_back_where_the_product_is_not_repeatable(monkeypatch):
-    model = small_model()
-    pristine = linear_weights(model)
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
+def test_inplace_falls_back_where_the_product_is_not_repeatable(model, pristine, phases, expected, monkeypatch):
     calls = itertools.count()
     real = stores.merge_phase
 
@@ -147,15 +135,15 @@ def test_inplace_falls_back_where_the_product_is_not_repeatable(monkeypatch):
         manager.prepare(*phases)
         assert manager.mode == "snapshot"
         assert "not repeatable" in manager.describe()
-        assert_weights(model, fresh_merges(pristine, phases)[phases[0]])
+        assert_weights(model, expected[phases[0]])
     assert_weights(model, pristine)
 
 
 @pytest.mark.parametrize("rounding", ["reference", "single"])
-def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(rounding, tmp_path, monkeypatch):
+def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(
+    model, pristine, rounding, tmp_path, monkeypatch
+):
     """Strengths 0 and 1: nothing is read from the files, and one pass makes the second copy."""
-    model = small_model()
-    pristine = linear_weights(model)
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
     lora, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
     phases = lora_phases([], lora, TWO_STAGE_STRENGTHS)

@@ -9,15 +9,11 @@ from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError, block_of, blocks_of, checksum
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import assert_weights, random_lora
 
 
-def test_a_checkpoint_as_pristine_source_keeps_nothing_on_the_host(tmp_path):
-    model = small_model()
-    pristine = linear_weights(model)
+def test_a_checkpoint_as_pristine_source_keeps_nothing_on_the_host(model, pristine, phases, expected, tmp_path):
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    expected = fresh_merges(pristine, phases)
     with TwoStageDeviceManager("original") as manager:
         manager.attach(model, pristine=tmp_path)
         manager.prepare(*phases)
@@ -28,8 +24,7 @@ def test_a_checkpoint_as_pristine_source_keeps_nothing_on_the_host(tmp_path):
     assert_weights(model, pristine)
 
 
-def test_one_weight_in_two_modules_cannot_be_patched():
-    model = small_model()
+def test_one_weight_in_two_modules_cannot_be_patched(model):
     model.transformer_blocks[1][0].weight = model.transformer_blocks[0][0].weight
     with TwoStageDeviceManager("original") as manager:
         manager.attach(model)
@@ -69,9 +64,7 @@ def test_a_checksum_sees_single_bits_and_swapped_rows(shape, dtype):
     ("block", "module"), [("outer", "proj_in"), ("transformer_blocks.1", "transformer_blocks.1.0")]
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_a_weight_changed_by_someone_else_is_noticed(mode, block, module):
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
+def test_a_weight_changed_by_someone_else_is_noticed(model, phases, mode, block, module):
     with TwoStageDeviceManager(mode) as manager:
         manager.attach(model)
         manager.prepare(*phases)
@@ -91,9 +84,7 @@ def test_a_weight_changed_by_someone_else_is_noticed(mode, block, module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_checksums_agree_with_fresh_merges(mode):
-    model = small_model()
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
+def test_checksums_agree_with_fresh_merges(model, phases, mode):
     with TwoStageDeviceManager("original") as manager:
         manager.attach(model)
         manager.prepare(*phases)
