@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
 # What no result depends on; a CFG group gives the bits of one process.
-_OUTPUT_ONLY = (
-    *("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts"),
-    *("ray", "workers", "cfg_parallel_size"),
-)
+_OUTPUT_ONLY = (*parallel.OWN_AFFAIR, "prompts", "ray", "workers", "cfg_parallel_size")
 
 
 def add_parser(subparsers: Any) -> None:

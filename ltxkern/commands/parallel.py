@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.parallel.ranks import Launch, Ranks
 
-_OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
+OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
 STAGE2_PARALLEL = ("none", "ulysses")
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, object]:
 
     import ltxkern
 
-    facts: dict[str, object] = {name: value for name, value in vars(arguments).items() if name not in _OWN_AFFAIR}
+    facts: dict[str, object] = {name: value for name, value in vars(arguments).items() if name not in OWN_AFFAIR}
     for text in arguments.image:
         file = next((path for path in _prefixes(text) if path.is_file()), None)
         facts[f"content of {text}"] = "no file" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling
+from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.decoding import Decoder
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -32,11 +31,12 @@ from ltxkern.pipeline.run.request import (
     find_preset,
     require_strength,
 )
-from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy
+from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
 from ltxkern.pipeline.sampling.latents import Geometry
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
+_REQUEST_FIELDS = {field.name for field in fields(GenerationRequest)}
 
 
 class HQTwoStagePipeline:
@@ -72,7 +72,6 @@ class HQTwoStagePipeline:
             components.config("transformer"), components.config("audio_vae")
         )
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
-        self.decoder = Decoder(components, self.manager)
         self.denoiser_factory: Callable[..., Any] | None = None
         self._parallel: CFGParallel | None = None
         self._patched: list[Patched] = []
@@ -196,63 +195,21 @@ class HQTwoStagePipeline:
         num_frames: int = 121,
         frame_rate: float = 24.0,
         steps: int | None = None,
-        *,
-        video_guidance: GuidanceScales | None = None,
-        audio_guidance: GuidanceScales | None = None,
-        distilled_strengths: tuple[float, float] | None = None,
-        eta: float = 0.5,
-        audio_source: str = "stage1",
-        stage1_sigmas: Sequence[float] | Tensor | None = None,
-        stage2_sigmas: Sequence[float] | Tensor | None = None,
-        max_batch_size: int = 1,
-        guidance_policy: type[CFGPolicy] = MultiModalPolicy,
-        tiling: Tiling = "auto",
-        embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
-        negative_embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
-        initial_noise: Sequence[Tensor] | None = None,
-        sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None = None,
-        image_latents: Sequence[Sequence[Tensor]] | None = None,
-        output_type: str = "video",
-        callback: StepCallback | None = None,
-        progress: Progress | None = None,
+        **keywords: Any,
     ) -> HQOutput:
-        """`generate` with the fields of `GenerationRequest` as keywords, in the pipeline's preset.
+        """`generate` with a request made of keywords, in the pipeline's preset.
 
-        A negative prompt of None takes `DEFAULT_NEGATIVE_PROMPT`.
+        Args:
+            prompt, negative_prompt, images, seed, height, width, num_frames, frame_rate, steps: fields of `GenerationRequest`;
+                a negative prompt of None takes `DEFAULT_NEGATIVE_PROMPT`.
+            keywords: its other fields, and the keyword arguments of `generate`.
         """
+        others = {name: keywords.pop(name) for name in _REQUEST_FIELDS & keywords.keys()}
+        negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         request = GenerationRequest(
-            prompt=prompt,
-            negative_prompt=DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
-            images=images,
-            preset=self.preset,
-            seed=seed,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            frame_rate=frame_rate,
-            steps=steps,
-            video_guidance=video_guidance,
-            audio_guidance=audio_guidance,
-            distilled_strengths=distilled_strengths,
-            eta=eta,
-            audio_source=audio_source,
-            stage1_sigmas=stage1_sigmas,
-            stage2_sigmas=stage2_sigmas,
-            max_batch_size=max_batch_size,
+            prompt, negative, images, self.preset, seed, height, width, num_frames, frame_rate, steps, **others
         )
-        return self.generate(
-            request,
-            guidance_policy=guidance_policy,
-            tiling=tiling,
-            embeddings=embeddings,
-            negative_embeddings=negative_embeddings,
-            initial_noise=initial_noise,
-            sde_noise=sde_noise,
-            image_latents=image_latents,
-            output_type=output_type,
-            callback=callback,
-            progress=progress,
-        )
+        return self.generate(request, **keywords)
 
     @torch.no_grad()
     def generate(
@@ -316,10 +273,7 @@ class HQTwoStagePipeline:
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
         if output_type != "latents" and leads:
-            stream = output_type == "stream"
-            videos, audio = self.decoder.decode(
-                latents["video"], latents["audio"], tiling, stream=stream, progress=progress
-            )
+            videos, audio = self._decode(latents, tiling, output_type, progress)
             single = isinstance(request.prompt, str)
             output.video, output.audio = (videos[0], audio[0]) if single else (videos, audio)
         output.backends = {name: sorted(names) for name, names in served().items()}
@@ -366,15 +320,43 @@ class HQTwoStagePipeline:
             assert transformer is not None
             self.manager.attach(transformer, pristine=self._pristine)
             self._attached = True
-        self.manager.prepare(*phases, activation_bytes=self._activation_bytes(request))
+        beside = 0
+        if self.device.type == "cuda" and self.manager.mode is None:
+            # "auto" leaves room for what a run needs beside the transformer's weights.
+            from ltxkern.pipeline.planning.plan import plan
 
-    def _activation_bytes(self, request: GenerationRequest) -> int:
-        """What a run needs on a GPU beside the transformer's weights, so that "auto" leaves room for it."""
-        if self.device.type != "cuda" or self.manager.mode is not None:
-            return 0
-        from ltxkern.pipeline.planning.plan import plan
+            beside = plan(self.components, request, device=self.device).beside_transformer
+        self.manager.prepare(*phases, activation_bytes=beside)
 
-        return plan(self.components, request, device=self.device).beside_transformer
+    def _decode(
+        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
+    ) -> tuple[list[Any], list[Tensor]]:
+        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
+        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
+        if output_type == "stream":
+            return streams, self._waveforms(latents["audio"], progress)
+        waveforms, videos = self.manager.side_by_side(
+            lambda: self._waveforms(latents["audio"], progress),
+            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
+        )
+        return videos, waveforms
+
+    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
+        parts = self.components
+        report(progress, "audio", 0, 1)
+        with (
+            self.manager.component("audio_vae", parts.audio_vae) as audio_vae,
+            self.manager.component("vocoder", parts.vocoder) as vocoder,
+        ):
+            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
+        report(progress, "audio", 1, 1)
+        return waveforms
+
+    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
+        with self.manager.component("video_vae", self.components.video_vae) as vae:
+            yield from decode_video(
+                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
+            )
 
     def close(self) -> None:
         """Release what is held, and give back what was given.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ltxkern.cli import main
-from tests.commands.batch_files import SMALL, write
+from tests.commands.typed import BATCH, write
 
 
 def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,7 +21,7 @@ def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         {"prompt": "fog", "colour": "grey", "name": "fog"},
     ]
     folder = tmp_path / "out"
-    command = ["batch", str(write(tmp_path, *lines)), "-o", str(folder), *SMALL]
+    command = ["batch", str(write(tmp_path, *lines)), "-o", str(folder), *BATCH]
     assert main(command) == 2
     said = capsys.readouterr()
     assert f"2 of 4 done (0 before), in {folder}" in said.out
@@ -39,9 +39,9 @@ def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_an_item_equals_the_same_generate(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     path = write(tmp_path, {"prompt": "a kite", "seed": 7, "name": "kite"}, {"prompt": "rain", "name": "rain"})
-    assert main(["batch", str(path), "-o", str(folder), *SMALL, "--quiet"]) == 0
+    assert main(["batch", str(path), "-o", str(folder), *BATCH, "--quiet"]) == 0
     alone = tmp_path / "alone.safetensors"
-    small = SMALL[: SMALL.index("--format")]
+    small = BATCH[: BATCH.index("--format")]
     assert main(["generate", "--prompt", "rain", *small, "-o", str(alone), "--quiet"]) == 0
     assert (folder / "rain.safetensors").read_bytes() == alone.read_bytes()
 
@@ -72,7 +72,7 @@ def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[st
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "ltxkern"]
 
     def batch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-        line = [*command, "batch", str(path), "-o", str(folder), *SMALL]
+        line = [*command, "batch", str(path), "-o", str(folder), *BATCH]
         return subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
 
     first = batch(folder, *several)
@@ -80,7 +80,7 @@ def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert first.stdout.splitlines() == [f"2 of 3 done (0 before), in {folder}"]
     assert first.stderr.count("00002 failed: ValueError: height 65 is not a multiple of 64") == 1
     assert "cfg parallel on 3 ranks: 10 evaluations exchanged in 12 collectives" in first.stderr
-    assert main(["batch", str(path), "-o", str(folder), *SMALL]) == 2
+    assert main(["batch", str(path), "-o", str(folder), *BATCH]) == 2
     assert f"2 of 3 done (2 before), in {folder}" in capsys.readouterr().out
     assert batch(alone, sys.executable, "-m", "ltxkern").returncode == 2
     for name in ("rain", "00003"):

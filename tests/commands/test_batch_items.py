@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ltxkern.commands.batch_items import MANIFEST, Item, Manifest, Outcome, attempt, digest, pending, read_items
-from tests.commands.batch_files import write
+from tests.commands.typed import write
 
 
 def test_items_are_lines(tmp_path: Path) -> None:

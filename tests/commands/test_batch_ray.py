@@ -10,7 +10,7 @@ import pytest
 from ltxkern.cli import main
 from ltxkern.commands.batch_items import Item, Manifest, Outcome
 from ltxkern.commands.batch_ray import Placement, run_with_ray
-from tests.commands.batch_files import SMALL, write
+from tests.commands.typed import BATCH, write
 
 
 class Toy:
@@ -82,7 +82,7 @@ def test_workers_that_never_fit_are_refused(
     """Ray would leave them waiting, and the batch with them."""
     path = write(tmp_path, {"prompt": "a"}, {"prompt": "b"})
     several = ["--ray", "--workers", workers, "--cfg-parallel-size", size]
-    assert main(["batch", str(path), "-o", str(tmp_path / "out"), *SMALL, *several]) == 2
+    assert main(["batch", str(path), "-o", str(tmp_path / "out"), *BATCH, *several]) == 2
     assert f"{workers} workers of {size} ranks need {needed} CPUs and the Ray cluster has 2" in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_a_cfg_group_of_ray_actors(tmp_path: Path) -> None:
     path = write(tmp_path, *lines)
     folder = tmp_path / "ray"
     group = ["--ray", "--workers", "1", "--cfg-parallel-size", "2", "--quiet"]
-    assert main(["batch", str(path), "-o", str(folder), *SMALL, *group]) == 2
+    assert main(["batch", str(path), "-o", str(folder), *BATCH, *group]) == 2
     manifest = Manifest(folder)
     assert {name: outcome.status for name, outcome in manifest.outcomes.items()} == {
         "rain": "done",
@@ -102,6 +102,6 @@ def test_a_cfg_group_of_ray_actors(tmp_path: Path) -> None:
         "fog": "done",
     }
     alone = tmp_path / "alone"
-    assert main(["batch", str(path), "-o", str(alone), *SMALL, "--quiet"]) == 2
+    assert main(["batch", str(path), "-o", str(alone), *BATCH, "--quiet"]) == 2
     for name in ("rain", "fog"):
         assert (folder / f"{name}.safetensors").read_bytes() == (alone / f"{name}.safetensors").read_bytes()

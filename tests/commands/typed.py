@@ -1,12 +1,18 @@
-"""What the tests of the commands type, and how a refusal looks."""
+"""What the tests of the commands type and write, and how a refusal looks."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ltxkern.cli import main
 
-SMALL = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2", "--quiet"]
+SIZE = ["--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2"]
+SMALL = ["--prompt", "a kite", *SIZE, "--quiet"]
+BATCH = [*SIZE, "--device", "cpu", "--format", "latents"]
 
 
 def run(*arguments: str) -> int:
@@ -21,3 +27,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
     assert len(lines) == 1
     assert lines[0].startswith("ltxkern: error: ")
     return lines[0]
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path

@@ -41,3 +41,9 @@ def test_latents_and_frames_on_disk(pipeline: HQTwoStagePipeline, tmp_path: Path
     folder = output.save(tmp_path / "frames")
     assert len(list(folder.glob("*.png"))) == 9
     assert len(list(folder.glob("*.wav"))) == 1
+
+
+def test_stream_equals_video(pipeline: HQTwoStagePipeline) -> None:
+    whole = pipeline("a kite", **SMALL)
+    streamed = pipeline("a kite", **SMALL, output_type="stream")
+    assert torch.equal(torch.cat(list(streamed.video)), whole.video)

@@ -15,7 +15,7 @@ from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
-from ltxkern.pipeline.run.stage import run_stage, seeded_generator
+from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGPolicy
 from ltxkern.pipeline.sampling.latents import LatentState
@@ -48,7 +48,8 @@ class DenoisingRun:
     def latents(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
         """The stages that `phases` covers (all, save on some ranks of several); the latents that `HQOutput` carries."""
         pipeline = self.pipeline
-        self.generator = seeded_generator(self.request.seed, pipeline.device)
+        # One for the initial noise of stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order.
+        self.generator = torch.Generator(pipeline.device).manual_seed(self.request.seed)
         latents: dict[str, Tensor] = {}
         video: Tensor | None = None
         audio: Tensor | None = None

@@ -120,8 +120,3 @@ def run_stage(
         check_latent(stage.name, f"{name} latent", result[name])
         done[name] = replace(state, latent=result[name]).clear_conditioning()
     return done
-
-
-def seeded_generator(seed: int, device: torch.device | str) -> torch.Generator:
-    """The generator of one run's initial noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order."""
-    return torch.Generator(device).manual_seed(seed)
