@@ -1,4 +1,4 @@
-"""The command line as a user types it: outputs, plans, configuration files, refusals, interruption."""
+"""The command itself: an interruption leaves no half file, and importing the package stays light."""
 
 from __future__ import annotations
 
