@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.parallel.by_branch import dispatch_branches
-from ltxkern.pipeline.run.request import GenerationRequest, StagePlan, find_preset, scale_blocks
+from ltxkern.pipeline.run.request import GenerationRequest, Stage, find_preset, scale_blocks
 from ltxkern.pipeline.run.stage import BranchForward
 from ltxkern.pipeline.sampling.guidance import (
     HQ_GUIDANCE,
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def states(plan: StagePlan, device: str) -> dict[str, LatentState]:
+def states(plan: Stage, device: str) -> dict[str, LatentState]:
     """Noised states of a stage."""
     generator = torch.Generator(device).manual_seed(0)
     place = {"fps": 24.0, "dtype": torch.float32, "device": device}
@@ -85,7 +85,7 @@ def contexts(seed: int, device: str) -> dict[str, Tensor]:
     return {name: torch.randn(size, generator=generator, device=device) for name, size in sizes.items()}
 
 
-def measure(plan: StagePlan, policy: CFGPolicy, device: str, repeats: int) -> Costs:
+def measure(plan: Stage, policy: CFGPolicy, device: str, repeats: int) -> Costs:
     """The parts of one evaluation of a stage."""
     given = states(plan, device)
     forward = BranchForward(build_demo(device=device).transformer, given, False)
@@ -105,7 +105,7 @@ def measure(plan: StagePlan, policy: CFGPolicy, device: str, repeats: int) -> Co
     return Costs([branch.name for branch in policy.branches], times, combine, seconds(pack, repeats), size)
 
 
-def simulate(first: Costs, second: Costs, plans: list[StagePlan], link: float) -> list[Row]:
+def simulate(first: Costs, second: Costs, plans: list[Stage], link: float) -> list[Row]:
     """One row per degree: the slowest rank's forwards, the collective, the serial combination; stage 2 on rank 0."""
     rows = []
     for ranks in RANKS:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--machine", default="this machine", help="named in the picture")
     parser.add_argument("--picture")
     given = parser.parse_args()
-    geometry = geometry_of("demo")
+    geometry = FoundModel.of("demo").geometry
     results = {}
     for preset, guidance in (("hq", HQ_GUIDANCE), ("two-stage", TWO_STAGE_GUIDANCE)):
         moved = type(guidance)(*(scale_blocks(scales, geometry.blocks) for scales in (guidance.video, guidance.audio)))
@@ -196,7 +196,7 @@ def main() -> None:
         request = GenerationRequest(
             "x", preset=find_preset(preset), height=given.height, width=given.width, num_frames=given.num_frames
         )
-        plans = request.plan(geometry)
+        plans = request.stages(geometry)
         first = measure(plans[0], policy, given.device, given.repeats)
         alone = SingleBranchPolicy(policy.branches[:1])
         second = measure(plans[1], alone, given.device, given.repeats)

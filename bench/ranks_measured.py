@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfg_scaling import contexts, states
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel, run_cfg_parallel
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards, even_parts
 from ltxkern.pipeline.run.request import GenerationRequest
@@ -68,9 +68,9 @@ def timed(works: dict[str, Callable[[], object]], device: str, rounds: int) -> d
 
 def evaluations(given: argparse.Namespace) -> None:
     """Seconds of an evaluation of each stage, shared out and not."""
-    geometry = geometry_of("demo")
+    geometry = FoundModel.of("demo").geometry
     request = GenerationRequest("x", height=given.height, width=given.width, num_frames=given.num_frames)
-    plans = request.plan(geometry)
+    plans = request.stages(geometry)
     transformer = build_demo(device=given.device).transformer
     guided = MultiModalPolicy.build(HQ_GUIDANCE, contexts(0, given.device), contexts(1, given.device))
     alone = SingleBranchPolicy(guided.branches[:1])

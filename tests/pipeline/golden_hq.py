@@ -146,6 +146,6 @@ def test_defaults_are_the_official_ones() -> None:
     assert list(preset.distilled_strengths) == official["distilled_lora_strengths"]
     assert preset.steps == official["num_inference_steps"]
     request = GenerationRequest()
-    first = request.plan()[0]
+    first = request.stages()[0]
     assert (first.height, first.width) == (official["stage_1_height"], official["stage_1_width"])
     assert (request.num_frames, request.frame_rate) == (official["num_frames"], official["frame_rate"])
