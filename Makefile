@@ -37,12 +37,12 @@ lint: setup-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+bench: setup-dev
+	$(PY) bench/run_all.py --cases small
+
 # The site in build/site; a warning is an error. Nothing is fetched.
 docs: setup-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
-
-bench: setup-dev
-	$(PY) bench/run_all.py --cases small
 
 # sdist, pure, CPU and CUDA wheel in dist/, each tried in an empty environment; RELEASE="--only sdist,pure,cpu" without nvcc.
 release: setup-dev

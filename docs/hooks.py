@@ -1,4 +1,4 @@
-"""Pages of the site that stand elsewhere in the repository, with links that fit: README and its kin, and the examples with their text."""
+"""Pages of the site that stand elsewhere in the repository, with links that fit; the examples with their text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "csrc/README.md": "kernels.md",
     "examples/README.md": "examples.md",
+    "examples/adding_an_op/README.md": "adding-an-op.md",
 }
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
 
@@ -49,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages."""
     for source, page in PAGES.items():
         content = moved((ROOT / source).read_text(), source)
-        if source.startswith("examples/"):
+        if page == "examples.md":
             content = with_sources(content, ROOT / "examples")
         files.append(File.generated(config, page, content=content))
     return files

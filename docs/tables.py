@@ -20,13 +20,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.ops.op_cases import MAIN, OpCase  # noqa: E402
+
 from ltxkern.dispatch import BACKENDS, Op  # noqa: E402
-from tests.ops.op_calls import ALL, OpCall, drawn  # noqa: E402
 
 BEGIN, END = "<!-- backends: begin, written by docs/tables.py -->", "<!-- backends: end -->"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-# These have one dtype of their own, whatever the others have.
-FIXED = ("mask", "anchor")
 ON_GPU = ("cuda", "nvrtc", "triton")
 
 
@@ -35,7 +34,7 @@ class Asked(Exception):  # noqa: N818 - no error: it carries what a public funct
     """The op that a call reached, and the arguments that it reached it with."""
 
     op: Op
-    args: tuple[Any, ...]
+    args: Any
 
 
 @dataclass(frozen=True)
@@ -64,41 +63,36 @@ def strided(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 LAYOUTS = {"contiguous": dense, "channels-last": channels_last, "strided": strided}
-# Beyond the small calls of the tests: what bounds a kernel.
+# Beyond the small cases of the tests: what bounds a kernel.
 BOUNDS = {
-    "more than 1024 channels": OpCall("pixel_norm_silu", drawn(x=(1, 1025, 2), weight=(1025,))),
-    "rows wider than 16384": OpCall(
-        "rms_norm_modulate", drawn(x=(1, 2, 16392), scale=(1, 2, 16392), shift=(1, 1, 16392))
-    ),
-    "rounding=reference": OpCall(
-        "merge_lora_", drawn(weight=(6, 8), lora_a=(2, 8), lora_b=(6, 2)), {"rounding": "reference"}
+    "more than 1024 channels": OpCase("pixel_norm_silu", "x: B 1025 T; weight: 1025"),
+    "rows wider than 16384": OpCase("rms_norm_modulate", "x scale: B T 2049W; shift: B 1 2049W"),
+    "rounding=reference": OpCase(
+        "merge_lora_", "weight: T W; lora_a: 2 W; lora_b: T 2", others={"rounding": "reference"}
     ),
 }
 
 
-def reached(call: OpCall, layout: str, dtype: torch.dtype) -> Asked | None:
+def reached(case: OpCase, layout: str, dtype: torch.dtype) -> Asked | None:
     """Op and arguments of a call, or None where the public function takes no such dtype."""
 
-    def recorded(op: Op, *args: Any, out: Any = None) -> None:
+    def recorded(op: Op, args: Any, out: Any = None) -> None:
         raise Asked(op, args)
 
-    def each(op: Op, calls: Sequence[Sequence[Any]], check_memory: object) -> None:
-        raise Asked(op, tuple(calls[0]))
+    def each(op: Op, calls: Sequence[Any], check_memory: object) -> None:
+        raise Asked(op, calls[0])
 
-    tensors = {
-        name: LAYOUTS[layout](tensor.shape, tensor.dtype if name in FIXED else dtype)
-        for name, tensor in call.tensors().items()
-    }
+    tensors = {name: LAYOUTS[layout](value.shape, value.dtype) for name, value in case.tensors(dtype).items()}
     with mock.patch.object(Op, "__call__", recorded), mock.patch.object(Op, "run_each", each):
         try:
-            call.run(tensors)
+            case.run(tensors)
         except Asked as asked:
             return asked
         except TypeError as error:
             if str(dtype) not in str(error):
                 raise
             return None
-    raise AssertionError(f"{call.name} reached no op")
+    raise AssertionError(f"{case} reached no op")
 
 
 def refusal(asked: Asked, backend: str) -> str | None:
@@ -108,18 +102,18 @@ def refusal(asked: Asked, backend: str) -> str | None:
     if (declared := asked.op._backends.get(backend)) is None:
         return f"{asked.op.name} has no {backend} kernel"
     with mock.patch.object(Tensor, "is_cuda", backend in ON_GPU, create=True):
-        return declared.refuse(*asked.args)
+        return declared.refuse(asked.args)
 
 
-def rows_of(call: OpCall, name: str = "") -> Iterator[Row]:
+def rows_of(case: OpCase, name: str = "") -> Iterator[Row]:
     """One row for every layout that the call can have."""
     for layout in ["contiguous"] if name else LAYOUTS:
-        if layout == "channels-last" and not call.name.endswith("norm_silu"):
+        if layout == "channels-last" and not case.op.endswith("norm_silu"):
             continue
-        asked = {label: reached(call, layout, dtype) for label, dtype in DTYPES.items()}
+        asked = {label: reached(case, layout, dtype) for label, dtype in DTYPES.items()}
         taken = {label: found for label, found in asked.items() if found is not None}
         yield Row(
-            call.name,
+            case.op,
             name or layout,
             {backend: {label: refusal(found, backend) for label, found in taken.items()} for backend in BACKENDS},
         )
@@ -151,27 +145,28 @@ def cell(rows: Sequence[Row], backend: str, notes: list[str]) -> str:
 
 def table() -> str:
     """The table in Markdown, with its notes."""
-    calls = {call.name: call for call in ALL}
     lines = [
         "| op | dtypes | layouts | " + " | ".join(BACKENDS) + " |",
         "|---" * (3 + len(BACKENDS)) + "|",
     ]
     notes: list[str] = []
-    for name, call in calls.items():
-        rows = list(rows_of(call))
+    for case in MAIN:
+        rows = list(rows_of(case))
         layouts = ", ".join(row.layout for row in rows)
         for bound, bounded in BOUNDS.items():
-            rows += rows_of(bounded, bound) if bounded.name == name else []
+            rows += rows_of(bounded, bound) if bounded.op == case.op else []
         dtypes = " ".join(rows[0].reasons["torch"])
         cells = " | ".join(cell(rows, backend, notes) for backend in BACKENDS)
-        lines.append(f"| `{name}` | {dtypes} | {layouts} | {cells} |")
+        lines.append(f"| `{case.op}` | {dtypes} | {layouts} | {cells} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, start=1))])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write README.md anew, or only compare; 1 where they differ."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where README.md is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where README.md is out of date"
+    )
     only_check = parser.parse_args(arguments).check
     hopper = mock.Mock(
         major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20

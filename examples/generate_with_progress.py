@@ -8,7 +8,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from ltxkern.pipeline import HQTwoStagePipeline
+from ltxkern.pipeline import GenerationRequest, HQTwoStagePipeline
 
 
 def main(path: str = "kite.mp4") -> None:
@@ -20,14 +20,15 @@ def main(path: str = "kite.mp4") -> None:
         bar.total, bar.n = total, done
         bar.refresh()
 
+    request = GenerationRequest("a red kite over a winter beach", height=64, width=128, num_frames=9, steps=2, seed=10)
     with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipeline, bar:
-        result = pipeline(
-            "a red kite over a winter beach", height=64, width=128, num_frames=9, steps=2, seed=10, progress=progress
-        )
+        result = pipeline.generate(request, progress=progress)
         result.save(path)
     for op, backends in result.backends.items():
         print(f"{op:36} {', '.join(backends)}")
-    print(f"{path}: {tuple(result.video.shape)} at {result.frame_rate:g} fps, {result.audio.shape[-1]} samples of sound")
+    print(
+        f"{path}: {tuple(result.video.shape)} at {result.frame_rate:g} fps, {result.audio.shape[-1]} samples of sound"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline import CFGBranch, CFGPolicy, GuidanceScales, HQTwoStagePipeline
+from ltxkern.pipeline import CFGBranch, CFGPolicy, GenerationRequest, GuidanceScales, HQTwoStagePipeline
 from ltxkern.pipeline.sampling.guidance import GuidanceRequest
 
 LIMIT = 0.5
@@ -46,13 +46,20 @@ class ClippedGuidance(CFGPolicy):
 
 
 def main() -> None:
+    request = GenerationRequest(
+        "a red kite over a winter beach",
+        height=64,
+        width=128,
+        num_frames=9,
+        steps=2,
+        video_guidance=GuidanceScales(cfg=3.0),
+        audio_guidance=GuidanceScales(cfg=7.0),
+    )
     with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipeline:
-        result = pipeline(
-            "a red kite over a winter beach", height=64, width=128, num_frames=9, steps=2,
-            video_guidance=GuidanceScales(cfg=3.0), audio_guidance=GuidanceScales(cfg=7.0),
-            guidance_policy=ClippedGuidance, output_type="latents",
-        )  # fmt: skip
-    print(f"latents of the video {tuple(result.latents['video'].shape)}, of the sound {tuple(result.latents['audio'].shape)}")
+        result = pipeline.generate(request, guidance_policy=ClippedGuidance, output_type="latents")
+    print(
+        f"latents of the video {tuple(result.latents['video'].shape)}, of the sound {tuple(result.latents['audio'].shape)}"
+    )
 
 
 if __name__ == "__main__":

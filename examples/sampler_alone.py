@@ -1,7 +1,7 @@
 """The res2s sampler without any model: `python examples/sampler_alone.py`.
 
-The denoiser here knows the answer for Gaussian data: with `x = (1 - sigma) x0 + sigma n` the best guess of `x0` is linear in `x`. The
-samples come out with the data's own mean and, but for what a schedule of finite steps loses, its deviation.
+The denoiser here knows the answer for Gaussian data: with `x = (1 - sigma) x0 + sigma n` the best guess of `x0` is linear in `x`.
+The samples come out with the data's own mean and, but for what a schedule of finite steps loses, its deviation.
 """
 
 import torch
