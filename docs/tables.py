@@ -34,7 +34,7 @@ class Asked(Exception):  # noqa: N818 - no error: it carries what a public funct
     """The op that a call reached, and the arguments that it reached it with."""
 
     op: Op
-    args: Any
+    given: Any
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def refusal(asked: Asked, backend: str) -> str | None:
     if (declared := asked.op._backends.get(backend)) is None:
         return f"{asked.op.name} has no {backend} kernel"
     with mock.patch.object(Tensor, "is_cuda", backend in ON_GPU, create=True):
-        return declared.refuse(asked.args)
+        return declared.refuse(asked.given)
 
 
 def rows_of(case: OpCase, name: str = "") -> Iterator[Row]:
