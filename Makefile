@@ -7,13 +7,13 @@ PIP     := $(PY) -m pip --disable-pip-version-check
 DEMO    ?= demo.mp4
 PROMPT  ?= a red kite over a winter beach, waves and gulls
 
-.PHONY: demo test setup setup-dev lint bench release clean
+.PHONY: demo test docs setup setup-dev lint bench release clean
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
 
 # Two processes of one thread each: threads that spin on a busy machine cost more than they give.
-test: setup-dev lint
+test: setup-dev lint docs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 # Runtime set: what generating needs.
@@ -40,6 +40,10 @@ lint: setup-dev
 
 bench: setup-dev
 	$(PY) bench/run_all.py --cases small
+
+# The site in build/site; a warning is an error. Nothing is fetched.
+docs: setup-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # sdist, pure, CPU and CUDA wheel in dist/, each tried in an empty environment; RELEASE="--only sdist,pure,cpu" without nvcc.
 release: setup-dev

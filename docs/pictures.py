@@ -93,7 +93,70 @@ def draw_schedule(request: GenerationRequest) -> None:
     plt.close(figure)
 
 
+# A room may import rooms of lower bands, and those to its right. Group and colour of each band, and its rooms with what they hold.
+BANDS: list[tuple[str, str, list[tuple[str, str]]]] = [
+    ("", GREY, [("commands", "generate, batch, plan,\ndoctor, compare")]),
+    ("pipeline", GREEN, [("generator", "HQTwoStagePipeline")]),
+    ("pipeline", GREEN, [("planning", "memory and time\nbefore loading"), ("run", "request, prompts,\nstages")]),
+    (
+        "pipeline",
+        GREEN,
+        [
+            ("memory", "LoRA phases,\nwhere weights live"),
+            ("results", "mp4, PNG,\nlatents"),
+            ("files", "checkpoints, LoRAs,\nhub, demo"),
+            ("model", "transformer, text,\ndecoders"),
+            ("parallel", "ranks by branch\nand by token"),
+        ],
+    ),
+    ("pipeline", GREEN, [("sampling", "schedule, res2s, Euler,\nguidance, latent shapes")]),
+    (
+        "",
+        BLUE,
+        [("patch, nn", "fused ops in modules\nof other stacks"), ("ops", "public function, checks,\ntorch reference")],
+    ),
+    ("", BLUE, [("dispatch", "which backend serves")]),
+    ("", BLUE, [("compiled", "launches as data,\nprograms, NVRTC"), ("triton", "Triton kernels\nand launchers")]),
+    ("", ORANGE, [("csrc", "CUDA kernels, C++ CPU kernels,\nthe extension module")]),
+]
+
+
+def draw_rooms() -> None:
+    """The rooms of the package in bands; imports go down only."""
+    figure, axes = plt.subplots(figsize=(9.2, 8.4))
+    step, width = 1.25, 2.35
+    inside = [row for row, (group, _, _) in enumerate(BANDS) if group == "pipeline"]
+    top, bottom = -inside[0] * step + 0.58, -inside[-1] * step - 0.58
+    axes.add_patch(
+        plt.Rectangle((-6.6, bottom), 13.2, top - bottom, facecolor="#f7fbf5", edgecolor="#9ab88f", linewidth=0.8)
+    )
+    axes.text(-6.45, top - 0.12, "ltxkern/pipeline", fontsize=8, color="#557a48", va="top")
+    for row, (_, colour, rooms) in enumerate(BANDS):
+        for column, (name, content) in enumerate(rooms):
+            x, y = (column - (len(rooms) - 1) / 2) * 2.6, -row * step
+            wide = width if len(rooms) > 1 else 3.0
+            box(axes, x, y, "", colour, wide, 0.85)
+            axes.text(x, y + 0.24, name, ha="center", va="center", fontsize=8, fontweight="bold")
+            axes.text(x, y - 0.13, content, ha="center", va="center", fontsize=6.5)
+        if row:
+            arrow(axes, (0, -(row - 1) * step - 0.44), (0, -row * step + 0.44))
+    axes.text(
+        6.6,
+        -(len(BANDS) - 1) * step,
+        "a room may import what stands\nbelow it, and to its right",
+        ha="right",
+        va="center",
+        fontsize=7.5,
+    )
+    axes.set_xlim(-6.8, 6.8)
+    axes.set_ylim(-(len(BANDS) - 1) * step - 0.6, 0.6)
+    axes.axis("off")
+    figure.savefig(FOLDER / "rooms.png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    draw_rooms()
     published = GenerationRequest(prompt="a")
     draw_flow(published)
     draw_schedule(published)
