@@ -1,26 +1,26 @@
 """Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
 
-import contextlib
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled.steps import Launch
+from ltxkern.compiled.steps import Launch, Step
 from tests.csrc.kernel_runs import (
-    CHANNELS_LAST,
     CONTIGUOUS,
     PIPELINES,
     PLANNERS,
     GroupNorm,
     exact_pixel_norm,
     forced,
-    forced_threads,
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import Run, on_shim, run_step
+from tests.csrc.on_shim import on_shim, run_step
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
 from tests.ops.op_cases import CASES, OpCase, Size, held_to_torch
@@ -41,7 +41,7 @@ def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
                     assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, shuffle: bool = True) -> torch.Tensor:
+def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, shuffle: bool = True) -> Tensor:
     """One call with every optional argument, in poisoned memory, held to the numerical contract; returns the result."""
     out = torch.full_like(given.x, torch.nan)
     with on_shim(seed=seed, shuffle=shuffle), forced(PLANNERS[planner]), ltxkern.use_backend("cpu"):
@@ -101,14 +101,18 @@ def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
 def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
     kernels = []
 
-    def noted(steps, tensors) -> None:
+    def noted(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
         for step in steps:
+            assert isinstance(step, Launch)
             kernels.append(step.kernel)
             run_step(step, tensors)
 
     x = noise(1, 2, 1500)
-    many = lambda case: group_norm.two_pass(case, chunk_bytes=4, threads=32)
-    with on_shim(seed=0, run=noted), forced(many), ltxkern.use_backend("cpu"):
+    with (
+        on_shim(seed=0, run=noted),
+        forced(partial(group_norm.two_pass, chunk_bytes=4, threads=32)),
+        ltxkern.use_backend("cpu"),
+    ):
         out = ltxkern.group_norm_silu(x, None, None, 1, out=poisoned(x))
     assert kernels[1:2] == ["ltxk::group_norm_finalize"]
     exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 1, eps=1e-5))
@@ -127,7 +131,7 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
     x, weight = noise(*shape, scale=3.0).to(dtype), noise(shape[1], seed=1)
     x = channels_last(x) if last and len(shape) > 2 else x
     out = torch.full_like(x, torch.nan)
-    with on_shim(seed=threads), forced_threads(threads), ltxkern.use_backend("cpu"):
+    with on_shim(threads, seed=threads), ltxkern.use_backend("cpu"):
         ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
     exact = exact_pixel_norm(x, 1e-6, weight)
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
@@ -141,7 +145,7 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         x = noise(2, channels, 3, 16)
         x = channels_last(x) if last else x
         out = torch.full_like(x, torch.nan) if own else x
-        with on_shim(seed=3), forced_threads(64), ltxkern.use_backend("cpu"):
+        with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
             results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
     assert torch.equal(*results)
 

@@ -10,6 +10,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +23,13 @@ import ltxkern
 from ltxkern.compiled import combine_guidance, extension, normalize_noise
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
+from ltxkern.compiled.tensors import ceil_div
 from ltxkern.ops.float8 import stochastic_e4m3
-from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced, forced_threads
+from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced
 from tests.csrc.on_shim import last_blocks, on_shim, run_step
 from tests.csrc.shim_build import ROOT
 from tests.ops.contract import assert_same, noise
-from tests.ops.op_cases import BF16, BY_NAME, CASES, F32, F64, OpCase, Size
+from tests.ops.op_cases import BF16, CASES, F32, F64, OpCase, Size
 
 HALF = 1 << 30
 TOKENS = 16
@@ -47,6 +51,12 @@ def reserved(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8 if dtype.itemsize == 1 else dtype).view(dtype).view(shape)
 
 
+def blocks_of(step: Step) -> int:
+    """Blocks of a launch."""
+    assert isinstance(step, Launch)
+    return step.grid[0]
+
+
 def end(x: Tensor, *extents: int) -> Tensor:
     """A view of the last elements along each dim."""
     return x[tuple(slice(-extent, None) for extent in extents)]
@@ -65,10 +75,6 @@ def tail(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])[-TOKENS:].clone()[None]
 
 
-def blocks_of(*steps: tuple[int, int, int]) -> "list[tuple[int, int, int]]":
-    return list(steps)
-
-
 @VECTORS
 @pytest.mark.parametrize("case", [case for case in CASES if case.by_row and not case.arguments.endswith("N")], ids=str)
 def test_rows(case: OpCase, channels: int) -> None:
@@ -81,7 +87,7 @@ def test_rows(case: OpCase, channels: int) -> None:
         last = case.drawn(name, few[name], BF16, seed)
         given[name] = reserved(*shape, dtype=last.dtype)
         end(given[name], *last.shape).copy_(last)
-    small = {name: end(value, *few[name]).clone() for name, value in given.items()}
+    small = {name: end(value, *few[name]).clone(memory_format=torch.contiguous_format) for name, value in given.items()}
     with ltxkern.use_backend("cpu"):
         with on_shim(THREADS):
             wanted = case.run(small)
@@ -89,7 +95,7 @@ def test_rows(case: OpCase, channels: int) -> None:
         assert max(out.numel() for out in outs) > 1 << 31
         places = {value.data_ptr() for value in (*given.values(), *outs)}
 
-        def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+        def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
             for tensor in tensors:
                 small_enough = tensor is None or tensor.numel() < 1 << 16
                 assert small_enough or tensor.data_ptr() in places, "a huge operand was copied"
@@ -100,7 +106,7 @@ def test_rows(case: OpCase, channels: int) -> None:
     for out, value in zip(outs, wanted, strict=True):
         assert bool(value.isfinite().all())
         assert bool((value != 0).any())
-        assert_same(end(out, *value.shape).clone(), value)
+        assert_same(end(out, *value.shape).clone(memory_format=torch.contiguous_format), value)
 
 
 @VECTORS
@@ -136,11 +142,12 @@ def test_merge_lora(tall: bool, dtype: torch.dtype, small_rank: int) -> None:
     a, b = (x.float() for x in (factors[0][:, part[1]], factors[1][part[0]]))
     rounding = "single" if dtype == BF16 else "stochastic"
     summed = weight[part].float() + 0.5 * (b @ a)
-    index = torch.arange(size[0])[part[0], None] * size[1] + torch.arange(size[1])[None, part[1]]
+    rows, columns = (torch.arange(max(0, extent - TOKENS), extent) for extent in size)
+    index = rows[:, None] * size[1] + columns
     wanted = summed.to(BF16) if dtype == BF16 else stochastic_e4m3(summed, index, seed)
     assert int(index.max()) > 1 << 32
 
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
         (step,) = steps
         assert isinstance(step, Launch)
         assert ("tensor_cores" in step.kernel) == (small_rank == 0)
@@ -155,31 +162,196 @@ def test_merge_lora(tall: bool, dtype: torch.dtype, small_rank: int) -> None:
         assert float((weight[part].view(torch.uint8) == wanted.view(torch.uint8)).float().mean()) > 0.9
 
 
+def chunk_of(module: ModuleType, length: int) -> int:
+    """Elements of a chunk of a reduction."""
+    return module.CHUNK * ceil_div(ceil_div(length, module.CHUNK), module.PARTIALS)
+
+
 @VECTORS
-def test_combine_guidance(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combine_guidance(channels: int) -> None:
     size = (HALF // channels + 5) * 3 * channels
     cond, uncond = (huge(1, size // channels, channels, seed=seed) for seed in range(2))
-    out = reserved(1, size // channels, channels)
+    out, chunk = reserved(1, size // channels, channels), chunk_of(combine_guidance, size)
 
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
         measure, apply = steps
-        workspace = tensors[-1]
-        assert isinstance(measure, Launch)
-        assert isinstance(apply, Launch)
-        assert workspace is not None
-        run_step(measure, tensors, measure.grid[0] - 1, 1)
-        partials = workspace.view(F64).view(-1, 4)
-        chunk = combine_guidance.CHUNK * -(-size // combine_guidance.CHUNK // combine_guidance.PARTIALS)
-        assert len(partials) == measure.grid[0] == -(-size // chunk)
-        count = size - (len(partials) - 1) * chunk
-        first, second = (x.view(-1)[-count:].double() for x in (cond, uncond))
+        partials = tensors[-1].view(F64).view(-1, 4)
+        assert blocks_of(measure) == blocks_of(apply) == len(partials) == ceil_div(size, chunk)
+        run_step(measure, tensors, len(partials) - 1, 1)
+        last = size - (len(partials) - 1) * chunk
+        first, second = (x.view(-1)[-last:].double() for x in (cond, uncond))
         combined = first + 2 * (first - second)
         exact = [f for x in (first, combined) for f in (x.mean(), (x - x.mean()).square().sum())]
         torch.testing.assert_close(partials[-1], torch.stack(exact), rtol=1e-6, atol=0)
         partials[:] = torch.tensor([0.0, 4.0, 0.0, 1.0])
-        run_step(apply, tensors, apply.grid[0] - 1, 1)
+        run_step(apply, tensors, len(partials) - 1, 1)
 
-    with on_shim(THREADS, run=run), large_chunks(), ltxkern.use_backend("cpu"):
+    with on_shim(THREADS, run=run, small_chunks=False), ltxkern.use_backend("cpu"):
         ltxkern.combine_guidance(cond, uncond, cfg_scale=3.0, rescale_scale=0.5, out=out)
     wanted = tail(cond).float() + 2 * (tail(cond).float() - tail(uncond).float())
     torch.testing.assert_close(tail(out).float(), 1.5 * wanted, rtol=torch.finfo(BF16).eps, atol=0)
+
+
+@VECTORS
+def test_noise(channels: int) -> None:
+    slices, length = 3, (HALF // channels + 5) * channels
+    x, out = huge(slices, length // channels, channels), reserved(slices, length // channels, channels)
+    chunk = chunk_of(normalize_noise, length)
+    chunks = ceil_div(length, chunk)
+
+    def partials_of(tensors: Sequence[Any]) -> Tensor:
+        used: Tensor = tensors[-1].zero_()[: 16 * slices * chunks].view(F64).view(slices, chunks, 2)
+        return used
+
+    def set_statistics(partials: Tensor) -> None:
+        """Mean 0.25 and M2 4 (length - 1): a deviation of 2 for every slice."""
+        partials[:, :, 0], partials[:, :, 1] = 0.25, 0.0
+        partials[:, 0, 1] = 4.0 * (length - 1)
+
+    def standardise(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        measure, apply = steps
+        partials = partials_of(tensors)
+        run_step(measure, tensors, blocks_of(measure) - 1, 1)
+        last = x.view(-1)[-(length - (chunks - 1) * chunk) :].double()
+        exact = torch.stack([last.mean(), (last - last.mean()).square().sum()])
+        torch.testing.assert_close(partials[-1, -1], exact, rtol=1e-6, atol=0)
+        set_statistics(partials)
+        # Its blocks begin with what was read last.
+        run_step(apply, tensors, 0, 1)
+
+    def merge(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        set_statistics(partials_of(tensors))
+        run_step(steps[1], tensors)
+
+    stats = torch.full((slices, 3), torch.nan, dtype=F64)
+    for run, op, target in (
+        (standardise, ltxkern.normalize_noise, out),
+        (merge, ltxkern.noise_statistics, stats),
+    ):
+        with on_shim(THREADS, run=run, small_chunks=False), ltxkern.use_backend("cpu"):
+            op(x, out=target)
+    wanted = (tail(x).double() - 0.25) / 2
+    torch.testing.assert_close(tail(out).double(), wanted, rtol=torch.finfo(BF16).eps, atol=0)
+    rows = torch.tensor([[length, 0.25, 4.0 * (length - 1)]], dtype=F64).expand(slices, 3)
+    torch.testing.assert_close(stats, rows, rtol=1e-12, atol=0)
+
+
+def positions_and_out(last: bool, count: int) -> tuple[Tensor, Tensor]:
+    """x and its output of three channels; the last values of x are random numbers."""
+    shape = (1, count, 3) if last else (1, 3, count)
+    x, out = (reserved(*shape).movedim(-1, 1) if last else reserved(*shape) for _ in range(2))
+    x[0, :, -64:] = noise(3, 64, dtype=BF16)
+    return x, out
+
+
+@LAST
+def test_group_norm(last: bool) -> None:
+    positions, channels, chunk = HALF + 24, 3, 1025 if last else 1024
+    chunks = ceil_div(positions, chunk)
+    x, out = positions_and_out(last, positions)
+
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        stats, _, apply = steps
+        assert blocks_of(stats) == blocks_of(apply) == (chunks if last else channels * chunks)
+        run_step(stats, tensors, blocks_of(stats) - 1, 1)
+        cut = 8 * chunks * channels
+        partials = tensors[-1][:cut].view(F32).view(channels, chunks, 2)
+        wanted = x[0, -1, (chunks - 1) * chunk :].double()
+        exact = torch.stack([wanted.mean(), (wanted - wanted.mean()).square().sum()])
+        torch.testing.assert_close(partials[-1, -1].double(), exact, rtol=1e-4, atol=1e-6)
+        tensors[-1][cut:].view(F32)[:] = torch.tensor([0.25, 2.0])
+        # Its blocks begin with what was read last.
+        run_step(apply, tensors, 0, 1)
+
+    planner = partial(group_norm.columns if last else group_norm.two_pass, threads=64)
+    planner = partial(planner, blocks=1 << 20) if last else partial(planner, chunk_bytes=2048)
+    with on_shim(run=run), forced(planner), ltxkern.use_backend("cpu"):
+        ltxkern.group_norm_silu(x, None, None, 1, out=out)
+    shown = min(64, positions - (chunks - 1) * chunk)
+    exact = F.silu((x[0, -1, -shown:].double() - 0.25) * 2)
+    torch.testing.assert_close(out[0, -1, -shown:].double(), exact, rtol=1e-2, atol=1e-3)
+    assert bool((out[0, -1, -shown:] != 0).any())
+
+
+@LAST
+def test_pixel_norm(last: bool) -> None:
+    x, out = positions_and_out(last, HALF + 24)
+    with on_shim(run=last_blocks(1))(64), ltxkern.use_backend("cpu"):
+        ltxkern.pixel_norm_silu(x, 1e-6, out=out)
+    exact = exact_pixel_norm(x[..., -8:], 1e-6)
+    torch.testing.assert_close(out[..., -8:].double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", ["resident", "resident_cluster", "pipeline"])
+def test_group_norm_on_chip(kernel: str) -> None:
+    groups, length = (1 << 20) + 3, 2048
+    x, out = (reserved(1, groups, length) for _ in range(2))
+    x[0, -1] = noise(length, dtype=BF16)
+    planners: dict[str, Planner] = {
+        "resident": lambda case: group_norm.resident(case, 1, threads=64),
+        "resident_cluster": lambda case: group_norm.resident(case, 2, threads=64),
+        # A team a group: the last team alone is at work.
+        "pipeline": lambda case: group_norm.pipeline(case, 2, groups, kept_bytes=1024, threads=64),
+    }
+
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        for step in steps:
+            blocks = blocks_of(step) // groups if isinstance(step, Launch) else 0
+            run_step(step, tensors, blocks_of(step) - blocks if blocks else 0, blocks)
+
+    with on_shim(run=run), forced(planners[kernel]), ltxkern.use_backend("cpu"):
+        ltxkern.group_norm_silu(x, None, None, groups, out=out)
+    wide = x[0, -1].double()
+    exact = F.silu((wide - wide.mean()) / (wide.var(correction=0) + 1e-5).sqrt())
+    torch.testing.assert_close(out[0, -1].double(), exact, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
+)
+def test_strides_of_rows_on_the_cpu() -> None:
+    """The CPU kernels, on few rows that lie more than 2^31 elements apart."""
+    width, apart = 24, (1 << 31) + 32
+    base = reserved(3 * apart + 64)
+
+    def spread(seed: int) -> Tensor:
+        x = base[64 * seed :].as_strided((3, 2, width), (apart, 1 << 12, 1))
+        x.copy_(noise(3, 2, width, dtype=BF16, seed=seed))
+        return x
+
+    x, y, gate, scale = (spread(seed) for seed in range(4))
+    weight, table = noise(width, dtype=BF16), noise(3, 3, 2, 4)
+    with ltxkern.use_backend("cpu"):
+        for far, near in (
+            (
+                ltxkern.rms_norm_modulate(x, scale, gate),
+                ltxkern.rms_norm_modulate(x.clone(), scale.clone(), gate.clone()),
+            ),
+            (ltxkern.gated_residual(x, y, gate), ltxkern.gated_residual(x.clone(), y.clone(), gate.clone())),
+            (
+                ltxkern.qk_norm_rope(x, y, weight, weight, table, table),
+                ltxkern.qk_norm_rope(x.contiguous(), y.contiguous(), weight, weight, table, table),
+            ),
+        ):
+            assert_same(far, near)
+
+
+def test_no_cpu_kernel_narrows_an_index() -> None:
+    """The compiler sees no 64-bit value that becomes a 32-bit one in csrc/cpu, whose kernels take whole tensors."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("INDEX WIDTHS OF CPU KERNELS NOT TESTED: needs g++ on x86-64")
+    flags = ("-std=c++17", "-fsyntax-only", "-fopenmp", "-march=x86-64-v4", "-DLTXK_ISA=avx512", "-DLTXK_ISA_avx512=1")
+    warnings = ("-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion")
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        includes = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}")
+        command = [compiler, *flags, *warnings, *includes, str(source)]
+        environment = os.environ | {"LC_ALL": "C"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        narrowed = [
+            line
+            for line in done.stderr.splitlines()
+            if re.search(r"conversion from .*long.* to '(?!float|double)", line)
+        ]
+        assert narrowed == []

@@ -21,11 +21,16 @@ from tests.ops import test_row_index
 ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads", "past_the_caches")
 # Parts of the name of a test that the kernels fail, and why; their CPU twins pass.
 FALLS_SHORT = {
-    ("group_norm_silu_far_values_where_sums_begin",): "resident and channels-last kernels sum about the first value they meet: "
+    (
+        "group_norm_silu_far_values_where_sums_begin",
+    ): "resident and channels-last kernels sum about the first value they meet: "
     "an error of 30 times the composition's where it lies 3000 deviations away",
-    ("pixel_norm_silu_contract", "weight-contiguous-(2, 7, 61)-torch.float32"): "1.7 ulp where 1.5 times the composition's is 1.4",
+    (
+        "pixel_norm_silu_contract",
+        "weight-contiguous-(2, 7, 61)-torch.float32",
+    ): "1.7 ulp where 1.5 times the composition's is 1.4",
 }
-# Threads of a block, seed of the schedule, device, and the rank from which on the merge takes tensor cores: always, never, as it would.
+# Threads of a block, seed of the schedule, device, largest rank of the merge on plain cores: none, any, the library's own.
 DEVICES = {
     "32threads": (32, 1, H200, 0),
     "96threads": (96, 2, FEW_PROCESSORS, 1 << 20),
@@ -70,7 +75,11 @@ def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None] | None:
     for mark in vars(test)["pytestmark"]:
         if mark.name == "parametrize" and "backend" in mark.args[0]:
             names, values = mark.args[:2]
-            kept = [value for value in values if (value if names == "backend" else value[1]) == "cpu"]
+            # Torch is among the backends of every test that is not about others.
+            plain = names == "backend"
+            kept = [
+                "cpu" if plain else (value[0], "cpu") for value in values if (value if plain else value[1]) == "torch"
+            ]
             if not kept:
                 return None
             mark = pytest.mark.parametrize(names, kept, **mark.kwargs).mark
@@ -83,9 +92,9 @@ def _collect() -> None:
     for path in sorted((ROOT / "tests/ops").glob("test_*.py")):
         for name, test in vars(importlib.import_module(f"tests.ops.{path.stem}")).items():
             takes_backend = isinstance(test, types.FunctionType) and "backend" in test.__code__.co_varnames
-            if name.startswith("test_") and takes_backend and not any(word in name for word in ELSEWHERE):
-                if (alone := on_the_shim_alone(test)) is not None:
-                    globals()[f"{path.stem}_{name[5:]}"] = alone
+            here = name.startswith("test_") and takes_backend and not any(word in name for word in ELSEWHERE)
+            if here and (alone := on_the_shim_alone(test)) is not None:
+                globals()[f"{path.stem}_{name[5:]}"] = alone
 
 
 _collect()
