@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled import pixel_norm_silu as pixel_norm
 from ltxkern.compiled.steps import Step
 from tests.ops.contract import channels_last, noise
 
@@ -56,14 +54,6 @@ def forced(planner: Planner) -> Iterator[None]:
         # Not the launches that another planner made for the same case.
         for cached in (group_norm._chosen, group_norm.program):
             patch.setattr(group_norm, cached.__name__, inspect.unwrap(cached))
-        yield
-
-
-@contextmanager
-def forced_threads(threads: int) -> Iterator[None]:
-    """pixel_norm_silu takes blocks of this size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixel_norm, "device_steps", functools.partial(pixel_norm.device_steps, threads=threads))
         yield
 
 

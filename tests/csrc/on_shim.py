@@ -95,6 +95,10 @@ def on_shim(
         sized = {} if threads is None or isinstance(case, merge_lora.Case) else {"threads": threads}
         return launches(steps(case, **sized), arguments)
 
+    def unavailable(backend: str) -> str | None:
+        return None if backend == "cpu" else reason_of(backend)
+
+    reason_of = dispatch.unavailable
     changes = {
         "program": program,
         "device_limits": lambda index: H200,
@@ -106,6 +110,8 @@ def on_shim(
         for module in modules():
             for name in changes.keys() & vars(module).keys():
                 patch.setattr(module, name, changes[name])
+        # With or without a built extension.
+        patch.setattr(dispatch, "unavailable", unavailable)
         patch.setattr(group_norm_silu, "limits_of", lambda tier, x: limits)
         for module, constants in SMALL_CHUNKS.items() if small_chunks else ():
             for name, value in constants.items():
@@ -116,6 +122,7 @@ def on_shim(
         patch.setattr(merge_lora, "one_product", lambda *_: False)
         for op in dispatch._registry.values():
             if cuda := op._backends.get("cuda"):
+                patch.setattr(op, "_present", {})
                 patch.setitem(op._kernels, "cpu", cuda.load())
                 patch.setitem(op._backends, "cpu", dispatch.Backend("cpu", cuda.refuse, cuda.load))
         # Fresh tensors are then filled with NaN.

@@ -17,7 +17,6 @@ from tests.csrc.kernel_runs import (
     GroupNorm,
     exact_pixel_norm,
     forced,
-    forced_threads,
     group_norm_of,
     planners_of,
 )
@@ -132,7 +131,7 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
     x, weight = noise(*shape, scale=3.0).to(dtype), noise(shape[1], seed=1)
     x = channels_last(x) if last and len(shape) > 2 else x
     out = torch.full_like(x, torch.nan)
-    with on_shim(seed=threads), forced_threads(threads), ltxkern.use_backend("cpu"):
+    with on_shim(threads, seed=threads), ltxkern.use_backend("cpu"):
         ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
     exact = exact_pixel_norm(x, 1e-6, weight)
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
@@ -146,7 +145,7 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         x = noise(2, channels, 3, 16)
         x = channels_last(x) if last else x
         out = torch.full_like(x, torch.nan) if own else x
-        with on_shim(seed=3), forced_threads(64), ltxkern.use_backend("cpu"):
+        with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
             results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
     assert torch.equal(*results)
 
