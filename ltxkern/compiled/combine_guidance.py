@@ -92,5 +92,5 @@ def run(tier: str, out: Tensor, args: Arguments) -> None:
     factors = (args.cfg_scale - 1.0, args.stg_scale, args.modality_scale - 1.0)
     case = Case(param_code(cond), cond.numel(), aligned16(target, *branches), factors, args.rescale_scale)
     steps = cpu_calls if tier == "cpu" else device_steps
-    program(tier, steps, case, ARGUMENTS)(target, *branches, workspace(tier, case.workspace_bytes, cond))
+    program(tier, steps, case, ARGUMENTS)(target, *branches, workspace(tier, case, cond))
     hand_back([out], [target])

@@ -19,7 +19,7 @@ from ltxkern.compiled.tensors import (
     matched,
     param_code,
 )
-from ltxkern.layout import ceil_div, contiguous, hand_back, round_up
+from ltxkern.layout import ceil_div, contiguous, round_up
 
 if TYPE_CHECKING:
     from ltxkern.ops.group_norm_silu import Arguments
@@ -44,10 +44,8 @@ class Case(NamedTuple):
     eps: float
     channels_last: bool
     aligned: bool
-    residual: bool
     weight_code: int
     bias_code: int
-    conv_bias: bool
     conv_bias_code: int
     limits: DeviceLimits | None = None
 
@@ -70,8 +68,8 @@ class Case(NamedTuple):
 
     @property
     def workspace_bytes(self) -> int:
-        """Partials, moments and counters of the launches; none on a CPU."""
-        return 0 if self.limits is None else _chosen(self)[1]
+        """Partials, moments and counters of the launches."""
+        return _chosen(self)[1]
 
 
 def _parameters(case: Case) -> dict[str, Parameter]:
@@ -266,10 +264,8 @@ def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -
         eps=float(args.eps),
         channels_last=not x.is_contiguous(),
         aligned=aligned16(out, x, args.residual),
-        residual=args.residual is not None,
         weight_code=param_code(args.weight),
         bias_code=param_code(args.bias),
-        conv_bias=args.conv_bias is not None,
         conv_bias_code=param_code(args.conv_bias),
         limits=limits,
     )
@@ -287,6 +283,7 @@ def run(tier: str, out: Tensor, args: Arguments) -> None:
         args = args._replace(x=source, residual=added)
     case = describe(target, args, limits_of(tier, x))
     affine = contiguous(args.weight), contiguous(args.bias)
-    tensors = (target, source, *affine, added, contiguous(args.conv_bias), workspace(tier, case.workspace_bytes, x))
+    tensors = (target, source, *affine, added, contiguous(args.conv_bias), workspace(tier, case, x))
     program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)(*tensors)
-    hand_back([out], [target])
+    if target is not out:
+        out.copy_(target)

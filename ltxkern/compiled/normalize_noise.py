@@ -114,5 +114,5 @@ def run(tier: str, entry: str, out: Tensor, args: Arguments | NoiseArguments) ->
     length = x.shape[-2] * x.shape[-1]
     case = Case(entry, param_code(x), x.numel() // length, length, aligned16(source, target))
     steps = cpu_calls if tier == "cpu" else device_steps
-    program(tier, steps, case, ARGUMENTS)(target, source, workspace(tier, case.workspace_bytes, x))
+    program(tier, steps, case, ARGUMENTS)(target, source, workspace(tier, case, x))
     hand_back([out], [target])

@@ -18,7 +18,7 @@ from ltxkern.compiled.tensors import (
     matched,
     param_code,
 )
-from ltxkern.layout import ceil_div, contiguous, hand_back
+from ltxkern.layout import ceil_div, contiguous
 
 if TYPE_CHECKING:
     from ltxkern.ops.pixel_norm_silu import Arguments
@@ -131,4 +131,5 @@ def run(tier: str, out: Tensor, args: Arguments) -> None:
     steps = cpu_calls if tier == "cpu" else device_steps
     case = describe(target, args, limits_of(tier, x))
     program(tier, steps, case, ARGUMENTS)(target, source, contiguous(args.weight))
-    hand_back([out], [target])
+    if target is not out:
+        out.copy_(target)

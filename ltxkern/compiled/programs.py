@@ -26,9 +26,11 @@ def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any,
     return extension.program_builder(tier)([step for step in made if not isinstance(step, Call)], arguments)
 
 
-def workspace(tier: str, size: int, x: Tensor) -> Tensor | None:
-    """Memory of `size` bytes for what launches hand to one another, on x's device; CPU calls need none."""
-    return torch.empty(size, dtype=torch.uint8, device=x.device) if size and tier != "cpu" else None
+def workspace(tier: str, case: Any, x: Tensor) -> Tensor | None:
+    """Memory of `case.workspace_bytes` for what launches hand to one another, on x's device; CPU calls need none."""
+    if tier == "cpu" or case.workspace_bytes == 0:
+        return None
+    return torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
 
 
 def limits_of(tier: str, x: Tensor) -> DeviceLimits | None:
@@ -39,11 +41,11 @@ def limits_of(tier: str, x: Tensor) -> DeviceLimits | None:
 def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
     """Why a tier cannot serve tensors where these lie, or None."""
     for value in args:
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(tensor, Tensor):
-                continue
+        if isinstance(value, Tensor):
             if tier != "cpu":
-                return refuse_device(tensor)
-            if not tensor.is_cpu:
-                return f"needs CPU tensors, got {tensor.device}"
+                return refuse_device(value)
+            if not value.is_cpu:
+                return f"needs CPU tensors, got {value.device}"
+        elif isinstance(value, (list, tuple)) and (reason := refuse_elsewhere(tier, value)) is not None:
+            return reason
     return None

@@ -46,6 +46,8 @@ def _refuse(args: Arguments) -> str | None:
 
 
 def _refuse_cuda(args: Arguments) -> str | None:
+    if (reason := _refuse(args)) is not None:
+        return reason
     most = launch.most_channels(device_limits(args.x.device.index).shared_bytes)
     channels = args.x.shape[1]
     return f"serves up to {most} channels on {args.x.device}, got {channels}" if channels > most else None

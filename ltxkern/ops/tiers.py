@@ -16,6 +16,7 @@ from ltxkern import triton as triton_tier
 from ltxkern.compiled.programs import refuse_elsewhere
 from ltxkern.dispatch import Backend
 from ltxkern.layout import channel_view, rows_of, unit_rows
+from ltxkern.ops.checks import ACTIVATION_DTYPES
 
 Constraint = Callable[[Any], str | None]
 # Elements of a row that a Triton program keeps in registers.
@@ -30,18 +31,15 @@ def compiled(
     Args:
         run: one call, `run(tier, *details, out, args)`; of an in-place op `run(tier, *details, args)`.
         details: what tells ops that share `run` apart.
-        refuse: what no compiled tier serves; asked after the device.
-        refuse_cuda: what the tiers "cuda" and "nvrtc" do not serve; asked last.
+        refuse: what the tiers do not serve; asked after the device.
+        refuse_cuda: asked in its place by the tiers "cuda" and "nvrtc".
     """
 
     def entry(tier: str) -> Backend:
-        constraints = [wanted for wanted in (refuse, None if tier == "cpu" else refuse_cuda) if wanted is not None]
+        constraint = refuse if tier == "cpu" else refuse_cuda or refuse
 
         def reason(args: Any) -> str | None:
-            found = refuse_elsewhere(tier, args)
-            for constraint in constraints:
-                found = found or constraint(args)
-            return found
+            return refuse_elsewhere(tier, args) or (constraint(args) if constraint else None)
 
         return Backend(tier, reason, lambda: functools.partial(run, tier, *details))
 
@@ -109,16 +107,16 @@ def wide_rows(x: Tensor) -> str | None:
 
 def unlike_channels(x: Tensor, same: tuple[Tensor | None, ...], per_channel: tuple[Tensor | None, ...]) -> str | None:
     """x (N, C, *) in fp16, bf16 or fp32; `same` like x in shape, dtype and device; `per_channel` (C,), on x's device."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if x.dtype not in ACTIVATION_DTYPES:
         return f"serves float16, bfloat16 and float32, got {x.dtype}"
+    shape, device = x.shape, x.device
     for tensor in same:
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
-            return f"needs tensors like x, {tuple(x.shape)} {x.dtype}; got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != device):
+            return f"needs tensors like x, {tuple(shape)} {x.dtype}; got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    channels = shape[1:2]
     for tensor in per_channel:
         if tensor is not None and (
-            tensor.shape != x.shape[1:2] or tensor.device != x.device or tensor.dtype == torch.float64
+            tensor.shape != channels or tensor.device != device or tensor.dtype == torch.float64
         ):
-            return (
-                f"needs {x.shape[1]} values per parameter, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
+            return f"needs {shape[1]} values per parameter, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
     return None

@@ -41,10 +41,8 @@ def case_of(shape: tuple[int, ...], *, dtype: torch.dtype = torch.bfloat16, last
         eps=1e-5,
         channels_last=last,
         aligned=True,
-        residual=True,
         weight_code=0,
         bias_code=0,
-        conv_bias=False,
         conv_bias_code=0,
     )
 
