@@ -87,3 +87,10 @@ class Shared(nn.Module):
         self.register_buffer("third", base[8:])
         self.tied = self.first
         self.empty = nn.Parameter(torch.empty(0, 3))
+
+
+def one_lora(name="a", *, rank=3, alpha=None, seed=0, size=(5, 4), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, size[1], generator=generator).to(dtype)
+    b = torch.randn(size[0], rank, generator=generator).to(dtype)
+    return LoRA(name, {"m": LoRAFactors(a, b, alpha)})

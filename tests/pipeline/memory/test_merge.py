@@ -1,4 +1,4 @@
-"""Merges of a phase into a weight: two phases in one pass, and deltas that are multiples of each other."""
+"""Merges of a phase into a weight: the official rule, two phases in one pass, deltas that are multiples of each other."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ltxkern.compiled import merge_lora as launch
-from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase
 from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair
 from tests.ops.contract import noise
-from tests.pipeline.memory.lora_models import linear_weights, random_lora
+from tests.pipeline.memory.lora_models import linear_weights, one_lora, random_lora
 from tests.serving import backends_of, serving
 
 
@@ -115,3 +115,34 @@ def test_two_loras_or_another_one_have_no_ratio(model):
     single = LoRAPhase(((one, 1.0),))
     for phase in (LoRAPhase(((one, 1.0), (other, 1.0))), LoRAPhase(((other, 1.0),)), LoRAPhase()):
         assert binary_ratio("proj_in", single, phase) is None
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(None, 0.5), (1.5, 0.5 * 1.5 / 3), (3.0, 0.5), (0.3, 0.05)])
+def test_fractional_alpha_scales_and_no_alpha_does_not(alpha, expected):
+    lora = one_lora(alpha=alpha)
+    weight = torch.zeros(5, 4)
+    merge_phase(weight, "m", LoRAPhase(((lora, 0.5),)), rounding="single")
+    torch.testing.assert_close(weight, expected * lora.factors["m"].b @ lora.factors["m"].a)
+
+
+def test_stacked_loras_follow_the_official_rule():
+    user, distilled = one_lora("user", dtype=torch.bfloat16), one_lora("distilled", seed=1, dtype=torch.bfloat16)
+    weight = torch.randn(5, 4).bfloat16()
+    u, d = user.factors["m"], distilled.factors["m"]
+    delta = torch.matmul(u.b * 0.7, u.a)
+    delta.addmm_(d.b, d.a, alpha=0.25)
+    merged = merge_phase(weight.clone(), "m", LoRAPhase(((user, 0.7), (distilled, 0.25))))
+    assert torch.equal(merged, delta + weight)
+
+
+def test_a_module_without_factors_and_a_phase_without_loras_change_nothing():
+    weight = torch.randn(5, 4)
+    assert torch.equal(merge_phase(weight.clone(), "other", LoRAPhase(((one_lora(), 1.0),))), weight)
+    assert torch.equal(merge_phase(weight.clone(), "m", NO_LORA), weight)
+
+
+def test_an_fp8_lora_merges_like_its_dequantised_values():
+    a, b = torch.randn(3, 4).to(torch.float8_e4m3fn), torch.randn(5, 3).to(torch.float8_e4m3fn)
+    lora = LoRA.from_tensors("a", {"m": (a, b, None)})
+    merged = merge_phase(torch.zeros(5, 4), "m", LoRAPhase(((lora, 1.0),)), rounding="single")
+    torch.testing.assert_close(merged, b.float() @ a.float())
