@@ -196,7 +196,7 @@ def main() -> None:
         request = GenerationRequest(
             "x", preset=find_preset(preset), height=given.height, width=given.width, num_frames=given.num_frames
         )
-        plans = request.stages(geometry)
+        plans = request.plan(geometry)
         first = measure(plans[0], policy, given.device, given.repeats)
         alone = SingleBranchPolicy(policy.branches[:1])
         second = measure(plans[1], alone, given.device, given.repeats)
