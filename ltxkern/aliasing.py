@@ -175,6 +175,7 @@ class Signature:
 
     def __init__(self, arguments: str, may_be: Sequence[Sequence[str]] | None) -> None:
         kinds = [part.split("=")[0].split() for part in arguments.strip(" ()").split(", ")]
+        self.names = tuple(name for _, name in kinds)
         tensors = [(index, name) for index, (kind, name) in enumerate(kinds) if kind.startswith("Tensor")]
         self._in_place = may_be is None
         self._written_name = kinds[0][1] if self._in_place else "out"

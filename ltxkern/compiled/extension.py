@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern import inventory
+from ltxkern import debug, inventory
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
 
@@ -57,8 +57,10 @@ def plan_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., Non
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
-        return nvrtc.plan
-    return _cuda_plan
+        build = nvrtc.plan
+    else:
+        build = _cuda_plan
+    return lambda steps, arguments: debug.recorded(steps, build(steps, arguments))
 
 
 def cpu_plan(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
@@ -67,8 +69,8 @@ def cpu_plan(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
     for call in calls:
         plan.add_call(call.kernel, *pack(call.parameters))
     if _has_exchange_api():
-        return lambda *tensors: plan(torch.get_num_threads(), *tensors)
-    return lambda *tensors: plan.raw(torch.get_num_threads(), _addresses(tensors))
+        return debug.recorded(calls, lambda *tensors: plan(torch.get_num_threads(), *tensors))
+    return debug.recorded(calls, lambda *tensors: plan.raw(torch.get_num_threads(), _addresses(tensors)))
 
 
 def _has_exchange_api() -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.backend import Backend
 from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Call, Step
 from ltxkern.compiled.tensors import refuse_device
-from ltxkern.dispatch import Backend
 
 TIERS = ("cuda", "nvrtc", "cpu")
 # Threads of a block of the elementwise kernels.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.dispatch import Backend
+from ltxkern.backend import Backend
 
 LEAST_CAPABILITY = (8, 0)
 
