@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import machine
-from accuracy import WrongResultError
 from cases import DTYPES, Case
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
-from providers import COMPILE, EAGER, compiler_missing
-from record import Record, write_json
-from report import full_report, size
-from timing import CallTimer, interleave, summarise
+from providers import COMPILE, EAGER, WrongResultError, compiler_missing
+from report import Record, full_report, size, write_json
+from timing import CallTimer, Summary, interleave, summarise
 
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
 ROUNDINGS = 8
@@ -227,13 +225,14 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
         run.skip("dit", title, COMPILE, reason)
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     median, least, high = floor_seconds(log, run)
-    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "buffers": 1, "bytes": 0}
+    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops()}
     rows = [
         Record(
             **common,
             provider="floor: GEMM and attention alone",
-            **times(median, least, median, high, median, log.flops()),
-            samples=run.settings.rounds,
+            **Summary(least, median, median, high, run.settings.rounds).fields(),
+            floor_us=median * 1e6,
+            percent_of_roof=100.0,
             timer="sum",
             note=f"{sum(log.calls.values())} calls",
         )
@@ -244,8 +243,9 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
             Record(
                 **common,
                 provider=name,
-                **times(s.median, s.minimum, s.p20, s.p80, median, log.flops()),
-                samples=s.count,
+                **s.fields(),
+                floor_us=median * 1e6,
+                percent_of_roof=100 * median / s.median,
                 timer=timers[name].kind,
                 compile_s=compile_s if name == COMPILE else None,
                 note=f"relative RMS distance from diffusers {errors[name]:.1e}" if name in errors else "",
@@ -269,20 +269,6 @@ def check_distance(name: str, found: float, dtype: torch.dtype, blocks: int) -> 
     limit = ROUNDINGS * torch.finfo(dtype).eps * blocks**0.5
     if not found <= limit:
         raise WrongResultError(f"{name}: relative RMS distance from diffusers is {found:.2e}, allowed {limit:.2e}")
-
-
-def times(median: float, least: float, p20: float, p80: float, floor: float, flops: int) -> dict[str, Any]:
-    """The time fields of a row, against the floor of its contractions."""
-    return {
-        "median_us": median * 1e6,
-        "min_us": least * 1e6,
-        "p20_us": p20 * 1e6,
-        "p80_us": p80 * 1e6,
-        "flops": flops,
-        "gb_per_s": 0.0,
-        "floor_us": floor * 1e6,
-        "percent_of_roof": 100 * floor / median,
-    }
 
 
 def wanted(run: Run, provider: str) -> bool:

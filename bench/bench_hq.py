@@ -25,8 +25,7 @@ from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build, component_dtype
 from ltxkern.pipeline.planning.plan import CUDA_OVERHEAD, plan
 from ltxkern.pipeline.run.request import GenerationRequest
-from record import Record
-from report import full_report
+from report import Record, full_report
 from report import size as text_size
 from timing import summarise
 
@@ -97,28 +96,7 @@ def rows_of(times: list[dict[str, float]], model: str, shape: tuple[int, ...], d
     rows = []
     for stage in times[0]:
         summary = summarise([run[stage] for run in times])
-        rows.append(
-            Record(
-                op="hq",
-                case=f"{model} {stage}",
-                shape=list(shape),
-                dtype=dtype,
-                provider="ltxkern",
-                median_us=summary.median * 1e6,
-                min_us=summary.minimum * 1e6,
-                p20_us=summary.p20 * 1e6,
-                p80_us=summary.p80 * 1e6,
-                samples=summary.count,
-                timer="wall",
-                buffers=1,
-                bytes=0,
-                flops=0,
-                gb_per_s=0.0,
-                floor_us=0.0,
-                percent_of_roof=0.0,
-                load=load,
-            )
-        )
+        rows.append(Record("hq", f"{model} {stage}", list(shape), dtype, "ltxkern", **summary.fields(), load=load))
     return rows
 
 

@@ -28,8 +28,7 @@ from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
-from record import Record
-from report import full_report, size
+from report import Record, full_report, size
 from timing import CallTimer, interleave, summarise
 
 MODES = ("resident", "snapshot", "inplace", "original")
@@ -79,15 +78,8 @@ def row(
         case=case,
         shape=list(shape),
         provider=provider,
-        median_us=times.median * 1e6,
-        min_us=times.minimum * 1e6,
-        p20_us=times.p20 * 1e6,
-        p80_us=times.p80 * 1e6,
-        samples=times.count,
-        timer="wall",
-        buffers=1,
+        **times.fields(),
         bytes=moved,
-        flops=0,
         gb_per_s=moved / times.median / 1e9,
         floor_us=floor * 1e6,
         percent_of_roof=100 * floor / times.median,
@@ -246,16 +238,8 @@ def measure_forwards(run: Run, case: Case, blocks: int, rank: int, dtype: str) -
                 shape=list(shape),
                 dtype=dtype,
                 provider=provider,
-                median_us=times.median * 1e6,
-                min_us=times.minimum * 1e6,
-                p20_us=times.p20 * 1e6,
-                p80_us=times.p80 * 1e6,
-                samples=times.count,
+                **times.fields(),
                 timer=dynamic.kind,
-                buffers=1,
-                bytes=0,
-                flops=0,
-                gb_per_s=0.0,
                 floor_us=floor * 1e6,
                 percent_of_roof=100 * floor / times.median,
                 note=f"the two differ by {error:.1e} of the LoRA's effect",

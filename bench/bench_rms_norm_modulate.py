@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 EPS = 1e-6
@@ -83,10 +83,7 @@ def prepare_index(activations: Sequence[Tensor], tables: Sequence[Tensor]) -> Ca
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """One modulation row per sample, as in text-to-video, two that a row index chooses from, or one per token."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
-
+    random = normal(dtype, device, generator)
     batch, tokens, width = case.shape
     if case.options.get("two_rows"):
         count = 2 if case.options.get("gated") else 1

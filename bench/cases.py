@@ -118,6 +118,11 @@ def needed_bytes(case: Case, dtype: torch.dtype) -> int:
     return case.numel * (2 * 3 * dtype.itemsize + FP64_COPIES * 8)
 
 
+def normal(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Callable[..., Tensor]:
+    """`random(*shape)`: standard normal values, drawn in fp32."""
+    return lambda *shape: torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, sequences entered."""
     if isinstance(value, Tensor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,8 +15,7 @@ import torch
 import machine
 from cases import CASE_SETS, Suite
 from harness import Run, run_suite
-from record import write_csv, write_json
-from report import machine_lines, op_section
+from report import machine_lines, op_section, write_csv, write_json
 from timing import Settings
 
 # Without these each fresh output of some megabytes is mapped and unmapped, and page faults drown the kernel. glibc and OpenMP
@@ -27,6 +28,16 @@ WARM_START = {
     "OMP_PLACES": "cores",
     "KINETO_LOG_LEVEL": "99",
 }
+
+
+@functools.cache
+def suites() -> tuple[Suite, ...]:
+    """Every op's: the SUITE of bench_<stem>.py for each stem of ltxkern/ops that has one."""
+    stems = sorted(path.stem for path in (machine.ROOT / "ltxkern" / "ops").glob("*.py"))
+    here = Path(__file__).parent
+    return tuple(
+        importlib.import_module(f"bench_{stem}").SUITE for stem in stems if (here / f"bench_{stem}.py").exists()
+    )
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from providers import EAGER
-from record import Record, Results, read_json
-from report import duration, markdown_table
+from report import Record, Results, duration, markdown_table, read_json
 
 UNCLEAR_FROM = 0.1
 SAME_MACHINE = ("gpu", "cpu", "threads", "torch", "triton", "allocator", "driver")

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 from cases import CASE_SETS, Case, Suite, select_cases
+from command_line import suites
 from compare import SAME_MACHINE
 from harness import Run, wanted_dtypes
-from suites import SUITES
 from timing import Settings
 
 
@@ -40,12 +40,12 @@ def _wanted(config: pytest.Config) -> list[tuple[Suite, Case, str]]:
     """Every suite, case and dtype that --cases and --dtypes name; a name that no suite has is a usage error."""
     names, chosen = config.getoption("--cases"), config.getoption("--dtypes")
     listed = None if names in CASE_SETS else {name.strip() for name in names.split(",")}
-    if listed and (unknown := listed - {case.name for suite in SUITES for case in suite.cases}):
+    if listed and (unknown := listed - {case.name for suite in suites() for case in suite.cases}):
         raise pytest.UsageError(f"--cases: no op has {', '.join(sorted(unknown))}; or use {', '.join(CASE_SETS)}")
     dtypes = tuple(chosen.split(",")) if chosen else None
     run = Run(_device(), Settings(), torch.get_num_threads(), dtypes=dtypes)
     triples = []
-    for suite in SUITES:
+    for suite in suites():
         try:
             kept = wanted_dtypes(run, suite)
         except ValueError as error:

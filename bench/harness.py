@@ -13,15 +13,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import machine
-import roofs
-from accuracy import Errors, Reference, WrongResultError, check, reference_of
+import timing
 from cases import CASE_SETS, DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
-from clocks import ClockSampler
-from counters import buffer_count, count_launches, peak_extra
-from providers import BASELINES, COMPILE, EAGER, Provider, providers_of
-from record import Record, Results
-from report import size
-from timing import CallTimer, Settings, Summary, interleave, summarise
+from providers import (
+    BASELINES,
+    COMPILE,
+    EAGER,
+    Errors,
+    Provider,
+    Reference,
+    WrongResultError,
+    check,
+    providers_of,
+    reference_of,
+)
+from report import Record, Results, size
+from timing import CallTimer, Settings, Summary, buffer_count, count_launches, interleave, peak_extra, summarise
 
 SHORTEST = 0.1
 WARM = "cache not cold: all buffers together fit the last-level cache"
@@ -67,7 +74,7 @@ class Run:
     check_only: bool = False
     profile_provider: str | None = None
     budget: Budget | None = None
-    clocks: ClockSampler | None = None
+    clocks: machine.ClockSampler | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     roof_values: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
@@ -92,7 +99,7 @@ class Run:
     def note_clocks(self) -> None:
         """Start reading the GPU's clocks beside what is measured next, and keep what an earlier reading saw."""
         if self.device.type == "cuda":
-            self.clocks = self.clocks or ClockSampler(machine.nvidia_smi_id(self.device))
+            self.clocks = self.clocks or machine.ClockSampler(machine.nvidia_smi_id(self.device))
             self._widen_clocks(self.clocks.poll())
 
     def end(self) -> None:
@@ -112,7 +119,7 @@ class Run:
 
     def measure_copy_roof(self) -> float:
         """Copy once more: a run does before each op, since a host's memory may serve others meanwhile. The best is the roof."""
-        rate = roofs.copy_roof(self.device, self.settings)
+        rate = timing.copy_roof(self.device, self.settings)
         low, high = self.facts.get("copy_roof_seen", (rate, rate))
         self.facts["copy_roof_seen"] = [min(low, rate), max(high, rate)]
         self.roof_values["copy"] = max(rate, self.roof_values.get("copy", 0.0))
@@ -122,7 +129,7 @@ class Run:
         """FLOP per second of the matrix product of this run."""
         name = f"gemm {dtype}"
         if name not in self.roof_values:
-            self.roof_values[name] = roofs.gemm_roof(self.device, DTYPES[dtype], self.settings)
+            self.roof_values[name] = timing.gemm_roof(self.device, DTYPES[dtype], self.settings)
         return self.roof_values[name]
 
     def settled(self, record: Record) -> Record:
@@ -279,11 +286,7 @@ def figures(run: Run, times: Summary, moved: int, flops: int, dtype: str) -> dic
     """Times and what follows from them: rate, floor, percent of it."""
     floor = floor_us(run, moved, flops, dtype)
     return {
-        "median_us": times.median * 1e6,
-        "min_us": times.minimum * 1e6,
-        "p20_us": times.p20 * 1e6,
-        "p80_us": times.p80 * 1e6,
-        "samples": times.count,
+        **times.fields(),
         "bytes": moved,
         "flops": flops,
         "gb_per_s": moved / times.median / 1e9,

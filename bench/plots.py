@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from record import Record, Results
+from report import Record, Results
 
 SPECIAL = ("dit", "lora_switch", "hq")
 # One colour per provider in every plot; further baselines stand in the tables.

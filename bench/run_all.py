@@ -15,11 +15,9 @@ from pathlib import Path
 
 import machine
 from cases import CASE_SETS, Suite
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import finish, parser, relaunch_warm, start_run, suites
 from harness import Budget, Run, count_cases, run_suite
-from record import write_json
-from report import full_report
-from suites import SUITES
+from report import full_report, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 INTERRUPTED = 130
@@ -34,11 +32,11 @@ def default_budget(run: Run, cases: str) -> float:
     return GPU_BUDGET if run.device.type == "cuda" else 0.0
 
 
-def measure(run: Run, suites: Sequence[Suite], parsed: argparse.Namespace) -> None:
+def measure(run: Run, chosen: Sequence[Suite], parsed: argparse.Namespace) -> None:
     """Every suite in turn; the results file is brought up to date after each."""
     began = time.monotonic()
     try:
-        for suite in suites:
+        for suite in chosen:
             print(f"{suite.op} ...", file=sys.stderr, flush=True)
             run_suite(run, suite, parsed.cases)
             run.facts["wall_s"] = round(time.monotonic() - began, 1)
@@ -64,21 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = options.parse_args(arguments)
     if parsed.cases not in CASE_SETS:
         options.error(f"--cases: run_all takes {', '.join(CASE_SETS)}; names go to bench_<op>.py")
-    known = [suite.op for suite in SUITES]
+    known = [suite.op for suite in suites()]
     wanted = [name.strip() for name in parsed.ops.split(",")] if parsed.ops else known
     if unknown := sorted(set(wanted) - set(known)):
         options.error(f"--ops: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     relaunch_warm(parsed)
     run = start_run(parsed)
-    suites = [suite for suite in SUITES if suite.op in wanted]
+    chosen = [suite for suite in suites() if suite.op in wanted]
     if parsed.output_json is None and not parsed.ops and not run.check_only:
         parsed.output_json = RESULTS / f"{machine.slug(run.facts)}.json"
     seconds = default_budget(run, parsed.cases) if parsed.budget is None else parsed.budget
     interrupted = False
     try:
         if seconds > 0:
-            run.budget = Budget(seconds, count_cases(run, suites, parsed.cases))
-        measure(run, suites, parsed)
+            run.budget = Budget(seconds, count_cases(run, chosen, parsed.cases))
+        measure(run, chosen, parsed)
     except ValueError as error:
         options.error(str(error))
     except KeyboardInterrupt:
