@@ -85,8 +85,9 @@ def test_summary_ranks():
 
 def test_measured_rows_carry_floor_and_ratios():
     run = ran(tiny_suite(ltxkern.gated_residual))
-    assert [r.provider for r in run.records] == ["torch eager", "ltxkern torch"]
-    eager, ours = run.records
+    eager, ours = run.results().records
+    assert [eager.provider, ours.provider] == ["torch eager", "ltxkern torch"]
+    assert ours.gb_per_s == pytest.approx(ours.bytes / ours.median_us / 1e3)
     assert ours.bytes == 3 * 48 * 2 + 8 * 2
     assert ours.floor_us == pytest.approx(ours.bytes / 1e9 * 1e6)
     assert ours.percent_of_roof == pytest.approx(100 * ours.floor_us / ours.median_us)
