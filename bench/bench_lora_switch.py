@@ -30,7 +30,7 @@ from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
 from ltxkern.pipeline.model.transformer import LTX2Transformer
-from report import Record, full_report, size
+from report import Record, size
 from timing import CallTimer, interleave, summarise
 
 MODES = ("resident", "snapshot", "inplace", "original")
@@ -312,7 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 torch.cuda.empty_cache()
         run.records += measure_forwards(job)
     run.records = with_ratios(run.records)
-    print(full_report(run.results()))
     return finish(run, parsed)
 
 

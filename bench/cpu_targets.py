@@ -14,7 +14,7 @@ from cases import CASE_SETS
 from command_line import finish, parser, relaunch_warm, start_run, suites
 from compare import relative_spread
 from harness import Run, run_suite
-from report import Record, duration, machine_lines, markdown_table
+from report import Record, duration, lines_of, markdown_table
 
 OURS, EAGER, COMPILE = "ltxkern cpu", "torch eager", "torch.compile"
 PUBLISHED, PUBLISHED_ITERATED, ADDMM = "published order", "published order, 100 iterations", "torch addmm_"
@@ -89,12 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start_run(parsed)
     run.backends = None if run.backends is None else (*run.backends, *{t.baseline for t in TARGETS} - {EAGER, COMPILE})
     measure(run, TARGETS)
-    run.end()
     rows, missed = rows_of(TARGETS, run.records)
-    results = run.results()
-    print("\n".join(machine_lines(results.machine, results.roofs)) + "\n")
-    print(markdown_table(("op", "case", "dtype", "baseline", "target", "ltxkern", "baseline", "ratio", ""), rows))
-    return finish(run, parsed) or int(missed > 0)
+    header = ("op", "case", "dtype", "baseline", "target", "ltxkern", "baseline", "ratio", "")
+    return finish(run, parsed, "\n".join([*lines_of(run.results()), "", markdown_table(header, rows)])) or int(
+        missed > 0
+    )
 
 
 if __name__ == "__main__":

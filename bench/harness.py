@@ -19,7 +19,6 @@ from providers import (
     BASELINES,
     COMPILE,
     EAGER,
-    Errors,
     Provider,
     WrongResultError,
     check,
@@ -249,7 +248,10 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
     if run.profile_provider is not None:
         _profile(run, call, found)
     if run.check_only:
-        _print_check(f"{suite.op} {title}", checked, composed)
+        for name, (errors, same) in checked.items():
+            kind = "exact" if same else f"rounded, RMS {errors.rms:.2e}, max {errors.maximum:.2e}"
+            own = f"torch composition RMS {composed.rms:.2e}, max {composed.maximum:.2e}"
+            print(f"{suite.op} {title} {name}: {kind}; {own}")
         return []
     buffers = [call.args, *[clone_args(call.args) for _ in range(buffer_count(moved, run.device) - 1)]]
     timers = {p.name: CallTimer(p.function, buffers, run.device, run.settings) for p in found}
@@ -312,9 +314,3 @@ def _profile(run: Run, call: Call, found: list[Provider]) -> None:
             torch.cuda.profiler.stop()
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(f"{provider.name}:\n{seen.key_averages().table(sort_by=order, row_limit=20)}")
-
-
-def _print_check(title: str, checked: dict[str, tuple[Errors, bool]], composed: Errors) -> None:
-    for name, (errors, same) in checked.items():
-        kind = "exact" if same else f"rounded, RMS {errors.rms:.2e}, max {errors.maximum:.2e}"
-        print(f"{title} {name}: {kind}; torch composition RMS {composed.rms:.2e}, max {composed.maximum:.2e}")

@@ -34,9 +34,8 @@ def revision() -> str:
     name = run_quietly(["git", "rev-parse", "--short=10", "HEAD"])
     if not name:
         return "unknown"
-    changed = run_quietly(
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", "ltxkern", "csrc", "bench/*.py"]
-    )
+    sources = ("ltxkern", "csrc", "bench/*.py")
+    changed = run_quietly(["git", "status", "--porcelain", "--untracked-files=no", "--", *sources])
     return f"{name}-dirty" if changed else name
 
 
@@ -44,12 +43,15 @@ def cpu_name() -> str:
     """Model name of the host's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        fields = dict(
-            part for line in info.read_text().splitlines() if len(part := [p.strip() for p in line.split(":", 1)]) == 2
-        )
+        fields = dict(re.findall(r"^(.*?)\s*: (.*)$", info.read_text(), re.MULTILINE))
         if "model name" in fields:
             return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
     return platform.processor() or platform.machine()
+
+
+def best_device() -> torch.device:
+    """The current GPU where there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_average() -> float:
@@ -61,14 +63,6 @@ def nvidia_smi_id(device: torch.device) -> str:
     """A GPU as nvidia-smi names it: its UUID, since CUDA_VISIBLE_DEVICES renumbers the others."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -99,6 +93,7 @@ def without_folder(argument: str) -> str:
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything about the machine that a reader needs beside a figure."""
     import ltxkern
+    from ltxkern.environment import package_versions
 
     facts: dict[str, Any] = {
         "device": device.type,
@@ -108,7 +103,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "load_at_start": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": package_versions()["triton"],
         "ltxkern": ltxkern.__version__,
         "backends": ltxkern.backends(),
         "revision": revision(),

@@ -77,25 +77,18 @@ def providers_of(call: Call, device: torch.device, wanted: Sequence[str] | None)
     """
     found: list[Provider] = []
     skipped: list[Skip] = []
-
-    def keep(name: str) -> bool:
-        return is_wanted(name, wanted)
-
-    if keep(EAGER):
-        found.append(Provider(EAGER, call.composition))
-    for name, function in call.other.items():
-        if keep(name):
+    for name, function in {EAGER: call.composition, **call.other}.items():
+        if is_wanted(name, wanted):
             found.append(Provider(name, function))
-    if keep(COMPILE):
-        reason = compiler_missing(device)
-        if reason is None:
+    if is_wanted(COMPILE, wanted):
+        if (reason := compiler_missing(device)) is None:
             torch._dynamo.reset()
             found.append(Provider(COMPILE, torch.compile(call.composition, fullgraph=True, dynamic=False)))
         else:
             skipped.append(Skip(COMPILE, reason))
     for backend in ltxkern.backends():
         name = f"ltxkern {backend}"
-        if not keep(name):
+        if not is_wanted(name, wanted):
             continue
         function = on_backend(call.op, backend)
         try:
@@ -111,7 +104,7 @@ def providers_of(call: Call, device: torch.device, wanted: Sequence[str] | None)
             continue
         found.append(Provider(name, function, ours=True))
     for name, load in call.peers.items():
-        if not keep(name):
+        if not is_wanted(name, wanted):
             continue
         try:
             found.append(Provider(name, load()))

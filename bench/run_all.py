@@ -35,16 +35,14 @@ def default_budget(run: Run, cases: str) -> float:
 def measure(run: Run, chosen: Sequence[Suite], parsed: argparse.Namespace) -> None:
     """Every suite in turn; the results file is brought up to date after each."""
     began = time.monotonic()
-    try:
-        for suite in chosen:
-            print(f"{suite.op} ...", file=sys.stderr, flush=True)
+    for suite in chosen:
+        print(f"{suite.op} ...", file=sys.stderr, flush=True)
+        try:
             run_suite(run, suite, parsed.cases)
+        finally:
             run.facts["wall_s"] = round(time.monotonic() - began, 1)
-            if parsed.output_json and run.records:
-                write_json(run.results(), parsed.output_json)
-    finally:
-        run.facts["wall_s"] = round(time.monotonic() - began, 1)
-        run.end()
+        if parsed.output_json and run.records:
+            write_json(run.results(), parsed.output_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,23 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(str(error))
     except KeyboardInterrupt:
         interrupted = True
-    report = full_report(run.results())
-    print(report)
-    if parsed.report:
-        parsed.report.write_text(report + "\n")
-    if interrupted:
-        print("interrupted: what was measured stands above", file=sys.stderr)
-    if not run.records:
-        parsed.output_json = None
     status = finish(run, parsed)
-    if parsed.output_json:
+    if parsed.report:
+        parsed.report.write_text(full_report(run.results()) + "\n")
+    if parsed.output_json and run.records:
         print(f"results: {parsed.output_json}", file=sys.stderr)
     if interrupted:
-        return INTERRUPTED
-    if not run.records and not run.failures and not run.check_only:
-        print("nothing was measured: see the reasons above", file=sys.stderr)
-        return 2
-    return status
+        print("interrupted: what was measured stands above", file=sys.stderr)
+    return INTERRUPTED if interrupted else status
 
 
 if __name__ == "__main__":

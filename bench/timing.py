@@ -150,11 +150,12 @@ class CallTimer:
         self._synchronize()
         return (self._clock() - start) / calls
 
-    def _events(self, calls: int) -> list[float]:
+    def _events(self, calls: int, run: Callable[[], None] | None = None) -> list[float]:
+        """Seconds of each of so many calls on the device, sorted."""
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for start, end in pairs:
             start.record()
-            self._step()
+            (run or self._step)()
             end.record()
         self._synchronize()
         return sorted(start.elapsed_time(end) * 1e-3 for start, end in pairs)
@@ -194,13 +195,7 @@ class CallTimer:
 
     def _graph_replays(self, replays: int) -> list[float]:
         assert self._graph is not None
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-        for start, end in pairs:
-            start.record()
-            self._graph.replay()
-            end.record()
-        self._synchronize()
-        return sorted(start.elapsed_time(end) * 1e-3 / len(self._buffers) for start, end in pairs)
+        return [seconds / len(self._buffers) for seconds in self._events(replays, self._graph.replay)]
 
     def _sample(self, milliseconds: float, least: int) -> list[float]:
         """Calls for about that long; a few at least, and a single one where a call takes very long."""
