@@ -28,10 +28,10 @@ class Watched(Protocol):
     """What this module asks of an op."""
 
     name: str
-    parameters: tuple[str, ...]
-    allocate: Callable[..., Any] | None
+    arguments: type[Any]
+    allocate: Callable[[Any], Any] | None
 
-    def refusals(self, args: Sequence[Any], before: str) -> Iterator[tuple[str, str]]:
+    def refusals(self, args: Any, before: str) -> Iterator[tuple[str, str]]:
         """The permitted backends ahead of one, with the reason of each."""
 
     def missing(self, backend: str) -> str | None:
@@ -71,16 +71,15 @@ def recorded(steps: Sequence[object], program: Callable[..., None]) -> Callable[
 
 
 def watch(op: Watched, backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in for a backend's kernel, `run(out, *args)` (in place: `run(*args)`), or for "torch", `run(*args)`."""
+    """What stands in for a backend's kernel, `run(out, args)` (in place: `run(args)`), or for the reference, `run(*args)`."""
     if level() == 0:
         return run
     if backend == "triton":
         _watch_triton()
-    takes_out = backend != "torch" and op.allocate is not None
 
     @functools.wraps(run)
     def watched(*given: Any) -> Any:
-        args = given[1:] if takes_out else given
+        args = op.arguments(*given) if backend == "torch" else given[-1]
         token = _steps.set([])
         try:
             with _TorchOps():
@@ -88,7 +87,8 @@ def watch(op: Watched, backend: str, run: Callable[..., Any]) -> Callable[..., A
             steps = _steps.get() or []
         finally:
             _steps.reset(token)
-        _report(op, backend, args, args[:1] if op.allocate is None else given[:1] if takes_out else result, steps)
+        written = args[:1] if op.allocate is None else result if backend == "torch" else given[:1]
+        _report(op, backend, args, written, steps)
         return result
 
     return watched
@@ -148,10 +148,8 @@ def _unwatched() -> Iterator[None]:
         _steps.reset(token)
 
 
-def _report(op: Watched, backend: str, args: Sequence[Any], written: Any, steps: list[str]) -> None:
-    given = ", ".join(
-        f"{name} {_described(value)}" for name, value in zip(op.parameters, args, strict=False) if value is not None
-    )
+def _report(op: Watched, backend: str, args: Any, written: Any, steps: list[str]) -> None:
+    given = ", ".join(f"{name} {_described(value)}" for name, value in args._asdict().items() if value is not None)
     # What a backend lacks is said without the remedy that follows the colon.
     refusals = ", ".join(
         f"{name} ({reason.split(': ')[0] if op.missing(name) else reason})"

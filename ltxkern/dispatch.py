@@ -1,12 +1,12 @@
 """The one place where a call finds its backend.
 
-Every op of the toolkit is an `Op`: a schema, a torch reference, an allocator for its outputs and an ordered list of `Backend`
-entries. A call `op(*args, out=None)` goes
+Every op of the toolkit is an `Op`: a NamedTuple of arguments, a torch reference, an allocator for its outputs and its `Backend`
+entries. A call `op(args, out=None)` goes
 
 1. to the opaque torch op (`ltxkern.registration`) where something traces or a gradient is wanted, which comes back here later;
 2. to `select`: the first backend that is permitted (`use_backend`, LTXKERN_BACKEND), present (`missing`) and does not `refuse` the
    arguments, decided from what it declares and never by catching an exception;
-3. to that backend's kernel, `kernel(out, *args)`, loaded at first use; for "torch" to the reference.
+3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 """
 
 from __future__ import annotations
@@ -18,34 +18,50 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltxkern import debug
+from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
-from ltxkern.backend import BACKENDS, Backend, BackendError, backend_names
 from ltxkern.registration import refuse_gradients, register, register_in_place
-
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "BackendError",
-    "Op",
-    "backend_names",
-    "backends",
-    "capabilities",
-    "like",
-    "served",
-    "unavailable",
-    "use_backend",
-]
 
 logger = logging.getLogger("ltxkern")
 
+BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
+
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """No permitted backend can serve a call; the message gives the reason of each."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: one of `BACKENDS` other than "torch", which every op has through its reference.
+        refuse: called with the op's arguments, a NamedTuple; the reason in words why this backend cannot serve them, or None.
+        load: returns the kernel, called as `kernel(out, args)` (in-place ops: `kernel(args)`); runs once, at first use.
+    """
+
+    name: str
+    refuse: Callable[[Any], str | None]
+    load: Callable[[], Callable[..., None]]
+
+
+def backend_names(text: str, variable: str) -> tuple[str, ...]:
+    """The backends that a comma-separated text names; ValueError for an unknown one."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{variable}: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    return names
 
 
 @functools.cache
@@ -125,6 +141,11 @@ def capabilities() -> dict[str, dict[str, str | None]]:
     return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
 
 
+def registered() -> dict[str, Op]:
+    """Every op by its name."""
+    return _registry
+
+
 def served() -> dict[str, set[str]]:
     """Which backends have served each op so far in this process (the receipt that a run's log quotes)."""
     return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
@@ -147,13 +168,14 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
 
 
 class Op:
-    """One operation: schema, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
+    """One operation: arguments, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
 
     Args:
         name: name under `torch.ops.ltxkern`; a functional op is also registered as `<name>_out` with its outputs as last arguments.
-        schema: argument list and result in torch schema syntax, e.g. "(Tensor x, float eps) -> Tensor".
+        arguments: NamedTuple of the arguments: what refusals, kernels and `allocate` take; its annotations make the torch schema.
+        result: in torch schema syntax, "()" for an in-place op, which changes its first argument.
         reference: the torch composition, `reference(*args)`; returns fresh tensors (functional) or works in place.
-        allocate: outputs with the right shape, dtype and strides, `allocate(*args)`; also the fake implementation. None: in place.
+        allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
         differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
         backends: compiled implementations, best first.
         may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
@@ -162,29 +184,30 @@ class Op:
     def __init__(
         self,
         name: str,
-        schema: str,
+        arguments: type[Any],
+        result: str,
         reference: Callable[..., Any],
-        allocate: Callable[..., Any] | None = None,
+        allocate: Callable[[Any], Any] | None = None,
         *,
         differentiable: bool = False,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
     ) -> None:
         self.name = name
+        self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
         self.receipts: set[str] = set()
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
-        self._signature = Signature(schema.rsplit("->", 1)[0], may_be if allocate else None)
-        self.parameters = self._signature.names
+        self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
         _registry[name] = self
         if allocate is None:
-            self._torch_op = register_in_place(name, schema, self._run_in_place)
+            self._torch_op = register_in_place(name, arguments, self._run_in_place)
         else:
             recompute = reference if differentiable else None
-            self._torch_op = register(name, schema, self._run, self._run_into, allocate, recompute)
+            self._torch_op = register(name, arguments, result, self._run, self._run_into, allocate, recompute)
 
     def missing(self, backend: str) -> str | None:
         """Why this op has no such backend in this process, or None if it has."""
@@ -194,18 +217,14 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
-            return reason
-        from ltxkern.compiled import extension
-
-        return extension.lacks(backend, self.name)
+        return unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:
             self._present[names] = tuple(name for name in names or BACKENDS if self.missing(name) is None)
         return self._present[names]
 
-    def select(self, args: Sequence[Any]) -> str:
+    def select(self, args: Any) -> str:
         """Name of the first permitted backend that serves these arguments.
 
         Raises:
@@ -213,17 +232,17 @@ class Op:
         """
         names = _forced.get() or _environment_choice()
         for name in self._candidates(names):
-            if name == "torch" or self._backends[name].refuse(*args) is None:
+            if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
         raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
 
-    def refusals(self, args: Sequence[Any], before: str | None = None) -> Iterator[tuple[str, str]]:
+    def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
         for name in _forced.get() or _environment_choice() or BACKENDS:
             if name == before:
                 return
-            yield name, self.missing(name) or self._backends[name].refuse(*args) or ""
+            yield name, self.missing(name) or self._backends[name].refuse(args) or ""
 
     def kernel(self, backend: str) -> Callable[..., None]:
         """The loaded kernel of a backend other than torch."""
@@ -241,37 +260,40 @@ class Op:
             self.receipts.add(backend)
             logger.info("%s is served by %s", self.name, backend)
 
-    def _run(self, *args: Any) -> Any:
+    def _run(self, args: Any) -> Any:
         assert self.allocate is not None
         backend = self.select(args)
         self._note(backend)
         if backend == "torch":
             return self._composition(*args)
-        out = self.allocate(*args)
-        self.kernel(backend)(out, *args)
+        out = self.allocate(args)
+        self.kernel(backend)(out, args)
         return out
 
-    def _run_into(self, out: Any, args: Sequence[Any]) -> None:
+    def _run_into(self, out: Any, args: Any) -> None:
         self._signature.check((out,) if isinstance(out, Tensor) else out, args)
         backend = self.select(args)
         self._note(backend)
         if backend != "torch":
-            self.kernel(backend)(out, *args)
+            self.kernel(backend)(out, args)
         elif isinstance(out, Tensor):
             out.copy_(self._composition(*args))
         else:
             for target, value in zip(out, self._composition(*args), strict=True):
                 target.copy_(value)
 
-    def _run_in_place(self, *args: Any) -> None:
+    def _run_in_place(self, args: Any) -> None:
         self._signature.check(args[:1], args)
         self._change(self.select(args), args)
 
-    def _change(self, backend: str, args: Sequence[Any]) -> None:
+    def _change(self, backend: str, args: Any) -> None:
         self._note(backend)
-        (self._composition if backend == "torch" else self.kernel(backend))(*args)
+        if backend == "torch":
+            self._composition(*args)
+        else:
+            self.kernel(backend)(args)
 
-    def run_each(self, calls: Sequence[Sequence[Any]], check_memory: Callable[[], None]) -> None:
+    def run_each(self, calls: Sequence[Any], check_memory: Callable[[], None]) -> None:
         """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
         if any(map(_needs_dispatcher, calls)):
             for args in calls:
@@ -288,13 +310,13 @@ class Op:
         if not _needs_dispatcher([*args, *outputs]):
             self._signature.check(outputs, args)
 
-    def __call__(self, *args: Any, out: Any = None) -> Any:
-        """Run the op on checked arguments; `out` is a tensor, or a sequence of tensors where the op has several outputs."""
+    def __call__(self, args: Any, out: Any = None) -> Any:
+        """Run the op on checked arguments, an `arguments`; `out` is a tensor, or a sequence where the op has several outputs."""
         if self.allocate is None:
-            self._torch_op.call(*args) if _needs_dispatcher(args) else self._run_in_place(*args)
+            self._torch_op.call(*args) if _needs_dispatcher(args) else self._run_in_place(args)
             return None
         if out is None:
-            return self._torch_op.call(*args) if _needs_dispatcher(args) else self._run(*args)
+            return self._torch_op.call(*args) if _needs_dispatcher(args) else self._run(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         if not _needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ltxkern import schema
+
 _library = torch.library.Library("ltxkern", "DEF")
 
 
@@ -27,45 +29,52 @@ class Registered(NamedTuple):
     """How many; 0 for a list."""
 
 
-def register_in_place(name: str, schema: str, run: Callable[..., None]) -> Registered:
+def register_in_place(name: str, arguments: type[Any], run: Callable[[Any], None]) -> Registered:
     """Register an op that changes its first argument."""
-    return Registered(_define(name, schema, run, lambda *args: None, differentiable=False), None, 0)
+    signature = f"({schema.text(arguments, in_place=True)}) -> ()"
+    call = _define(name, signature, lambda *args: run(arguments(*args)), lambda *args: None, differentiable=False)
+    return Registered(call, None, 0)
 
 
 def register(
     name: str,
-    schema: str,
-    run: Callable[..., Any],
-    run_into: Callable[[Any, Sequence[Any]], None],
-    fake: Callable[..., Any],
+    arguments: type[Any],
+    result: str,
+    run: Callable[[Any], Any],
+    run_into: Callable[[Any, Any], None],
+    fake: Callable[[Any], Any],
     recompute: Callable[..., Any] | None,
 ) -> Registered:
     """Register an op and its form with given outputs, `<name>_out`.
 
     Args:
         name: under `torch.ops.ltxkern`.
-        schema: arguments and result in torch schema syntax.
-        run: `run(*args)`.
+        arguments: NamedTuple of the arguments.
+        result: in torch schema syntax.
+        run: `run(args)`.
         run_into: `run_into(out, args)`; `out` is a tensor, or the outputs.
         fake: outputs with the right shape, dtype and strides.
         recompute: the reference, of which gradients are taken; None: a wanted gradient raises.
     """
-    arguments, result = schema.rsplit("->", 1)
     # 0 for a list of tensors.
     count = 0 if "Tensor[]" in result else result.count("Tensor")
     outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(count)) or "Tensor(a!)[] out"
+    given = max(1, count)
 
     def run_out(*args: Any) -> None:
-        if count <= 1:
-            run_into(args[-1], args[:-1])
-        else:
-            run_into(args[-count:], args[:-count])
+        run_into(args[-1] if given == 1 else args[-given:], arguments(*args[:-given]))
 
-    call = _define(name, schema, run, fake, differentiable=True)
+    def call(*args: Any) -> Any:
+        return run(arguments(*args))
+
+    def allocate(*args: Any) -> Any:
+        return fake(arguments(*args))
+
+    parameters = schema.text(arguments, in_place=False)
+    op = _define(name, f"({parameters}) -> {result}", call, allocate, differentiable=True)
     _register_backward(name, recompute)
-    into_schema = f"{arguments.strip().removesuffix(')')}, {outputs}) -> ()"
-    into = _define(f"{name}_out", into_schema, run_out, lambda *args: None, differentiable=False)
-    return Registered(call, into, count)
+    into = f"({parameters}, {outputs}) -> ()"
+    return Registered(op, _define(f"{name}_out", into, run_out, lambda *args: None, differentiable=False), count)
 
 
 def refuse_gradients(name: str, args: Sequence[Any]) -> None:
@@ -85,9 +94,9 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _define(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, differentiable: bool
+    name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any], *, differentiable: bool
 ) -> Callable[..., Any]:
-    _library.define(name + schema)
+    _library.define(name + signature)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ltxkern::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.ltxkern, name).default

@@ -335,7 +335,8 @@ def test_no_cpu_kernel_narrows_an_index() -> None:
     flags = ("-std=c++17", "-fsyntax-only", "-fopenmp", "-march=x86-64-v4", "-DLTXK_ISA=avx512", "-DLTXK_ISA_avx512=1")
     warnings = ("-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion")
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        command = [compiler, *flags, *warnings, f"-I{ROOT / 'csrc'}", str(source)]
+        includes = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}")
+        command = [compiler, *flags, *warnings, *includes, str(source)]
         environment = os.environ | {"LC_ALL": "C"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ltxkern import inventory
 from ltxkern.compiled import merge_lora
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
+from ltxkern.ops.merge_lora import Arguments
 from tests.csrc.reserved import run
 from tests.csrc.shim_build import shim
 from tests.ops.contract import assert_as_close, noise
@@ -36,7 +37,7 @@ def factors(rows: int, columns: int, half: torch.dtype, *ranks: int) -> tuple[Fa
 
 def merge(weight: Tensor, a: Factors, b: Factors, rounding: str = "single", seed: int = 0) -> None:
     """One launch on the shim."""
-    case = merge_lora.describe(weight, a, b, SCALES[: len(a)], rounding, seed)
+    case = merge_lora.describe(Arguments(weight, a, b, SCALES[: len(a)], 1, rounding, seed))
     (step,) = merge_lora.device_steps(case)
     assert "tensor_cores" in step.kernel
     target = weight.view(torch.uint8) if weight.dtype == E4M3 else weight
@@ -203,7 +204,7 @@ def test_the_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(weight: torch.dtype, *pairs: tuple[torch.dtype, torch.dtype, int]) -> str:
         a = [torch.empty(rank, 8, dtype=one) for one, _, rank in pairs]
         b = [torch.empty(8, rank, dtype=other) for _, other, rank in pairs]
-        case = merge_lora.describe(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], "single", 0)
+        case = merge_lora.describe(Arguments(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], 1, "single"))
         (step,) = merge_lora.device_steps(case)
         assert step.kernel in inventory.CUDA["merge_lora_"]
         return step.kernel

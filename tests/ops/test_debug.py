@@ -119,11 +119,11 @@ def test_triton_launches_note_themselves() -> None:
 
 
 def test_steps_in_words() -> None:
-    launch = Launch("ltxk::dual_add<float, 4>", (7, 2), 256, (), 1024)
+    launch = Launch("ltxk::dual_add<float, 4>", (7, 2), 256, {}, 1024)
     assert str(launch) == "ltxk::dual_add<float, 4>, grid 7x2, block 256, shared 1024 bytes"
-    assert str(Launch("k", (1,), 32, (), cluster=4, cooperative=True)).endswith("bytes, cluster 4, cooperative")
+    assert str(Launch("k", (1,), 32, {}, cluster=4, cooperative=True)).endswith("bytes, cluster 4, cooperative")
     assert str(Zero(Argument(0), 24)) == "zero 24 bytes"
-    assert str(Call("dual_add<f32>", ())) == "dual_add<f32>"
+    assert str(Call("dual_add<f32>", {})) == "dual_add<f32>"
 
 
 @pytest.mark.parametrize("level", [None, "0"])

@@ -12,6 +12,7 @@ import ltxkern
 from ltxkern.compiled import extension
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Argument, pack
+from ltxkern.ops.group_norm_silu import Arguments
 from tests.ops.contract import noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,26 +73,26 @@ def test_an_unknown_instruction_set_is_named() -> None:
 def test_raw_addresses_give_the_same_bits() -> None:
     x, weight = noise(1, 6, 37), noise(6, seed=1)
     plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    case = group_norm.describe(plain, x, weight, weight, 3, 1e-5, None, None)
-    plan = extension.module().CpuPlan(group_norm.ARGUMENTS)
+    case = group_norm.describe(plain, Arguments(x, weight, weight, 3, 1e-5, None, None))
+    program = extension.module().CpuProgram(group_norm.ARGUMENTS)
     for call in group_norm.cpu_calls(case):
-        plan.add_call(call.kernel, *pack(call.parameters))
-    plan(1, plain, x, weight, weight, None, None, None)
-    plan.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
+        program.add_call(call.kernel, *pack(call.parameters))
+    program(1, plain, x, weight, weight, None, None, None)
+    program.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
     assert torch.equal(plain, raw)
     with pytest.raises(TypeError, match="takes 7 addresses"):
-        plan.raw(1, [0])
+        program.raw(1, [0])
 
 
 @needs_extension
 def test_meta_tensors_and_wrong_arguments_are_refused() -> None:
-    plan = extension.module().CpuPlan(1)
+    program = extension.module().CpuProgram(1)
     with pytest.raises(KeyError, match="no CPU kernel"):
-        plan.add_call("no_such_kernel<f32>", b"", [])
+        program.add_call("no_such_kernel<f32>", b"", [])
     with pytest.raises(TypeError, match="takes 1 tensors"):
-        plan(1)
+        program(1)
     with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)):
-        plan(1, "not a tensor")
+        program(1, "not a tensor")
 
 
 def test_parameters_are_eight_byte_fields() -> None:

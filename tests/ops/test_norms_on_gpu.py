@@ -9,6 +9,7 @@ from ltxkern import dispatch
 from ltxkern.compiled import extension
 from ltxkern.compiled import group_norm_silu as launch
 from ltxkern.compiled.tensors import device_limits
+from ltxkern.ops.group_norm_silu import Arguments
 from tests.csrc import kernel_runs
 from tests.ops.contract import noise
 
@@ -32,7 +33,7 @@ def use(backend: str) -> None:
 def test_every_kernel(tier: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
     use(tier)
     limits = device_limits(torch.cuda.current_device())
-    build = extension.plan_builder(tier)
+    build = extension.program_builder(tier)
     for name, planner in kernel_runs.group_norm_planners(shape, dtype):
         if "cluster" in name and limits.cluster_blocks == 1:
             continue
@@ -41,7 +42,7 @@ def test_every_kernel(tier: str, dtype: torch.dtype, shape: tuple[int, ...], gro
             x, residual = kernel_runs.channels_last(x), kernel_runs.channels_last(residual)
         weight, bias, conv_bias = (noise(shape[1], seed=seed).cuda() for seed in (2, 3, 4))
         out = torch.empty_like(x).fill_(torch.nan)
-        case = launch.describe(out, x, weight, bias, groups, 1e-5, residual, conv_bias)
+        case = launch.describe(out, Arguments(x, weight, bias, groups, 1e-5, residual, conv_bias))
         steps, workspace = planner(case)
         build(steps, launch.ARGUMENTS)(
             out, x, weight, bias, residual, conv_bias, torch.empty(workspace, dtype=torch.uint8, device="cuda")

@@ -9,20 +9,11 @@
 
 namespace ltxk {
 
-struct GroupNormOnChip {
-    const void* x;
-    void* out;
-    const void* residual;
-    const void* weight;
-    const void* bias;
-    const void* conv_bias;
-    i64 weight_type, bias_type, conv_bias_type;
-    i64 channels, group_channels, positions;
+struct GroupNormOnChip : GroupNormSilu {
     i64 groups;  // samples * groups per sample
     i64 blocks;  // blocks that share a group: the cluster, or a team of the persistent grid
     i64 slice;   // elements of a group per block, a multiple of the vector
     i64 kept;    // of these, elements held in shared memory, a multiple of the vector
-    double eps;
     Partial* partials;  // pipeline only: [group][block of the team]
     u32* arrived;       // pipeline only: [group], zero before the launch
 };

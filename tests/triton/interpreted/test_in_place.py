@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltxkern import use_backend
-from tests.ops.op_calls import WITH_OUT, OpCall
+from tests.ops.op_cases import WITH_OUT, OpCase
 
 CASES = [
     pytest.param(call, output, name, id=f"{call}-out{output}-{name}")
@@ -17,7 +17,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("call", "output", "name"), CASES)
-def test_an_output_may_be_an_input(call: OpCall, output: int, name: str) -> None:
+def test_an_output_may_be_an_input(call: OpCase, output: int, name: str) -> None:
     tensors = call.tensors()
     with use_backend("triton"):
         expected = call.run(tensors, call.outputs(tensors))

@@ -1,4 +1,4 @@
-"""Strides as the Triton kernels take them: what collapses to a few strides is served, what does not is refused."""
+"""How tensors lie in memory: what collapses to a few strides, and the dense stand-ins for what kernels do not take as it lies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,33 @@ def power_of_two(size: int) -> int:
 def ceil_div(size: int, part: int) -> int:
     """Number of parts of `part` that cover `size`."""
     return -(-size // part)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Smallest multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def fresh(model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor of the model's shape, in its dtype or in another."""
+    return torch.empty_like(model, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def dense(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, or contiguous stand-ins for those that are not."""
+    return [output if output.is_contiguous() else fresh(output) for output in outputs]
+
+
+def hand_back(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies stand-ins to the outputs that they stand for."""
+    for output, target in zip(outputs, targets, strict=True):
+        if target is not output:
+            output.copy_(target)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a dense copy of it."""
+    return None if tensor is None else tensor.contiguous()
 
 
 class ChannelView(NamedTuple):
@@ -113,8 +141,3 @@ def _row_view(shape: tuple[int, ...], layouts: tuple[tuple[tuple[int, ...], tupl
 def unit_rows(*tensors: Tensor) -> bool:
     """Whether the last dim of every tensor is dense."""
     return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors)
-
-
-def all_contiguous(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether every tensor that is there is contiguous."""
-    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
