@@ -1,8 +1,12 @@
-"""Backends, their declared constraints, and the one place where an implementation is chosen.
+"""The one place where a call finds its backend.
 
 Every op of the toolkit is an `Op`: a NamedTuple of arguments, a torch reference, an allocator for its outputs and its `Backend`
-entries. A backend declares in words what it cannot serve (`refuse`) and loads its kernel lazily (`load`); the choice is made before
-the call from these declarations, never by catching an exception.
+entries. A call `op(args, out=None)` goes
+
+1. to the opaque torch op (`ltxkern.registration`) where something traces or a gradient is wanted, which comes back here later;
+2. to `select`: the first backend that is permitted (`use_backend`, LTXKERN_BACKEND), present (`missing`) and does not `refuse` the
+   arguments, decided from what it declares and never by catching an exception;
+3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern import schema
+from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
+from ltxkern.registration import refuse_gradients, register, register_in_place
 
 logger = logging.getLogger("ltxkern")
 
 BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
 
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
-_library = torch.library.Library("ltxkern", "DEF")
 _registry: dict[str, Op] = {}
 
 
@@ -147,16 +151,6 @@ def served() -> dict[str, set[str]]:
     return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
 
 
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    for value in args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, Tensor):
-                    yield item
-
-
 def _needs_dispatcher(args: Sequence[Any]) -> bool:
     """True where something traces, a gradient is wanted or a tensor is not a plain one; then the opaque torch op is called."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
@@ -203,89 +197,17 @@ class Op:
         self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
-        self.differentiable = differentiable
         self.receipts: set[str] = set()
-        self._no_gradient = (
-            f"ltxkern.{name} writes into a given tensor and has no backward: call it under torch.no_grad()"
-        )
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
         self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
         _registry[name] = self
-        self._register(schema.text(arguments, in_place=allocate is None), result)
-
-    def _register(self, parameters: str, result: str) -> None:
-        allocate = self.allocate
-        run = self._run_in_place if allocate is None else self._run_functional
-        _library.define(f"{self.name}({parameters}) -> {result}")
-        _library.impl(self.name, lambda *values: run(self.arguments(*values)), "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"ltxkern::{self.name}",
-            lambda *values: None if allocate is None else allocate(self.arguments(*values)),
-            lib=_library,
-        )
-        self._functional = getattr(torch.ops.ltxkern, self.name).default
         if allocate is None:
-            self._refuse_gradients(self.name)
-            return
-        self._register_backward()
-        self._out_count = _count_outputs(result)
-        if self._out_count == 0:
-            outputs = "Tensor(a!)[] out"
+            self._torch_op = register_in_place(name, arguments, self._run_in_place)
         else:
-            outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(self._out_count))
-        _library.define(f"{self.name}_out({parameters}, {outputs}) -> ()")
-        _library.impl(f"{self.name}_out", self._run_out, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ltxkern::{self.name}_out", lambda *args: None, lib=_library)
-        self._refuse_gradients(f"{self.name}_out")
-        self._into = getattr(torch.ops.ltxkern, f"{self.name}_out").default
-
-    def _register_backward(self) -> None:
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if not self.differentiable:
-                raise RuntimeError(
-                    f"ltxkern.{self.name} has no backward: call it under torch.no_grad() or on tensors without requires_grad"
-                )
-            tensors = [value for value in inputs if isinstance(value, Tensor)]
-            ctx.save_for_backward(*tensors)
-            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            args = [
-                next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
-            ]
-            wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-            with torch.enable_grad():
-                for i, is_tensor in enumerate(ctx.is_tensor):
-                    if is_tensor:
-                        args[i] = args[i].detach().requires_grad_(i in wanted)
-                outputs = self.reference(*args)
-            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-            # Of several outputs, one may not depend on any input whose gradient is wanted.
-            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-            results = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [args[i] for i in wanted],
-                [grad for _, grad in pairs],
-                allow_unused=True,
-            )
-            by_index = dict(zip(wanted, results, strict=True))
-            return tuple(by_index.get(i) for i in range(len(args)))
-
-        torch.library.register_autograd(f"ltxkern::{self.name}", backward, setup_context=setup_context, lib=_library)
-
-    def _refuse_gradients(self, name: str) -> None:
-        op = getattr(torch.ops.ltxkern, name).default
-
-        def refuse(keyset: Any, *args: Any) -> Any:
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                raise RuntimeError(self._no_gradient)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-        _library.impl(name, refuse, "Autograd", with_keyset=True)
+            recompute = reference if differentiable else None
+            self._torch_op = register(name, arguments, result, self._run, self._run_into, allocate, recompute)
 
     def missing(self, backend: str) -> str | None:
         """Why this op has no such backend in this process, or None if it has."""
@@ -312,36 +234,41 @@ class Op:
         for name in self._candidates(names):
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
-        reasons = "; ".join(
-            f"{name}: {self.missing(name) or self._backends[name].refuse(args)}" for name in names or BACKENDS
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
         raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
+
+    def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
+        """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
+        for name in _forced.get() or _environment_choice() or BACKENDS:
+            if name == before:
+                return
+            yield name, self.missing(name) or self._backends[name].refuse(args) or ""
 
     def kernel(self, backend: str) -> Callable[..., None]:
         """The loaded kernel of a backend other than torch."""
         if backend not in self._kernels:
-            self._kernels[backend] = self._backends[backend].load()
+            self._kernels[backend] = debug.watch(self, backend, self._backends[backend].load())
         return self._kernels[backend]
+
+    @functools.cached_property
+    def _composition(self) -> Callable[..., Any]:
+        """The reference, as it serves calls."""
+        return debug.watch(self, "torch", self.reference)
 
     def _note(self, backend: str) -> None:
         if backend not in self.receipts:
             self.receipts.add(backend)
             logger.info("%s is served by %s", self.name, backend)
 
-    def _run_functional(self, args: Any) -> Any:
+    def _run(self, args: Any) -> Any:
         assert self.allocate is not None
         backend = self.select(args)
         self._note(backend)
         if backend == "torch":
-            return self.reference(*args)
+            return self._composition(*args)
         out = self.allocate(args)
         self.kernel(backend)(out, args)
         return out
-
-    def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
-        """Refuse overlaps as a call does, for what is written without one; what traces has no addresses."""
-        if not _needs_dispatcher([*args, *outputs]):
-            self._signature.check(outputs, args)
 
     def _run_into(self, out: Any, args: Any) -> None:
         self._signature.check((out,) if isinstance(out, Tensor) else out, args)
@@ -350,9 +277,9 @@ class Op:
         if backend != "torch":
             self.kernel(backend)(out, args)
         elif isinstance(out, Tensor):
-            out.copy_(self.reference(*args))
+            out.copy_(self._composition(*args))
         else:
-            for target, value in zip(out, self.reference(*args), strict=True):
+            for target, value in zip(out, self._composition(*args), strict=True):
                 target.copy_(value)
 
     def _run_in_place(self, args: Any) -> None:
@@ -362,7 +289,7 @@ class Op:
     def _change(self, backend: str, args: Any) -> None:
         self._note(backend)
         if backend == "torch":
-            self.reference(*args)
+            self._composition(*args)
         else:
             self.kernel(backend)(args)
 
@@ -370,40 +297,33 @@ class Op:
         """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
         if any(map(_needs_dispatcher, calls)):
             for args in calls:
-                if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                    raise RuntimeError(self._no_gradient)
+                refuse_gradients(self.name, args)
             for args in calls:
-                self._functional(*args)
+                self._torch_op.call(*args)
             return
         check_memory()
         for backend, args in [(self.select(args), args) for args in calls]:
             self._change(backend, args)
 
-    def _run_out(self, *args: Any) -> None:
-        count = max(1, self._out_count)
-        outputs = args[-count:]
-        self._run_into(outputs[0] if count == 1 else outputs, self.arguments(*args[:-count]))
+    def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
+        """Refuse overlaps as a call does, for what is written without one; what traces has no addresses."""
+        if not _needs_dispatcher([*args, *outputs]):
+            self._signature.check(outputs, args)
 
     def __call__(self, args: Any, out: Any = None) -> Any:
         """Run the op on checked arguments, an `arguments`; `out` is a tensor, or a sequence where the op has several outputs."""
         if self.allocate is None:
-            self._functional(*args) if _needs_dispatcher(args) else self._run_in_place(args)
+            self._torch_op.call(*args) if _needs_dispatcher(args) else self._run_in_place(args)
             return None
         if out is None:
-            return self._functional(*args) if _needs_dispatcher(args) else self._run_functional(args)
+            return self._torch_op.call(*args) if _needs_dispatcher(args) else self._run(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         if not _needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)
-        elif self._out_count == 0:
-            self._into(*args, outputs)
         else:
-            self._into(*args, *outputs)
+            assert self._torch_op.into is not None
+            self._torch_op.into(*args, *(outputs if self._torch_op.outputs else [outputs]))
         return out
-
-
-def _count_outputs(result: str) -> int:
-    """Number of output tensors that a schema's result names; 0 for a list of tensors."""
-    return 0 if "Tensor[]" in result else result.count("Tensor")
 
 
 def like(result: Tensor, model: Tensor) -> Tensor:

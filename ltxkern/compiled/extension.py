@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern import debug
 from ltxkern.compiled import sources
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
@@ -60,8 +61,10 @@ def program_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., 
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
-        return nvrtc.program
-    return _cuda_program
+        build = nvrtc.program
+    else:
+        build = _cuda_program
+    return lambda steps, arguments: debug.recorded(steps, build(steps, arguments))
 
 
 def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
@@ -70,8 +73,8 @@ def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
     for call in calls:
         program.add_call(call.kernel, *pack(call.parameters))
     if _has_exchange_api():
-        return lambda *tensors: program(torch.get_num_threads(), *tensors)
-    return lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors))
+        return debug.recorded(calls, lambda *tensors: program(torch.get_num_threads(), *tensors))
+    return debug.recorded(calls, lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors)))
 
 
 def _has_exchange_api() -> bool:

@@ -44,6 +44,10 @@ class Launch:
     cluster: int = 1
     cooperative: bool = False
 
+    def __str__(self) -> str:
+        more = f", cluster {self.cluster}" * (self.cluster > 1) + ", cooperative" * self.cooperative
+        return f"{self.kernel}, grid {'x'.join(map(str, self.grid))}, block {self.block}, shared {self.shared_bytes} bytes{more}"
+
 
 @dataclass(frozen=True)
 class Zero:
@@ -52,6 +56,9 @@ class Zero:
     target: Argument
     bytes: int
 
+    def __str__(self) -> str:
+        return f"zero {self.bytes} bytes"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -59,6 +66,9 @@ class Call:
 
     kernel: str
     parameters: Mapping[str, Parameter]
+
+    def __str__(self) -> str:
+        return self.kernel
 
 
 Step = Launch | Zero
