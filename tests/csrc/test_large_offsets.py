@@ -23,7 +23,7 @@ import ltxkern
 from ltxkern.compiled import combine_guidance, extension, normalize_noise
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
-from ltxkern.compiled.tensors import ceil_div
+from ltxkern.layout import ceil_div
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced
 from tests.csrc.on_shim import last_blocks, on_shim, run_step
@@ -276,7 +276,7 @@ def test_group_norm(last: bool) -> None:
 @LAST
 def test_pixel_norm(last: bool) -> None:
     x, out = positions_and_out(last, HALF + 24)
-    with on_shim(run=last_blocks(1))(64), ltxkern.use_backend("cpu"):
+    with on_shim(64, run=last_blocks(1)), ltxkern.use_backend("cpu"):
         ltxkern.pixel_norm_silu(x, 1e-6, out=out)
     exact = exact_pixel_norm(x[..., -8:], 1e-6)
     torch.testing.assert_close(out[..., -8:].double(), exact, rtol=1e-2, atol=1e-3)

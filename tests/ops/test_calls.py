@@ -105,7 +105,7 @@ def test_opcheck(case: OpCase, backend: str) -> None:
             check = {"test_utils": tests} if dtypes else {}
             torch.library.opcheck(op._functional, tuple(args), **check)
             if op.allocate is not None:
-                made = op.allocate(*args)
+                made = op.allocate(op.arguments(*args))
                 outputs = [made] if isinstance(made, Tensor) else list(made)
                 torch.library.opcheck(op._into, (*args, *(outputs if op._out_count else [outputs])), **check)
         if op.differentiable:
