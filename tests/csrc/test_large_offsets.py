@@ -88,21 +88,20 @@ def test_rows(case: OpCase, channels: int) -> None:
         given[name] = reserved(*shape, dtype=last.dtype)
         end(given[name], *last.shape).copy_(last)
     small = {name: end(value, *few[name]).clone(memory_format=torch.contiguous_format) for name, value in given.items()}
-    with ltxkern.use_backend("cpu"):
-        with on_shim(THREADS):
-            wanted = case.run(small)
-        outs = [reserved(*given[name].shape, dtype=w.dtype) for name, w in zip(case.like, wanted, strict=True)]
-        assert max(out.numel() for out in outs) > 1 << 31
-        places = {value.data_ptr() for value in (*given.values(), *outs)}
+    with on_shim(THREADS), ltxkern.use_backend("cpu"):
+        wanted = case.run(small)
+    outs = [reserved(*given[name].shape, dtype=w.dtype) for name, w in zip(case.like, wanted, strict=True)]
+    assert max(out.numel() for out in outs) > 1 << 31
+    places = {value.data_ptr() for value in (*given.values(), *outs)}
 
-        def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
-            for tensor in tensors:
-                small_enough = tensor is None or tensor.numel() < 1 << 16
-                assert small_enough or tensor.data_ptr() in places, "a huge operand was copied"
-            last_blocks(BLOCKS)(steps, tensors)
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        for tensor in tensors:
+            small_enough = tensor is None or tensor.numel() < 1 << 16
+            assert small_enough or tensor.data_ptr() in places, "a huge operand was copied"
+        last_blocks(BLOCKS)(steps, tensors)
 
-        with on_shim(THREADS, run=run):
-            case.run(given, outs)
+    with on_shim(THREADS, run=run), ltxkern.use_backend("cpu"):
+        case.run(given, outs)
     for out, value in zip(outs, wanted, strict=True):
         assert bool(value.isfinite().all())
         assert bool((value != 0).any())
