@@ -23,7 +23,7 @@ import ltxkern
 from ltxkern.compiled import combine_guidance, extension, normalize_noise
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
-from ltxkern.compiled.tensors import ceil_div
+from ltxkern.layout import ceil_div
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced
 from tests.csrc.on_shim import last_blocks, on_shim, run_step
@@ -88,21 +88,20 @@ def test_rows(case: OpCase, channels: int) -> None:
         given[name] = reserved(*shape, dtype=last.dtype)
         end(given[name], *last.shape).copy_(last)
     small = {name: end(value, *few[name]).clone(memory_format=torch.contiguous_format) for name, value in given.items()}
-    with ltxkern.use_backend("cpu"):
-        with on_shim(THREADS):
-            wanted = case.run(small)
-        outs = [reserved(*given[name].shape, dtype=w.dtype) for name, w in zip(case.like, wanted, strict=True)]
-        assert max(out.numel() for out in outs) > 1 << 31
-        places = {value.data_ptr() for value in (*given.values(), *outs)}
+    with on_shim(THREADS), ltxkern.use_backend("cpu"):
+        wanted = case.run(small)
+    outs = [reserved(*given[name].shape, dtype=w.dtype) for name, w in zip(case.like, wanted, strict=True)]
+    assert max(out.numel() for out in outs) > 1 << 31
+    places = {value.data_ptr() for value in (*given.values(), *outs)}
 
-        def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
-            for tensor in tensors:
-                small_enough = tensor is None or tensor.numel() < 1 << 16
-                assert small_enough or tensor.data_ptr() in places, "a huge operand was copied"
-            last_blocks(BLOCKS)(steps, tensors)
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        for tensor in tensors:
+            small_enough = tensor is None or tensor.numel() < 1 << 16
+            assert small_enough or tensor.data_ptr() in places, "a huge operand was copied"
+        last_blocks(BLOCKS)(steps, tensors)
 
-        with on_shim(THREADS, run=run):
-            case.run(given, outs)
+    with on_shim(THREADS, run=run), ltxkern.use_backend("cpu"):
+        case.run(given, outs)
     for out, value in zip(outs, wanted, strict=True):
         assert bool(value.isfinite().all())
         assert bool((value != 0).any())
@@ -276,7 +275,7 @@ def test_group_norm(last: bool) -> None:
 @LAST
 def test_pixel_norm(last: bool) -> None:
     x, out = positions_and_out(last, HALF + 24)
-    with on_shim(run=last_blocks(1))(64), ltxkern.use_backend("cpu"):
+    with on_shim(64, run=last_blocks(1)), ltxkern.use_backend("cpu"):
         ltxkern.pixel_norm_silu(x, 1e-6, out=out)
     exact = exact_pixel_norm(x[..., -8:], 1e-6)
     torch.testing.assert_close(out[..., -8:].double(), exact, rtol=1e-2, atol=1e-3)

@@ -45,7 +45,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     for parts, reason in FALLS_SHORT.items():
         if all(part in request.node.name for part in parts):
             request.applymarker(pytest.mark.xfail(reason=reason))
-    with on_shim(threads, limits, seed=seed, small_rank=small_rank):
+    # A row of a norm is too long for the contract where 32 threads sum it: these have the library's own blocks.
+    own = "norm_silu" in request.node.name
+    with on_shim(None if own else threads, limits, seed=seed, small_rank=small_rank):
         yield
 
 
