@@ -68,7 +68,7 @@ def has_compiler() -> bool:
 
 
 class BuildPy(build_py):
-    """Ships the kernel sources beside the package: the NVRTC tier compiles them on the user's machine."""
+    """Ships beside the package the headers, which the NVRTC tier compiles on the user's machine, and the digest of all sources."""
 
     def run(self) -> None:
         super().run()
@@ -78,6 +78,8 @@ class BuildPy(build_py):
         target.mkdir(parents=True, exist_ok=True)
         for header in sorted((ROOT / "csrc" / "include" / "ltxkern").glob("*.cuh")):
             shutil.copy2(header, target / header.name)
+        digest = subprocess.check_output([sys.executable, str(ROOT / "ltxkern" / "compiled" / "sources.py")])
+        (target.parent / "sources.sha256").write_bytes(digest)
 
 
 class BuildExt(build_ext):

@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 import subprocess
+import sys
 import sysconfig
 import tarfile
 import tempfile
@@ -21,6 +22,7 @@ import tomllib
 
 SIZE_LIMIT = 8 << 20
 HEADERS = "csrc/include/ltxkern"
+SOURCES = "ltxkern/compiled/sources.py"
 # What the extension may ask of the system: no torch, no CUDA library, no driver.
 SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|libgomp|ld-linux-x86-64)\.so")
 BUILT = re.compile(r"\.(so|pyd|o|a|pyc|cubin)(\.|$)|__pycache__")
@@ -111,6 +113,8 @@ def wheel_faults(path: Path, kind: str, tree: Path) -> list[str]:
     for header in sorted((tree / HEADERS).glob("*.cuh")):
         if files.get(f"ltxkern/csrc/ltxkern/{header.name}") != header.read_bytes():
             faults.append(f"lacks the header {header.name}, which NVRTC needs, or has another")
+    if files.get("ltxkern/csrc/sources.sha256") != _output(sys.executable, str(tree / SOURCES)).encode():
+        faults.append("lacks the digest of the sources, or has another")
     faults += [f"holds {name} besides the package" for name in files if not name.startswith(("ltxkern/", f"{info}/"))]
     return faults + _extension_faults(files, kind, tree)
 

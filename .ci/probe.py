@@ -9,7 +9,6 @@ import sys
 import torch
 
 import ltxkern
-from ltxkern import inventory
 from ltxkern.compiled import extension, nvrtc
 from ltxkern.dispatch import BACKENDS, unavailable
 
@@ -28,11 +27,6 @@ def greatest_error(device: str, backend: str) -> float:
 def main() -> None:
     """Print the facts."""
     reasons = {name: unavailable(name) for name in BACKENDS}
-    built = extension.extension() if reasons["cpu"] is None else None
-    kernels = list(built.kernels()) if built else []
-    listed = {kernel for names in inventory.CUDA.values() for kernel in names}
-    for kernel in sorted(listed):
-        nvrtc.header_of(kernel)
     tiers = {"torch": "cpu", "cpu": "cpu", "cuda": "cuda"}
     facts = {
         "file": ltxkern.__file__,
@@ -41,7 +35,7 @@ def main() -> None:
         "headers": str(nvrtc.include_directory()),
         "reasons": reasons,
         "without_cpu": [op for op, row in ltxkern.capabilities().items() if row["cpu"] is not None],
-        "missing_kernels": sorted(listed - set(kernels)),
+        "kernels": list(extension.module().kernels()) if reasons["cpu"] is None else [],
         "errors": {name: greatest_error(device, name) for name, device in tiers.items() if reasons[name] is None},
         "imported": [name for name in ("triton", "cupy", "diffusers", "transformers") if name in sys.modules],
     }

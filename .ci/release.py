@@ -28,8 +28,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import archives
+
+from tests.csrc.registered import cuda_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("sdist", "pure", "cpu", "cuda")
@@ -161,7 +164,7 @@ def probe_faults(kind: str, facts: dict[str, Any], home: Path, unchecked: list[s
     if kind == "cpu":
         faults += [] if "without CUDA" in (reasons["cuda"] or "") else [f"the cuda backend says {reasons['cuda']!r}"]
         return faults
-    faults += [f"the extension lacks {kernel}" for kernel in facts["missing_kernels"]]
+    faults += [f"the extension lacks {kernel}" for kernel in sorted(set(cuda_kernels()) - set(facts["kernels"]))]
     if reasons["cuda"] is not None:
         faults += [f"the cuda backend says {reasons['cuda']!r}"] if "without CUDA" in reasons["cuda"] else []
         unchecked.append(f"no CUDA kernel of the extension was launched: {reasons['cuda']}")
@@ -177,11 +180,10 @@ def nvrtc_faults(wheel: Path, scratch: Path, unchecked: list[str]) -> list[str]:
     zipfile.ZipFile(wheel).extractall(unpacked)
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
-        "from collections import defaultdict; from ltxkern import inventory, nvrtc\n"
+        "from collections import defaultdict; from ltxkern.compiled import nvrtc\n"
         f"assert str(nvrtc.include_directory()).startswith({str(unpacked)!r})\n"
         "headers = defaultdict(set)\n"
-        "for kernels in inventory.CUDA.values():\n"
-        "    for kernel in kernels: headers[nvrtc.header_of(kernel)].add(kernel)\n"
+        f"for kernel in {list(cuda_kernels())!r}: headers[nvrtc.header_of(kernel)].add(kernel)\n"
         "for kernels in headers.values(): nvrtc.compile_cubin(sorted(kernels), 'sm_90')\n"
     )
     command = [sys.executable, "-c", script]

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 
-def composition(
-    cond: Tensor,
-    uncond: Tensor,
-    perturbed: Tensor | None,
-    isolated: Tensor,
-    cfg: float,
-    stg: float,
-    mod: float,
-    rescale: float,
-) -> Tensor:
+def composition(*args: Any) -> Tensor:
     """The guider as samplers write it: fp32 for low precisions, global standard deviations."""
+    cond, uncond, perturbed, isolated, cfg, stg, mod, rescale = args
     wide = torch.promote_types(cond.dtype, torch.float32)
     base = cond.to(wide)
     pred = base + (cfg - 1) * (base - uncond.to(wide)) + (mod - 1) * (base - isolated.to(wide))
@@ -32,35 +25,20 @@ def composition(
     return (pred * factor).to(cond.dtype)
 
 
-def fused(
-    cond: Tensor,
-    uncond: Tensor,
-    perturbed: Tensor | None,
-    isolated: Tensor,
-    cfg: float,
-    stg: float,
-    mod: float,
-    rescale: float,
-) -> Tensor:
+def fused(*args: Any) -> Tensor:
     """The toolkit's op."""
-    return ltxkern.combine_guidance(
-        cond, uncond, perturbed, isolated, cfg_scale=cfg, stg_scale=stg, modality_scale=mod, rescale_scale=rescale
-    )
+    names = ("cfg_scale", "stg_scale", "modality_scale", "rescale_scale")
+    return ltxkern.combine_guidance(*args[:4], **dict(zip(names, args[4:], strict=True)))
 
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """Branches that differ by a tenth of their spread."""
-
-    def random() -> Tensor:
-        return torch.randn(case.shape, device=device, dtype=torch.float32, generator=generator)
-
-    base = random()
-    cond, uncond, isolated = (base.to(dtype), (base + 0.1 * random()).to(dtype), (base + 0.1 * random()).to(dtype))
-    perturbed = (base + 0.1 * random()).to(dtype) if case.options.get("stg") else None
-    scales = (
-        (7.0, 0.0, 3.0, 1.0) if case.options.get("audio") else (3.0, 1.0 if perturbed is not None else 0.0, 3.0, 0.45)
-    )
-    return Call((cond, uncond, perturbed, isolated, *scales), op=fused, composition=composition)
+    random, stg = normal(torch.float32, device, generator), case.options.get("stg")
+    base = random(*case.shape)
+    uncond, isolated, perturbed = ((base + 0.1 * random(*case.shape)).to(dtype) for _ in range(3))
+    scales = (7.0, 0.0, 3.0, 1.0) if case.options.get("audio") else (3.0, 1.0 if stg else 0.0, 3.0, 0.45)
+    args = (base.to(dtype), uncond, perturbed if stg else None, isolated, *scales)
+    return Call(args, op=fused, composition=composition)
 
 
 SUITE = Suite(

@@ -19,17 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import machine
-from accuracy import WrongResultError
-from cases import DTYPES, Case
+from cases import DTYPES, Case, normal
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
-from providers import COMPILE, EAGER, compiler_missing
-from record import Record, write_json
-from report import full_report, size
-from timing import CallTimer, interleave, summarise
+from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
+from report import Record, size, write_json
+from timing import CallTimer, Summary, interleave, summarise
 
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
 ROUNDINGS = 8
@@ -84,23 +82,14 @@ def inputs_of(case: Case, model: LTX2Transformer, dtype: torch.dtype, device: to
     """Random tokens and text with true positions."""
     video, audio = VideoLatentShape(*case.shape), AudioLatentShape(case.options["audio"])
     generator = torch.Generator(device).manual_seed(1)
+    random, text = normal(dtype, device, generator), case.options["text"]
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+    def given(tokens: int, positions: Tensor, width: int) -> ModalityInput:
+        return ModalityInput(random(1, tokens, 128), SIGMA, None, positions, random(1, text, width))
 
-    text = case.options["text"]
-    width, audio_width = model.config.cross_attention_dim, model.config.audio_cross_attention_dim
     return Inputs(
-        ModalityInput(
-            random(1, case.numel, 128), SIGMA, None, video_positions(video, FPS, device=device), random(1, text, width)
-        ),
-        ModalityInput(
-            random(1, audio.frames, 128),
-            SIGMA,
-            None,
-            audio_positions(audio, device=device),
-            random(1, text, audio_width),
-        ),
+        given(case.numel, video_positions(video, FPS, device=device), model.config.cross_attention_dim),
+        given(audio.frames, audio_positions(audio, device=device), model.config.audio_cross_attention_dim),
     )
 
 
@@ -203,37 +192,37 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
     def toolkit() -> Any:
         return predict_velocity(ours, inputs.video, inputs.audio)
 
-    functions: dict[str, Callable[[], Any]] = {EAGER: diffusers_forward(theirs, inputs), "ltxkern": toolkit}
-    title = f"{case.name} {blocks} blocks"
+    title, theirs_forward = f"{case.name} {blocks} blocks", diffusers_forward(theirs, inputs)
     with ContractionLog() as log:
         result = toolkit()
-    errors = {"ltxkern": distance(result, functions[EAGER]())}
+    expected = theirs_forward()
+    errors = {"ltxkern": distance(result, expected)}
     check_distance("ltxkern", errors["ltxkern"], dtype, blocks)
-    for name in [n for n in functions if not wanted(run, n)]:
-        del functions[name]
+    functions = {n: f for n, f in ((EAGER, theirs_forward), ("ltxkern", toolkit)) if is_wanted(n, run.backends)}
+    compile_s = None
+    if is_wanted(COMPILE, run.backends):
+        reason = compiler_missing(run.device)
+        if reason is None:
+            forward = diffusers_forward(compile_blocks(case, blocks, dtype, run.device, ours), inputs)
+            start = time.perf_counter()
+            try:
+                errors[COMPILE] = distance(forward(), expected)
+                compile_s, functions[COMPILE] = time.perf_counter() - start, forward
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        if reason is not None:
+            run.skip("dit", title, COMPILE, reason)
     timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
-    reason, compile_s = compiler_missing(run.device), None
-    if wanted(run, COMPILE) and reason is None:
-        forward = diffusers_forward(compile_blocks(case, blocks, dtype, run.device, ours), inputs)
-        start = time.perf_counter()
-        try:
-            errors[COMPILE] = distance(forward(), functions[EAGER]())
-        except Exception as error:
-            run.skip("dit", title, COMPILE, f"{type(error).__name__}: {str(error).strip()[:200]}")
-        else:
-            compile_s = time.perf_counter() - start
-            timers[COMPILE] = CallTimer(forward, [()], run.device, run.settings)
-    elif wanted(run, COMPILE) and reason is not None:
-        run.skip("dit", title, COMPILE, reason)
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     median, least, high = floor_seconds(log, run)
-    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "buffers": 1, "bytes": 0}
+    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops()}
     rows = [
         Record(
             **common,
             provider="floor: GEMM and attention alone",
-            **times(median, least, median, high, median, log.flops()),
-            samples=run.settings.rounds,
+            **Summary(least, median, median, high, run.settings.rounds).fields(),
+            floor_us=median * 1e6,
+            percent_of_roof=100.0,
             timer="sum",
             note=f"{sum(log.calls.values())} calls",
         )
@@ -244,8 +233,9 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
             Record(
                 **common,
                 provider=name,
-                **times(s.median, s.minimum, s.p20, s.p80, median, log.flops()),
-                samples=s.count,
+                **s.fields(),
+                floor_us=median * 1e6,
+                percent_of_roof=100 * median / s.median,
                 timer=timers[name].kind,
                 compile_s=compile_s if name == COMPILE else None,
                 note=f"relative RMS distance from diffusers {errors[name]:.1e}" if name in errors else "",
@@ -269,25 +259,6 @@ def check_distance(name: str, found: float, dtype: torch.dtype, blocks: int) -> 
     limit = ROUNDINGS * torch.finfo(dtype).eps * blocks**0.5
     if not found <= limit:
         raise WrongResultError(f"{name}: relative RMS distance from diffusers is {found:.2e}, allowed {limit:.2e}")
-
-
-def times(median: float, least: float, p20: float, p80: float, floor: float, flops: int) -> dict[str, Any]:
-    """The time fields of a row, against the floor of its contractions."""
-    return {
-        "median_us": median * 1e6,
-        "min_us": least * 1e6,
-        "p20_us": p20 * 1e6,
-        "p80_us": p80 * 1e6,
-        "flops": flops,
-        "gb_per_s": 0.0,
-        "floor_us": floor * 1e6,
-        "percent_of_roof": 100 * floor / median,
-    }
-
-
-def wanted(run: Run, provider: str) -> bool:
-    """Whether --backends lets a provider run."""
-    return run.backends is None or provider in run.backends
 
 
 def compile_blocks(case: Case, blocks: int, dtype: torch.dtype, device: torch.device, ours: LTX2Transformer) -> Any:
@@ -332,9 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_json(run.results(), parsed.output_json)
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
-    run.end()
-    print(full_report(run.results()))
-    return finish(run, parsed) if run.records or run.failures else 2
+    return finish(run, parsed)
 
 
 if __name__ == "__main__":

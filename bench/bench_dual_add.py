@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 
@@ -19,11 +19,9 @@ def two_adds(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """Deltas of about a twentieth and a tenth of the weight."""
-
-    def random(scale: float) -> Tensor:
-        return (torch.randn(case.shape, device=device, dtype=torch.float32, generator=generator) * scale).to(dtype)
-
-    return Call((random(0.02), random(0.001), random(0.002)), op=ltxkern.dual_add, composition=two_adds)
+    random = normal(torch.float32, device, generator)
+    args = tuple((random(*case.shape) * scale).to(dtype) for scale in (0.02, 0.001, 0.002))
+    return Call(args, op=ltxkern.dual_add, composition=two_adds)
 
 
 SUITE = Suite(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 
@@ -24,10 +24,7 @@ def heads(x: Tensor, logits: Tensor) -> Tensor:
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """One gate row per sample; logits per token and head."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
-
+    random = normal(dtype, device, generator)
     if len(case.shape) == 4:
         return Call((random(*case.shape), random(*case.shape[:-1])), op=ltxkern.head_gate, composition=heads)
     args = (random(*case.shape), random(*case.shape), random(case.shape[0], 1, case.shape[2]))

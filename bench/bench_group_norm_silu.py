@@ -11,55 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite, count_bytes
+from cases import Call, Case, Suite, count_bytes, normal
 from command_line import main
 
 GROUPS, EPS = 32, 1e-5
 
 
-def normed(x: Tensor, weight: Tensor, bias: Tensor, conv_bias: Tensor | None) -> Tensor:
-    """`group_norm(x + conv_bias)`."""
-    if conv_bias is not None:
-        x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
-    return F.group_norm(x, GROUPS, weight, bias, EPS)
-
-
 def composition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, conv_bias: Tensor | None, *out: Tensor
 ) -> Tensor:
     """`silu(group_norm(x + conv_bias) + residual)` as models write it; it has no use for `out`."""
-    y = normed(x, weight, bias, conv_bias)
+    if conv_bias is not None:
+        x = x + conv_bias.reshape(1, -1, *[1] * (x.dim() - 2))
+    y = F.group_norm(x, GROUPS, weight, bias, EPS)
     return F.silu(y if residual is None else y + residual)
 
 
-def in_place(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The same with the SiLU in place."""
-    y = normed(x, weight, bias, conv_bias)
+def in_place(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+    """The same with sum and SiLU in place."""
+    if others[0] is not None:
+        x = x + others[0].reshape(1, -1, *[1] * (x.dim() - 2))
+    y = F.group_norm(x, GROUPS, weight, bias, EPS)
     return F.silu(y if residual is None else y.add_(residual), inplace=True)
 
 
 def fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, conv_bias: Tensor | None, *out: Tensor
 ) -> Tensor:
     """The toolkit's op."""
-    return ltxkern.group_norm_silu(x, weight, bias, GROUPS, EPS, residual=residual, conv_bias=conv_bias, out=out)
+    given = {"residual": residual, "conv_bias": conv_bias, "out": out[0] if out else None}
+    return ltxkern.group_norm_silu(x, weight, bias, GROUPS, EPS, **given)
 
 
 def load_sglang() -> Callable[..., Any]:
@@ -71,10 +52,7 @@ def load_sglang() -> Callable[..., Any]:
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """Random activations with the mean and spread of a convolution's output."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
-
+    random = normal(dtype, device, generator)
     x = random(*case.shape) * 2 + 0.5
     residual = random(*case.shape) if case.options.get("residual") else None
     conv_bias = random(case.shape[1]) if case.options.get("conv_bias") else None

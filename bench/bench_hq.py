@@ -25,8 +25,7 @@ from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build, component_dtype
 from ltxkern.pipeline.planning.plan import CUDA_OVERHEAD, plan
 from ltxkern.pipeline.run.request import GenerationRequest
-from record import Record
-from report import full_report
+from report import Record
 from report import size as text_size
 from timing import summarise
 
@@ -97,28 +96,7 @@ def rows_of(times: list[dict[str, float]], model: str, shape: tuple[int, ...], d
     rows = []
     for stage in times[0]:
         summary = summarise([run[stage] for run in times])
-        rows.append(
-            Record(
-                op="hq",
-                case=f"{model} {stage}",
-                shape=list(shape),
-                dtype=dtype,
-                provider="ltxkern",
-                median_us=summary.median * 1e6,
-                min_us=summary.minimum * 1e6,
-                p20_us=summary.p20 * 1e6,
-                p80_us=summary.p80 * 1e6,
-                samples=summary.count,
-                timer="wall",
-                buffers=1,
-                bytes=0,
-                flops=0,
-                gb_per_s=0.0,
-                floor_us=0.0,
-                percent_of_roof=0.0,
-                load=load,
-            )
-        )
+        rows.append(Record("hq", f"{model} {stage}", list(shape), dtype, "ltxkern", **summary.fields(), load=load))
     return rows
 
 
@@ -137,16 +115,11 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
             times.append(clock.close())
     if run.device.type == "cuda":
         # The planner's contract is 10 %; CUDA_OVERHEAD is what the allocator does not count.
-        mode, asked = (
-            pipeline.manager.mode or "original",
-            GenerationRequest(height=height, width=width, num_frames=frames),
-        )
+        mode = pipeline.manager.mode or "original"
+        asked = GenerationRequest(height=height, width=width, num_frames=frames)
         planned = plan(pipeline.components, asked, device=run.device, mode=mode).peak_bytes() - CUDA_OVERHEAD
-        run.facts |= {
-            "peak_bytes": torch.cuda.max_memory_allocated(run.device),
-            "planned_peak_bytes": planned,
-            "mode": mode,
-        }
+        peak = torch.cuda.max_memory_allocated(run.device)
+        run.facts |= {"peak_bytes": peak, "planned_peak_bytes": planned, "mode": mode}
     kind = next(pipeline.components.transformer.parameters()).dtype
     name = next(name for name, dtype in DTYPES.items() if dtype == kind)
     run.records += rows_of(times, model, size, name, machine.load_average())
@@ -169,12 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--text-encoder", help="with a path: the text encoder folder")
     options.add_argument("--device-mode", default="auto")
     options.add_argument("--steps", type=int, help="of stage 1 (default: the preset's 15)")
-    options.add_argument(
-        "--size",
-        type=size_of,
-        metavar="HxWxF",
-        help="height, width, frames (default: 64x64x9 for the demo, 1088x1920x121 otherwise)",
-    )
+    default = "height, width, frames (default: 64x64x9 for the demo, 1088x1920x121 otherwise)"
+    options.add_argument("--size", type=size_of, metavar="HxWxF", help=default)
     parsed = options.parse_args(arguments)
     size = parsed.size or (DEMO_SIZE if parsed.model == "demo" else FULL_SIZE)
     relaunch_warm(parsed)
@@ -194,8 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text_encoder=parsed.text_encoder,
         )
     measure(run, pipeline, Path(parsed.model).name, size, parsed.steps)
-    run.end()
-    print(full_report(run.results()))
     return finish(run, parsed)
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
-from record import Record
-from report import full_report, size
+from ltxkern.pipeline.model.transformer import LTX2Transformer
+from report import Record, size
 from timing import CallTimer, interleave, summarise
 
 MODES = ("resident", "snapshot", "inplace", "original")
@@ -57,42 +58,39 @@ def linear_bytes(model: torch.nn.Module) -> int:
     return sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def timed(run: Run, action: Any) -> float:
-    """Seconds of an action with everything it queued finished."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    start = time.perf_counter()
-    action()
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Job:
+    """What is measured: so many blocks of a model, a LoRA of one rank."""
 
+    run: Run
+    case: Case
+    blocks: int
+    rank: int
+    dtype: str
 
-def row(
-    run: Run, case: str, provider: str, samples: list[float], moved: int, shape: tuple[int, ...], **more: Any
-) -> Record:
-    """One row from samples in seconds."""
-    times = summarise(samples)
-    floor = moved / run.copy_roof()
-    return Record(
-        op="lora_switch",
-        case=case,
-        shape=list(shape),
-        provider=provider,
-        median_us=times.median * 1e6,
-        min_us=times.minimum * 1e6,
-        p20_us=times.p20 * 1e6,
-        p80_us=times.p80 * 1e6,
-        samples=times.count,
-        timer="wall",
-        buffers=1,
-        bytes=moved,
-        flops=0,
-        gb_per_s=moved / times.median / 1e9,
-        floor_us=floor * 1e6,
-        percent_of_roof=100 * floor / times.median,
-        **more,
-    )
+    def models(self) -> tuple[LTX2Transformer, Any]:
+        """The toolkit's and diffusers', on the same weights."""
+        return build(self.case, self.blocks, DTYPES[self.dtype], self.run.device)
+
+    def timed(self, action: Callable[[], object]) -> float:
+        """Seconds of an action with everything it queued finished."""
+        self.synchronize()
+        start = time.perf_counter()
+        action()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if there is one."""
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+
+    def row(self, what: str, provider: str, samples: Sequence[float], **more: Any) -> Record:
+        """One row from samples in seconds; the clocks are read beside it."""
+        self.run.note_clocks()
+        title = f"{self.case.name} {self.blocks} blocks rank {self.rank} {what}"
+        shape, times = [self.blocks, self.rank], summarise(samples).fields()
+        return Record("lora_switch", title, shape, self.dtype, provider, **times, **more)
 
 
 def switch_by_difference(weight: Tensor, a: Tensor, b: Tensor, old: float, new: float) -> None:
@@ -120,11 +118,12 @@ def on_device(lora: LoRA, device: torch.device, dtype: torch.dtype) -> dict[str,
 
 
 @torch.no_grad()
-def measure_baseline(run: Run, provider: str, case: Case, blocks: int, rank: int, dtype: str) -> Record:
+def measure_baseline(job: Job, provider: str) -> Record:
     """Switches of the whole model back and forth, and how many weights equal a fresh merge after the first."""
-    model, _ = build(case, blocks, DTYPES[dtype], run.device)
-    modules, change = linears(model), BASELINES[provider]
-    factors = on_device(random_lora(model, rank), run.device, DTYPES[dtype])
+    run, change = job.run, BASELINES[provider]
+    model, _ = job.models()
+    modules = linears(model)
+    factors = on_device(random_lora(model, job.rank), run.device, DTYPES[job.dtype])
     probe = max(modules, key=lambda name: modules[name].weight.numel())
     expected = merge_lora_(modules[probe].weight.clone(), *factors[probe], STRENGTHS[1], rounding="reference")
     for name, module in modules.items():
@@ -135,25 +134,21 @@ def measure_baseline(run: Run, provider: str, case: Case, blocks: int, rank: int
             change(module.weight, *factors[name], old, new)
 
     on_gpu = run.device.type == "cuda"
+    job.synchronize()
     if on_gpu:
-        torch.cuda.synchronize(run.device)
         torch.cuda.reset_peak_memory_stats(run.device)
     before = torch.cuda.memory_allocated(run.device) if on_gpu else 0
     samples, share = [], 0.0
     for index in range(run.settings.rounds):
-        samples.append(timed(run, lambda: switch(*STRENGTHS)))
+        samples.append(job.timed(lambda: switch(*STRENGTHS)))
         if index == 0:
             share = (modules[probe].weight == expected).double().mean().item()
-        samples.append(timed(run, lambda: switch(*STRENGTHS[::-1])))
-    run.note_clocks()
-    return row(
-        run,
-        f"{case.name} {blocks} blocks rank {rank} switch",
+        samples.append(job.timed(lambda: switch(*STRENGTHS[::-1])))
+    return job.row(
+        "switch",
         provider,
         samples,
-        2 * linear_bytes(model),
-        (blocks, rank),
-        dtype=dtype,
+        bytes=2 * linear_bytes(model),
         peak_extra_bytes=torch.cuda.max_memory_allocated(run.device) - before if on_gpu else None,
         bit_equal=share == 1.0,
         note=f"{share:.1%} of the largest weight equal a fresh merge after one switch",
@@ -171,12 +166,10 @@ BOTH_PHASES = {"copy + two merges": merge_both, "ltxkern dual_add": merge_phase_
 
 
 @torch.no_grad()
-def measure_both_phases(run: Run, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+def measure_both_phases(job: Job) -> list[Record]:
     """Both phases of all weights from pristine ones, as "resident" prepares them; bit-equal to fresh merges."""
-    model, twin = build(case, blocks, DTYPES[dtype], run.device)
-    del twin
-    on_host = random_lora(model, rank)
-    factors = on_device(on_host, run.device, DTYPES[dtype])
+    model = job.models()[0]
+    factors = on_device(random_lora(model, job.rank), job.run.device, DTYPES[job.dtype])
     lora = LoRA.from_tensors("on the device", {name: (*pair, None) for name, pair in factors.items()})
     phases = LoRAPhase(((lora, STRENGTHS[0]),)), LoRAPhase(((lora, STRENGTHS[1]),))
     modules = linears(model)
@@ -194,10 +187,8 @@ def measure_both_phases(run: Run, case: Case, blocks: int, rank: int, dtype: str
             for name, module in modules.items():
                 merge(module.weight, spare[name], name, phases)
 
-        samples = [timed(run, both) for _ in range(run.settings.rounds + 1)][1:]
-        title, moved = f"{case.name} {blocks} blocks rank {rank} both phases", 3 * linear_bytes(model)
-        records.append(row(run, title, provider, samples, moved, (blocks, rank), dtype=dtype, bit_equal=equal))
-        run.note_clocks()
+        samples = [job.timed(both) for _ in range(job.run.settings.rounds + 1)][1:]
+        records.append(job.row("both phases", provider, samples, bytes=3 * linear_bytes(model), bit_equal=equal))
     return records
 
 
@@ -213,90 +204,73 @@ def add_dynamic(
 
 
 @torch.no_grad()
-def measure_forwards(run: Run, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+def measure_forwards(job: Job) -> list[Record]:
     """diffusers' forward with the LoRA as hooks, then with merged weights; both give the same within the dtype's precision."""
-    model, twin = build(case, blocks, DTYPES[dtype], run.device)
-    inputs = inputs_of(case, model, DTYPES[dtype], run.device)
-    factors = on_device(random_lora(model, rank), run.device, DTYPES[dtype])
+    run = job.run
+    model, twin = job.models()
+    inputs = inputs_of(job.case, model, DTYPES[job.dtype], run.device)
+    factors = on_device(random_lora(model, job.rank), run.device, DTYPES[job.dtype])
     del model
     modules, forward = linears(twin), diffusers_forward(twin, inputs)
-    title, shape = f"{case.name} {blocks} blocks rank {rank} forward", (blocks, rank)
+
+    def timed() -> tuple[list[float], str]:
+        timer = CallTimer(forward, [()], run.device, run.settings)
+        return interleave({"": timer}, run.settings.rounds, run.note_clocks)[""], timer.kind
+
     plain = forward()[0]
     hooks = add_dynamic(modules, factors, STRENGTHS[1])
-    dynamic = CallTimer(forward, [()], run.device, run.settings)
-    samples = {"dynamic LoRA": list(interleave({"dynamic": dynamic}, run.settings.rounds, run.note_clocks)["dynamic"])}
-    with_hooks = forward()[0]
+    dynamic, with_hooks = timed(), forward()[0]
     for hook in hooks:
         hook.remove()
     for name, module in modules.items():
         merge_lora_(module.weight, *factors[name], STRENGTHS[1], rounding="reference")
-    merged = CallTimer(forward, [()], run.device, run.settings)
-    samples["merged LoRA"] = list(interleave({"merged": merged}, run.settings.rounds, run.note_clocks)["merged"])
+    merged = timed()
     # The hooks do what a merge does, or the baseline would be none.
-    effect = (forward()[0] - plain).double().norm()
-    error = (forward()[0] - with_hooks).double().norm() / effect
-    floor = summarise(samples["merged LoRA"]).median
-    records = []
-    for provider, values in samples.items():
-        times = summarise(values)
-        records.append(
-            Record(
-                op="lora_switch",
-                case=title,
-                shape=list(shape),
-                dtype=dtype,
-                provider=provider,
-                median_us=times.median * 1e6,
-                min_us=times.minimum * 1e6,
-                p20_us=times.p20 * 1e6,
-                p80_us=times.p80 * 1e6,
-                samples=times.count,
-                timer=dynamic.kind,
-                buffers=1,
-                bytes=0,
-                flops=0,
-                gb_per_s=0.0,
-                floor_us=floor * 1e6,
-                percent_of_roof=100 * floor / times.median,
-                note=f"the two differ by {error:.1e} of the LoRA's effect",
-            )
+    error = (forward()[0] - with_hooks).double().norm() / (forward()[0] - plain).double().norm()
+    floor = summarise(merged[0]).median
+    return [
+        job.row(
+            "forward",
+            provider,
+            samples,
+            timer=kind,
+            floor_us=floor * 1e6,
+            percent_of_roof=100 * floor / summarise(samples).median,
+            note=f"the two differ by {error:.1e} of the LoRA's effect",
         )
-    return records
+        for provider, (samples, kind) in {"dynamic LoRA": dynamic, "merged LoRA": merged}.items()
+    ]
 
 
 @torch.no_grad()
-def measure_mode(run: Run, mode: str, case: Case, blocks: int, rank: int, dtype: str) -> list[Record]:
+def measure_mode(job: Job, mode: str) -> list[Record]:
     """Prepare, then switch back and forth; two switches a round."""
-    model, twin = build(case, blocks, DTYPES[dtype], run.device)
-    del twin
-    lora = random_lora(model, rank)
+    run, model = job.run, job.models()[0]
+    lora = random_lora(model, job.rank)
     first, second = (LoRAPhase(((lora, strength),)) for strength in STRENGTHS)
-    title, shape = f"{case.name} {blocks} blocks rank {rank}", (blocks, rank)
-    moved = 2 * linear_bytes(model)
-    if run.device.type == "cuda":
+    on_gpu = run.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
     with TwoStageDeviceManager(mode, device=run.device) as manager:
         manager.attach(model)
-        prepared = timed(run, lambda: manager.prepare(first, second))
+        prepared = job.timed(lambda: manager.prepare(first, second))
         switches = []
         for _ in range(run.settings.rounds):
             for phase in (second, first):
                 # As a run does: the other phase may travel while a stage computes.
                 manager.begin_stage("stage", forwards=1)
-                if run.device.type == "cuda":
-                    torch.cuda.synchronize(run.device)
+                job.synchronize()
                 manager.end_stage("stage")
-                switches.append(timed(run, lambda p=phase: manager.switch_lora_phase(p)))
+                switches.append(job.timed(lambda p=phase: manager.switch_lora_phase(p)))
         in_force = manager.mode
-    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
-    provider = f"ltxkern {mode}"
-    note = "" if in_force == mode else f"fell back to {in_force}"
-    more = {"dtype": dtype, "peak_extra_bytes": peak, "contract": "exact", "note": note}
-    run.note_clocks()
-    return [
-        row(run, f"{title} prepare", provider, [prepared], moved, shape, **more),
-        row(run, f"{title} switch", provider, switches, moved, shape, **more),
-    ]
+    more = {
+        "bytes": 2 * linear_bytes(model),
+        "peak_extra_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
+        "contract": "exact",
+        "note": "" if in_force == mode else f"fell back to {in_force}",
+    }
+    samples = {"prepare": [prepared], "switch": switches}
+    return [job.row(what, f"ltxkern {mode}", taken, **more) for what, taken in samples.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -315,32 +289,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start_run(parsed)
     dtype = run.dtypes[0] if run.dtypes else ("bf16" if run.device.type == "cuda" else "fp32")
     blocks, rank = parsed.blocks or case.options["blocks"], parsed.rank or (384 if large else 16)
-    needs = 390_000_000 * blocks * DTYPES[dtype].itemsize if large else 0
-    if needs > machine.free_bytes(run.device):
-        print(
-            f"wants {size(needs)} ({needs} bytes) for one copy of the weights, free: {size(machine.free_bytes(run.device))}"
-        )
+    needs, free = 390_000_000 * blocks * DTYPES[dtype].itemsize if large else 0, machine.free_bytes(run.device)
+    if needs > free:
+        print(f"wants {size(needs)} ({needs} bytes) for one copy of the weights, free: {size(free)}")
         return 2
+    job = Job(run, case, blocks, rank, dtype)
     for mode in parsed.modes.split(","):
         copies = 2 if mode == "resident" else 1
         if copies * needs > machine.free_bytes(run.device):
-            run.skip(
-                "lora_switch", case.name, f"ltxkern {mode}", f"wants {size(copies * needs)} ({copies * needs} bytes)"
-            )
+            reason = f"wants {size(copies * needs)} ({copies * needs} bytes)"
+            run.skip("lora_switch", case.name, f"ltxkern {mode}", reason)
             continue
-        run.records += measure_mode(run, mode, case, blocks, rank, dtype)
+        run.records += measure_mode(job, mode)
         if mode == "resident":
-            run.records += measure_both_phases(run, case, blocks, rank, dtype)
+            run.records += measure_both_phases(job)
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     if not parsed.no_baselines:
         for provider in BASELINES:
-            run.records.append(measure_baseline(run, provider, case, blocks, rank, dtype))
+            run.records.append(measure_baseline(job, provider))
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
-        run.records += measure_forwards(run, case, blocks, rank, dtype)
+        run.records += measure_forwards(job)
     run.records = with_ratios(run.records)
-    print(full_report(run.results()))
     return finish(run, parsed)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 SCALE = 0.25
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-
-
 Factors = list[Tensor]
 
 
@@ -45,14 +44,9 @@ def official(weight: Tensor, a: Factors, b: Factors) -> Tensor:
     return weight.add_((b[0] * SCALE) @ a[0])
 
 
-def fused(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+def fused(rounding: str, weight: Tensor, a: Factors, b: Factors) -> Tensor:
     """The toolkit's op."""
-    return ltxkern.merge_lora_(weight, a, b, SCALE)
-
-
-def fused_reference(weight: Tensor, a: Factors, b: Factors) -> Tensor:
-    """The toolkit's op with the rounding of the published fuse."""
-    return ltxkern.merge_lora_(weight, a, b, SCALE, rounding="reference")
+    return ltxkern.merge_lora_(weight, a, b, SCALE, rounding=rounding)
 
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
@@ -60,17 +54,14 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     rows, columns = case.shape
     rank, count = case.options["rank"], case.options.get("loras", 1)
     float8 = case.options.get("float8", False)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator)
-
+    random = normal(torch.float32, device, generator)
     weight = (random(rows, columns) * columns**-0.5).to(torch.float8_e4m3fn if float8 else dtype)
     a = [(random(rank, columns) * columns**-0.5).to(dtype) for _ in range(count)]
     b = [(random(rows, rank) * 0.2 * rank**-0.5).to(dtype) for _ in range(count)]
     reference = case.options.get("reference")
     return Call(
         args=(weight, a, b),
-        op=fused_reference if reference else fused,
+        op=functools.partial(fused, "reference" if reference else "single"),
         composition=official if reference else float8_composition if float8 else composition,
         other={} if float8 else {"torch addmm_": with_addmm},
         changes=(0,),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 
@@ -20,7 +20,7 @@ def composition(x: Tensor, eps: float) -> Tensor:
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """Random activations."""
-    x = torch.randn(case.shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+    x = normal(dtype, device, generator)(*case.shape)
     if case.options.get("channels_last"):
         x = x.contiguous(memory_format=torch.channels_last_3d)
     return Call(args=(x, case.options.get("eps", 1e-8)), op=ltxkern.pixel_norm_silu, composition=composition)

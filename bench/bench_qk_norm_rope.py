@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 EPS = 1e-6
@@ -25,13 +25,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * c - second * s, second * c + first * s], dim=-2).flatten(-3)
 
 
-def composition(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+def composition(*args: Tensor) -> tuple[Tensor, ...]:
     """RMSNorm over the inner dim, then the rotation, each step rounded."""
-    q = F.rms_norm(q, (q.shape[-1],), q_weight, EPS)
-    k = F.rms_norm(k, (k.shape[-1],), k_weight, EPS)
-    return rotated(q, cos, sin), rotated(k, cos, sin)
+    q, k, q_weight, k_weight, cos, sin = args
+    return tuple(rotated(F.rms_norm(x, (x.shape[-1],), w, EPS), cos, sin) for x, w in ((q, q_weight), (k, k_weight)))
 
 
 def load_comfy_kitchen() -> Callable[..., Any]:
@@ -40,9 +37,8 @@ def load_comfy_kitchen() -> Callable[..., Any]:
 
     tables: dict[int, Tensor] = {}
 
-    def call(
-        q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def call(*args: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, q_weight, k_weight, cos, sin = args
         if cos.data_ptr() not in tables:
             c, s = cos.transpose(1, 2), sin.transpose(1, 2)
             tables[cos.data_ptr()] = torch.stack([c, -s, s, c], dim=-1).unflatten(-1, (2, 2)).contiguous()
@@ -59,19 +55,11 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     """Queries, keys, weights near one and tables of true rotations."""
     batch, tokens, inner = case.shape
     heads = 32
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator)
-
+    random = normal(torch.float32, device, generator)
     angle = random(batch, heads, tokens, inner // heads // 2) * 3
     weights = [(1 + 0.1 * random(inner)).to(dtype) for _ in range(2)]
-    args = (
-        random(*case.shape).to(dtype),
-        random(*case.shape).to(dtype),
-        *weights,
-        angle.cos().to(dtype),
-        angle.sin().to(dtype),
-    )
+    q, k = (random(*case.shape).to(dtype) for _ in range(2))
+    args = (q, k, *weights, angle.cos().to(dtype), angle.sin().to(dtype))
     peers = {"comfy-kitchen": load_comfy_kitchen} if device.type == "cuda" else {}
     return Call(args, op=ltxkern.qk_norm_rope, composition=composition, peers=peers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,34 +31,18 @@ def standardised(noise: Tensor, stats: Tensor | None) -> Tensor:
 
 
 def midpoint(
-    latents: list[Tensor], x0s: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None
+    latents: list[Tensor], x0s: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None, iterations: int = 0
 ) -> list[Tensor]:
-    """First half-step, the anchor by its closed form."""
+    """First half-step; the anchor by its closed form, or by the 100 iterations that other samplers run."""
     c = STEP.contraction
     middles, anchors = [], []
     for i, (latent, x0, noise) in enumerate(zip(latents, x0s, noises, strict=True)):
         start, target = latent.double(), x0.double()
         ready = standardised(noise, None if stats is None else stats[i])
         moved = sde(start, start + c * (target - start), ready, STEP.substep)
-        middles.append(moved.to(latent.dtype))
-        anchors.append((moved - c * target) / (1 - c))
-    return middles + anchors
-
-
-def midpoint_iterated(
-    latents: list[Tensor], x0s: list[Tensor], noises: list[Tensor], stats: list[Tensor] | None
-) -> list[Tensor]:
-    """First half-step with the 100 anchor iterations that other samplers run."""
-    c = STEP.contraction
-    middles, anchors = [], []
-    for i, (latent, x0, noise) in enumerate(zip(latents, x0s, noises, strict=True)):
-        start, target = latent.double(), x0.double()
-        ready = standardised(noise, None if stats is None else stats[i])
-        moved = sde(start, start + c * (target - start), ready, STEP.substep)
-        anchor, direction = start, target - start
-        for _ in range(100):
-            anchor = moved - c * direction
-            direction = target - anchor
+        anchor = start if iterations else (moved - c * target) / (1 - c)
+        for _ in range(iterations):
+            anchor = moved - c * (target - anchor)
         middles.append(moved.to(latent.dtype))
         anchors.append(anchor)
     return middles + anchors
@@ -76,14 +61,9 @@ def advance(
     return latents
 
 
-def fused_midpoint(*args: Any) -> Any:
-    """The toolkit's first half-step."""
-    return ltxkern.res2s_midpoint(*args[:3], STEP, noise_stats=args[3])
-
-
-def fused_advance(*args: Any) -> Any:
-    """The toolkit's second half-step."""
-    return ltxkern.res2s_advance(*args[:4], STEP, noise_stats=args[4])
+def fused_half_step(op: Callable[..., Any], *args: Any) -> Any:
+    """The toolkit's half-step."""
+    return op(*args[:-1], STEP, noise_stats=args[-1])
 
 
 def sde_step(sample: Tensor, denoised: Tensor, noise: Tensor) -> Tensor:
@@ -96,19 +76,10 @@ def fused_sde_step(sample: Tensor, denoised: Tensor, noise: Tensor) -> Tensor:
     return ltxkern.res2s_sde_step(sample, denoised, STEP.sigma, STEP.sigma_next, noise)
 
 
-def whole_step(
-    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: Any
-) -> list[Tensor]:
-    """Both half-steps as samplers run them, each on noise that it normalises first; the anchor by its closed form."""
-    middle, anchor = midpoint([latent], [x0], [normalize(first_noise)], None)
-    return [middle, anchor, *advance([anchor], [x0], [second], [normalize(second_noise)], None)]
-
-
-def whole_step_iterated(
-    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: Any
-) -> list[Tensor]:
-    """The same with the 100 anchor iterations."""
-    middle, anchor = midpoint_iterated([latent], [x0], [normalize(first_noise)], None)
+def whole_step(*args: Any, iterations: int = 0) -> list[Tensor]:
+    """Both half-steps as samplers run them, each on noise that it normalises first."""
+    latent, x0, second, first_noise, second_noise, _ = args
+    middle, anchor = midpoint([latent], [x0], [normalize(first_noise)], None, iterations)
     return [middle, anchor, *advance([anchor], [x0], [second], [normalize(second_noise)], None)]
 
 
@@ -119,21 +90,9 @@ def published_sde(sample: Tensor, advanced: Tensor, noise: Tensor, sigma: float,
     return alpha * ((sample - sigma * epsilon) + down * epsilon) + up * noise
 
 
-def published_step(
-    mask: Tensor,
-    clean: Tensor,
-    iterations: int,
-    latent: Tensor,
-    x0: Tensor,
-    second: Tensor,
-    first_noise: Tensor,
-    second_noise: Tensor,
-    outputs: Any,
-) -> list[Tensor]:
-    """A whole step op by op in the published order: every prediction and state passes the mask, also one of all ones.
-
-    iterations: of the anchor; 0 takes its closed form.
-    """
+def published_step(mask: Tensor, clean: Tensor, iterations: int, *args: Any) -> list[Tensor]:
+    """A whole step op by op in the published order: every prediction and state passes the mask, also one of all ones."""
+    latent, x0, second, first_noise, second_noise, _ = args
 
     def kept(value: Tensor) -> Tensor:
         return (value * mask + clean.float() * (1 - mask)).to(value.dtype)
@@ -152,11 +111,9 @@ def published_step(
     return [moved.to(latent.dtype), anchor, result.to(latent.dtype)]
 
 
-def fused_whole_step(
-    latent: Tensor, x0: Tensor, second: Tensor, first_noise: Tensor, second_noise: Tensor, outputs: list[Tensor]
-) -> list[Tensor]:
+def fused_whole_step(*args: Any) -> list[Tensor]:
     """The toolkit's: statistics and half-step, twice, into given outputs."""
-    middle, anchor, result, first_stats, second_stats = outputs
+    latent, x0, second, first_noise, second_noise, (middle, anchor, result, first_stats, second_stats) = args
     ltxkern.noise_statistics(first_noise, out=first_stats)
     ltxkern.res2s_midpoint(latent, x0, first_noise, STEP, noise_stats=first_stats, out=(middle, anchor))
     ltxkern.noise_statistics(second_noise, out=second_stats)
@@ -175,19 +132,14 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         state, x0, second = (random(dtype)[0] for _ in range(3))
         args = (state, x0, second, random(torch.float64)[0], random(torch.float64)[0])
         stats = [torch.zeros(1, 3, dtype=torch.float64, device=device) for _ in range(2)]
-        outputs = [
-            torch.zeros_like(state),
-            torch.zeros_like(state, dtype=torch.float64),
-            torch.zeros_like(state),
-            *stats,
-        ]
+        outputs = [*(torch.zeros_like(state, dtype=kind) for kind in (dtype, torch.float64, dtype)), *stats]
         unmasked = torch.ones(*state.shape[:-1], 1, device=device), torch.zeros_like(state)
         return Call(
             (*args, outputs),
             op=fused_whole_step,
             composition=whole_step,
             other={
-                "torch eager, 100 iterations": whole_step_iterated,
+                "torch eager, 100 iterations": functools.partial(whole_step, iterations=100),
                 "published order": functools.partial(published_step, *unmasked, 0),
                 "published order, 100 iterations": functools.partial(published_step, *unmasked, 100),
             },
@@ -197,11 +149,20 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     state, x0, second, noise = random(dtype), random(dtype), random(dtype), random(torch.float64)
     stats = [ltxkern.reference.noise_statistics(n) for n in noise] if raw else None
     if case.options["half"] == "midpoint":
-        other = {} if raw else {"torch eager, 100 iterations": midpoint_iterated}
-        return Call((state, x0, noise, stats), op=fused_midpoint, composition=midpoint, other=other)
+        other = {} if raw else {"torch eager, 100 iterations": functools.partial(midpoint, iterations=100)}
+        return Call(
+            (state, x0, noise, stats),
+            op=functools.partial(fused_half_step, ltxkern.res2s_midpoint),
+            composition=midpoint,
+            other=other,
+        )
     if case.options["half"] == "advance":
         anchor = [s.double() for s in state]
-        return Call((anchor, x0, second, noise, stats), op=fused_advance, composition=advance)
+        return Call(
+            (anchor, x0, second, noise, stats),
+            op=functools.partial(fused_half_step, ltxkern.res2s_advance),
+            composition=advance,
+        )
     wide = random(torch.float64)
     return Call((wide[0], x0[0].double(), noise[0]), op=fused_sde_step, composition=sde_step)
 

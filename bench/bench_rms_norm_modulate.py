@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from cases import Call, Case, Suite
+from cases import Call, Case, Suite, normal
 from command_line import main
 
 EPS = 1e-6
@@ -29,39 +29,37 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> t
     return summed, modulated(summed, scale, shift)
 
 
-def load_flashinfer() -> Callable[..., Any]:
-    """flashinfer's RMSNorm with the modulation in torch."""
-    from flashinfer.norm import rmsnorm
+def with_norm(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """Another library's RMSNorm of rows, `norm(rows, weight)`, with the modulation in torch."""
 
     def call(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ones = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
-        return rmsnorm(x.reshape(-1, x.shape[-1]), ones, EPS).reshape(x.shape) * (1 + scale) + shift
+        return norm(x.reshape(-1, x.shape[-1]), ones).reshape(x.shape) * (1 + scale) + shift
 
     return call
+
+
+def load_flashinfer() -> Callable[..., Any]:
+    """flashinfer's."""
+    from flashinfer.norm import rmsnorm
+
+    return with_norm(lambda rows, weight: rmsnorm(rows, weight, EPS))
 
 
 def load_liger() -> Callable[..., Any]:
-    """Liger's RMSNorm with the modulation in torch."""
+    """Liger's."""
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    def call(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ones = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
-        return liger_rms_norm(x, ones, EPS, 0.0, "llama", False) * (1 + scale) + shift
-
-    return call
-
-
-def each_row(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (N, D) of a table as (B, T, D): what a row index makes needless."""
-    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return with_norm(lambda rows, weight: liger_rms_norm(rows, weight, EPS, 0.0, "llama", False))
 
 
 def by_rows(function: Callable[..., Any], activations: int) -> Callable[..., Any]:
-    """The function of materialised rows, taking `activations` tensors, then tables, then a row index into these."""
+    """The function of materialised rows, taking `activations` tensors, then tables (N, D), then a row index into these."""
 
     def call(*args: Tensor) -> Any:
         *given, index = args
-        return function(*given[:activations], *(each_row(table, index) for table in given[activations:]))
+        rows = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in given[activations:])
+        return function(*given[:activations], *rows)
 
     return call
 
@@ -83,10 +81,7 @@ def prepare_index(activations: Sequence[Tensor], tables: Sequence[Tensor]) -> Ca
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
     """One modulation row per sample, as in text-to-video, two that a row index chooses from, or one per token."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
-
+    random = normal(dtype, device, generator)
     batch, tokens, width = case.shape
     if case.options.get("two_rows"):
         count = 2 if case.options.get("gated") else 1

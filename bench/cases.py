@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +35,7 @@ class Case:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,11 @@ def needed_bytes(case: Case, dtype: torch.dtype) -> int:
     return case.numel * (2 * 3 * dtype.itemsize + FP64_COPIES * 8)
 
 
+def normal(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Callable[..., Tensor]:
+    """`random(*shape)`: standard normal values, drawn in fp32."""
+    return lambda *shape: torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
+
+
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors in a value, sequences entered."""
     if isinstance(value, Tensor):
@@ -152,10 +155,8 @@ def count_bytes(value: Any) -> int:
     """Bytes behind the distinct elements of the tensors in a value; expanded dimensions count once."""
     total = 0
     for tensor in tensors_of(value):
-        elements = 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            elements *= 1 if stride == 0 else size
-        total += elements * tensor.element_size()
+        sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        total += math.prod(sizes) * tensor.element_size()
     return total
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.parallel.by_branch import dispatch_branches
-from ltxkern.pipeline.run.request import GenerationRequest, StagePlan, find_preset, scale_blocks
+from ltxkern.pipeline.run.request import GenerationRequest, Stage, find_preset, scale_blocks
 from ltxkern.pipeline.run.stage import BranchForward
 from ltxkern.pipeline.sampling.guidance import (
     HQ_GUIDANCE,
@@ -56,21 +56,30 @@ class Row:
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Fastest of `repeats` calls after two warm ones: other work on the machine only adds."""
-    for _ in range(2):
-        work()
-    taken = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return min([timed(work) for _ in range(2 + repeats)][2:])
 
 
-def states(plan: StagePlan, device: str) -> dict[str, LatentState]:
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call with everything it queued finished."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What a run's size and device are."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--height", type=int, default=512)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--num-frames", type=int, default=25)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def states(plan: Stage, device: str) -> dict[str, LatentState]:
     """Noised states of a stage."""
     generator = torch.Generator(device).manual_seed(0)
     place = {"fps": 24.0, "dtype": torch.float32, "device": device}
@@ -85,7 +94,7 @@ def contexts(seed: int, device: str) -> dict[str, Tensor]:
     return {name: torch.randn(size, generator=generator, device=device) for name, size in sizes.items()}
 
 
-def measure(plan: StagePlan, policy: CFGPolicy, device: str, repeats: int) -> Costs:
+def measure(plan: Stage, policy: CFGPolicy, device: str, repeats: int) -> Costs:
     """The parts of one evaluation of a stage."""
     given = states(plan, device)
     forward = BranchForward(build_demo(device=device).transformer, given, False)
@@ -105,7 +114,7 @@ def measure(plan: StagePlan, policy: CFGPolicy, device: str, repeats: int) -> Co
     return Costs([branch.name for branch in policy.branches], times, combine, seconds(pack, repeats), size)
 
 
-def simulate(first: Costs, second: Costs, plans: list[StagePlan], link: float) -> list[Row]:
+def simulate(first: Costs, second: Costs, plans: list[Stage], link: float) -> list[Row]:
     """One row per degree: the slowest rank's forwards, the collective, the serial combination; stage 2 on rank 0."""
     rows = []
     for ranks in RANKS:
@@ -151,15 +160,9 @@ def draw(path: str, results: dict[str, tuple[Costs, list[Row]]], machine: str) -
             for rank, indices in enumerate(placed):
                 left = 0.0
                 for index in indices:
-                    axes.barh(
-                        y,
-                        costs.branches[index] * 1e3,
-                        left=left,
-                        color=colours[costs.names[index]],
-                        edgecolor="white",
-                        height=0.8,
-                    )
-                    left += costs.branches[index] * 1e3
+                    width, colour = costs.branches[index] * 1e3, colours[costs.names[index]]
+                    axes.barh(y, width, left=left, color=colour, edgecolor="white", height=0.8)
+                    left += width
                 labels.append((y, f"{rank} of {row.ranks}"))
                 y += 1
             axes.plot([row.evaluation * 1e3] * 2, [y - len(placed) - 0.5, y - 0.5], color="black", linewidth=1)
@@ -178,32 +181,24 @@ def draw(path: str, results: dict[str, tuple[Costs, list[Row]]], machine: str) -
 
 def main() -> None:
     """Measure, simulate, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--height", type=int, default=512)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--num-frames", type=int, default=25)
+    parser = options(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--link", type=float, default=10.0, help="GB/s that a rank receives (default 10)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--machine", default="this machine", help="named in the picture")
     parser.add_argument("--picture")
     given = parser.parse_args()
-    geometry = geometry_of("demo")
+    geometry = FoundModel.of("demo").geometry
     results = {}
     for preset, guidance in (("hq", HQ_GUIDANCE), ("two-stage", TWO_STAGE_GUIDANCE)):
         moved = type(guidance)(*(scale_blocks(scales, geometry.blocks) for scales in (guidance.video, guidance.audio)))
         policy = MultiModalPolicy.build(moved, contexts(0, given.device), contexts(1, given.device))
-        request = GenerationRequest(
-            "x", preset=find_preset(preset), height=given.height, width=given.width, num_frames=given.num_frames
-        )
-        plans = request.plan(geometry)
+        size = {"height": given.height, "width": given.width, "num_frames": given.num_frames}
+        plans = GenerationRequest("x", preset=find_preset(preset), **size).plan(geometry)
         first = measure(plans[0], policy, given.device, given.repeats)
         alone = SingleBranchPolicy(policy.branches[:1])
         second = measure(plans[1], alone, given.device, given.repeats)
         rows = simulate(first, second, plans, given.link)
-        times = ", ".join(
-            f"{branch.name} {cost * 1e3:.1f}" for branch, cost in zip(policy.branches, first.branches, strict=True)
-        )
+        times = ", ".join(f"{n} {cost * 1e3:.1f}" for n, cost in zip(first.names, first.branches, strict=True))
         print(
             f"{preset}: {plans[0].video.tokens} and {plans[1].video.tokens} video tokens, forwards in ms: {times}; "
             f"stage 2 {second.branches[0] * 1e3:.1f}; combine {first.combine * 1e3:.2f}, exchange {first.exchange * 1e3:.3f}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,8 +15,7 @@ import torch
 import machine
 from cases import CASE_SETS, Suite
 from harness import Run, run_suite
-from record import write_csv, write_json
-from report import machine_lines, op_section
+from report import full_report, write_csv, write_json
 from timing import Settings
 
 # Without these each fresh output of some megabytes is mapped and unmapped, and page faults drown the kernel. glibc and OpenMP
@@ -29,6 +30,16 @@ WARM_START = {
 }
 
 
+@functools.cache
+def suites() -> tuple[Suite, ...]:
+    """Every op's: the SUITE of bench_<stem>.py for each stem of ltxkern/ops that has one."""
+    stems = sorted(path.stem for path in (machine.ROOT / "ltxkern" / "ops").glob("*.py"))
+    here = Path(__file__).parent
+    return tuple(
+        importlib.import_module(f"bench_{stem}").SUITE for stem in stems if (here / f"bench_{stem}.py").exists()
+    )
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """The shared options."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,9 +51,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--rep", type=float, default=100, help="milliseconds of samples per provider and round")
     options.add_argument("--output-csv", type=Path)
     options.add_argument("--output-json", type=Path)
-    options.add_argument(
-        "--profile-provider", metavar="NAME", help="also print a profile of this provider on each case"
-    )
+    options.add_argument("--profile-provider", metavar="NAME", help="also profile this provider on each case")
     options.add_argument("--check", action="store_true", help="correctness only, no timing")
     options.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     options.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -70,10 +79,9 @@ def default_threads(arguments: argparse.Namespace) -> int:
 
 def start_run(arguments: argparse.Namespace) -> Run:
     """A run as the command line wants it: device, threads, durations, machine facts."""
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch.cuda.is_available() is false here")
-    device = torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+    device = torch.device("cpu") if arguments.device == "cpu" else machine.best_device()
     threads = default_threads(arguments)
     torch.set_num_threads(threads)
     return Run(
@@ -88,16 +96,25 @@ def start_run(arguments: argparse.Namespace) -> Run:
     )
 
 
-def finish(run: Run, arguments: argparse.Namespace) -> int:
-    """Write the asked-for files; the exit status is 1 after a wrong result or a crash."""
+def finish(run: Run, arguments: argparse.Namespace, text: str | None = None) -> int:
+    """Print the report, or another text, and write the asked-for files.
+
+    Returns:
+        The exit status: 1 after a wrong result or a crash, 2 where nothing was measured.
+    """
+    run.end()
     results = run.results()
-    if arguments.output_json:
+    print(full_report(results) if text is None else text)
+    if arguments.output_json and run.records:
         write_json(results, arguments.output_json)
     if arguments.output_csv:
         write_csv(results.records, arguments.output_csv)
     for failure in run.failures:
         print(f"FAILED: {failure['op']} {failure['case']}: {failure['error']}", file=sys.stderr)
-    return 1 if run.failures else 0
+    if run.records or run.failures or run.check_only:
+        return 1 if run.failures else 0
+    print("nothing was measured: see the reasons above", file=sys.stderr)
+    return 2
 
 
 def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
@@ -110,13 +127,4 @@ def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
         run_suite(run, suite, parsed.cases)
     except ValueError as error:
         options.error(str(error))
-    run.end()
-    results = run.results()
-    print("\n".join(machine_lines(results.machine, results.roofs)))
-    if not run.check_only:
-        print("\n" + op_section(suite.op, results))
-    if not run.records and not run.failures and not run.check_only:
-        print("nothing was measured", file=sys.stderr)
-        finish(run, parsed)
-        return 2
     return finish(run, parsed)

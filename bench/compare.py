@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from providers import EAGER
-from record import Record, Results, read_json
-from report import duration, markdown_table
+from report import Record, Results, duration, markdown_table, read_json
 
 UNCLEAR_FROM = 0.1
 SAME_MACHINE = ("gpu", "cpu", "threads", "torch", "triton", "allocator", "driver")
@@ -51,17 +50,11 @@ def relative_spread(record: Record) -> float:
 def moves(before: Results, after: Results) -> list[Move]:
     """Every measurement that both files have."""
     old = {record.key: record for record in before.records}
-    change = {r.key: r.median_us / old[r.key].median_us - 1 for r in after.records if r.key in old}
+    both = [(old[record.key], record) for record in after.records if record.key in old]
+    change = {new.key: new.median_us / one.median_us - 1 for one, new in both}
     return [
-        Move(
-            old[record.key],
-            record,
-            change[record.key],
-            relative_spread(old[record.key]) + relative_spread(record),
-            change.get((*record.key[:3], EAGER)),
-        )
-        for record in after.records
-        if record.key in old
+        Move(one, new, change[new.key], relative_spread(one) + relative_spread(new), change.get((*new.key[:3], EAGER)))
+        for one, new in both
     ]
 
 

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cases import CASE_SETS
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import finish, parser, relaunch_warm, start_run, suites
 from compare import relative_spread
 from harness import Run, run_suite
-from record import Record
-from report import duration, machine_lines, markdown_table
-from suites import SUITES
+from report import Record, duration, lines_of, markdown_table
 
 OURS, EAGER, COMPILE = "ltxkern cpu", "torch eager", "torch.compile"
 PUBLISHED, PUBLISHED_ITERATED, ADDMM = "published order", "published order, 100 iterations", "torch addmm_"
@@ -50,11 +48,11 @@ TARGETS = (
 
 def measure(run: Run, targets: Sequence[Target]) -> None:
     """Every op's cases in turn, in the dtypes of its targets."""
-    suites = {suite.op: suite for suite in SUITES}
+    by_op = {suite.op: suite for suite in suites()}
     for op, dtype in dict.fromkeys((target.op, target.dtype) for target in targets):
         cases = dict.fromkeys(target.case for target in targets if (target.op, target.dtype) == (op, dtype))
         run.dtypes = (dtype,)
-        run_suite(run, suites[op], ",".join(cases))
+        run_suite(run, by_op[op], ",".join(cases))
 
 
 def rows_of(targets: Sequence[Target], records: Sequence[Record]) -> tuple[list[list[str]], int]:
@@ -91,12 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start_run(parsed)
     run.backends = None if run.backends is None else (*run.backends, *{t.baseline for t in TARGETS} - {EAGER, COMPILE})
     measure(run, TARGETS)
-    run.end()
     rows, missed = rows_of(TARGETS, run.records)
-    results = run.results()
-    print("\n".join(machine_lines(results.machine, results.roofs)) + "\n")
-    print(markdown_table(("op", "case", "dtype", "baseline", "target", "ltxkern", "baseline", "ratio", ""), rows))
-    return finish(run, parsed) or int(missed > 0)
+    header = ("op", "case", "dtype", "baseline", "target", "ltxkern", "baseline", "ratio", "")
+    return finish(run, parsed, "\n".join([*lines_of(run.results()), "", markdown_table(header, rows)])) or int(
+        missed > 0
+    )
 
 
 if __name__ == "__main__":

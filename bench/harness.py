@@ -13,15 +13,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import machine
-import roofs
-from accuracy import Errors, Reference, WrongResultError, check, reference_of
+import timing
 from cases import CASE_SETS, DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
-from clocks import ClockSampler
-from counters import buffer_count, count_launches, peak_extra
-from providers import BASELINES, COMPILE, EAGER, Provider, providers_of
-from record import Record, Results
-from report import size
-from timing import CallTimer, Settings, Summary, interleave, summarise
+from providers import (
+    BASELINES,
+    COMPILE,
+    EAGER,
+    Provider,
+    WrongResultError,
+    check,
+    providers_of,
+    reference_of,
+)
+from report import Record, Results, size
+from timing import CallTimer, Settings, buffer_count, count_launches, interleave, peak_extra, summarise
 
 SHORTEST = 0.1
 WARM = "cache not cold: all buffers together fit the last-level cache"
@@ -67,7 +72,7 @@ class Run:
     check_only: bool = False
     profile_provider: str | None = None
     budget: Budget | None = None
-    clocks: ClockSampler | None = None
+    clocks: machine.ClockSampler | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     roof_values: dict[str, float] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
@@ -76,8 +81,8 @@ class Run:
 
     def results(self) -> Results:
         """Everything gathered, ready to be written."""
-        facts = self.facts | {"load_at_end": machine.load_average()}
         records = [self.settled(record) for record in self.records]
+        facts = self.facts | {"load_at_end": machine.load_average()}
         return Results(facts, self.roof_values, asdict(self.settings), records, self.skipped, self.failures)
 
     def skip(self, op: str, case: str, provider: str, reason: str) -> None:
@@ -92,7 +97,7 @@ class Run:
     def note_clocks(self) -> None:
         """Start reading the GPU's clocks beside what is measured next, and keep what an earlier reading saw."""
         if self.device.type == "cuda":
-            self.clocks = self.clocks or ClockSampler(machine.nvidia_smi_id(self.device))
+            self.clocks = self.clocks or machine.ClockSampler(machine.nvidia_smi_id(self.device))
             self._widen_clocks(self.clocks.poll())
 
     def end(self) -> None:
@@ -106,31 +111,30 @@ class Run:
             low, high = seen.get(key, (value, value))
             seen[key] = [min(low, value), max(high, value)]
 
-    def copy_roof(self) -> float:
-        """Bytes per second of the fastest copy of this run so far."""
-        return self.roof_values.get("copy") or self.measure_copy_roof()
-
-    def measure_copy_roof(self) -> float:
+    def measure_copy_roof(self) -> None:
         """Copy once more: a run does before each op, since a host's memory may serve others meanwhile. The best is the roof."""
-        rate = roofs.copy_roof(self.device, self.settings)
+        rate = timing.copy_roof(self.device, self.settings)
         low, high = self.facts.get("copy_roof_seen", (rate, rate))
         self.facts["copy_roof_seen"] = [min(low, rate), max(high, rate)]
         self.roof_values["copy"] = max(rate, self.roof_values.get("copy", 0.0))
-        return self.roof_values["copy"]
-
-    def gemm_roof(self, dtype: str) -> float:
-        """FLOP per second of the matrix product of this run."""
-        name = f"gemm {dtype}"
-        if name not in self.roof_values:
-            self.roof_values[name] = roofs.gemm_roof(self.device, DTYPES[dtype], self.settings)
-        return self.roof_values[name]
 
     def settled(self, record: Record) -> Record:
-        """The row with its floor at the roofs of the whole run; a floor that no bytes gave stays."""
+        """The row with its rate and its floor at the roofs of the whole run; a floor that no bytes gave stays.
+
+        The least time: bytes at the copy roof, or FLOP at the roof of the matrix product where those take longer.
+        """
         if not record.bytes:
             return record
-        floor = floor_us(self, record.bytes, record.flops, record.dtype)
-        return replace(record, floor_us=floor, percent_of_roof=100 * floor / record.median_us)
+        if "copy" not in self.roof_values:
+            self.measure_copy_roof()
+        floor = record.bytes / self.roof_values["copy"] * 1e6
+        if record.flops:
+            name = f"gemm {record.dtype}"
+            if name not in self.roof_values:
+                self.roof_values[name] = timing.gemm_roof(self.device, DTYPES[record.dtype], self.settings)
+            floor = max(floor, record.flops / self.roof_values[name] * 1e6)
+        rate = record.bytes / record.median_us / 1e3
+        return replace(record, gb_per_s=rate, floor_us=floor, percent_of_roof=100 * floor / record.median_us)
 
 
 def count_cases(run: Run, suites: Sequence[Suite], wanted: str) -> int:
@@ -168,12 +172,11 @@ def run_suite(run: Run, suite: Suite, wanted: str) -> None:
     roof_measured = run.check_only
     for dtype in dtypes:
         for case in select_cases(suite, wanted):
-            reason = refusal(run, case, dtype, by_name=by_name)
+            title, reason = f"{case.name} {dtype}", refusal(run, case, dtype, by_name=by_name)
+            if reason is None and run.budget is not None and run.budget.left() <= 0:
+                reason = f"the time budget of {run.budget.seconds:g} s is spent"
             if reason is not None:
-                run.skip(suite.op, f"{case.name} {dtype}", "", reason)
-                continue
-            if run.budget is not None and run.budget.left() <= 0:
-                run.skip(suite.op, f"{case.name} {dtype}", "", f"the time budget of {run.budget.seconds:g} s is spent")
+                run.skip(suite.op, title, "", reason)
                 continue
             if not roof_measured:
                 run.measure_copy_roof()
@@ -183,14 +186,14 @@ def run_suite(run: Run, suite: Suite, wanted: str) -> None:
             try:
                 run.records += measure_case(run, suite, case, dtype)
             except WrongResultError as error:
-                run.fail(suite.op, f"{case.name} {dtype}", str(error))
+                run.fail(suite.op, title, str(error))
                 return
             except torch.OutOfMemoryError as error:
-                run.skip(suite.op, f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
+                run.skip(suite.op, title, "", f"out of memory: {str(error).splitlines()[0]}")
             except Exception as error:
                 # One broken case must not cost the figures of all others: it is shown, kept, and ends in exit status 1.
                 traceback.print_exc(file=sys.stderr)
-                run.fail(suite.op, f"{case.name} {dtype}", error)
+                run.fail(suite.op, title, error)
             finally:
                 if run.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -217,22 +220,38 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
     Raises:
         WrongResultError: a provider of the toolkit is wrong.
     """
+    title = f"{case.name} {dtype}"
     call = suite.prepare(case, DTYPES[dtype], run.device, torch.Generator(run.device).manual_seed(0))
-    found, skipped = providers_of(call, run.device, run.backends)
+    providers, skipped = providers_of(call, run.device, run.backends)
     for skip in skipped:
         if skip.crashed:
-            run.fail(suite.op, f"{case.name} {dtype}", f"{skip.name}: {skip.reason}")
+            run.fail(suite.op, title, f"{skip.name}: {skip.reason}")
         else:
-            run.skip(suite.op, f"{case.name} {dtype}", skip.name, skip.reason)
-    compile_s, found = _compile(run, suite, case, dtype, call, found)
+            run.skip(suite.op, title, skip.name, skip.reason)
     reference = reference_of(call)
-    checked, found = _check_all(run, suite, f"{case.name} {dtype}", call, found, reference)
+    checked, found, compile_s = {}, [], None
+    for provider in providers:
+        try:
+            if provider.name == COMPILE:
+                start = time.perf_counter()
+                provider.function(*clone_args(call.args))
+                compile_s = time.perf_counter() - start
+            checked[provider.name] = check(provider.name, call, provider.function, reference, bounded=provider.ours)
+            found.append(provider)
+        except Exception as error:
+            # What another library or the compiler cannot do leaves only that one out.
+            if provider.ours or provider.name == EAGER:
+                raise
+            run.skip(suite.op, title, provider.name, f"{type(error).__name__}: {str(error).strip()[:200]}")
     moved, composed = floor_bytes(call, reference.composed), reference.errors
     del reference
     if run.profile_provider is not None:
         _profile(run, call, found)
     if run.check_only:
-        _print_check(f"{suite.op} {case.name} {dtype}", checked, composed)
+        for name, (errors, same) in checked.items():
+            kind = "exact" if same else f"rounded, RMS {errors.rms:.2e}, max {errors.maximum:.2e}"
+            own = f"torch composition RMS {composed.rms:.2e}, max {composed.maximum:.2e}"
+            print(f"{suite.op} {title} {name}: {kind}; {own}")
         return []
     buffers = [call.args, *[clone_args(call.args) for _ in range(buffer_count(moved, run.device) - 1)]]
     timers = {p.name: CallTimer(p.function, buffers, run.device, run.settings) for p in found}
@@ -246,14 +265,12 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
         errors, same = checked[name]
         rows.append(
             Record(
-                op=suite.op,
-                case=case.name,
-                shape=list(case.shape),
-                dtype=dtype,
-                provider=name,
-                **figures(run, summarise(samples[name]), moved, call.flops, dtype),
+                *(suite.op, case.name, list(case.shape), dtype, name),
+                **summarise(samples[name]).fields(),
                 timer=timers[name].kind,
                 buffers=len(buffers),
+                bytes=moved,
+                flops=call.flops,
                 launches=count_launches(provider.function, call.args, run.device),
                 peak_extra_bytes=peak_extra(call, provider.function, call.args, run.device),
                 error_rms=errors.rms,
@@ -269,29 +286,6 @@ def measure_case(run: Run, suite: Suite, case: Case, dtype: str) -> list[Record]
     return with_ratios(rows)
 
 
-def floor_us(run: Run, moved: int, flops: int, dtype: str) -> float:
-    """The least time: bytes at the copy roof, or FLOP at the GEMM roof where those take longer."""
-    floor = moved / run.copy_roof()
-    return 1e6 * (max(floor, flops / run.gemm_roof(dtype)) if flops else floor)
-
-
-def figures(run: Run, times: Summary, moved: int, flops: int, dtype: str) -> dict[str, Any]:
-    """Times and what follows from them: rate, floor, percent of it."""
-    floor = floor_us(run, moved, flops, dtype)
-    return {
-        "median_us": times.median * 1e6,
-        "min_us": times.minimum * 1e6,
-        "p20_us": times.p20 * 1e6,
-        "p80_us": times.p80 * 1e6,
-        "samples": times.count,
-        "bytes": moved,
-        "flops": flops,
-        "gb_per_s": moved / times.median / 1e9,
-        "floor_us": floor,
-        "percent_of_roof": 100 * floor / (times.median * 1e6),
-    }
-
-
 def with_ratios(rows: list[Record]) -> list[Record]:
     """Rows with each baseline's median over their own."""
     medians = {row.provider: row.median_us for row in rows}
@@ -301,40 +295,6 @@ def with_ratios(rows: list[Record]) -> list[Record]:
         replace(row, ratios={name: medians[name] / row.median_us for name in ordered if name != row.provider})
         for row in rows
     ]
-
-
-def _check_all(
-    run: Run, suite: Suite, title: str, call: Call, found: list[Provider], reference: Reference
-) -> tuple[dict[str, tuple[Errors, bool]], list[Provider]]:
-    """Errors of every provider, and the providers that are to be timed: another library's wrong result leaves only that one out."""
-    checked, kept = {}, []
-    for provider in found:
-        try:
-            checked[provider.name] = check(provider.name, call, provider.function, reference, bounded=provider.ours)
-        except Exception as error:
-            if provider.ours or provider.name == EAGER:
-                raise
-            run.skip(suite.op, title, provider.name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        kept.append(provider)
-    return checked, kept
-
-
-def _compile(
-    run: Run, suite: Suite, case: Case, dtype: str, call: Call, found: list[Provider]
-) -> tuple[float | None, list[Provider]]:
-    """Seconds of torch.compile's first call; where the compiler fails the provider is left out with its reason."""
-    for provider in found:
-        if provider.name != COMPILE:
-            continue
-        start = time.perf_counter()
-        try:
-            provider.function(*clone_args(call.args))
-        except Exception as error:
-            run.skip(suite.op, f"{case.name} {dtype}", COMPILE, f"{type(error).__name__}: {str(error).strip()[:200]}")
-            return None, [p for p in found if p.name != COMPILE]
-        return time.perf_counter() - start, found
-    return None, found
 
 
 def _profile(run: Run, call: Call, found: list[Provider]) -> None:
@@ -354,9 +314,3 @@ def _profile(run: Run, call: Call, found: list[Provider]) -> None:
             torch.cuda.profiler.stop()
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(f"{provider.name}:\n{seen.key_averages().table(sort_by=order, row_limit=20)}")
-
-
-def _print_check(title: str, checked: dict[str, tuple[Errors, bool]], composed: Errors) -> None:
-    for name, (errors, same) in checked.items():
-        kind = "exact" if same else f"rounded, RMS {errors.rms:.2e}, max {errors.maximum:.2e}"
-        print(f"{title} {name}: {kind}; torch composition RMS {composed.rms:.2e}, max {composed.maximum:.2e}")

@@ -1,4 +1,4 @@
-"""Facts about the machine and the revision, so that no figure travels without them."""
+"""Facts about the machine and the revision, so that no figure travels without them; the GPU's clocks beside a measurement."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+KEYS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+SECONDS_BETWEEN = 2.0
 
 
 def run_quietly(command: list[str]) -> str:
@@ -30,9 +34,8 @@ def revision() -> str:
     name = run_quietly(["git", "rev-parse", "--short=10", "HEAD"])
     if not name:
         return "unknown"
-    changed = run_quietly(
-        ["git", "status", "--porcelain", "--untracked-files=no", "--", "ltxkern", "csrc", "bench/*.py"]
-    )
+    sources = ("ltxkern", "csrc", "bench/*.py")
+    changed = run_quietly(["git", "status", "--porcelain", "--untracked-files=no", "--", *sources])
     return f"{name}-dirty" if changed else name
 
 
@@ -40,12 +43,15 @@ def cpu_name() -> str:
     """Model name of the host's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        fields = dict(
-            part for line in info.read_text().splitlines() if len(part := [p.strip() for p in line.split(":", 1)]) == 2
-        )
+        fields = dict(re.findall(r"^(.*?)\s*: (.*)$", info.read_text(), re.MULTILINE))
         if "model name" in fields:
             return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
     return platform.processor() or platform.machine()
+
+
+def best_device() -> torch.device:
+    """The current GPU where there is one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_average() -> float:
@@ -57,14 +63,6 @@ def nvidia_smi_id(device: torch.device) -> str:
     """A GPU as nvidia-smi names it: its UUID, since CUDA_VISIBLE_DEVICES renumbers the others."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     return str(device.index or 0) if uuid is None else f"GPU-{uuid}"
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -95,6 +93,7 @@ def without_folder(argument: str) -> str:
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything about the machine that a reader needs beside a figure."""
     import ltxkern
+    from ltxkern.environment import package_versions
 
     facts: dict[str, Any] = {
         "device": device.type,
@@ -104,7 +103,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "load_at_start": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": package_versions()["triton"],
         "ltxkern": ltxkern.__version__,
         "backends": ltxkern.backends(),
         "revision": revision(),
@@ -132,3 +131,47 @@ def slug(facts: dict[str, Any]) -> str:
     """Name of a results file: machine and revision."""
     name = facts.get("gpu") or f"cpu {re.sub(r'[(].*', '', facts['cpu'])} {facts['threads']}t"
     return re.sub(r"[^a-z0-9]+", "-", f"{name}-{facts['revision']}".lower()).strip("-")
+
+
+class ClockSampler:
+    """Starts nvidia-smi now and then and collects what an earlier one printed; a reading can take a second and is not waited for.
+
+    Args:
+        gpu: as `nvidia-smi -i` takes it: a UUID, or an index of the machine (not of CUDA_VISIBLE_DEVICES).
+        program: the command, for tests.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, gpu: str, program: str = "nvidia-smi", clock: Callable[[], float] = time.monotonic) -> None:
+        self._command = [program, f"--query-gpu={','.join(KEYS)}", "--format=csv,noheader,nounits", "-i", gpu]
+        self._available = shutil.which(program) is not None
+        self._clock = clock
+        self._started = float("-inf")
+        self._running: subprocess.Popen[str] | None = None
+
+    def poll(self) -> dict[str, float]:
+        """What a finished reading saw, empty without one; starts the next where the last began two seconds ago."""
+        seen: dict[str, float] = {}
+        if self._running is not None and self._running.poll() is not None:
+            seen = parse_clocks(self._running.communicate()[0])
+            self._running = None
+        if self._available and self._running is None and self._clock() - self._started >= SECONDS_BETWEEN:
+            self._started = self._clock()
+            self._running = subprocess.Popen(
+                self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        return seen
+
+    def finish(self) -> dict[str, float]:
+        """The last reading, waited for."""
+        if self._running is None:
+            return {}
+        seen = parse_clocks(self._running.communicate()[0])
+        self._running = None
+        return seen
+
+
+def parse_clocks(text: str) -> dict[str, float]:
+    """The numbers of one line of nvidia-smi; a field it does not support ("[N/A]") is left out."""
+    values = [part.strip() for part in text.splitlines()[0].split(",")] if text.strip() else []
+    return {key: float(value) for key, value in zip(KEYS, values, strict=False) if re.fullmatch(r"[\d.]+", value)}

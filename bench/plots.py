@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from record import Record, Results
+from report import Record, Results
 
 SPECIAL = ("dit", "lora_switch", "hq")
 # One colour per provider in every plot; further baselines stand in the tables.
@@ -59,9 +59,8 @@ def _roofline(records: list[Record], roofs: dict[str, float], title: str, path: 
     shown = [record for record in records if record.provider in COLOURS and not record.flops]
     markers = dict(zip(dict.fromkeys(record.op for record in shown), MARKERS, strict=False))
     for record in shown:
-        axes.plot(
-            record.bytes, record.gb_per_s, markers[record.op], color=COLOURS[record.provider], alpha=0.85, markersize=6
-        )
+        style = {"color": COLOURS[record.provider], "alpha": 0.85, "markersize": 6}
+        axes.plot(record.bytes, record.gb_per_s, markers[record.op], **style)
     handles = [
         pyplot.Line2D([], [], color=colour, linewidth=5, label=name)
         for name, colour in COLOURS.items()
@@ -92,14 +91,12 @@ def _bars(records: list[Record], metric: str, title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 1.8 + 0.11 * len(keys) * (len(providers) + 1)))
     height = 0.8 / max(1, len(providers))
     for index, provider in enumerate(providers):
-        positions, values = [], []
-        for place, key in enumerate(keys):
-            record = by_key.get((*key, provider))
-            if record is None:
-                continue
-            value = record.percent_of_roof if metric == "percent_of_roof" else record.ratios.get("torch eager", 1.0)
-            positions.append(place + (index + 0.5) * height)
-            values.append(value)
+        found = {place: by_key[(*key, provider)] for place, key in enumerate(keys) if (*key, provider) in by_key}
+        positions = [place + (index + 0.5) * height for place in found]
+        values = [
+            record.percent_of_roof if metric == "percent_of_roof" else record.ratios.get("torch eager", 1.0)
+            for record in found.values()
+        ]
         axes.barh(positions, values, height, label=provider, color=COLOURS[provider])
     labels = [f"{op} {case} {dtype}" for op, case, dtype in keys]
     axes.set_yticks([place + 0.4 for place in range(len(keys))], labels, fontsize="small")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -21,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfg_scaling import contexts, states
+from cfg_scaling import contexts, options, states, timed
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.geometry import geometry_of
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel, run_cfg_parallel
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards, even_parts
 from ltxkern.pipeline.run.request import GenerationRequest
@@ -51,26 +50,23 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def timed(works: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+def medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each work over `rounds`, in turn; every rank starts a call together."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for index in range(rounds + 2):
         for name, work in works.items():
             dist.barrier()
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            seconds = timed(work)
             if index >= 2:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
     return {name: median(seconds) for name, seconds in taken.items()}
 
 
 def evaluations(given: argparse.Namespace) -> None:
     """Seconds of an evaluation of each stage, shared out and not."""
-    geometry = geometry_of("demo")
+    geometry = FoundModel.of("demo").geometry
     request = GenerationRequest("x", height=given.height, width=given.width, num_frames=given.num_frames)
-    plans = request.plan(geometry)
+    plans = request.stages(geometry)
     transformer = build_demo(device=given.device).transformer
     guided = MultiModalPolicy.build(HQ_GUIDANCE, contexts(0, given.device), contexts(1, given.device))
     alone = SingleBranchPolicy(guided.branches[:1])
@@ -89,7 +85,7 @@ def evaluations(given: argparse.Namespace) -> None:
         by_tokens = sequence.forward(forwards[1])
         works["stage 2 undivided"] = lambda: forwards[1](latents[1], 0.7, alone.branches[0])
         works["stage 2 by tokens"] = lambda: by_tokens(latents[1], 0.7, alone.branches[0])
-    found = timed(works, given.device, given.rounds)
+    found = medians(works, given.rounds)
     say(f"{dist.get_world_size()} ranks, {plans[0].video.tokens} and {plans[1].video.tokens} video tokens")
     for name, seconds in found.items():
         base = found[name[:8] + "undivided"]
@@ -116,11 +112,7 @@ def exchange(given: argparse.Namespace) -> None:
     total = 0
     for name, part in parts.items():
         before = replace(sequence.traffic)
-        start = time.perf_counter()
-        part()
-        if given.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = timed(part)
         sent, received = sequence.traffic.sent - before.sent, sequence.traffic.received - before.received
         times = 1 if name == "velocity" else BLOCKS
         total += times * received
@@ -135,13 +127,9 @@ def exchange(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--exchange", action="store_true", help="the collectives alone, at the published shapes")
-    parser.add_argument("--height", type=int, default=512)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--num-frames", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     join_ranks(given.device)
     try:

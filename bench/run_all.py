@@ -15,11 +15,9 @@ from pathlib import Path
 
 import machine
 from cases import CASE_SETS, Suite
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import finish, parser, relaunch_warm, start_run, suites
 from harness import Budget, Run, count_cases, run_suite
-from record import write_json
-from report import full_report
-from suites import SUITES
+from report import full_report, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 INTERRUPTED = 130
@@ -34,19 +32,17 @@ def default_budget(run: Run, cases: str) -> float:
     return GPU_BUDGET if run.device.type == "cuda" else 0.0
 
 
-def measure(run: Run, suites: Sequence[Suite], parsed: argparse.Namespace) -> None:
+def measure(run: Run, chosen: Sequence[Suite], parsed: argparse.Namespace) -> None:
     """Every suite in turn; the results file is brought up to date after each."""
     began = time.monotonic()
-    try:
-        for suite in suites:
-            print(f"{suite.op} ...", file=sys.stderr, flush=True)
+    for suite in chosen:
+        print(f"{suite.op} ...", file=sys.stderr, flush=True)
+        try:
             run_suite(run, suite, parsed.cases)
+        finally:
             run.facts["wall_s"] = round(time.monotonic() - began, 1)
-            if parsed.output_json and run.records:
-                write_json(run.results(), parsed.output_json)
-    finally:
-        run.facts["wall_s"] = round(time.monotonic() - began, 1)
-        run.end()
+        if parsed.output_json and run.records:
+            write_json(run.results(), parsed.output_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,42 +60,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = options.parse_args(arguments)
     if parsed.cases not in CASE_SETS:
         options.error(f"--cases: run_all takes {', '.join(CASE_SETS)}; names go to bench_<op>.py")
-    known = [suite.op for suite in SUITES]
+    known = [suite.op for suite in suites()]
     wanted = [name.strip() for name in parsed.ops.split(",")] if parsed.ops else known
     if unknown := sorted(set(wanted) - set(known)):
         options.error(f"--ops: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     relaunch_warm(parsed)
     run = start_run(parsed)
-    suites = [suite for suite in SUITES if suite.op in wanted]
+    chosen = [suite for suite in suites() if suite.op in wanted]
     if parsed.output_json is None and not parsed.ops and not run.check_only:
         parsed.output_json = RESULTS / f"{machine.slug(run.facts)}.json"
     seconds = default_budget(run, parsed.cases) if parsed.budget is None else parsed.budget
     interrupted = False
     try:
         if seconds > 0:
-            run.budget = Budget(seconds, count_cases(run, suites, parsed.cases))
-        measure(run, suites, parsed)
+            run.budget = Budget(seconds, count_cases(run, chosen, parsed.cases))
+        measure(run, chosen, parsed)
     except ValueError as error:
         options.error(str(error))
     except KeyboardInterrupt:
         interrupted = True
-    report = full_report(run.results())
-    print(report)
-    if parsed.report:
-        parsed.report.write_text(report + "\n")
-    if interrupted:
-        print("interrupted: what was measured stands above", file=sys.stderr)
-    if not run.records:
-        parsed.output_json = None
     status = finish(run, parsed)
-    if parsed.output_json:
+    if parsed.report:
+        parsed.report.write_text(full_report(run.results()) + "\n")
+    if parsed.output_json and run.records:
         print(f"results: {parsed.output_json}", file=sys.stderr)
     if interrupted:
-        return INTERRUPTED
-    if not run.records and not run.failures and not run.check_only:
-        print("nothing was measured: see the reasons above", file=sys.stderr)
-        return 2
-    return status
+        print("interrupted: what was measured stands above", file=sys.stderr)
+    return INTERRUPTED if interrupted else status
 
 
 if __name__ == "__main__":

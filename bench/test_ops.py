@@ -8,25 +8,17 @@ import pytest
 import torch
 
 import ltxkern
-from accuracy import check, reference_of
 from cases import CASE_SETS, DTYPES, Case, Suite, clone_args, floor_bytes
-from counters import buffer_count
 from harness import Run, refusal
-from providers import BASELINES, is_wanted, providers_of
-from timing import CallTimer
+from providers import BASELINES, check, is_wanted, providers_of, reference_of
+from timing import CallTimer, buffer_count
 
 NAMES = [*BASELINES, *(f"ltxkern {backend}" for backend in ltxkern.backends())]
 
 
 @pytest.mark.parametrize("provider", NAMES)
 def test_op(
-    request: pytest.FixtureRequest,
-    benchmark: Any,
-    bench_run: Run,
-    suite: Suite,
-    case: Case,
-    dtype: str,
-    provider: str,
+    request: pytest.FixtureRequest, benchmark: Any, bench_run: Run, suite: Suite, case: Case, dtype: str, provider: str
 ) -> None:
     """One provider on one case. The table holds wall times up to the end of each call; device times stand in extra_info."""
     if not is_wanted(provider, bench_run.backends):

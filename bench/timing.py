@@ -1,4 +1,4 @@
-"""Clocks: one call timed over rotated buffers by wall clock, CUDA events, or replays of a CUDA graph."""
+"""One call timed over rotated buffers by wall clock, CUDA events or replays of a CUDA graph; its launches and memory; the roofs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+import machine
+from cases import Call, count_bytes, result_of, tensors_of
+
+MAX_BUFFERS = 4096
+DEVICE_ACTIVITIES = ("kernel", "gpu_memcpy", "gpu_memset")
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
 GRAPH_BELOW = 100e-6
 # Many small launches take this long between events on a stream that waits for the host, and far less on the GPU itself.
 CAPTURE_BELOW = 1e-3
@@ -44,6 +53,11 @@ class Summary:
     median: float
     p80: float
     count: int
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Record`, in microseconds."""
+        seconds = {"median_us": self.median, "min_us": self.minimum, "p20_us": self.p20, "p80_us": self.p80}
+        return {**{name: value * 1e6 for name, value in seconds.items()}, "samples": self.count}
 
 
 def summarise(samples: Sequence[float]) -> Summary:
@@ -136,11 +150,12 @@ class CallTimer:
         self._synchronize()
         return (self._clock() - start) / calls
 
-    def _events(self, calls: int) -> list[float]:
+    def _events(self, calls: int, run: Callable[[], None] | None = None) -> list[float]:
+        """Seconds of each of so many calls on the device, sorted."""
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for start, end in pairs:
             start.record()
-            self._step()
+            (run or self._step)()
             end.record()
         self._synchronize()
         return sorted(start.elapsed_time(end) * 1e-3 for start, end in pairs)
@@ -180,13 +195,7 @@ class CallTimer:
 
     def _graph_replays(self, replays: int) -> list[float]:
         assert self._graph is not None
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-        for start, end in pairs:
-            start.record()
-            self._graph.replay()
-            end.record()
-        self._synchronize()
-        return sorted(start.elapsed_time(end) * 1e-3 / len(self._buffers) for start, end in pairs)
+        return [seconds / len(self._buffers) for seconds in self._events(replays, self._graph.replay)]
 
     def _sample(self, milliseconds: float, least: int) -> list[float]:
         """Calls for about that long; a few at least, and a single one where a call takes very long."""
@@ -248,3 +257,72 @@ def interleave(
         for name in order if index % 2 == 0 else reversed(order):
             samples[name] += timers[name].sample_round(settings)
     return samples
+
+
+def buffer_count(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of inputs and outputs it takes that a call finds nothing in the last-level cache."""
+    wanted = -(-3 * machine.last_level_cache(device) // max(1, bytes_per_call))
+    affordable = machine.free_bytes(device) // 4 // max(1, bytes_per_call)
+    return max(2, min(wanted, affordable, MAX_BUFFERS))
+
+
+def count_launches(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> int | None:
+    """Kernels, copies and fills that one call launches on a GPU; None on a CPU, which launches nothing."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        function(*args)
+        torch.cuda.synchronize(device)
+    events = seen.profiler.kineto_results.events() if seen.profiler is not None else []
+    on_device = [event for event in events if event.device_type() == DeviceType.CUDA]
+    if on_device and hasattr(on_device[0], "activity_type"):
+        return sum(event.activity_type() in DEVICE_ACTIVITIES for event in on_device)
+    return sum(not event.is_user_annotation() for event in on_device)
+
+
+def peak_extra(call: Call, function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> int:
+    """Bytes that one call holds at its peak beyond its outputs."""
+    peak, returned = _cuda_peak(function, args, device) if device.type == "cuda" else _cpu_peak(function, args)
+    inputs = {tensor.data_ptr() for tensor in tensors_of(args)}
+    fresh = [output for output in result_of(call, args, returned) if output.data_ptr() not in inputs]
+    return max(0, peak - count_bytes(fresh))
+
+
+def _cuda_peak(function: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> tuple[int, Any]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    returned = function(*args)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, returned
+
+
+def _cpu_peak(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[int, Any]:
+    """From the profiler's log of allocations; what torch's allocator does not see is not counted."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        returned = function(*args)
+    events = seen.profiler.kineto_results.events() if seen.profiler is not None else []
+    held = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, returned
+
+
+def copy_roof(device: torch.device, settings: Settings) -> float:
+    """Bytes per second of a device copy, reads and writes counted, best of one round's samples."""
+    source = torch.empty(COPY_BYTES[device.type] // 2, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    timer = CallTimer(lambda a, b: b.copy_(a), [(source, target)], device, settings)
+    return COPY_BYTES[device.type] / min(timer.sample_round())
+
+
+def gemm_roof(device: torch.device, dtype: torch.dtype, settings: Settings) -> float:
+    """FLOP per second of a square matrix product on random data, median of its samples (a matrix product throttles)."""
+    size = GEMM_SIZE[device.type]
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    timer = CallTimer(torch.mm, [(a, b)], device, settings)
+    samples = sorted(timer.sample_rounds())
+    return 2 * size**3 / samples[len(samples) // 2]

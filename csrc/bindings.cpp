@@ -1,4 +1,4 @@
-// The extension module: plans, called with torch tensors (DLPack C exchange API) or with raw addresses.
+// The extension module: programs, called with torch tensors (DLPack C exchange API) or with raw addresses.
 #include <dlpack/dlpack.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,7 +36,7 @@ struct Arguments {
 Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
     if (!exchange) throw std::runtime_error("torch.Tensor has no DLPack exchange API here: call raw()");
     if (tensors.size() != count)
-        throw py::type_error("plan takes " + std::to_string(count) + " tensors, got " + std::to_string(tensors.size()));
+        throw py::type_error("program takes " + std::to_string(count) + " tensors, got " + std::to_string(tensors.size()));
     Arguments arguments;
     arguments.addresses.reserve(count);
     bool first = true;
@@ -49,7 +49,7 @@ Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
         if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) throw py::error_already_set();
         bool cuda = tensor.device.device_type == kDLCUDA;
         if (cuda != on_device || (!cuda && tensor.device.device_type != kDLCPU))
-            throw py::value_error(on_device ? "plan is for CUDA tensors" : "plan is for CPU tensors");
+            throw py::value_error(on_device ? "program is for CUDA tensors" : "program is for CPU tensors");
         if (first) arguments.device = tensor.device;
         if (tensor.device.device_id != arguments.device.device_id) throw py::value_error("tensors lie on different devices");
         first = false;
@@ -60,7 +60,7 @@ Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
 
 std::vector<const void*> as_addresses(const std::vector<std::uint64_t>& raw, std::size_t count) {
     if (raw.size() != count)
-        throw py::type_error("plan takes " + std::to_string(count) + " addresses, got " + std::to_string(raw.size()));
+        throw py::type_error("program takes " + std::to_string(count) + " addresses, got " + std::to_string(raw.size()));
     std::vector<const void*> addresses;
     for (std::uint64_t address : raw) addresses.push_back(reinterpret_cast<const void*>(address));
     return addresses;
@@ -76,14 +76,14 @@ void unpack(ltxk::Step& step, const py::bytes& parameters,
 
 using Relocations = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::int64_t>>;
 
-struct DevicePlan : ltxk::Plan {
-    using Plan::Plan;
+struct DeviceProgram : ltxk::Program {
+    using Program::Program;
 };
-struct CpuPlan : ltxk::Plan {
-    using Plan::Plan;
+struct CpuProgram : ltxk::Program {
+    using Program::Program;
 };
 
-void add_launch(DevicePlan& plan, const std::string& kernel, std::tuple<unsigned, unsigned, unsigned> grid, unsigned block,
+void add_launch(DeviceProgram& program, const std::string& kernel, std::tuple<unsigned, unsigned, unsigned> grid, unsigned block,
                 unsigned shared_bytes, unsigned cluster, bool cooperative, const py::bytes& parameters,
                 const Relocations& relocations) {
     auto found = ltxk::kernel_table().find(kernel);
@@ -92,17 +92,17 @@ void add_launch(DevicePlan& plan, const std::string& kernel, std::tuple<unsigned
     step.kernel = &found->second;
     step.shape = {{std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}, block, shared_bytes, cluster, cooperative};
     unpack(step, parameters, relocations);
-    plan.add(std::move(step));
+    program.add(std::move(step));
 }
 
-void add_zero(DevicePlan& plan, std::uint32_t argument, std::int64_t offset, std::size_t bytes) {
+void add_zero(DeviceProgram& program, std::uint32_t argument, std::int64_t offset, std::size_t bytes) {
     ltxk::Step step;
     step.zero_bytes = bytes;
     step.relocations.push_back({0, argument, offset});
-    plan.add(std::move(step));
+    program.add(std::move(step));
 }
 
-void add_call(CpuPlan& plan, const std::string& kernel, const py::bytes& parameters, const Relocations& relocations) {
+void add_call(CpuProgram& program, const std::string& kernel, const py::bytes& parameters, const Relocations& relocations) {
     auto found = ltxk::cpu_table().find(kernel);
     if (found == ltxk::cpu_table().end()) throw py::key_error("no CPU kernel " + kernel + " in this build");
     auto function = found->second.find(ltxk::best_isa());
@@ -111,32 +111,37 @@ void add_call(CpuPlan& plan, const std::string& kernel, const py::bytes& paramet
     ltxk::Step step;
     step.function = function->second;
     unpack(step, parameters, relocations);
-    plan.add(std::move(step));
+    program.add(std::move(step));
 }
 
-void call_device(DevicePlan& plan, const py::args& tensors) {
+void call_device(DeviceProgram& program, const py::args& tensors) {
 #if defined(LTXK_SHIM)
-    Arguments arguments = resolve(tensors, plan.argument_count(), false);
+    Arguments arguments = resolve(tensors, program.argument_count(), false);
     void* stream = nullptr;
 #else
-    Arguments arguments = resolve(tensors, plan.argument_count(), true);
+    Arguments arguments = resolve(tensors, program.argument_count(), true);
     void* stream = nullptr;
     if (exchange->current_work_stream(arguments.device.device_type, arguments.device.device_id, &stream) != 0)
         throw py::error_already_set();
 #endif
-    plan.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
+    program.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
 }
 
-void call_cpu(const CpuPlan& plan, int threads, const py::args& tensors) {
-    Arguments arguments = resolve(tensors, plan.argument_count(), false);
+void call_cpu(const CpuProgram& program, int threads, const py::args& tensors) {
+    Arguments arguments = resolve(tensors, program.argument_count(), false);
     py::gil_scoped_release release;
-    plan.run_cpu(arguments.addresses.data(), threads);
+    program.run_cpu(arguments.addresses.data(), threads);
 }
 
 }  // namespace
 
 #if defined(LTXK_SHIM)
 void bind_shim(py::module_& module);
+#else
+namespace ltxk {
+// Of the sources that the build saw; CMakeLists.txt defines it.
+extern const char* const source_digest;
+}
 #endif
 
 PYBIND11_MODULE(LTXK_MODULE, module) {
@@ -155,26 +160,28 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
             if (entries.count(ltxk::best_isa())) names.push_back(name);
         return names;
     });
-    py::class_<DevicePlan>(module, "DevicePlan")
+    py::class_<DeviceProgram>(module, "DeviceProgram")
         .def(py::init<std::size_t>())
         .def("add_launch", &add_launch)
         .def("add_zero", &add_zero)
         .def("__call__", &call_device, "Run on torch tensors, on the current stream of their device.")
         .def("raw",
-             [](DevicePlan& plan, const std::vector<std::uint64_t>& raw, int device, std::uint64_t stream) {
-                 plan.run_device(as_addresses(raw, plan.argument_count()).data(), device, reinterpret_cast<void*>(stream));
+             [](DeviceProgram& program, const std::vector<std::uint64_t>& raw, int device, std::uint64_t stream) {
+                 program.run_device(as_addresses(raw, program.argument_count()).data(), device, reinterpret_cast<void*>(stream));
              },
              "Run on raw device addresses (0: absent) and a raw stream.");
-    py::class_<CpuPlan>(module, "CpuPlan")
+    py::class_<CpuProgram>(module, "CpuProgram")
         .def(py::init<std::size_t>())
         .def("add_call", &add_call)
         .def("__call__", &call_cpu, "Run on torch CPU tensors with the given number of threads.")
-        .def("raw", [](const CpuPlan& plan, int threads, const std::vector<std::uint64_t>& raw) {
-            auto addresses = as_addresses(raw, plan.argument_count());
+        .def("raw", [](const CpuProgram& program, int threads, const std::vector<std::uint64_t>& raw) {
+            auto addresses = as_addresses(raw, program.argument_count());
             py::gil_scoped_release release;
-            plan.run_cpu(addresses.data(), threads);
+            program.run_cpu(addresses.data(), threads);
         });
 #if defined(LTXK_SHIM)
     bind_shim(module);
+#else
+    module.attr("source_digest") = ltxk::source_digest;
 #endif
 }

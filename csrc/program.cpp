@@ -1,4 +1,4 @@
-// Running of plans, and the choice of the CPU instruction set.
+// Running of programs, and the choice of the CPU instruction set.
 #include "program.h"
 
 #include <cstdlib>
@@ -6,9 +6,9 @@
 
 namespace ltxk {
 
-void Plan::add(Step step) {
+void Program::add(Step step) {
     for (const Relocation& relocation : step.relocations) {
-        if (relocation.argument >= argument_count_) throw std::invalid_argument("relocation names an argument the plan has not");
+        if (relocation.argument >= argument_count_) throw std::invalid_argument("relocation names an argument the program has not");
         if (step.zero_bytes == 0 && relocation.slot >= step.parameters.size())
             throw std::invalid_argument("relocation names a slot outside the parameters");
     }
@@ -18,7 +18,7 @@ void Plan::add(Step step) {
     steps_.push_back(std::move(step));
 }
 
-void Plan::fill(const Step& step, const void* const* addresses, std::vector<std::uint64_t>& parameters) const {
+void Program::fill(const Step& step, const void* const* addresses, std::vector<std::uint64_t>& parameters) const {
     parameters.assign(step.parameters.begin(), step.parameters.end());
     for (const Relocation& relocation : step.relocations) {
         auto base = reinterpret_cast<std::uintptr_t>(addresses[relocation.argument]);
@@ -26,7 +26,7 @@ void Plan::fill(const Step& step, const void* const* addresses, std::vector<std:
     }
 }
 
-void Plan::run_device(const void* const* addresses, int device, void* stream) {
+void Program::run_device(const void* const* addresses, int device, void* stream) {
     struct Current {
         int previous;
         ~Current() { runtime::restore(previous); }
@@ -50,7 +50,7 @@ void Plan::run_device(const void* const* addresses, int device, void* stream) {
     }
 }
 
-void Plan::run_cpu(const void* const* addresses, int threads) const {
+void Program::run_cpu(const void* const* addresses, int threads) const {
     std::vector<std::uint64_t> parameters;
     for (const Step& step : steps_) {
         fill(step, addresses, parameters);

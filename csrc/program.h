@@ -1,6 +1,6 @@
-// A plan: the launches of one op call for one shape, made once by Python and run many times on fresh tensors.
+// A program: the launches of one op call for one shape, made once by Python and run many times on fresh tensors.
 //
-// Python works out the geometry; a plan only fills tensor addresses into the parameter structs and launches on the caller's
+// Python works out the geometry; a program only fills tensor addresses into the parameter structs and launches on the caller's
 // current stream. The same launches serve the prebuilt tier, the NVRTC tier and the CPU shim of the tests.
 #pragma once
 
@@ -21,21 +21,21 @@ struct Relocation {
 };
 
 struct Step {
-    const KernelEntry* kernel = nullptr;  // device plans; null: zero `zero_bytes` of the first relocation
-    CpuFunction function = nullptr;       // CPU plans
+    const KernelEntry* kernel = nullptr;  // device programs; null: zero `zero_bytes` of the first relocation
+    CpuFunction function = nullptr;       // CPU programs
     LaunchShape shape{};
     std::size_t zero_bytes = 0;
     std::vector<std::uint64_t> parameters;
     std::vector<Relocation> relocations;
 };
 
-class Plan {
+class Program {
 public:
-    explicit Plan(std::size_t argument_count) : argument_count_(argument_count) {}
+    explicit Program(std::size_t argument_count) : argument_count_(argument_count) {}
 
     std::size_t argument_count() const { return argument_count_; }
     void add(Step step);
-    // Addresses are in call order, null for an absent tensor. `device` and `stream` are for device plans, `threads` for CPU plans.
+    // Addresses are in call order, null for an absent tensor. `device` and `stream` are for device programs, `threads` for CPU programs.
     void run_device(const void* const* addresses, int device, void* stream);
     void run_cpu(const void* const* addresses, int threads) const;
 

@@ -1,4 +1,4 @@
-// What a plan needs from a device: implemented by the CUDA runtime, by the CPU shim of the tests, or absent.
+// What a program needs from a device: implemented by the CUDA runtime, by the CPU shim of the tests, or absent.
 #pragma once
 
 #include <cstddef>

@@ -45,7 +45,7 @@ void prepare(const KernelEntry& kernel, const LaunchShape& shape) {
     check(cudaFuncGetAttributes(&now, kernel.function), "cudaFuncGetAttributes");
     // Static shared memory counts against the 48 KiB that need no request.
     if (shape.shared_bytes + now.sharedSizeBytes <= 48 * 1024) return;
-    // Never lowered: an earlier plan of the same kernel may need more than this one.
+    // Never lowered: an earlier program of the same kernel may need more than this one.
     int bytes = std::max(static_cast<int>(shape.shared_bytes), now.maxDynamicSharedSizeBytes);
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
     // Such kernels keep their data in shared memory: as many blocks as it holds, whatever the L1 cache loses.

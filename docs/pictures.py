@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ltxkern.pipeline.run.request import GenerationRequest, StagePlan
+from ltxkern.pipeline.run.request import GenerationRequest, Stage
 
 FOLDER = Path(__file__).parent
 BLUE, GREEN, GREY, ORANGE = "#dbe9f6", "#dff0d8", "#eeeeee", "#fde8cf"
@@ -33,7 +33,7 @@ def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], 
         )
 
 
-def stage_text(plan: StagePlan, sampler: str, note: str) -> str:
+def stage_text(plan: Stage, sampler: str, note: str) -> str:
     return (
         f"{plan.name}: {plan.width}x{plan.height}\n{plan.video.tokens} video + {plan.audio.tokens} audio tokens\n"
         f"{sampler}, {plan.evaluations} evaluations\nx {plan.branches} = {plan.forwards} forwards\n{note}"
@@ -42,7 +42,7 @@ def stage_text(plan: StagePlan, sampler: str, note: str) -> str:
 
 def draw_flow(request: GenerationRequest) -> None:
     """The two stages at the published working point."""
-    first, second = request.plan()
+    first, second = request.stages()
     figure, axes = plt.subplots(figsize=(12.5, 4.1))
     box(axes, 0.2, 2.0, "prompt and\nnegative prompt", GREY, 1.7)
     box(axes, 0.2, 0.4, "pictures\n(any frame, strength)", GREY, 1.7)
@@ -76,7 +76,7 @@ def draw_flow(request: GenerationRequest) -> None:
 def draw_schedule(request: GenerationRequest) -> None:
     """Noise levels of both stages, with every evaluation that the sampler makes."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, gridspec_kw={"width_ratios": [3, 1.3]})
-    for axes, plan in zip(panels, request.plan(), strict=True):
+    for axes, plan in zip(panels, request.stages(), strict=True):
         sigmas = [*plan.sigmas[:-1], 0.0011]
         middles = [(a * b) ** 0.5 for a, b in pairwise(sigmas)]
         axes.plot(range(len(sigmas)), sigmas, "o-", color="#2b6ca3", markersize=4, linewidth=1, label="step")

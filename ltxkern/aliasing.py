@@ -5,7 +5,7 @@ Decided on the host from addresses and strides. Meta tensors and tensors without
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -168,16 +168,15 @@ class Signature:
     """What an op reads and writes, for the check of its calls.
 
     Args:
-        arguments: of the op, in torch schema syntax.
+        kinds: torch schema type of each argument of the op, by its name.
         may_be: for each output the arguments that it may be, element for element; of an op whose outputs are a list, for each of
             them in turn, once for every entry of its list arguments. None: the op changes its first argument.
     """
 
-    def __init__(self, arguments: str, may_be: Sequence[Sequence[str]] | None) -> None:
-        kinds = [part.split("=")[0].split() for part in arguments.strip(" ()").split(", ")]
-        tensors = [(index, name) for index, (kind, name) in enumerate(kinds) if kind.startswith("Tensor")]
+    def __init__(self, kinds: Mapping[str, str], may_be: Sequence[Sequence[str]] | None) -> None:
+        tensors = [(index, name) for index, (name, kind) in enumerate(kinds.items()) if kind.startswith("Tensor")]
         self._in_place = may_be is None
-        self._written_name = kinds[0][1] if self._in_place else "out"
+        self._written_name = tensors[0][1] if self._in_place else "out"
         self._may_be = [tuple(names) for names in may_be or [()]]
         self._read = tensors[1:] if self._in_place else tensors
 

@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ltxkern.commands.options import expected_errors, read_config
+
 COMMANDS = ("generate", "batch", "plan", "compare", "doctor", "bench_env")
 INTERRUPTED = 130
 
@@ -27,8 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         if getattr(arguments, "config", None):
-            from ltxkern.commands.options import read_config
-
             values = read_config(arguments.parser, arguments.config)
             # argparse appends to a list default: a list on the command line takes the place of the file's.
             kept = {
@@ -47,16 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'ltxkern: error: {error.name} is not installed: pip install "ltxkern[pipeline]"', file=sys.stderr)
         return 2
-    except _expected_errors() as error:
+    except expected_errors() as error:
         sentence = (
             error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
         )
         print(f"ltxkern: error: {sentence}", file=sys.stderr)
         return 2
-
-
-def _expected_errors() -> tuple[type[BaseException], ...]:
-    """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
-    from ltxkern.dispatch import BackendError
-
-    return (ValueError, TypeError, OSError, ArithmeticError, BackendError)

@@ -1,8 +1,12 @@
-"""Backends, their declared constraints, and the one place where an implementation is chosen.
+"""The one place where a call finds its backend.
 
-Every op of the toolkit is an `Op`: a schema, a torch reference, an allocator for its outputs and an ordered list of
-`Backend` entries. A backend declares in words what it cannot serve (`refuse`) and loads its kernel lazily (`load`);
-the choice is made before the call from these declarations, never by catching an exception.
+Every op of the toolkit is an `Op`: a NamedTuple of arguments, a torch reference, an allocator for its outputs and its `Backend`
+entries. A call `op(args, out=None)` goes
+
+1. to the opaque torch op (`ltxkern.registration`) where something traces or a gradient is wanted, which comes back here later;
+2. to `select`: the first backend that is permitted (`use_backend`, LTXKERN_BACKEND), present (`missing`) and does not `refuse` the
+   arguments, decided from what it declares and never by catching an exception;
+3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 """
 
 from __future__ import annotations
@@ -20,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
+from ltxkern.registration import refuse_gradients, register, register_in_place
 
 logger = logging.getLogger("ltxkern")
 
 BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
 
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
-_library = torch.library.Library("ltxkern", "DEF")
 _registry: dict[str, Op] = {}
 
 
@@ -41,12 +46,12 @@ class Backend:
 
     Args:
         name: one of `BACKENDS` other than "torch", which every op has through its reference.
-        refuse: called with the op's arguments; the reason in words why this backend cannot serve them, or None.
-        load: returns the kernel, called as `kernel(out, *args)` (in-place ops: `kernel(*args)`); runs once, at first use.
+        refuse: called with the op's arguments, a NamedTuple; the reason in words why this backend cannot serve them, or None.
+        load: returns the kernel, called as `kernel(out, args)` (in-place ops: `kernel(args)`); runs once, at first use.
     """
 
     name: str
-    refuse: Callable[..., str | None]
+    refuse: Callable[[Any], str | None]
     load: Callable[[], Callable[..., None]]
 
 
@@ -136,19 +141,14 @@ def capabilities() -> dict[str, dict[str, str | None]]:
     return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
 
 
+def registered() -> dict[str, Op]:
+    """Every op by its name."""
+    return _registry
+
+
 def served() -> dict[str, set[str]]:
     """Which backends have served each op so far in this process (the receipt that a run's log quotes)."""
     return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
-
-
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
-    for value in args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                if isinstance(item, Tensor):
-                    yield item
 
 
 def _needs_dispatcher(args: Sequence[Any]) -> bool:
@@ -168,115 +168,46 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
 
 
 class Op:
-    """One operation: schema, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
+    """One operation: arguments, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
 
     Args:
         name: name under `torch.ops.ltxkern`; a functional op is also registered as `<name>_out` with its outputs as last arguments.
-        schema: argument list and result in torch schema syntax, e.g. "(Tensor x, float eps) -> Tensor".
+        arguments: NamedTuple of the arguments: what refusals, kernels and `allocate` take; its annotations make the torch schema.
+        result: in torch schema syntax, "()" for an in-place op, which changes its first argument.
         reference: the torch composition, `reference(*args)`; returns fresh tensors (functional) or works in place.
-        allocate: outputs with the right shape, dtype and strides, `allocate(*args)`; also the fake implementation. None: in place.
+        allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
         differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
         backends: compiled implementations, best first.
-        may_be: for each output the arguments that it may be, element for element, on every backend; see `overlap.Signature`.
+        may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
     """
 
     def __init__(
         self,
         name: str,
-        schema: str,
+        arguments: type[Any],
+        result: str,
         reference: Callable[..., Any],
-        allocate: Callable[..., Any] | None = None,
+        allocate: Callable[[Any], Any] | None = None,
         *,
         differentiable: bool = False,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
     ) -> None:
         self.name = name
+        self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
-        self.differentiable = differentiable
         self.receipts: set[str] = set()
-        self._no_gradient = (
-            f"ltxkern.{name} writes into a given tensor and has no backward: call it under torch.no_grad()"
-        )
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
-        self._signature = Signature(schema.rsplit("->", 1)[0], may_be if allocate else None)
+        self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
         _registry[name] = self
-        self._register(schema)
-
-    def _register(self, schema: str) -> None:
-        _library.define(self.name + schema)
-        _library.impl(
-            self.name, self._run_functional if self.allocate else self._run_in_place, "CompositeExplicitAutograd"
-        )
-        torch.library.register_fake(
-            f"ltxkern::{self.name}", self.allocate if self.allocate else lambda *args: None, lib=_library
-        )
-        self._functional = getattr(torch.ops.ltxkern, self.name).default
-        if self.allocate is None:
-            self._refuse_gradients(self.name)
-            return
-        self._register_backward()
-        arguments, result = schema.rsplit("->", 1)
-        arguments = arguments.strip().removesuffix(")")
-        self._out_count = _count_outputs(result)
-        if self._out_count == 0:
-            outputs = "Tensor(a!)[] out"
+        if allocate is None:
+            self._torch_op = register_in_place(name, arguments, self._run_in_place)
         else:
-            outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(self._out_count))
-        _library.define(f"{self.name}_out{arguments}, {outputs}) -> ()")
-        _library.impl(f"{self.name}_out", self._run_out, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ltxkern::{self.name}_out", lambda *args: None, lib=_library)
-        self._refuse_gradients(f"{self.name}_out")
-        self._into = getattr(torch.ops.ltxkern, f"{self.name}_out").default
-
-    def _register_backward(self) -> None:
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if not self.differentiable:
-                raise RuntimeError(
-                    f"ltxkern.{self.name} has no backward: call it under torch.no_grad() or on tensors without requires_grad"
-                )
-            tensors = [value for value in inputs if isinstance(value, Tensor)]
-            ctx.save_for_backward(*tensors)
-            ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-            ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            args = [
-                next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
-            ]
-            wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-            with torch.enable_grad():
-                for i, is_tensor in enumerate(ctx.is_tensor):
-                    if is_tensor:
-                        args[i] = args[i].detach().requires_grad_(i in wanted)
-                outputs = self.reference(*args)
-            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-            # Of several outputs, one may not depend on any input whose gradient is wanted.
-            pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-            results = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [args[i] for i in wanted],
-                [grad for _, grad in pairs],
-                allow_unused=True,
-            )
-            by_index = dict(zip(wanted, results, strict=True))
-            return tuple(by_index.get(i) for i in range(len(args)))
-
-        torch.library.register_autograd(f"ltxkern::{self.name}", backward, setup_context=setup_context, lib=_library)
-
-    def _refuse_gradients(self, name: str) -> None:
-        op = getattr(torch.ops.ltxkern, name).default
-
-        def refuse(keyset: Any, *args: Any) -> Any:
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                raise RuntimeError(self._no_gradient)
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-        _library.impl(name, refuse, "Autograd", with_keyset=True)
+            recompute = reference if differentiable else None
+            self._torch_op = register(name, arguments, result, self._run, self._run_into, allocate, recompute)
 
     def missing(self, backend: str) -> str | None:
         """Why this op has no such backend in this process, or None if it has."""
@@ -286,18 +217,14 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        if (reason := unavailable(backend)) is not None or backend not in ("cuda", "cpu"):
-            return reason
-        from ltxkern.compiled import extension
-
-        return extension.lacks(backend, self.name)
+        return unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         if names not in self._present:
             self._present[names] = tuple(name for name in names or BACKENDS if self.missing(name) is None)
         return self._present[names]
 
-    def select(self, args: Sequence[Any]) -> str:
+    def select(self, args: Any) -> str:
         """Name of the first permitted backend that serves these arguments.
 
         Raises:
@@ -305,98 +232,98 @@ class Op:
         """
         names = _forced.get() or _environment_choice()
         for name in self._candidates(names):
-            if name == "torch" or self._backends[name].refuse(*args) is None:
+            if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
-        reasons = "; ".join(
-            f"{name}: {self.missing(name) or self._backends[name].refuse(*args)}" for name in names or BACKENDS
-        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
         raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
+
+    def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
+        """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
+        for name in _forced.get() or _environment_choice() or BACKENDS:
+            if name == before:
+                return
+            yield name, self.missing(name) or self._backends[name].refuse(args) or ""
 
     def kernel(self, backend: str) -> Callable[..., None]:
         """The loaded kernel of a backend other than torch."""
         if backend not in self._kernels:
-            self._kernels[backend] = self._backends[backend].load()
+            self._kernels[backend] = debug.watch(self, backend, self._backends[backend].load())
         return self._kernels[backend]
+
+    @functools.cached_property
+    def _composition(self) -> Callable[..., Any]:
+        """The reference, as it serves calls."""
+        return debug.watch(self, "torch", self.reference)
 
     def _note(self, backend: str) -> None:
         if backend not in self.receipts:
             self.receipts.add(backend)
             logger.info("%s is served by %s", self.name, backend)
 
-    def _run_functional(self, *args: Any) -> Any:
+    def _run(self, args: Any) -> Any:
         assert self.allocate is not None
         backend = self.select(args)
         self._note(backend)
         if backend == "torch":
-            return self.reference(*args)
-        out = self.allocate(*args)
-        self.kernel(backend)(out, *args)
+            return self._composition(*args)
+        out = self.allocate(args)
+        self.kernel(backend)(out, args)
         return out
+
+    def _run_into(self, out: Any, args: Any) -> None:
+        self._signature.check((out,) if isinstance(out, Tensor) else out, args)
+        backend = self.select(args)
+        self._note(backend)
+        if backend != "torch":
+            self.kernel(backend)(out, args)
+        elif isinstance(out, Tensor):
+            out.copy_(self._composition(*args))
+        else:
+            for target, value in zip(out, self._composition(*args), strict=True):
+                target.copy_(value)
+
+    def _run_in_place(self, args: Any) -> None:
+        self._signature.check(args[:1], args)
+        self._change(self.select(args), args)
+
+    def _change(self, backend: str, args: Any) -> None:
+        self._note(backend)
+        if backend == "torch":
+            self._composition(*args)
+        else:
+            self.kernel(backend)(args)
+
+    def run_each(self, calls: Sequence[Any], check_memory: Callable[[], None]) -> None:
+        """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
+        if any(map(_needs_dispatcher, calls)):
+            for args in calls:
+                refuse_gradients(self.name, args)
+            for args in calls:
+                self._torch_op.call(*args)
+            return
+        check_memory()
+        for backend, args in [(self.select(args), args) for args in calls]:
+            self._change(backend, args)
 
     def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
         """Refuse overlaps as a call does, for what is written without one; what traces has no addresses."""
         if not _needs_dispatcher([*args, *outputs]):
             self._signature.check(outputs, args)
 
-    def _run_into(self, out: Any, args: Sequence[Any]) -> None:
-        self._signature.check((out,) if isinstance(out, Tensor) else out, args)
-        backend = self.select(args)
-        self._note(backend)
-        if backend != "torch":
-            self.kernel(backend)(out, *args)
-        elif isinstance(out, Tensor):
-            out.copy_(self.reference(*args))
-        else:
-            for target, value in zip(out, self.reference(*args), strict=True):
-                target.copy_(value)
-
-    def _run_in_place(self, *args: Any) -> None:
-        self._signature.check(args[:1], args)
-        self._change(self.select(args), args)
-
-    def _change(self, backend: str, args: Sequence[Any]) -> None:
-        self._note(backend)
-        (self.reference if backend == "torch" else self.kernel(backend))(*args)
-
-    def run_each(self, calls: Sequence[Sequence[Any]], check_memory: Callable[[], None]) -> None:
-        """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
-        if any(map(_needs_dispatcher, calls)):
-            for args in calls:
-                if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                    raise RuntimeError(self._no_gradient)
-            for args in calls:
-                self._functional(*args)
-            return
-        check_memory()
-        for backend, args in [(self.select(args), args) for args in calls]:
-            self._change(backend, args)
-
-    def _run_out(self, *args: Any) -> None:
-        if self._out_count <= 1:
-            self._run_into(args[-1], args[:-1])
-        else:
-            self._run_into(args[-self._out_count :], args[: -self._out_count])
-
-    def __call__(self, *args: Any, out: Any = None) -> Any:
-        """Run the op on checked arguments; `out` is a tensor, or a sequence of tensors where the op has several outputs."""
+    def __call__(self, args: Any, out: Any = None) -> Any:
+        """Run the op on checked arguments, an `arguments`; `out` is a tensor, or a sequence where the op has several outputs."""
         if self.allocate is None:
-            self._functional(*args) if _needs_dispatcher(args) else self._run_in_place(*args)
+            self._torch_op.call(*args) if _needs_dispatcher(args) else self._run_in_place(args)
             return None
         if out is None:
-            return self._functional(*args) if _needs_dispatcher(args) else self._run_functional(*args)
+            return self._torch_op.call(*args) if _needs_dispatcher(args) else self._run(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         if not _needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)
-        elif self._out_count == 0:
-            self._into(*args, outputs)
         else:
-            self._into(*args, *outputs)
+            assert self._torch_op.into is not None
+            self._torch_op.into(*args, *(outputs if self._torch_op.outputs else [outputs]))
         return out
-
-
-def _count_outputs(result: str) -> int:
-    """Number of output tensors that a schema's result names; 0 for a list of tensors."""
-    return 0 if "Tensor[]" in result else result.count("Tensor")
 
 
 def like(result: Tensor, model: Tensor) -> Tensor:

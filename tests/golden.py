@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,19 @@ class Golden:
         return {key[len(prefix) :]: self.tensors[key] for key in self.keys(prefix)}
 
 
+@cache
 def open_golden() -> Golden:
     """golden.safetensors; `metadata` holds `hq_params` and `meta` (parameters per tensor key)."""
     path = Path(os.environ.get("LTXKERN_GOLDEN") or DATA / "golden.safetensors")
     tensors, header = _read(path)
     return Golden(path, tensors, json.loads(header["json"]))
+
+
+def matching(pattern: str) -> list[re.Match[str]]:
+    """Keys of `open_golden` that match the whole pattern; none at all is an error, so that no group goes unchecked."""
+    found = [match for key in sorted(open_golden().tensors) if (match := re.fullmatch(pattern, key))]
+    assert found, f"{open_golden().path} holds no key like {pattern!r}"
+    return found
 
 
 def open_golden_modules() -> Golden:

@@ -19,6 +19,7 @@ def write_official(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapp
     return path
 
 
+# fmt: off
 def audio_vae_section(
     *, ch: int, ch_mult: list[int], num_res_blocks: int, z_channels: int, mel_bins: int
 ) -> dict[str, Any]:
@@ -26,21 +27,10 @@ def audio_vae_section(
         "model": {
             "params": {
                 "ddconfig": {
-                    "double_z": True,
-                    "mel_bins": mel_bins,
-                    "z_channels": z_channels,
-                    "resolution": 256,
-                    "downsample_time": False,
-                    "in_channels": 2,
-                    "out_ch": 2,
-                    "ch": ch,
-                    "ch_mult": ch_mult,
-                    "num_res_blocks": num_res_blocks,
-                    "attn_resolutions": [],
-                    "dropout": 0.0,
-                    "mid_block_add_attention": False,
-                    "norm_type": "pixel",
-                    "causality_axis": "height",
+                    "double_z": True, "mel_bins": mel_bins, "z_channels": z_channels, "resolution": 256,
+                    "downsample_time": False, "in_channels": 2, "out_ch": 2, "ch": ch, "ch_mult": ch_mult,
+                    "num_res_blocks": num_res_blocks, "attn_resolutions": [], "dropout": 0.0,
+                    "mid_block_add_attention": False, "norm_type": "pixel", "causality_axis": "height",
                 },
                 "sampling_rate": 16000,
             }
@@ -54,43 +44,26 @@ def generator_section(
 ) -> dict[str, Any]:
     """One half of the vocoder."""
     return {
-        "upsample_initial_channel": initial,
-        "resblock": "AMP1",
-        "upsample_rates": rates,
-        "resblock_kernel_sizes": resblock_kernels,
-        "upsample_kernel_sizes": kernels,
-        "resblock_dilation_sizes": dilations,
-        "stereo": True,
-        "use_tanh_at_final": False,
-        "activation": "snakebeta",
+        "upsample_initial_channel": initial, "resblock": "AMP1", "upsample_rates": rates,
+        "resblock_kernel_sizes": resblock_kernels, "upsample_kernel_sizes": kernels,
+        "resblock_dilation_sizes": dilations, "stereo": True, "use_tanh_at_final": False, "activation": "snakebeta",
         "use_bias_at_final": False,
     }
 
 
 def vocoder_section(core: dict[str, Any], bwe: dict[str, Any], *, hop: int, n_fft: int, mels: int) -> dict[str, Any]:
     extension = {
-        "apply_final_activation": False,
-        "input_sampling_rate": 16000,
-        "output_sampling_rate": 48000,
-        "hop_length": hop,
-        "n_fft": n_fft,
-        "win_size": n_fft,
-        "num_mels": mels,
+        "apply_final_activation": False, "input_sampling_rate": 16000, "output_sampling_rate": 48000,
+        "hop_length": hop, "n_fft": n_fft, "win_size": n_fft, "num_mels": mels,
     }
     return {"vocoder": core, "bwe": bwe | extension}
 
 
 def upsampler_section(*, in_channels: int, mid_channels: int, num_blocks_per_stage: int) -> dict[str, Any]:
     return {
-        "_class_name": "LatentUpsampler",
-        "in_channels": in_channels,
-        "mid_channels": mid_channels,
-        "num_blocks_per_stage": num_blocks_per_stage,
-        "dims": 3,
-        "spatial_upsample": True,
-        "temporal_upsample": False,
-        "spatial_scale": 2.0,
-        "rational_resampler": False,
+        "_class_name": "LatentUpsampler", "in_channels": in_channels, "mid_channels": mid_channels,
+        "num_blocks_per_stage": num_blocks_per_stage, "dims": 3, "spatial_upsample": True, "temporal_upsample": False,
+        "spatial_scale": 2.0, "rational_resampler": False,
     }
 
 
@@ -112,60 +85,33 @@ def video_vae_section(*, latent_channels: int, base_channels: int, layers: list[
         return listed
 
     return {
-        "_class_name": "CausalVideoAutoencoder",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": latent_channels,
-        "encoder_blocks": blocks(_ENCODER_STAGES),
-        "decoder_blocks": blocks(_DECODER_STAGES),
-        "patch_size": 4,
-        "causal_decoder": False,
-        "timestep_conditioning": False,
-        "decoder_base_channels": base_channels,
-        "spatial_padding_mode": "zeros",
+        "_class_name": "CausalVideoAutoencoder", "in_channels": 3, "out_channels": 3,
+        "latent_channels": latent_channels, "encoder_blocks": blocks(_ENCODER_STAGES),
+        "decoder_blocks": blocks(_DECODER_STAGES), "patch_size": 4, "causal_decoder": False,
+        "timestep_conditioning": False, "decoder_base_channels": base_channels, "spatial_padding_mode": "zeros",
     }
 
 
 def transformer_section(
     *, channels: int, heads: int, head_dim: int, audio_channels: int, audio_head_dim: int, layers: int,
     caption_channels: int, connector_layers: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The section that describes the transformer and the connectors; the keys of the published header that matter."""
     return {
-        "_class_name": "AVTransformer3DModel",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "attention_head_dim": head_dim,
-        "num_attention_heads": heads,
-        "cross_attention_dim": heads * head_dim,
-        "caption_channels": caption_channels,
-        "in_channels": channels,
-        "out_channels": channels,
-        "norm_eps": 1e-06,
-        "num_layers": layers,
-        "qk_norm": "rms_norm",
-        "positional_embedding_theta": 10000.0,
-        "positional_embedding_max_pos": [20, 2048, 2048],
-        "timestep_scale_multiplier": 1000,
-        "av_ca_timestep_scale_multiplier": 1000.0,
-        "audio_num_attention_heads": heads,
-        "audio_attention_head_dim": audio_head_dim,
-        "audio_out_channels": audio_channels,
-        "audio_cross_attention_dim": heads * audio_head_dim,
-        "audio_positional_embedding_max_pos": [20],
-        "connector_attention_head_dim": head_dim,
-        "connector_num_attention_heads": heads,
-        "connector_num_layers": connector_layers,
-        "connector_positional_embedding_max_pos": [4096],
-        "connector_num_learnable_registers": 128,
-        "apply_gated_attention": True,
-        "connector_apply_gated_attention": True,
-        "caption_proj_before_connector": True,
-        "audio_connector_attention_head_dim": audio_head_dim,
-        "audio_connector_num_attention_heads": heads,
-        "cross_attention_adaln": True,
-        "rope_type": "split",
-        "frequencies_precision": "float64",
+        "_class_name": "AVTransformer3DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
+        "attention_head_dim": head_dim, "num_attention_heads": heads, "cross_attention_dim": heads * head_dim,
+        "caption_channels": caption_channels, "in_channels": channels, "out_channels": channels, "norm_eps": 1e-06,
+        "num_layers": layers, "qk_norm": "rms_norm", "positional_embedding_theta": 10000.0,
+        "positional_embedding_max_pos": [20, 2048, 2048], "timestep_scale_multiplier": 1000,
+        "av_ca_timestep_scale_multiplier": 1000.0, "audio_num_attention_heads": heads,
+        "audio_attention_head_dim": audio_head_dim, "audio_out_channels": audio_channels,
+        "audio_cross_attention_dim": heads * audio_head_dim, "audio_positional_embedding_max_pos": [20],
+        "connector_attention_head_dim": head_dim, "connector_num_attention_heads": heads,
+        "connector_num_layers": connector_layers, "connector_positional_embedding_max_pos": [4096],
+        "connector_num_learnable_registers": 128, "apply_gated_attention": True,
+        "connector_apply_gated_attention": True, "caption_proj_before_connector": True,
+        "audio_connector_attention_head_dim": audio_head_dim, "audio_connector_num_attention_heads": heads,
+        "cross_attention_adaln": True, "rope_type": "split", "frequencies_precision": "float64",
     }
 
 
@@ -181,7 +127,7 @@ PRODUCTION_SECTIONS: dict[str, Any] = {
         generator_section(512, [6, 5, 2, 2, 2], [12, 11, 4, 4, 4], [3, 7, 11], [[1, 3, 5]] * 3),
         hop=80, n_fft=512, mels=64,
     ),
-}  # fmt: skip
+}
 PRODUCTION_UPSAMPLER = upsampler_section(in_channels=128, mid_channels=1024, num_blocks_per_stage=4)
 
 DEMO_SECTIONS: dict[str, Any] = {
@@ -196,8 +142,9 @@ DEMO_SECTIONS: dict[str, Any] = {
         generator_section(32, [6, 5, 2, 2, 2], [12, 11, 4, 4, 4], [3, 7, 11], [[1, 3, 5]] * 3),
         hop=80, n_fft=512, mels=64,
     ),
-}  # fmt: skip
+}
 DEMO_UPSAMPLER = upsampler_section(in_channels=16, mid_channels=64, num_blocks_per_stage=1)
+# fmt: on
 
 
 def write_official_demo(folder: Path, demo: Any) -> dict[str, Path]:

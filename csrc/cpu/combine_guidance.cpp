@@ -5,22 +5,9 @@
 
 LTXK_CPU_BEGIN
 
-struct CombineGuidance {
-    const void* cond;
-    const void* uncond;  // null branches are not read
-    const void* perturbed;
-    const void* isolated;
-    void* out;
-    i64 type, size;
-    double cfg, stg, modality;  // factors of (cond - branch)
-    double rescale;
-};
+#include "ltxkern/combine_guidance_parameters.cuh"
 
 constexpr i64 kChunk = kTypedChunk;
-
-struct GuidanceMoments {
-    double cond_mean, cond_m2, mean, m2;
-};
 
 template <class C>
 static void add_branch(const void* branch, const CombineGuidance& p, double factor, i64 first, i64 count, const C* cond, C* total) {
@@ -58,9 +45,9 @@ static void moments(const C* values, i64 count, double& mean, double& m2) {
     m2 = squares;
 }
 
-static double deviation_ratio(const std::vector<GuidanceMoments>& partials, i64 size) {
+static double deviation_ratio(const std::vector<GuidancePartial>& partials, i64 size) {
     double count = 0, cond_mean = 0, cond_m2 = 0, mean = 0, m2 = 0;
-    for (const GuidanceMoments& partial : partials) {
+    for (const GuidancePartial& partial : partials) {
         double more = static_cast<double>(size) - count < kChunk ? static_cast<double>(size) - count : kChunk;
         double share = more / (count + more), cond_delta = partial.cond_mean - cond_mean, delta = partial.mean - mean;
         cond_mean += cond_delta * share;
@@ -80,12 +67,12 @@ static void combine_guidance(const void* parameters, int threads) {
     auto size = [&](i64 index) { return p.size - index * kChunk < kChunk ? p.size - index * kChunk : kChunk; };
     C factor = 1;
     if (p.rescale != 0.0) {
-        std::vector<GuidanceMoments> partials(static_cast<std::size_t>(chunks));
+        std::vector<GuidancePartial> partials(static_cast<std::size_t>(chunks));
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (i64 index = 0; index < chunks; ++index) {
             alignas(64) C buffer[kChunk], total[kChunk];
             const C* cond = combine(p, index * kChunk, size(index), buffer, total);
-            GuidanceMoments& into = partials[index];
+            GuidancePartial& into = partials[index];
             moments(cond, size(index), into.cond_mean, into.cond_m2);
             moments(total, size(index), into.mean, into.m2);
         }

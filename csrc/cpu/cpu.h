@@ -28,6 +28,9 @@
 #define LTXK_ISA_VALUE ltxk::Isa::kBase
 #endif
 
+// Methods of the parameter structs, which the device code shares.
+#define LTXK_DEVICE inline
+
 // LTXK_CPU_KERNEL("group_norm_silu<bf16>", run<bf16>): `run` takes (const void* parameters, int threads).
 #define LTXK_CPU_KERNEL(name, ...) \
     static const ltxk::RegisterCpu LTXK_JOIN(register_, __COUNTER__)( \
@@ -39,6 +42,8 @@
 LTXK_CPU_BEGIN
 
 using i64 = std::int64_t;
+using u64 = std::uint64_t;
+
 
 struct bf16 {
     std::uint16_t bits;

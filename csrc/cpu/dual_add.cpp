@@ -3,14 +3,7 @@
 
 LTXK_CPU_BEGIN
 
-struct DualAdd {
-    const void* x;
-    const void* first;
-    const void* second;
-    void* out_first;
-    void* out_second;
-    i64 size;
-};
+#include "ltxkern/dual_add_parameters.cuh"
 
 constexpr i64 kSpan = 4096, kPart = 4 * kLanes;
 

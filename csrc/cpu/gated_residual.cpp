@@ -6,14 +6,7 @@
 
 LTXK_CPU_BEGIN
 
-// As in include/ltxkern/gated_residual.cuh.
-struct GatedResidual {
-    RowOperand x, y, gate;
-    RowIndex index;
-    i64 gate_column;
-    void* out;
-    i64 rows, inner, width;
-};
+#include "ltxkern/gated_residual_parameters.cuh"
 
 // Elements [first, first + count) of a row.
 template <class T>

@@ -9,17 +9,7 @@
 
 LTXK_CPU_BEGIN
 
-struct GroupNormSilu {
-    const void* x;
-    void* out;
-    const void* residual;
-    const void* weight;
-    const void* bias;
-    const void* conv_bias;
-    i64 weight_type, bias_type, conv_bias_type;
-    i64 samples, channels, group_channels, positions, channels_last;
-    double eps;
-};
+#include "ltxkern/group_norm_silu_parameters.cuh"
 
 struct Partial {
     double count, mean, m2;

@@ -7,24 +7,14 @@
 
 LTXK_CPU_BEGIN
 
-struct NormalizeNoise {
-    const void* x;
-    void* out;      // null: only statistics
-    double* stats;  // [slice]: count, mean, M2; null: only the standardised values
-    i64 type, slices, length;
-    i64 whole;  // 1: one value anywhere that is not finite makes everything NaN
-};
+#include "ltxkern/normalize_noise_parameters.cuh"
 
 constexpr i64 kChunk = kTypedChunk;
 
-// The mean is relative to the slice's first value, its origin: of a mean of many deviations one double holds too few digits.
-struct NoiseMoments {
-    double mean, m2;
-};
-
+// Means are relative to the slice's first value, its origin: of a mean of many deviations one double holds too few digits.
 struct NoiseSlice {
     double origin;  // kept, as the values may be written over while others still need them
-    NoiseMoments moments;
+    NoisePartial moments;
 };
 
 struct NoiseSums {
@@ -58,7 +48,7 @@ static NoiseSums sums_about(const double* v, i64 count, double pivot) {
 
 // One pass, about the first value. That costs 1 + (distance / deviation)^2 roundings of the squares: where the first value lies more
 // than eight deviations from the mean, the sums are taken once more, about the mean.
-static NoiseMoments chunk_moments(const void* x, i64 type, i64 first, i64 count, double origin) {
+static NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 count, double origin) {
     alignas(64) double buffer[kChunk];
     buffer[0] = 0.0;
     const double* v = as_compute(x, type, first, count, buffer);
@@ -77,7 +67,7 @@ static double element(const void* x, i64 type, i64 at) {
     return *as_compute(x, type, at, 1, one);
 }
 
-static NoiseMoments slice_moments(const NoiseMoments* partials, i64 chunks, i64 length) {
+static NoisePartial slice_moments(const NoisePartial* partials, i64 chunks, i64 length) {
     auto size = [&](i64 i) { return static_cast<double>(length - i * kChunk < kChunk ? length - i * kChunk : kChunk); };
     double pivot = partials[0].mean, shifted = 0.0, m2 = 0.0;
     for (i64 i = 0; i < chunks; ++i) shifted += (partials[i].mean - pivot) * size(i);
@@ -105,7 +95,7 @@ static void standardise_chunk(const NormalizeNoise& p, i64 first, i64 count, con
 static void normalize_noise(const void* parameters, int threads) {
     const NormalizeNoise& p = *static_cast<const NormalizeNoise*>(parameters);
     i64 chunks = (p.length + kChunk - 1) / kChunk, tasks = p.slices * chunks;
-    std::vector<NoiseMoments> partials(static_cast<std::size_t>(tasks));
+    std::vector<NoisePartial> partials(static_cast<std::size_t>(tasks));
     std::vector<NoiseSlice> slices(static_cast<std::size_t>(p.slices));
     auto locate = [&](i64 task, i64& first, i64& count) {
         i64 inside = task % chunks * kChunk;
@@ -123,7 +113,7 @@ static void normalize_noise(const void* parameters, int threads) {
         }
 #pragma omp for schedule(static) reduction(&& : finite)
         for (i64 s = 0; s < p.slices; ++s) {
-            NoiseMoments all = slice_moments(partials.data() + s * chunks, chunks, p.length);
+            NoisePartial all = slice_moments(partials.data() + s * chunks, chunks, p.length);
             slices[s] = {element(p.x, p.type, s * p.length), all};
             finite = finite && all.m2 - all.m2 == 0.0;
             if (p.stats) {

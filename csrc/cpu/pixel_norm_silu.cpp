@@ -5,14 +5,7 @@
 
 LTXK_CPU_BEGIN
 
-struct PixelNormSilu {
-    const void* x;
-    void* out;
-    const void* weight;
-    i64 weight_type;
-    i64 samples, channels, positions, channels_last;
-    double eps;
-};
+#include "ltxkern/pixel_norm_silu_parameters.cuh"
 
 // Channels summed in fp32 before they join the double total of their position. Without fused multiply-add each square is rounded too,
 // which long sums would show.

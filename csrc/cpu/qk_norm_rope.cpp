@@ -5,25 +5,7 @@
 
 LTXK_CPU_BEGIN
 
-struct QkTensor {
-    const void* x;
-    const void* weight;
-    void* out;
-    i64 weight_type, batch_stride, token_stride;
-};
-
-// As in include/ltxkern/qk_norm_rope.cuh, with the number of samples.
-struct QkNormRope {
-    QkTensor tensor[2];
-    const void* cos;
-    const void* sin;
-    i64 type, table_type;
-    i64 table_batch, table_head, table_token, table_pair;
-    i64 tokens, heads, pairs;
-    i64 interleaved;
-    double eps;
-    i64 batch;
-};
+#include "ltxkern/qk_norm_rope_parameters.cuh"
 
 // Tokens at a time. Tables may lie head by head, each far from the next: a block reads several tokens of one head in a row, where a
 // walk along one token would touch as many distant lines as there are heads, at strides that share the sets of a cache.

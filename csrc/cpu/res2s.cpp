@@ -6,7 +6,7 @@
 
 LTXK_CPU_BEGIN
 
-#include "include/ltxkern/res2s_parameters.cuh"
+#include "ltxkern/res2s_parameters.cuh"
 
 constexpr i64 kChunk = 256;
 

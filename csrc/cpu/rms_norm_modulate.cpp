@@ -5,19 +5,7 @@
 
 LTXK_CPU_BEGIN
 
-// As in include/ltxkern/rms_norm_modulate.cuh, with the number of rows.
-struct RmsNormModulate {
-    RowOperand x, y;
-    RowOperand scale, shift, gate;
-    RowIndex index;
-    const void* weight;
-    i64 weight_type;
-    void* summed;
-    void* out;
-    i64 inner, width;
-    double eps;
-    i64 rows;
-};
+#include "ltxkern/rms_norm_modulate_parameters.cuh"
 
 template <class T>
 static void modulate_rows(const RmsNormModulate& p, int threads) {

@@ -5,26 +5,8 @@
 
 LTXK_CPU_BEGIN
 
-// As in include/ltxkern/rows.cuh.
-struct RowOperand {
-    const void* data;
-    i64 type, outer_stride, inner_stride;
-
-    i64 row(i64 outer, i64 inner) const { return outer * outer_stride + inner * inner_stride; }
-};
-
-// As in include/ltxkern/rows.cuh; that every index names a row of the tables is checked before the call.
-struct RowIndex {
-    const void* data;
-    i64 bytes, count, outer_stride, inner_stride;
-
-    void find(i64& outer, i64& inner) const {
-        if (!data) return;
-        i64 at = outer * outer_stride + inner * inner_stride;
-        outer = 0;
-        inner = bytes == 8 ? static_cast<const i64*>(data)[at] : static_cast<const std::int32_t*>(data)[at];
-    }
-};
+// That every index names a row of the tables is checked before the call.
+#include "ltxkern/rows_parameters.cuh"
 
 // A row of any length in fp32: a pointer to it where it is fp32 already, else into `buffer`.
 inline const float* row_values(const void* base, i64 type, i64 at, i64 width, float* buffer) {

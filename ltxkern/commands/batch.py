@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
 # What no result depends on; a CFG group gives the bits of one process.
-_OUTPUT_ONLY = (
-    *("run", "parser", "command", "quiet", "verbose", "config", "output", "prompts"),
-    *("ray", "workers", "cfg_parallel_size"),
-)
+_OUTPUT_ONLY = (*parallel.OWN_AFFAIR, "prompts", "ray", "workers", "cfg_parallel_size")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -80,7 +77,14 @@ def _run_on_ranks(arguments: argparse.Namespace, job: parallel.Job) -> int:
     if job.ranks is not None:
         # The lead writes the manifest: nobody may read it later than all have read it.
         job.ranks.compare({"items to do": [item.name for item in todo]})
-    _run_here(arguments, job, todo, manifest)
+    if todo:
+        with Generator(arguments, job) as generator:
+            for item in todo:
+                outcome = generator.outcome(item)
+                if job.leads:
+                    _note(arguments, manifest, outcome)
+        if job.leads and not arguments.quiet:
+            parallel.report_traffic(generator.shared)
     job.finish()
     return _report(items, todo, manifest) if job.leads else 0
 
@@ -136,9 +140,9 @@ class Generator:
     def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
         self._arguments, self._job = arguments, job
         self.shared: CFGParallel | None = None
+        self._chosen = options.read_model_options(arguments)
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(options.backend_choice(arguments))
-        self._pipeline = self._stack.enter_context(options.open_pipeline(arguments))
+        self._pipeline = self._stack.enter_context(self._chosen.open())
 
     def __enter__(self) -> Generator:
         return self
@@ -146,29 +150,27 @@ class Generator:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __call__(self, item: Item) -> Path:
-        """Generate an item and write it beside the others; only the lead writes.
+    def outcome(self, item: Item) -> Outcome:
+        """What became of an item; an error that concerns it alone is its outcome."""
+        from ltxkern.commands.batch_items import attempt, digest
 
-        Raises:
-            ValueError, TypeError, ArithmeticError, OSError: what concerns this item.
-        """
-        asked, request, _ = options.checked_request(item_arguments(self._arguments, item.options))
+        wanted = digest(item, settings(self._arguments))
+        return attempt(item, wanted, self._generate, _collected(self._job.ranks is not None))
+
+    def _generate(self, item: Item) -> Path:
+        """Generate an item and write it beside the others; only the lead writes."""
+        request = options.read_request(item_arguments(self._arguments, item.options), self._chosen)
         if not request.prompts()[0].strip():
             raise ValueError("prompt is missing")
-        self._share(request)
+        if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
+            # All ranks of the job take part in every item; those beyond its branches idle.
+            self.shared = self._job.share(self._pipeline, request, self._job.size, self._arguments.stage2_parallel)
         kind = self._arguments.format
         output = Path(self._arguments.output).expanduser() / f"{item.name}{FORMATS[kind]}"
-        result = self._pipeline(**asked, output_type="latents" if kind == "latents" else "stream")
+        result = self._pipeline.generate(request, output_type="latents" if kind == "latents" else "stream")
         if self._job.leads:
             result.save(output)
         return output
-
-    def _share(self, request: Any) -> None:
-        """All ranks of the job take part in every item; those beyond its branches idle."""
-        if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
-            self.shared = self._job.share(
-                self._pipeline, request, None, self._job.size, self._arguments.stage2_parallel
-            )
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,7 @@ class MakeWorker:
 
     def __call__(self, placement: Placement) -> Callable[[Item], Outcome]:
         """Load the model, meet the other ranks of the group, and return what runs an item."""
-        arguments = argparse.Namespace(**self.arguments)
-        generator = Generator(arguments, _meet(placement))
-        return lambda item: _outcome(arguments, item, generator)
+        return Generator(argparse.Namespace(**self.arguments), _meet(placement)).outcome
 
 
 def _meet(placement: Placement) -> parallel.Job:
@@ -203,30 +203,9 @@ def _meet(placement: Placement) -> parallel.Job:
 
 def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
     """Errors that concern one item. On several ranks only those that all of them raise: after another one they are out of step."""
-    from ltxkern.dispatch import BackendError
     from ltxkern.pipeline.parallel.ranks import BranchError
 
-    if several_ranks:
-        return (BranchError, ValueError)
-    return (BranchError, ValueError, TypeError, OSError, ArithmeticError, BackendError, RuntimeError)
-
-
-def _outcome(arguments: argparse.Namespace, item: Item, generator: Generator) -> Outcome:
-    from ltxkern.commands.batch_items import attempt, digest
-
-    return attempt(item, digest(item, settings(arguments)), generator, _collected(generator._job.ranks is not None))
-
-
-def _run_here(arguments: argparse.Namespace, job: parallel.Job, todo: list[Item], manifest: Manifest) -> None:
-    if not todo:
-        return
-    with Generator(arguments, job) as generator:
-        for item in todo:
-            outcome = _outcome(arguments, item, generator)
-            if job.leads:
-                _note(arguments, manifest, outcome)
-        if job.leads and not arguments.quiet:
-            parallel.report_traffic(generator.shared)
+    return (BranchError, ValueError) if several_ranks else (BranchError, RuntimeError, *options.expected_errors())
 
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:

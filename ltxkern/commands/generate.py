@@ -6,9 +6,13 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltxkern.commands import options, parallel
+
+if TYPE_CHECKING:
+    from ltxkern.pipeline.run.request import GenerationRequest
+    from ltxkern.pipeline.sampling.latents import Geometry
 
 DEMO_NOTE = (
     "The demo model has random weights: its pictures are coloured noise and its sound is hiss. "
@@ -48,24 +52,24 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
 
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
-    asked, request, geometry = options.checked_request(arguments)
+    chosen = options.read_model_options(arguments)
+    request = options.read_request(arguments, chosen)
     if arguments.dry_run:
         if job.leads:
-            print(describe(request, geometry))
+            print(describe(request, chosen.model.geometry))
         return 0
-    kind = writable_output(arguments.output, result_bytes(request, geometry, arguments.output))
-    if arguments.model == "demo":
+    kind = writable_output(arguments.output, result_bytes(request, chosen.model.geometry, arguments.output))
+    if chosen.model.is_demo:
         if job.leads:
             print(DEMO_NOTE, file=sys.stderr)
-    elif Path(arguments.model).expanduser().exists() and not arguments.no_plan:
-        options.make_plan(arguments, request).check()
-    quiet = arguments.quiet or not job.leads
-    with options.backend_choice(arguments), Bars(quiet) as bars, options.open_pipeline(arguments) as pipeline:
-        shared = job.share(pipeline, request, geometry, arguments.cfg_parallel_size, arguments.stage2_parallel)
+    elif chosen.model.path is not None and not arguments.no_plan:
+        chosen.plan(request).check()
+    with Bars(arguments.quiet or not job.leads) as bars, chosen.open() as pipeline:
+        shared = job.share(pipeline, request, arguments.cfg_parallel_size, arguments.stage2_parallel)
         if shared is not None or job.leads:
-            output = pipeline(**asked, output_type="latents" if kind == "latents" else "stream", progress=bars)
+            output = pipeline.generate(request, output_type="latents" if kind == "latents" else "stream", progress=bars)
         if job.leads:
-            output.save(arguments.output, progress=bars.frames(asked["num_frames"]))
+            output.save(arguments.output, progress=bars.frames(request.num_frames))
     job.finish()
     if job.leads:
         if not arguments.quiet:
@@ -74,32 +78,32 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     return 0
 
 
-def result_bytes(request: Any, geometry: Any, output: str) -> int:
+def result_bytes(request: GenerationRequest, geometry: Geometry, output: str) -> int:
     """About what the result takes on disk: latents exactly, PNG frames of noise at worst, an mp4 at a tenth of that."""
     from ltxkern.pipeline.results.atomic import output_kind
 
-    last = request.plan(geometry)[-1]
+    last = request.stages(geometry)[-1]
     if output_kind(output) == "latents":
         return 4 * (math.prod(last.video.dims()) + math.prod(last.audio.dims()))
     frames = 3 * request.num_frames * request.height * request.width
     return frames if output_kind(output) == "frames" else frames // 10
 
 
-def describe(request: Any, geometry: Any) -> str:
-    """The resolved plan of a request, as text."""
+def describe(request: GenerationRequest, geometry: Geometry) -> str:
+    """The stages of a request and its guidance, as text."""
     guidance = request.guidance(geometry)
     lines = [
         f"pipeline {request.preset.name}, seed {request.seed}, {request.num_frames} frames at {request.frame_rate:g} fps"
     ]
     for image in request.images:
         lines.append(f"image {image.path} at frame {image.frame}, strength {image.strength:g}, crf {image.crf}")
-    for plan in request.plan(geometry):
+    for stage in request.stages(geometry):
         lines += [
-            f"{plan.name}: {plan.height}x{plan.width}, {plan.sampler}, {len(plan.sigmas) - 1} steps",
-            f"  video latent {plan.video.dims()}, {plan.video.tokens} tokens",
-            f"  audio latent {plan.audio.dims()}, {plan.audio.tokens} tokens",
-            f"  {plan.evaluations} evaluations x {plan.branches} branches = {plan.forwards} forwards",
-            "  sigmas " + " ".join(f"{sigma:.6g}" for sigma in plan.sigmas),
+            f"{stage.name}: {stage.height}x{stage.width}, {stage.sampler}, {len(stage.sigmas) - 1} steps",
+            f"  video latent {stage.video.dims()}, {stage.video.tokens} tokens",
+            f"  audio latent {stage.audio.dims()}, {stage.audio.tokens} tokens",
+            f"  {stage.evaluations} evaluations x {stage.branches} branches = {stage.forwards} forwards",
+            "  sigmas " + " ".join(f"{sigma:.6g}" for sigma in stage.sigmas),
         ]
     lines.append(f"guidance video {guidance.video}")
     lines.append(f"guidance audio {guidance.audio}")

@@ -1,16 +1,25 @@
-"""Options that several commands share, and the request and pipeline that they describe."""
+"""Options that several commands share, and what they ask for: the model, found once, and the request."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DEMO_DEFAULTS = {"height": 128, "width": 192, "num_frames": 25}
-DEVICE_MODES = ("auto", "resident", "snapshot", "inplace", "original")
+if TYPE_CHECKING:
+    import torch
+
+    from ltxkern.pipeline.files.found import FoundModel
+    from ltxkern.pipeline.generator import HQTwoStagePipeline
+    from ltxkern.pipeline.planning.plan import Plan
+    from ltxkern.pipeline.run.request import GenerationRequest, Preset
+
+DEMO_SIZES = {"height": 128, "width": 192, "num_frames": 25}
 GUIDANCE = {
     "cfg": "classifier-free guidance; 1 switches it off",
     "stg": "spatio-temporal guidance; 0 switches it off",
@@ -86,7 +95,162 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-batch-size", type=int, default=1, help="guidance branches per forward (default 1)")
 
 
-def split_suffix(text: str, kind: str) -> tuple[str, float]:
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, where it computes and how: the model options, checked and resolved; nothing is loaded."""
+
+    model: FoundModel
+    preset: Preset
+    device: torch.device
+    dtype: torch.dtype
+    device_mode: str
+    backends: tuple[str, ...]
+    loras: tuple[tuple[str, float], ...]
+    distilled_lora: str | None
+    distilled_strengths: tuple[float, float]
+    embedding_cache: str | bool
+
+    @property
+    def lora_files(self) -> list[str]:
+        """Every LoRA file that is named."""
+        files = [path for path, _ in self.loras]
+        return files if self.distilled_lora is None else [*files, self.distilled_lora]
+
+    def plan(self, request: GenerationRequest, *, device_free: int | None = None, host_free: int | None = None) -> Plan:
+        """What a request needs on the device that would be used; free bytes are measured where None."""
+        from ltxkern.pipeline.planning.plan import plan
+
+        return plan(
+            self.model,
+            request,
+            device=self.device,
+            dtype=self.dtype,
+            mode=self.device_mode,
+            device_free=device_free,
+            host_free=host_free,
+            loras=self.lora_files or None,
+        )
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[HQTwoStagePipeline]:
+        """The pipeline, in the context of the backends that --backend names."""
+        from ltxkern.pipeline.generator import HQTwoStagePipeline
+
+        with (
+            _backend_choice(self.backends),
+            HQTwoStagePipeline.from_pretrained(
+                self.model,
+                device=self.device,
+                dtype=self.dtype,
+                preset=self.preset.name,
+                device_mode=self.device_mode,
+                loras=self.loras,
+                distilled_lora=self.distilled_lora,
+                distilled_strengths=self.distilled_strengths,
+                embedding_cache=self.embedding_cache,
+            ) as pipeline,
+        ):
+            yield pipeline
+
+
+def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """Find the model and resolve everything beside it.
+
+    Raises:
+        ValueError: the first option that cannot be served.
+    """
+    from ltxkern.dispatch import backend_names
+    from ltxkern.pipeline.files.found import FoundModel
+    from ltxkern.pipeline.memory.modes import MODES
+    from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
+
+    preset = find_preset(arguments.pipeline)
+    given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)
+    first, second = (
+        default if value is None else value for value, default in zip(given, preset.distilled_strengths, strict=True)
+    )
+    loras = tuple(_with_strength(text) for text in arguments.lora)
+    for strength in (first, second):
+        require_strength("distilled LoRA", strength)
+    for path, strength in loras:
+        require_strength(f"lora {path}", strength)
+    for name in ("upsampler", "text_encoder"):
+        part = getattr(arguments, name)
+        if part is not None and "/" not in part.strip("./") and not Path(part).expanduser().exists():
+            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {part}")
+    modes = ("auto", *MODES)
+    if arguments.device_mode not in modes:
+        raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
+    backends = tuple(backend_names(arguments.backend, "backend")) if arguments.backend else ()
+    with _backend_choice(backends):
+        pass  # refuses a backend that cannot run here
+    model = FoundModel.of(arguments.model, upsampler=arguments.upsampler, text_encoder=arguments.text_encoder)
+    device = find_device(arguments.device)
+    found = ModelOptions(
+        model=model,
+        preset=preset,
+        device=device,
+        dtype=_find_dtype(arguments.dtype or ("fp32" if model.is_demo and device.type == "cpu" else "bf16")),
+        device_mode=arguments.device_mode,
+        backends=backends,
+        loras=loras,
+        distilled_lora=arguments.distilled_lora,
+        distilled_strengths=(first, second),
+        embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
+    )
+    _check_loras(found)
+    return found
+
+
+def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> GenerationRequest:
+    """What to generate, checked against the model.
+
+    Raises:
+        ValueError, TypeError: the first option that cannot be served.
+    """
+    from ltxkern.pipeline.run.request import GenerationRequest
+
+    # Options that bear a field's name; what was not given keeps the request's default.
+    named = {field.name: getattr(arguments, field.name, None) for field in fields(GenerationRequest)}
+    given = {name: value for name, value in named.items() if value is not None}
+    sizes = DEMO_SIZES if chosen.model.is_demo else {}
+    request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**sizes, **given})
+    if arguments.image_crf is not None:
+        request = replace(request, images=[replace(image, crf=arguments.image_crf) for image in request.images])
+    scales = request.guidance(chosen.model.geometry)
+    for modality in ("video", "audio"):
+        changes = _guidance_changes(arguments, modality)
+        if changes:
+            request = replace(request, **{f"{modality}_guidance": replace(getattr(scales, modality), **changes)})
+    request.validate(chosen.model.geometry)
+    return request
+
+
+def _guidance_changes(arguments: argparse.Namespace, modality: str) -> dict[str, Any]:
+    """The scales of one modality that were given."""
+    given = {name: getattr(arguments, f"{modality}_{name}_scale") for name in GUIDANCE}
+    given["skip_step"] = getattr(arguments, f"{modality}_skip_step")
+    listed = getattr(arguments, f"{modality}_stg_blocks")
+    if listed is not None:
+        try:
+            given["stg_blocks"] = tuple(int(part) for part in str(listed).split(",") if part.strip())
+        except ValueError as error:
+            raise ValueError(
+                f"{modality}-stg-blocks must be whole numbers separated by commas, got {listed!r}"
+            ) from error
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _find_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def _with_strength(text: str) -> tuple[str, float]:
     """ "PATH[:STRENGTH]" as path and strength; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
     if Path(text).exists() or not colon:
@@ -97,157 +261,34 @@ def split_suffix(text: str, kind: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def resolve_defaults(arguments: argparse.Namespace) -> None:
-    """Fill sizes that were not given: the demo's small ones, or the published ones."""
-    defaults = DEMO_DEFAULTS if arguments.model == "demo" else {"height": 1088, "width": 1920, "num_frames": 121}
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-
-
-def guidance(arguments: argparse.Namespace, modality: str, default: Any, blocks: int) -> Any:
-    """Scales of one modality: the preset's, changed by the options that were given; None where none was."""
-    from dataclasses import replace
-
-    changes: dict[str, Any] = {}
-    for name in GUIDANCE:
-        value = getattr(arguments, f"{modality}_{name}_scale")
-        if value is not None:
-            changes[name] = value
-    if getattr(arguments, f"{modality}_skip_step") is not None:
-        changes["skip_step"] = getattr(arguments, f"{modality}_skip_step")
-    listed = getattr(arguments, f"{modality}_stg_blocks")
-    if listed is not None:
-        try:
-            changes["stg_blocks"] = tuple(int(part) for part in str(listed).split(",") if part.strip())
-        except ValueError as error:
-            raise ValueError(
-                f"{modality}-stg-blocks must be whole numbers separated by commas, got {listed!r}"
-            ) from error
-    if not changes:
-        return None
-    from ltxkern.pipeline.run.request import scale_blocks
-
-    moved = scale_blocks(default, blocks)
-    assert moved is not None
-    return replace(moved, **changes)
-
-
-def request_arguments(arguments: argparse.Namespace, geometry: Any) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call (and of `GenerationRequest`, less the preset)."""
-    from dataclasses import replace
-
-    from ltxkern.pipeline.run.request import find_preset, image_conditions
-
-    preset = find_preset(arguments.pipeline)
-    images = image_conditions(arguments.image)
-    if arguments.image_crf is not None:
-        images = tuple(replace(image, crf=arguments.image_crf) for image in images)
-    result = {
-        "prompt": arguments.prompt or "",
-        "images": images,
-        "seed": arguments.seed,
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_frames": arguments.num_frames,
-        "frame_rate": arguments.frame_rate,
-        "steps": arguments.steps,
-        "eta": arguments.eta,
-        "audio_source": arguments.audio_source,
-        "max_batch_size": arguments.max_batch_size,
-        "video_guidance": guidance(arguments, "video", preset.guidance.video, geometry.blocks),
-        "audio_guidance": guidance(arguments, "audio", preset.guidance.audio, geometry.blocks),
-    }
-    if arguments.negative_prompt is not None:
-        result["negative_prompt"] = arguments.negative_prompt
-    return result
-
-
-def strengths(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Distilled strengths of both stages: given, or the preset's."""
-    from ltxkern.pipeline.run.request import find_preset
-
-    defaults = find_preset(arguments.pipeline).distilled_strengths
-    given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)
-    first, second = (default if value is None else value for value, default in zip(given, defaults, strict=True))
-    return first, second
-
-
-def find_dtype(arguments: argparse.Namespace) -> Any:
-    """The torch dtype that --dtype names."""
-    import torch
-
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if arguments.dtype is None:
-        on_cpu = not torch.cuda.is_available() if arguments.device is None else str(arguments.device) == "cpu"
-        return torch.float32 if arguments.model == "demo" and on_cpu else torch.bfloat16
-    if arguments.dtype not in names:
-        raise ValueError(f"dtype must be one of {', '.join(names)}, got {arguments.dtype!r}")
-    return names[arguments.dtype]
-
-
-def check_files(arguments: argparse.Namespace) -> None:
-    """Refuse, from headers alone, paths that do not exist and LoRAs that fit nothing of the model."""
-    from ltxkern.pipeline.files.checkpoint import component_config, find_model
+def _check_loras(chosen: ModelOptions) -> None:
+    """Refuse, from headers alone, LoRA files that do not exist or fit nothing of the model."""
     from ltxkern.pipeline.files.lora_file import check_lora_file
     from ltxkern.pipeline.model.components import build
 
-    for name in ("upsampler", "text_encoder"):
-        given = getattr(arguments, name)
-        if given is not None and "/" not in given.strip("./") and not Path(given).expanduser().exists():
-            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {given}")
-    files = [split_suffix(text, "lora")[0] for text in arguments.lora]
-    for path in files:
-        _require_file("lora", path)
-    if arguments.distilled_lora is not None:
-        _require_file("distilled-lora", arguments.distilled_lora)
-        files.append(arguments.distilled_lora)
-    if not files:
-        return
-    if arguments.model == "demo":
-        from ltxkern.pipeline.files.demo import DEMO_CONFIGS
-
-        config = DEMO_CONFIGS["transformer"]
-    elif Path(arguments.model).expanduser().exists():
-        config = dict(component_config(find_model(arguments.model), "transformer"))
-    else:
-        config = None
-    transformer = None if config is None else build("transformer", config)
-    for path in files:
-        check_lora_file(path, transformer=transformer)
+    for path in chosen.lora_files:
+        if not Path(path).expanduser().is_file():
+            name = "distilled-lora" if path == chosen.distilled_lora else "lora"
+            raise ValueError(f"{name}: there is no file {path}")
+    if chosen.lora_files:
+        config = chosen.model.config("transformer")
+        transformer = None if config is None else build("transformer", config)
+        for path in chosen.lora_files:
+            check_lora_file(path, transformer=transformer)
 
 
-def _require_file(name: str, path: str) -> None:
-    if not Path(path).expanduser().is_file():
-        raise ValueError(f"{name}: there is no file {path}")
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
+    from ltxkern.dispatch import BackendError
+
+    return (ValueError, TypeError, OSError, ArithmeticError, BackendError)
 
 
-def open_pipeline(arguments: argparse.Namespace) -> Any:
-    """The pipeline that the model options describe."""
-    from ltxkern.pipeline.generator import HQTwoStagePipeline
+def _backend_choice(names: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+    """The context in which ops run: free choice, or the named backends."""
+    from ltxkern.dispatch import use_backend
 
-    return HQTwoStagePipeline.from_pretrained(
-        arguments.model,
-        device=arguments.device,
-        dtype=find_dtype(arguments),
-        preset=arguments.pipeline,
-        device_mode=arguments.device_mode,
-        loras=[split_suffix(text, "lora") for text in arguments.lora],
-        distilled_lora=arguments.distilled_lora,
-        distilled_strengths=strengths(arguments),
-        upsampler=arguments.upsampler,
-        text_encoder=arguments.text_encoder,
-        embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
-    )
-
-
-def backend_choice(arguments: argparse.Namespace) -> AbstractContextManager[None]:
-    """The context in which ops run: free choice, or the backends that --backend names."""
-    from ltxkern.dispatch import backend_names, use_backend
-
-    if not arguments.backend:
-        return nullcontext()
-    return use_backend(*backend_names(arguments.backend, "backend"))
+    return use_backend(*names) if names else contextlib.nullcontext()
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
@@ -290,6 +331,8 @@ def _config_value(action: argparse.Action, key: str, value: Any, path: str) -> A
         return None
     if isinstance(value, list) and action.type is None:
         return ",".join(str(_typed(int, key, item, path)) for item in value)
+    if action.type not in (None, int, float):
+        return str(value)  # argparse reads a default that is a text as it reads the command line
     if action.type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return _typed(str if action.type is None else action.type, key, value, path)
@@ -300,61 +343,3 @@ def _typed(kind: Any, key: str, value: Any, path: str) -> Any:
         names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
         raise ValueError(f"config {path}: {key} must be {names[kind]}, got {value!r}")
     return value
-
-
-def model_geometry(arguments: argparse.Namespace) -> Any:
-    """Latent geometry of the model that --model names, from its headers; nothing is loaded."""
-    from ltxkern.pipeline.files.geometry import geometry_of
-
-    return geometry_of(arguments.model)
-
-
-def checked_request(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any, Any]:
-    """The pipeline's keyword arguments, the validated request and the model's geometry; nothing is loaded.
-
-    Raises:
-        ValueError, TypeError: the first option that cannot be served.
-    """
-    from ltxkern.pipeline.run.request import GenerationRequest, find_device, find_preset, require_strength
-
-    resolve_defaults(arguments)
-    preset = find_preset(arguments.pipeline)
-    geometry = model_geometry(arguments)
-    asked = request_arguments(arguments, geometry)
-    request = GenerationRequest(preset=preset, **asked)
-    request.validate(geometry)
-    for value in strengths(arguments):
-        require_strength("distilled LoRA", value)
-    for text in arguments.lora:
-        path, strength = split_suffix(text, "lora")
-        require_strength(f"lora {path}", strength)
-    check_files(arguments)
-    find_dtype(arguments)
-    find_device(arguments.device)
-    if arguments.device_mode not in DEVICE_MODES:
-        raise ValueError(f"device-mode must be one of {', '.join(DEVICE_MODES)}, got {arguments.device_mode!r}")
-    with backend_choice(arguments):
-        return asked, request, geometry
-
-
-def make_plan(arguments: argparse.Namespace, request: Any) -> Any:
-    """The memory plan of a request, for the device that would be used."""
-    import torch
-
-    from ltxkern.pipeline.planning.plan import plan
-
-    free = {name: getattr(arguments, f"{name}_gib", None) for name in ("device_free", "host_free")}
-    files = [split_suffix(text, "lora")[0] for text in arguments.lora]
-    if arguments.distilled_lora is not None:
-        files.append(arguments.distilled_lora)
-    return plan(
-        arguments.model,
-        request,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=find_dtype(arguments),
-        mode=arguments.device_mode,
-        loras=files or None,
-        upsampler=arguments.upsampler,
-        text_encoder=arguments.text_encoder,
-        **{name: int(value * 2**30) for name, value in free.items() if value is not None},
-    )

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltxkern.commands.options import expected_errors
+
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.parallel.ranks import Launch, Ranks
 
-_OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
+OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
 STAGE2_PARALLEL = ("none", "ulysses")
 
 logger = logging.getLogger(__name__)
@@ -51,9 +53,7 @@ class Job:
         """Whether this rank prints and writes."""
         return self.ranks is None or self.ranks.rank == 0
 
-    def share(
-        self, pipeline: Any, request: Any, geometry: Any, wanted: int | None, stage2: str = "none"
-    ) -> CFGParallel | None:
+    def share(self, pipeline: Any, request: Any, wanted: int | None, stage2: str = "none") -> CFGParallel | None:
         """Let the ranks of the job share out the pipeline's guidance branches, and with "ulysses" the tokens of stage 2.
 
         Returns:
@@ -70,7 +70,7 @@ class Job:
         if wanted is not None:
             degree = wanted
         else:
-            degree = self.size if by_tokens else min(self.size, request.plan(geometry)[0].branches)
+            degree = self.size if by_tokens else min(self.size, request.stages(pipeline.geometry)[0].branches)
         group = None if degree == self.size else dist.new_group(range(degree))
         if self.ranks.rank >= degree:
             return None
@@ -94,7 +94,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
         ValueError: options that contradict each other or the number of ranks.
         SystemExit: status 2, on every rank, where one of several failed.
     """
-    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, Ranks
+    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, RankError, Ranks
 
     launch = Launch.from_environment()
     if launch.size == 1:
@@ -104,6 +104,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
     if launch.rank != 0:
         logging.getLogger("ltxkern").setLevel(logging.ERROR)
     ranks: Ranks | None = None
+    spoken: tuple[type[BaseException], ...] = (RankError, *expected_errors())
     try:
         ranks = Ranks.meet(launch, backend=_claim_device(arguments, launch))
         try:
@@ -115,7 +116,7 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
             ranks.require_person(interrupt)
             raise
         _close(ranks)
-    except _spoken() as error:
+    except spoken as error:
         logger.info("rank %d left", launch.rank, exc_info=True)
         if ranks is None or ranks.reports:
             print(f"ltxkern: error: {error}", file=sys.stderr)
@@ -183,7 +184,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, object]:
 
     import ltxkern
 
-    facts: dict[str, object] = {name: value for name, value in vars(arguments).items() if name not in _OWN_AFFAIR}
+    facts: dict[str, object] = {name: value for name, value in vars(arguments).items() if name not in OWN_AFFAIR}
     for text in arguments.image:
         file = next((path for path in _prefixes(text) if path.is_file()), None)
         facts[f"content of {text}"] = "no file" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:16]
@@ -196,13 +197,6 @@ def _prefixes(text: str) -> Iterator[Path]:
     parts = text.split(":")
     for count in range(len(parts), 0, -1):
         yield Path(":".join(parts[:count])).expanduser()
-
-
-def _spoken() -> tuple[type[BaseException], ...]:
-    from ltxkern.dispatch import BackendError
-    from ltxkern.pipeline.parallel.ranks import RankError
-
-    return (RankError, ValueError, TypeError, OSError, ArithmeticError, BackendError)
 
 
 def _close(ranks: Ranks) -> None:

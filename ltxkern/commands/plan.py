@@ -26,23 +26,27 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run, parser=parser)
 
 
-def _gib(text: str) -> float:
-    """A finite number of GiB, 0 at least."""
+def _gib(text: str) -> int:
+    """Bytes of a finite number of GiB, 0 at least."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of GiB of at least 0, got {text!r}")
-    return value
+    return int(value * 2**30)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; status 2 with the nearest request that fits where this one does not."""
     from rich.console import Console
 
-    _, request, _ = options.checked_request(arguments)
-    made = options.make_plan(arguments, request)
+    chosen = options.read_model_options(arguments)
+    made = chosen.plan(
+        options.read_request(arguments, chosen),
+        device_free=arguments.device_free_gib,
+        host_free=arguments.host_free_gib,
+    )
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(made.table())

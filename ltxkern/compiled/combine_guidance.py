@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, contiguous, dense, hand_back, planned
-from ltxkern.compiled.steps import Argument, Call, Launch
-from ltxkern.compiled.tensors import PARAM_CODES, aligned16, ceil_div, param_code
+from ltxkern.compiled.programs import THREADS, program, workspace
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.tensors import PARAM_CODES, aligned16, param_code
+from ltxkern.layout import ceil_div, contiguous, dense, hand_back
+
+if TYPE_CHECKING:
+    from ltxkern.ops.combine_guidance import Arguments
 
 OUT, COND, UNCOND, PERTURBED, ISOLATED, WORKSPACE = (Argument(i) for i in range(6))
 ARGUMENTS = 6
@@ -44,53 +48,49 @@ class Case(NamedTuple):
         return ceil_div(self.size, self.chunk)
 
     @property
+    def workspace_bytes(self) -> int:
+        """The moments of each chunk."""
+        return PARTIAL_BYTES * self.chunks if self.rescale != 0.0 else 0
+
+    @property
     def double(self) -> bool:
         """Whether the arithmetic is fp64."""
         return self.type_code == PARAM_CODES[torch.float64]
 
 
+def _parameters(case: Case) -> dict[str, Parameter]:
+    cfg, stg, modality = case.factors
+    return {
+        **{"cond": COND, "uncond": UNCOND, "perturbed": PERTURBED, "isolated": ISOLATED, "out": OUT},
+        **{"type": case.type_code, "size": case.size, "cfg": cfg, "stg": stg, "modality": modality},
+        "rescale": case.rescale,
+    }
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Apply alone, or behind the moments where there is a rescale."""
-    branches = (COND, UNCOND, PERTURBED, ISOLATED, case.type_code, case.size, *case.factors)
     name = f"<{'double' if case.double else 'float'}, {case.vector}>"
     rescaled = case.rescale != 0.0
-    apply = (*branches, WORKSPACE if rescaled else None, OUT, case.chunk, case.chunks, case.rescale)
-    steps = [Launch(f"ltxk::guidance_apply{name}", (case.chunks,), threads, apply)]
-    if rescaled:
-        measure = (*branches, WORKSPACE, case.chunk)
-        steps.insert(0, Launch(f"ltxk::guidance_measure{name}", (case.chunks,), threads, measure))
-    return steps
+    partials = WORKSPACE if rescaled else None
+    parameters = {**_parameters(case), "partials": partials, "chunk": case.chunk, "chunks": case.chunks}
+    kernels = ("guidance_measure", "guidance_apply") if rescaled else ("guidance_apply",)
+    return [Launch(f"ltxk::{kernel}{name}", (case.chunks,), threads, parameters) for kernel in kernels]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    parameters = (COND, UNCOND, PERTURBED, ISOLATED, OUT, case.type_code, case.size, *case.factors, case.rescale)
-    return [Call(f"combine_guidance<{'f64' if case.double else 'f32'}>", parameters)]
+    return [Call(f"combine_guidance<{'f64' if case.double else 'f32'}>", _parameters(case))]
 
 
-def run(
-    tier: str,
-    out: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    perturbed: Tensor | None,
-    isolated: Tensor | None,
-    cfg_scale: float,
-    stg_scale: float,
-    modality_scale: float,
-    rescale_scale: float,
-) -> None:
+def run(tier: str, out: Tensor, args: Arguments) -> None:
     """One call; tensors that are not contiguous pass through a copy."""
+    cond = args.cond
     if cond.numel() == 0:
         return
     (target,) = dense([out])
-    branches = [contiguous(branch) for branch in (cond, uncond, perturbed, isolated)]
-    factors = (cfg_scale - 1.0, stg_scale, modality_scale - 1.0)
-    case = Case(param_code(cond), cond.numel(), aligned16(target, *branches), factors, rescale_scale)
-    if tier == "cpu":
-        planned(tier, cpu_calls, case, ARGUMENTS)(target, *branches, None)
-    else:
-        size = PARTIAL_BYTES * case.chunks if rescale_scale != 0.0 else 0
-        workspace = torch.empty(size, dtype=torch.uint8, device=cond.device) if size else None
-        planned(tier, device_steps, case, ARGUMENTS)(target, *branches, workspace)
+    branches = [contiguous(branch) for branch in (cond, args.uncond, args.perturbed, args.isolated)]
+    factors = (args.cfg_scale - 1.0, args.stg_scale, args.modality_scale - 1.0)
+    case = Case(param_code(cond), cond.numel(), aligned16(target, *branches), factors, args.rescale_scale)
+    steps = cpu_calls if tier == "cpu" else device_steps
+    program(tier, steps, case, ARGUMENTS)(target, *branches, workspace(tier, case, cond))
     hand_back([out], [target])

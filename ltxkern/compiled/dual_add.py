@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.steps import Argument, Call, Launch
-from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, aligned16, ceil_div
+from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, aligned16
+from ltxkern.layout import ceil_div, dense, hand_back
 
-# x, first, second, and the two sums.
-TENSORS = tuple(Argument(i) for i in range(5))
+if TYPE_CHECKING:
+    from ltxkern.ops.dual_add import Arguments
+
+TENSORS = {name: Argument(i) for i, name in enumerate(("x", "first", "second", "out_first", "out_second"))}
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,21 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """One launch."""
     blocks = ceil_div(case.size, threads * case.vector)
     name = f"ltxk::dual_add<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    return [Launch(name, (blocks,), threads, (*TENSORS, case.size))]
+    return [Launch(name, (blocks,), threads, {**TENSORS, "size": case.size})]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", (*TENSORS, case.size))]
+    return [Call(f"dual_add<{CPU_NAMES[case.dtype]}>", {**TENSORS, "size": case.size})]
 
 
-def run(tier: str, out: Sequence[Tensor], x: Tensor, first: Tensor, second: Tensor) -> None:
+def run(tier: str, out: Sequence[Tensor], args: Arguments) -> None:
     """One call; tensors that are not contiguous pass through a copy."""
+    x = args.x
     if x.numel() == 0:
         return
     targets = dense(out)
-    given = [x.contiguous(), first.contiguous(), second.contiguous(), *targets]
+    given = [*(tensor.contiguous() for tensor in args), *targets]
     case = Case(x.dtype, x.numel(), aligned16(*given))
-    planned(tier, cpu_calls if tier == "cpu" else device_steps, case, len(TENSORS))(*given)
+    program(tier, cpu_calls if tier == "cpu" else device_steps, case, len(TENSORS))(*given)
     hand_back(out, targets)

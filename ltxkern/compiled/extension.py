@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,58 +18,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern import inventory
+from ltxkern import debug
+from ltxkern.compiled import sources
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
+logger = logging.getLogger("ltxkern")
 
-def device_plan(binding: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
-    """The steps as a plan of a compiled module: `plan(*tensors)` runs them on the tensors' current stream."""
-    plan = binding.DevicePlan(arguments)
+
+def device_program(binding: ModuleType, steps: Sequence[Step], arguments: int) -> Any:
+    """The steps as a program of a compiled module: `program(*tensors)` runs them on the tensors' current stream."""
+    program = binding.DeviceProgram(arguments)
     for step in steps:
         if isinstance(step, Zero):
-            plan.add_zero(step.target.index, step.target.offset, step.bytes)
+            program.add_zero(step.target.index, step.target.offset, step.bytes)
         else:
             parameters, relocations = pack(step.parameters)
-            plan.add_launch(
+            program.add_launch(
                 *(step.kernel, grid3(step.grid), step.block, step.shared_bytes, step.cluster, step.cooperative),
                 *(parameters, relocations),
             )
-    return plan
+    return program
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _cuda_plan(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
-    plan = device_plan(module(), steps, arguments)
+def _cuda_program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+    program = device_program(module(), steps, arguments)
     if _has_exchange_api():
-        return plan
+        return program
 
     def run(*tensors: Tensor | None) -> None:
         device = next(tensor.device.index for tensor in tensors if tensor is not None)
-        plan.raw(_addresses(tensors), device, torch._C._cuda_getCurrentRawStream(device))
+        program.raw(_addresses(tensors), device, torch._C._cuda_getCurrentRawStream(device))
 
     return run
 
 
-def plan_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
-    """What makes plans of a CUDA tier: "cuda" or "nvrtc"."""
+def program_builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
+    """What makes programs of a CUDA tier: "cuda" or "nvrtc"."""
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
-        return nvrtc.plan
-    return _cuda_plan
+        build = nvrtc.program
+    else:
+        build = _cuda_program
+    return lambda steps, arguments: debug.recorded(steps, build(steps, arguments))
 
 
-def cpu_plan(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
-    """CPU calls as a plan: `plan(*tensors)` runs them with torch's number of threads."""
-    plan = module().CpuPlan(arguments)
+def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
+    """CPU calls as a program: `program(*tensors)` runs them with torch's number of threads."""
+    program = module().CpuProgram(arguments)
     for call in calls:
-        plan.add_call(call.kernel, *pack(call.parameters))
+        program.add_call(call.kernel, *pack(call.parameters))
     if _has_exchange_api():
-        return lambda *tensors: plan(torch.get_num_threads(), *tensors)
-    return lambda *tensors: plan.raw(torch.get_num_threads(), _addresses(tensors))
+        return debug.recorded(calls, lambda *tensors: program(torch.get_num_threads(), *tensors))
+    return debug.recorded(calls, lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors)))
 
 
 def _has_exchange_api() -> bool:
@@ -89,10 +95,17 @@ def _extension_missing() -> str | None:
     if importlib.util.find_spec("ltxkern._C") is None:
         return "ltxkern._C is not built: reinstall with a C++ compiler (LTXKERN_BUILD=auto pip install .)"
     try:
-        module()
+        built = getattr(module(), "source_digest", None)
     except (ImportError, RuntimeError) as error:
         return f"ltxkern._C does not load: {error}"
-    return None
+    if built == sources.packaged():
+        return None
+    reason = (
+        "ltxkern._C was built from other sources than this package has: rebuild it: LTXKERN_BUILD=auto pip install . "
+        "(in a checkout: python setup.py build_ext --inplace)"
+    )
+    logger.warning("%s", reason)
+    return reason
 
 
 def unavailable(tier: str) -> str | None:
@@ -112,20 +125,3 @@ def unavailable(tier: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: torch.cuda.is_available() is false"
     return None
-
-
-@functools.cache
-def _registered(tier: str) -> frozenset[str]:
-    return frozenset(module().cpu_kernels() if tier == "cpu" else module().kernels())
-
-
-def lacks(tier: str, op: str) -> str | None:
-    """Why the loaded extension cannot serve an op in the tier "cuda" or "cpu", or None if it can: an older build lacks kernels."""
-    wanted = (inventory.CPU if tier == "cpu" else inventory.CUDA).get(op, ())
-    absent = [kernel for kernel in wanted if kernel not in _registered(tier)]
-    if not absent:
-        return None
-    return (
-        f"ltxkern._C was built without {', '.join(absent)}: it is older than this package; rebuild it: "
-        "LTXKERN_BUILD=auto pip install . (in a checkout: python setup.py build_ext --inplace)"
-    )

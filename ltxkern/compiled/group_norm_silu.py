@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled import extension
+from ltxkern.compiled.programs import THREADS, limits_of, program, workspace
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, Step, Zero
 from ltxkern.compiled.tensors import (
     CPU_NAMES,
     CUDA_NAMES,
     DeviceLimits,
     aligned16,
-    ceil_div,
-    device_limits,
     is_channels_last,
     matched,
     param_code,
-    round_up,
 )
+from ltxkern.layout import ceil_div, contiguous, round_up
 
-# Order of the tensors in every call of a plan.
+if TYPE_CHECKING:
+    from ltxkern.ops.group_norm_silu import Arguments
+
+# Order of the tensors in every call of a program.
 OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
 ARGUMENTS = 7
-THREADS = 256
 # Above this many partials a group, merging them at the head of every apply block costs more than a launch of its own.
 MERGE_IN_APPLY = 1024
 # Upper bound of the on-chip kernels' static shared memory.
@@ -45,11 +44,10 @@ class Case(NamedTuple):
     eps: float
     channels_last: bool
     aligned: bool
-    residual: bool
     weight_code: int
     bias_code: int
-    conv_bias: bool
     conv_bias_code: int
+    limits: DeviceLimits | None = None
 
     @property
     def group_channels(self) -> int:
@@ -68,31 +66,41 @@ class Case(NamedTuple):
         """Elements per access: 16 bytes where the tensors are aligned."""
         return 16 // self.itemsize if self.aligned else 1
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Partials, moments and counters of the launches."""
+        return _chosen(self)[1]
 
-def _shape(case: Case, chunk: int) -> tuple[int, ...]:
-    return case.channels, case.group_channels, case.positions, chunk, ceil_div(case.positions, chunk)
+
+def _parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **{"x": X, "out": OUT, "residual": RESIDUAL, "weight": WEIGHT, "bias": BIAS, "conv_bias": CONV_BIAS},
+        **{"weight_type": case.weight_code, "bias_type": case.bias_code, "conv_bias_type": case.conv_bias_code},
+        **{"samples": case.samples, "channels": case.channels, "group_channels": case.group_channels},
+        **{"positions": case.positions, "channels_last": int(case.channels_last), "eps": case.eps},
+    }
+
+
+def _two_pass_parameters(
+    case: Case, finals: Argument | None, chunk: int, chunks: int, lanes: int = 0, rows: int = 0
+) -> dict[str, Parameter]:
+    passes = {"chunk": chunk, "chunks": chunks, "lanes": lanes, "rows": rows}
+    return {**_parameters(case), "partials": WORKSPACE, "finals": finals, **passes}
 
 
 def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
     """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
     chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
-    shape = _shape(case, chunk)
+    chunks = ceil_div(case.positions, chunk)
     rows, groups = case.samples * case.channels, case.samples * case.groups
-    tiles = rows * shape[-1]
+    tiles = rows * chunks
     finals = Argument(WORKSPACE.index, 8 * tiles)
-    many = case.group_channels * shape[-1] > MERGE_IN_APPLY
+    many = case.group_channels * chunks > MERGE_IN_APPLY
     name = f"<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    steps: list[Step] = [
-        Launch(
-            f"ltxk::group_norm_stats{name}", (tiles,), threads, (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape)
-        )
-    ]
+    parameters = _two_pass_parameters(case, finals if many else None, chunk, chunks)
+    steps: list[Step] = [Launch(f"ltxk::group_norm_stats{name}", (tiles,), threads, parameters)]
     if many:
-        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, (WORKSPACE, finals, *shape, case.eps)))
-    parameters = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(WORKSPACE, finals if many else None, *shape, case.eps),
-    )
+        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, parameters))
     steps.append(Launch(f"ltxk::group_norm_apply{name}", (tiles,), threads, parameters))
     return tuple(steps), 8 * (tiles + groups)
 
@@ -105,22 +113,16 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     across = ceil_div(case.channels, lanes * vector)
     per_block = ceil_div(case.samples * case.positions * across, blocks)
     chunk = min(max(per_block, 8 * rows), max(case.positions, 1))
-    shape = _shape(case, chunk)
-    tiles, groups = case.samples * shape[-1], case.samples * case.groups
+    chunks = ceil_div(case.positions, chunk)
+    tiles, groups = case.samples * chunks, case.samples * case.groups
     partial_bytes = 8 * tiles * case.channels
     finals = Argument(WORKSPACE.index, partial_bytes)
     name = f"<{CUDA_NAMES[case.dtype]}, {vector}>"
-    stats: tuple[Parameter, ...] = (X, CONV_BIAS, case.conv_bias_code, WORKSPACE, *shape, lanes, rows)
-    apply: tuple[Parameter, ...] = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        finals,
-        *shape,
-        *(lanes, rows),
-    )
+    parameters = _two_pass_parameters(case, finals, chunk, chunks, lanes, rows)
     steps = (
-        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, stats),
-        Launch("ltxk::group_norm_finalize", (groups,), THREADS, (WORKSPACE, finals, *shape, case.eps)),
-        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, apply),
+        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, parameters),
+        Launch("ltxk::group_norm_finalize", (groups,), THREADS, parameters),
+        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, parameters),
     )
     return steps, partial_bytes + 8 * groups
 
@@ -131,12 +133,9 @@ def _on_chip_vector(case: Case) -> int:
 
 def _on_chip_parameters(
     case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
-) -> tuple[Parameter, ...]:
-    return (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(case.channels, case.group_channels, case.positions, case.samples * case.groups),
-        *(blocks, part, kept, case.eps, partials, arrived),
-    )
+) -> dict[str, Parameter]:
+    sizes = {"groups": case.samples * case.groups, "blocks": blocks, "slice": part, "kept": kept}
+    return {**_parameters(case), **sizes, "partials": partials, "arrived": arrived}
 
 
 def _affine_bytes(case: Case) -> int:
@@ -211,16 +210,17 @@ def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
     return next(teams for teams in range(most, 0, -1) if groups % teams == 0)
 
 
-def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
+def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
     """The launches that move the fewest bytes on this device.
 
     A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
     L2. Larger ones take the pipeline, which keeps two groups on chip, where L2 holds what shared memory does not.
+    `threads=` of a block, in place of a kernel's own number where the workspace does not depend on it.
     """
     if case.channels_last:
         return columns(case, 8 * limits.multiprocessors)
     if (cluster := _cluster_size(case, limits)) is not None:
-        return resident(case, cluster)
+        return resident(case, cluster, **threads)
     total, group_bytes = (
         case.samples * case.groups * case.group_length * case.itemsize,
         case.group_length * case.itemsize,
@@ -231,89 +231,59 @@ def choose(case: Case, limits: DeviceLimits) -> tuple[tuple[Step, ...], int]:
     spilled = max(0, group_bytes - blocks * slot)
     if vectors and slot > 0 and total > limits.l2_bytes // 2 and 2 * spilled < limits.l2_bytes * 3 // 4:
         teams = _team_count(case, blocks, slot)
-        return pipeline(case, blocks // teams, teams, slot)
-    return two_pass(case)
+        return pipeline(case, blocks // teams, teams, slot, **threads)
+    return two_pass(case, **threads)
 
 
 def cpu_calls(case: Case) -> tuple[Call, ...]:
     """The CPU kernel's call."""
-    kernel = f"group_norm_silu<{CPU_NAMES[case.dtype]}>"
-    parameters = (
-        *(X, OUT, RESIDUAL, WEIGHT, BIAS, CONV_BIAS, case.weight_code, case.bias_code, case.conv_bias_code),
-        *(case.samples, case.channels, case.group_channels, case.positions, int(case.channels_last), case.eps),
-    )
-    return (Call(kernel, parameters),)
+    return (Call(f"group_norm_silu<{CPU_NAMES[case.dtype]}>", _parameters(case)),)
 
 
-def describe(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-) -> Case:
+@functools.lru_cache(maxsize=1024)
+def _chosen(case: Case, **threads: int) -> tuple[tuple[Step, ...], int]:
+    assert case.limits is not None
+    return choose(case, case.limits, **threads)
+
+
+def device_steps(case: Case, **threads: int) -> tuple[Step, ...]:
+    """The launches on the device whose limits the case names."""
+    return _chosen(case, **threads)[0]
+
+
+def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -> Case:
     """The case of a call whose x, out and residual share a dense layout."""
+    x = args.x
     samples, channels = x.shape[:2]
     return Case(
         dtype=x.dtype,
         samples=samples,
         channels=channels,
         positions=x.numel() // (samples * channels),
-        groups=num_groups,
-        eps=float(eps),
+        groups=args.num_groups,
+        eps=float(args.eps),
         channels_last=not x.is_contiguous(),
-        aligned=aligned16(out, x, residual),
-        residual=residual is not None,
-        weight_code=param_code(weight),
-        bias_code=param_code(bias),
-        conv_bias=conv_bias is not None,
-        conv_bias_code=param_code(conv_bias),
+        aligned=aligned16(out, x, args.residual),
+        weight_code=param_code(args.weight),
+        bias_code=param_code(args.bias),
+        conv_bias_code=param_code(args.conv_bias),
+        limits=limits,
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _device_plan(tier: str, device: int, case: Case) -> tuple[Callable[..., None], int]:
-    steps, workspace = choose(case, device_limits(device))
-    return extension.plan_builder(tier)(steps, ARGUMENTS), workspace
-
-
-@functools.lru_cache(maxsize=1024)
-def _cpu_plan(case: Case) -> Callable[..., None]:
-    return extension.cpu_plan(cpu_calls(case), ARGUMENTS)
-
-
-def run(
-    plan_for: Callable[[Case, Tensor], tuple[Callable[..., None], int]],
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-) -> None:
+def run(tier: str, out: Tensor, args: Arguments) -> None:
     """One call in a layout that the kernels know; tensors that lie otherwise pass through a copy."""
+    x, residual = args.x, args.residual
     if x.numel() == 0:
         return
     channels_last = not x.is_contiguous() and is_channels_last(x)
-    source = matched(x, channels_last)
+    source, added = matched(x, channels_last), None if residual is None else matched(residual, channels_last)
     target = out if matched(out, channels_last) is out else torch.empty_like(source)
-    residual = None if residual is None else matched(residual, channels_last)
-    weight, bias, conv_bias = (None if t is None else t.contiguous() for t in (weight, bias, conv_bias))
-    case = describe(target, source, weight, bias, num_groups, eps, residual, conv_bias)
-    plan, workspace_bytes = plan_for(case, source)
-    workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=x.device) if workspace_bytes else None
-    plan(target, source, weight, bias, residual, conv_bias, workspace)
+    if source is not x or added is not residual:
+        args = args._replace(x=source, residual=added)
+    case = describe(target, args, limits_of(tier, x))
+    affine = contiguous(args.weight), contiguous(args.bias)
+    tensors = (target, source, *affine, added, contiguous(args.conv_bias), workspace(tier, case, x))
+    program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)(*tensors)
     if target is not out:
         out.copy_(target)
-
-
-def load(tier: str) -> Callable[..., None]:
-    """The kernel of a compiled tier ("cuda", "nvrtc" or "cpu"), called as `kernel(out, *args)`."""
-    if tier == "cpu":
-        return functools.partial(run, lambda case, x: (_cpu_plan(case), 0))
-    return functools.partial(run, lambda case, x: _device_plan(tier, x.device.index, case))

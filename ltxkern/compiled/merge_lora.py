@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, planned
-from ltxkern.compiled.steps import Argument, Launch, Parameter
-from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, ceil_div
+from ltxkern.compiled.programs import THREADS, program
+from ltxkern.compiled.steps import Argument, Launch, Parameter, nested
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES
+from ltxkern.layout import ceil_div
+
+if TYPE_CHECKING:
+    from ltxkern.ops.merge_lora import Arguments
 
 # LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
 LORAS = 4
@@ -67,56 +70,39 @@ def kernel_of(case: Case) -> tuple[str, int]:
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """One block of 256 threads a tile of the weight."""
     kernel, tile = kernel_of(case)
-    fields: list[Parameter] = []
-    for index, ((a_code, b_code), rank, scale) in enumerate(zip(case.codes, case.ranks, case.scales, strict=True)):
-        fields += [Argument(1 + 2 * index), Argument(2 + 2 * index), a_code, b_code, rank, scale]
-    fields += [None, None, 0, 0, 0, 0.0] * (LORAS - len(case.ranks))
     tiles = ceil_div(case.columns, tile)
-    weight = (Argument(0), case.type_code, case.rows, case.columns, *case.strides, tiles)
-    parameters = (*weight, *fields, len(case.ranks), int(case.stochastic), case.seed)
+    row_stride, column_stride = case.strides
+    parameters: dict[str, Parameter] = {
+        **{"weight": Argument(0), "type": case.type_code, "rows": case.rows, "columns": case.columns},
+        **{"row_stride": row_stride, "column_stride": column_stride, "column_tiles": tiles},
+    }
+    for index in range(LORAS):
+        name = f"lora[{index}]"
+        if index < len(case.ranks):
+            a, b, (a_type, b_type) = Argument(1 + 2 * index), Argument(2 + 2 * index), case.codes[index]
+            rank, scale = case.ranks[index], case.scales[index]
+            parameters |= nested(name, a=a, b=b, a_type=a_type, b_type=b_type, rank=rank, scale=scale)
+        else:
+            parameters |= nested(name, a=None, b=None, a_type=0, b_type=0, rank=0, scale=0.0)
+    parameters |= {"count": len(case.ranks), "stochastic": int(case.stochastic), "seed": case.seed}
     return [Launch(kernel, (ceil_div(case.rows, tile) * tiles,), threads, parameters)]
 
 
-def describe(
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float],
-    rounding: str,
-    seed: int,
-) -> Case:
+def describe(args: Arguments) -> Case:
     """The case of contiguous factors."""
+    weight, stochastic = args.weight, args.rounding == "stochastic"
     return Case(
         type_code=CODES[weight.dtype],
         rows=weight.shape[0],
         columns=weight.shape[1],
         strides=(weight.stride(0), weight.stride(1)),
-        codes=tuple((CODES[a.dtype], CODES[b.dtype]) for a, b in zip(lora_a, lora_b, strict=True)),
-        ranks=tuple(a.shape[0] for a in lora_a),
-        scales=tuple(map(float, scale)),
-        stochastic=rounding == "stochastic",
-        # Only there does it count: layers of one shape share a plan otherwise.
-        seed=seed if rounding == "stochastic" else 0,
+        codes=tuple((CODES[a.dtype], CODES[b.dtype]) for a, b in zip(args.lora_a, args.lora_b, strict=True)),
+        ranks=tuple(a.shape[0] for a in args.lora_a),
+        scales=tuple(map(float, args.scale)),
+        stochastic=stochastic,
+        # Only there does it count: layers of one shape share a program otherwise.
+        seed=args.seed if stochastic else 0,
     )
-
-
-def refuse(
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float],
-    chunk_bytes: int,
-    rounding: str,
-    seed: int = 0,
-) -> str | None:
-    """What the CUDA tiers decline: fp64, and more LoRAs than share one rounding."""
-    if rounding == "reference":
-        return None
-    if any(tensor.dtype == torch.float64 for tensor in (weight, *lora_a, *lora_b)):
-        return "torch.float64 weights or factors: the kernel accumulates in fp32"
-    if len(lora_a) > LORAS:
-        return f"{len(lora_a)} LoRAs at once: the kernel merges at most {LORAS} with one rounding"
-    return None
 
 
 @contextmanager
@@ -131,39 +117,35 @@ def full_precision_reduction() -> Iterator[None]:
         settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction = before
 
 
-def one_product(weight: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
+def one_product(args: Arguments) -> bool:
     """Whether one addmm merges with one rounding: a 16-bit weight with dense rows, and one LoRA of its dtype."""
+    weight, factors = args.weight, (*args.lora_a, *args.lora_b)
     dense = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
-    same = weight.dtype in HALVES and all(factor.dtype == weight.dtype for factor in (*lora_a, *lora_b))
-    return len(lora_a) == 1 and dense and same
+    same = weight.dtype in HALVES and all(factor.dtype == weight.dtype for factor in factors)
+    return len(args.lora_a) == 1 and dense and same
 
 
-def run_device(
-    tier: str,
-    composition: Composition,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float],
-    chunk_bytes: int,
-    rounding: str,
-    seed: int = 0,
-) -> None:
+def _add_product(args: Arguments) -> None:
+    with torch.no_grad():
+        args.weight.addmm_(args.lora_b[0], args.lora_a[0], alpha=args.scale[0])
+
+
+def run_device(tier: str, composition: Composition, args: Arguments) -> None:
     """CUDA: the official chain by torch, addmm for one large LoRA of a 16-bit weight's dtype, else a tile kernel."""
-    if rounding == "reference":
-        composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    if args.rounding == "reference":
+        composition(*args)
         return
-    if rounding == "single" and lora_a[0].shape[0] > SMALL_RANK and one_product(weight, lora_a, lora_b):
-        with torch.no_grad(), full_precision_reduction():
-            weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
+    if args.rounding == "single" and args.lora_a[0].shape[0] > SMALL_RANK and one_product(args):
+        with full_precision_reduction():
+            _add_product(args)
         return
-    factors_a, factors_b = [a.contiguous() for a in lora_a], [b.contiguous() for b in lora_b]
-    case = describe(weight, factors_a, factors_b, scale, rounding, seed)
-    pairs: list[Any] = [factor for pair in zip(factors_a, factors_b, strict=True) for factor in pair]
+    weight = args.weight
+    args = args._replace(lora_a=[a.contiguous() for a in args.lora_a], lora_b=[b.contiguous() for b in args.lora_b])
+    pairs: list[Any] = [factor for pair in zip(args.lora_a, args.lora_b, strict=True) for factor in pair]
     target = weight.detach()
     if weight.dtype == torch.float8_e4m3fn:
         target = target.view(torch.uint8)
-    planned(tier, device_steps, case, 1 + len(pairs))(target, *pairs)
+    program(tier, device_steps, describe(args), 1 + len(pairs))(target, *pairs)
 
 
 def cpu_has_bfloat16_products() -> bool:
@@ -171,26 +153,18 @@ def cpu_has_bfloat16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def run_cpu(
-    tier: str,
-    composition: Composition,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float],
-    chunk_bytes: int,
-    rounding: str,
-    seed: int = 0,
-) -> None:
+def run_cpu(composition: Composition, args: Arguments) -> None:
     """CPU: addmm where the processor has bf16 products, else fp32 products in chunks with one rounding."""
-    bfloat16 = weight.dtype == torch.bfloat16 and cpu_has_bfloat16_products()
-    if rounding == "single" and bfloat16 and one_product(weight, lora_a, lora_b):
-        with torch.no_grad():
-            weight.addmm_(lora_b[0], lora_a[0], alpha=scale[0])
-        return
-    composition(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    bfloat16 = args.weight.dtype == torch.bfloat16 and cpu_has_bfloat16_products()
+    if args.rounding == "single" and bfloat16 and one_product(args):
+        _add_product(args)
+    else:
+        composition(*args)
 
 
-def run(tier: str, composition: Composition, *args: Any) -> None:
+def run(tier: str, composition: Composition, args: Arguments) -> None:
     """One merge on a tier; `composition` is the op's torch reference."""
-    (run_cpu if tier == "cpu" else run_device)(tier, composition, *args)
+    if tier == "cpu":
+        run_cpu(composition, args)
+    else:
+        run_device(tier, composition, args)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.programs import THREADS, program, workspace
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import aligned16, ceil_div, param_code
+from ltxkern.compiled.tensors import aligned16, param_code
+from ltxkern.layout import ceil_div, dense, hand_back
+
+if TYPE_CHECKING:
+    from ltxkern.ops.normalize_noise import Arguments, NoiseArguments
 
 OUT, X, WORKSPACE = (Argument(i) for i in range(3))
 ARGUMENTS = 3
@@ -71,29 +74,37 @@ class Case(NamedTuple):
         return self.origins_at + 8 * self.slices
 
 
+def _parameters(case: Case) -> dict[str, Parameter]:
+    statistics = case.entry == "statistics"
+    return {
+        **{"x": X, "out": None if statistics else OUT, "stats": OUT if statistics else None, "type": case.type_code},
+        **{"slices": case.slices, "length": case.length, "whole": int(case.entry == "normalize")},
+    }
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Measure, then apply or merge."""
-    cut: tuple[Parameter, ...] = (case.slices, case.length, case.chunk, case.chunks)
-    origins = Argument(WORKSPACE.index, case.origins_at)
-    flags = Argument(WORKSPACE.index, case.flags_at) if case.flagged else None
-    measure = (X, case.type_code, WORKSPACE, origins, flags, *cut)
-    steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, measure)]
+    parameters: dict[str, Parameter] = {
+        **_parameters(case),
+        **{"chunk": case.chunk, "chunks": case.chunks, "partials": WORKSPACE},
+        "origins": Argument(WORKSPACE.index, case.origins_at),
+        "flags": Argument(WORKSPACE.index, case.flags_at) if case.flagged else None,
+        "flag_count": case.blocks if case.flagged else 0,
+    }
+    steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, parameters)]
     if case.entry == "statistics":
-        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, (WORKSPACE, origins, OUT, *cut))]
-    apply = (X, OUT, case.type_code, WORKSPACE, origins, flags, case.blocks if case.flagged else 0, *cut)
-    return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, apply)]
+        return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, parameters)]
+    return [*steps, Launch(f"ltxk::noise_apply<{case.vector}>", (case.slices * case.chunks,), threads, parameters)]
 
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    statistics = case.entry == "statistics"
-    targets = (None, OUT) if statistics else (OUT, None)
-    sizes = (case.type_code, case.slices, case.length, int(case.entry == "normalize"))
-    return [Call("normalize_noise", (X, *targets, *sizes))]
+    return [Call("normalize_noise", _parameters(case))]
 
 
-def run(tier: str, entry: str, out: Tensor, x: Tensor) -> None:
+def run(tier: str, entry: str, out: Tensor, args: Arguments | NoiseArguments) -> None:
     """One call: `out` is the standardised tensor, or the statistics."""
+    (x,) = args
     if x.numel() == 0:
         if entry == "statistics":
             out.zero_()
@@ -102,9 +113,6 @@ def run(tier: str, entry: str, out: Tensor, x: Tensor) -> None:
     source = x.contiguous()
     length = x.shape[-2] * x.shape[-1]
     case = Case(entry, param_code(x), x.numel() // length, length, aligned16(source, target))
-    if tier == "cpu":
-        planned(tier, cpu_calls, case, ARGUMENTS)(target, source, None)
-    else:
-        workspace = torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
-        planned(tier, device_steps, case, ARGUMENTS)(target, source, workspace)
+    steps = cpu_calls if tier == "cpu" else device_steps
+    program(tier, steps, case, ARGUMENTS)(target, source, workspace(tier, case, x))
     hand_back([out], [target])

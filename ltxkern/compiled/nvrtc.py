@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.compiled import sources
 from ltxkern.compiled.steps import Launch, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")
@@ -48,10 +49,7 @@ def include_directory() -> Path:
 
 @functools.cache
 def _sources_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted((include_directory() / "ltxkern").glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return sources.digest(include_directory() / "ltxkern")
 
 
 def header_of(kernel: str) -> str:
@@ -246,13 +244,13 @@ def _launch(step: Launch) -> Callable[[list[int], int, int], None]:
     return run
 
 
-def plan(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
+def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
     """The steps as a callable on `arguments` tensors; kernels are compiled when it first runs."""
     runners = [_zero(step) if isinstance(step, Zero) else _launch(step) for step in steps]
 
     def run(*tensors: Tensor | None) -> None:
         if len(tensors) != arguments:
-            raise TypeError(f"plan takes {arguments} tensors, got {len(tensors)}")
+            raise TypeError(f"program takes {arguments} tensors, got {len(tensors)}")
         device = next(tensor.device.index for tensor in tensors if tensor is not None)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         with torch.cuda.device(device):

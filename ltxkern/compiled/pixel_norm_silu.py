@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled import extension
+from ltxkern.compiled.programs import THREADS, limits_of, program
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
 from ltxkern.compiled.tensors import (
     CPU_NAMES,
     CUDA_NAMES,
+    DeviceLimits,
     aligned16,
-    ceil_div,
-    device_limits,
     is_channels_last,
     matched,
     param_code,
 )
+from ltxkern.layout import ceil_div, contiguous
+
+if TYPE_CHECKING:
+    from ltxkern.ops.pixel_norm_silu import Arguments
 
 OUT, X, WEIGHT = (Argument(i) for i in range(3))
 ARGUMENTS = 3
-THREADS = 256
 # The sums of squares of pixel_norm_rows, and room to spare.
 STATIC_SHARED = 9 << 10
 
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     channels_last: bool
     aligned: bool
     weight_code: int
+    limits: DeviceLimits | None = None
 
     def vector(self, length: int) -> int:
         """Elements per access along an axis of this length."""
@@ -47,8 +48,12 @@ class Case(NamedTuple):
         return vector if self.aligned and length % vector == 0 else 1
 
 
-def _parameters(case: Case, lanes: int) -> tuple[Parameter, ...]:
-    return (X, OUT, WEIGHT, case.weight_code, case.samples, case.channels, case.positions, lanes, case.eps)
+def _parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **{"x": X, "out": OUT, "weight": WEIGHT, "weight_type": case.weight_code},
+        **{"samples": case.samples, "channels": case.channels, "positions": case.positions},
+        **{"channels_last": int(case.channels_last), "eps": case.eps},
+    }
 
 
 def _power_of_two(at_most: int) -> int:
@@ -66,7 +71,7 @@ def rows(case: Case, shared_bytes: int, threads: int = THREADS) -> Launch:
         f"ltxk::pixel_norm_rows<{CUDA_NAMES[case.dtype]}, {vector}>",
         (case.samples * ceil_div(case.positions, width),),
         threads,
-        _parameters(case, lanes),
+        {**_parameters(case), "lanes": lanes},
         shared_bytes=lanes * per_lane,
     )
 
@@ -85,56 +90,46 @@ def columns(case: Case, threads: int = THREADS) -> Launch:
         f"ltxk::pixel_norm_columns<{CUDA_NAMES[case.dtype]}, {vector}, {held}>",
         (ceil_div(case.samples * case.positions, threads // lanes),),
         threads,
-        _parameters(case, lanes),
+        {**_parameters(case), "lanes": lanes},
     )
 
 
 def cpu_calls(case: Case) -> tuple[Call, ...]:
     """The CPU kernel's call."""
-    parameters = (
-        *(X, OUT, WEIGHT, case.weight_code),
-        *(case.samples, case.channels, case.positions, int(case.channels_last), case.eps),
-    )
-    return (Call(f"pixel_norm_silu<{CPU_NAMES[case.dtype]}>", parameters),)
+    return (Call(f"pixel_norm_silu<{CPU_NAMES[case.dtype]}>", _parameters(case)),)
 
 
-def describe(out: Tensor, x: Tensor, eps: float, weight: Tensor | None) -> Case:
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """One launch."""
+    if case.channels_last:
+        return [columns(case, threads)]
+    assert case.limits is not None
+    return [rows(case, case.limits.shared_bytes, threads)]
+
+
+def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -> Case:
     """The case of a call whose x and out share a dense layout."""
+    x = args.x
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     # A tensor of single positions is both; its channels lie side by side, which the channels-last kernel reads in full lines.
-    channels_last = positions == 1 or not x.is_contiguous()
-    return Case(x.dtype, samples, channels, positions, float(eps), channels_last, aligned16(out, x), param_code(weight))
+    last = positions == 1 or not x.is_contiguous()
+    sizes = (samples, channels, positions)
+    return Case(x.dtype, *sizes, float(args.eps), last, aligned16(out, x), param_code(args.weight), limits)
 
 
-@functools.lru_cache(maxsize=1024)
-def _device_plan(tier: str, device: int, case: Case) -> Callable[..., None]:
-    launch = columns(case) if case.channels_last else rows(case, device_limits(device).shared_bytes)
-    return extension.plan_builder(tier)((launch,), ARGUMENTS)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cpu_plan(case: Case) -> Callable[..., None]:
-    return extension.cpu_plan(cpu_calls(case), ARGUMENTS)
-
-
-def run(
-    plan_for: Callable[[Case, Tensor], Callable[..., None]], out: Tensor, x: Tensor, eps: float, weight: Tensor | None
-) -> None:
+def run(tier: str, out: Tensor, args: Arguments) -> None:
     """One call in a layout that the kernels know; tensors that lie otherwise pass through a copy."""
+    x = args.x
     if x.numel() == 0:
         return
     channels_last = not x.is_contiguous() and is_channels_last(x)
     source = matched(x, channels_last)
     target = out if matched(out, channels_last) is out else torch.empty_like(source)
-    weight = None if weight is None else weight.contiguous()
-    plan_for(describe(target, source, eps, weight), source)(target, source, weight)
+    if source is not x:
+        args = args._replace(x=source)
+    steps = cpu_calls if tier == "cpu" else device_steps
+    case = describe(target, args, limits_of(tier, x))
+    program(tier, steps, case, ARGUMENTS)(target, source, contiguous(args.weight))
     if target is not out:
         out.copy_(target)
-
-
-def load(tier: str) -> Callable[..., None]:
-    """The kernel of a compiled tier ("cuda", "nvrtc" or "cpu"), called as `kernel(out, *args)`."""
-    if tier == "cpu":
-        return functools.partial(run, lambda case, x: _cpu_plan(case))
-    return functools.partial(run, lambda case, x: _device_plan(tier, x.device.index, case))

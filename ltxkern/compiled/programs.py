@@ -1,4 +1,4 @@
-"""Plans by case, and the stand-ins for outputs that do not lie as the kernels write them."""
+"""Programs by case, the workspace that their launches share, and where a tier's tensors must lie."""
 
 from __future__ import annotations
 
@@ -11,60 +11,41 @@ from torch import Tensor
 
 from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Call, Step
-from ltxkern.compiled.tensors import refuse_device
-from ltxkern.dispatch import Backend
+from ltxkern.compiled.tensors import DeviceLimits, device_limits, refuse_device
 
-TIERS = ("cuda", "nvrtc", "cpu")
 # Threads of a block of the elementwise kernels.
 THREADS = 256
 
 
 @functools.lru_cache(maxsize=4096)
-def planned(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:
-    """The plan of one case, made once: `steps(case)` are calls for the tier "cpu", launches for the others."""
+def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:
+    """The program of one case, made once: `steps(case)` are calls for the tier "cpu", launches for the others."""
     made = steps(case)
     if tier == "cpu":
-        return extension.cpu_plan([step for step in made if isinstance(step, Call)], arguments)
-    return extension.plan_builder(tier)([step for step in made if not isinstance(step, Call)], arguments)
+        return extension.cpu_program([step for step in made if isinstance(step, Call)], arguments)
+    return extension.program_builder(tier)([step for step in made if not isinstance(step, Call)], arguments)
 
 
-def dense(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs, or contiguous stand-ins for those that are not."""
-    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+def workspace(tier: str, case: Any, x: Tensor) -> Tensor | None:
+    """Memory of `case.workspace_bytes` for what launches hand to one another, on x's device; CPU calls need none."""
+    if tier == "cpu" or case.workspace_bytes == 0:
+        return None
+    return torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
 
 
-def hand_back(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copies stand-ins to the outputs that they stand for."""
-    for out, target in zip(outputs, targets, strict=True):
-        if target is not out:
-            out.copy_(target)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or a dense copy of it."""
-    return None if tensor is None else tensor.contiguous()
+def limits_of(tier: str, x: Tensor) -> DeviceLimits | None:
+    """Limits of x's device, for a case whose launches depend on them; None for the tier "cpu"."""
+    return None if tier == "cpu" else device_limits(x.device.index)
 
 
 def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
     """Why a tier cannot serve tensors where these lie, or None."""
     for value in args:
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(tensor, Tensor):
-                continue
+        if isinstance(value, Tensor):
             if tier != "cpu":
-                return refuse_device(tensor)
-            if not tensor.is_cpu:
-                return f"needs CPU tensors, got {tensor.device}"
+                return refuse_device(value)
+            if not value.is_cpu:
+                return f"needs CPU tensors, got {value.device}"
+        elif isinstance(value, (list, tuple)) and (reason := refuse_elsewhere(tier, value)) is not None:
+            return reason
     return None
-
-
-def backends(run: Callable[..., None], *details: Any, refuse: Callable[..., str | None] | None = None) -> list[Backend]:
-    """Entries of the compiled tiers: `run(tier, *details, out, *args)`, refused first by device, then by `refuse(*args)`."""
-
-    def backend(tier: str) -> Backend:
-        def reason(*args: Any) -> str | None:
-            return refuse_elsewhere(tier, args) or (refuse(*args) if refuse else None)
-
-        return Backend(tier, reason, lambda: functools.partial(run, tier, *details))
-
-    return [backend(tier) for tier in TIERS]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
+from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.rows import dense_rows, vector_of
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import ceil_div, param_code, round_up
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
+from ltxkern.compiled.tensors import param_code
+from ltxkern.layout import ceil_div, dense, hand_back, round_up
+
+if TYPE_CHECKING:
+    from ltxkern.ops.qk_norm_rope import Arguments
 
 Q, K, Q_WEIGHT, K_WEIGHT, COS, SIN, Q_OUT, K_OUT = (Argument(i) for i in range(8))
 ARGUMENTS = 8
@@ -32,14 +36,20 @@ class Case(NamedTuple):
     vector: int
 
 
-def _parameters(case: Case) -> tuple[Parameter, ...]:
-    (q_code, k_code), (q_strides, k_strides) = case.weight_codes, case.strides
-    return (
-        *(Q, Q_WEIGHT, Q_OUT, q_code, *q_strides),
-        *(K, K_WEIGHT, K_OUT, k_code, *k_strides),
-        *(COS, SIN, case.type_code, case.table_code, *case.table_strides),
-        *(case.tokens, case.heads, case.pairs, int(case.interleaved), case.eps),
-    )
+def _parameters(case: Case) -> dict[str, Parameter]:
+    parameters: dict[str, Parameter] = {}
+    for index, (x, weight, out) in enumerate(((Q, Q_WEIGHT, Q_OUT), (K, K_WEIGHT, K_OUT))):
+        batch, token = case.strides[index]
+        lies = {"weight_type": case.weight_codes[index], "batch_stride": batch, "token_stride": token}
+        parameters |= nested(f"tensor[{index}]", x=x, weight=weight, out=out, **lies)
+    batch, head, token, pair = case.table_strides
+    return {
+        **parameters,
+        **{"cos": COS, "sin": SIN, "type": case.type_code, "table_type": case.table_code},
+        **{"table_batch": batch, "table_head": head, "table_token": token, "table_pair": pair},
+        **{"batch": case.batch, "tokens": case.tokens, "heads": case.heads, "pairs": case.pairs},
+        **{"interleaved": int(case.interleaved), "eps": case.eps},
+    }
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -51,26 +61,21 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
 
 def cpu_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call("qk_norm_rope", (*_parameters(case), case.batch))]
+    return [Call("qk_norm_rope", _parameters(case))]
 
 
-def run(
-    tier: str,
-    out: tuple[Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    layout: str,
-) -> None:
+def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     """One call on checked arguments."""
-    if q.numel() == 0:
+    if args.q.numel() == 0:
         return
     targets = dense(out)
-    q, k, q_weight, k_weight = dense_rows(q), dense_rows(k), q_weight.contiguous(), k_weight.contiguous()
+    q, k, q_weight, k_weight = (
+        dense_rows(args.q),
+        dense_rows(args.k),
+        args.q_weight.contiguous(),
+        args.k_weight.contiguous(),
+    )
+    cos, sin = args.cos, args.sin
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     batch, tokens = q.shape[:2]
@@ -78,8 +83,8 @@ def run(
     table = (cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1), cos.stride(2), cos.stride(3))
     strides = ((q.stride(0), q.stride(1)), (k.stride(0), k.stride(1)))
     vector = 1
-    if layout == "split" and (table[3] == 1 or pairs == 1):
-        given: list[Tensor | None] = [q, k, q_weight, k_weight, cos, sin, *targets]
+    given = [q, k, q_weight, k_weight, cos, sin, *targets]
+    if args.layout == "split" and (table[3] == 1 or pairs == 1):
         vector = vector_of(q.element_size(), pairs, given, [*strides[0], *strides[1], *table[:3]])
     case = Case(
         type_code=param_code(q),
@@ -91,10 +96,9 @@ def run(
         tokens=tokens,
         heads=heads,
         pairs=pairs,
-        interleaved=layout == "interleaved",
-        eps=eps,
+        interleaved=args.layout == "interleaved",
+        eps=args.eps,
         vector=vector,
     )
-    plan = planned(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)
-    plan(q, k, q_weight, k_weight, cos, sin, *targets)
+    program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)(*given)
     hand_back(out, targets)

@@ -4,19 +4,50 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, contiguous, dense, hand_back, planned
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, ceil_div, param_code
+from ltxkern.compiled.programs import THREADS, program
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
+from ltxkern.compiled.tensors import CPU_NAMES, CUDA_NAMES, PARAM_CODES, aligned16, param_code
+from ltxkern.layout import ceil_div, contiguous, dense, hand_back
+
+if TYPE_CHECKING:
+    from ltxkern.ops.res2s import AdvanceArguments, MidpointArguments, StepArguments
 
 # Modalities of one launch (kModalities in csrc/include/ltxkern/res2s_parameters.cuh); more take further launches.
 MODALITIES = 4
 # Elements of a thread where all tensors allow vector access: two 16-byte loads of an fp64 operand.
 VECTOR = 4
+
+
+class Fields(NamedTuple):
+    """Names in a kernel's parameters: of a modality's tensors and of their type codes, and of the coefficients."""
+
+    pointers: tuple[str, ...]
+    codes: tuple[str, ...]
+    coefficients: tuple[str, ...]
+
+
+FIELDS = {
+    "res2s_midpoint": Fields(
+        ("latent", "x0", "noise", "mask", "clean", "stats", "middle", "anchor"),
+        ("latent_type", "x0_type", "noise_type", "clean_type"),
+        ("c", "a", "b", "s", "gain"),
+    ),
+    "res2s_advance": Fields(
+        ("anchor", "x0", "x0_mid", "noise", "mask", "clean", "stats", "out"),
+        ("x0_type", "x0_mid_type", "noise_type", "clean_type", "out_type"),
+        ("hb1", "hb2", "a", "b", "s"),
+    ),
+    "res2s_sde_step": Fields(
+        ("sample", "denoised", "noise", "stats", "out"),
+        ("sample_type", "denoised_type", "noise_type"),
+        ("a", "b", "s"),
+    ),
+}
 
 
 class Modality(NamedTuple):
@@ -52,27 +83,34 @@ class Case(NamedTuple):
         return VECTOR if self.aligned and all(m.channels % VECTOR == 0 for m in self.modalities) else 1
 
 
-def _fields(case: Case, first: int, block: int) -> tuple[list[Parameter], int]:
-    """Parameters of the modalities from `first` on, and their blocks."""
-    fields: list[Parameter] = []
-    blocks = 0
-    for index in range(first, first + MODALITIES):
-        if index >= len(case.modalities):
-            fields += [0] * (case.pointers + len(case.modalities[0].codes) + 4)
-            continue
-        modality = case.modalities[index]
-        fields += [Argument(index * case.pointers + k) for k in range(case.pointers)]
-        fields += [*modality.codes, modality.size, modality.slice, modality.channels, blocks]
-        blocks += ceil_div(modality.size, block)
-    return fields, blocks
+def _modality(case: Case, index: int, first_block: int) -> dict[str, Parameter]:
+    """The fields of one modality; null and zero where the call has no such one."""
+    names, given = FIELDS[case.kernel], index < len(case.modalities)
+    modality = case.modalities[index] if given else Modality(0, 0, 0, (0,) * len(names.codes))
+    extent = {"size": modality.size, "slice": modality.slice, "channels": modality.channels, "first_block": first_block}
+    tensors = range(index * case.pointers, (index + 1) * case.pointers)
+    return {
+        **{name: Argument(at) if given else None for name, at in zip(names.pointers, tensors, strict=True)},
+        **dict(zip(names.codes, modality.codes, strict=True)),
+        **nested("extent", **extent),
+    }
+
+
+def _coefficients(case: Case) -> dict[str, Parameter]:
+    return dict(zip(FIELDS[case.kernel].coefficients, case.coefficients, strict=True))
 
 
 def half_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
     """One launch (or CPU call) for each MODALITIES modalities."""
     steps: list[Launch | Call] = []
     for first in range(0, len(case.modalities), MODALITIES):
-        fields, blocks = _fields(case, first, threads * case.vector)
-        parameters = (*fields, min(MODALITIES, len(case.modalities) - first), *case.coefficients)
+        fields: dict[str, Parameter] = {}
+        blocks, count = 0, min(MODALITIES, len(case.modalities) - first)
+        for slot in range(MODALITIES):
+            fields |= nested(f"modality[{slot}]", **_modality(case, first + slot, blocks if slot < count else 0))
+            if slot < count:
+                blocks += ceil_div(case.modalities[first + slot].size, threads * case.vector)
+        parameters = {**fields, "count": count, **_coefficients(case)}
         if cpu:
             steps.append(Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters))
         else:
@@ -84,9 +122,7 @@ def half_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Ca
 def single_step(case: Case, cpu: bool, threads: int = THREADS) -> list[Launch | Call]:
     """The SDE step of one tensor."""
     (modality,) = case.modalities
-    pointers = [Argument(k) for k in range(case.pointers)]
-    extent = (modality.size, modality.slice, modality.channels, 0)
-    parameters: tuple[Parameter, ...] = (*pointers, *modality.codes, *extent, *case.coefficients)
+    parameters = {**_modality(case, 0, 0), **_coefficients(case)}
     if cpu:
         return [Call(f"{case.kernel}<{CPU_NAMES[case.compute]}>", parameters)]
     name = f"ltxk::{case.kernel}<{CUDA_NAMES[case.compute]}, {case.vector}>"
@@ -115,75 +151,47 @@ def _run_half_step(
     pointers = [tensor for row, _ in rows for tensor in row]
     modalities = tuple(modality for _, modality in rows)
     case = Case(kernel, compute, len(rows[0][0]), modalities, aligned16(*pointers), coefficients)
-    plan = planned(tier, CPU_HALF_STEP if tier == "cpu" else DEVICE_HALF_STEP, case, len(pointers))
-    plan(*pointers)
+    program(tier, CPU_HALF_STEP if tier == "cpu" else DEVICE_HALF_STEP, case, len(pointers))(*pointers)
 
 
-def midpoint(
-    tier: str,
-    out: Sequence[Tensor],
-    latent: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    refine: bool,
-    dtype: torch.dtype,
-) -> None:
+def midpoint(tier: str, out: Sequence[Tensor], args: MidpointArguments) -> None:
     """Half-step 1: x_mid of all modalities, then the anchors of all, in `out`."""
     targets = dense(out)
-    count = len(latent)
+    count = len(args.latent)
     rows: list[tuple[list[Tensor | None], Modality]] = []
-    for i, state in enumerate(latent):
+    for i, state in enumerate(args.latent):
         if state.numel() == 0:
             continue
-        codes = (param_code(state), param_code(x0[i]), param_code(noise[i]), param_code(clean[i]))
-        given = map(contiguous, (state, x0[i], noise[i], mask[i], clean[i], stats[i]))
-        rows.append(([*given, targets[i], targets[count + i]], describe(state, stats[i], codes)))
-    gain = 1.0 / (1.0 - coefficients[0]) if refine else 0.0
-    _run_half_step(tier, "res2s_midpoint", dtype, rows, (*map(float, coefficients), gain))
+        x0, noise, clean, stats = args.x0[i], args.noise[i], args.clean[i], args.noise_stats[i]
+        given = map(contiguous, (state, x0, noise, args.mask[i], clean, stats))
+        codes = tuple(map(param_code, (state, x0, noise, clean)))
+        rows.append(([*given, targets[i], targets[count + i]], describe(state, stats, codes)))
+    gain = 1.0 / (1.0 - args.coefficients[0]) if args.refine else 0.0
+    _run_half_step(tier, "res2s_midpoint", args.compute_dtype, rows, (*map(float, args.coefficients), gain))
     hand_back(out, targets)
 
 
-def advance(
-    tier: str,
-    out: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    x0_mid: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    model_dtype: Sequence[torch.dtype],
-) -> None:
+def advance(tier: str, out: Sequence[Tensor], args: AdvanceArguments) -> None:
     """Half-step 2: the next latent of each modality in `out`; one launch for each dtype of the anchors."""
     targets = dense(out)
-    for compute in dict.fromkeys(start.dtype for start in anchor):
+    for compute in dict.fromkeys(start.dtype for start in args.anchor):
         rows: list[tuple[list[Tensor | None], Modality]] = []
-        for i, start in enumerate(anchor):
+        for i, start in enumerate(args.anchor):
             if start.numel() == 0 or start.dtype != compute:
                 continue
-            codes = (*map(param_code, (x0[i], x0_mid[i], noise[i], clean[i])), PARAM_CODES[model_dtype[i]])
-            given = map(contiguous, (start, x0[i], x0_mid[i], noise[i], mask[i], clean[i], stats[i]))
-            rows.append(([*given, targets[i]], describe(start, stats[i], codes)))
-        _run_half_step(tier, "res2s_advance", compute, rows, tuple(map(float, coefficients)))
+            x0, x0_mid, noise, clean, stats = (
+                given[i] for given in (args.x0, args.x0_mid, args.noise, args.clean, args.noise_stats)
+            )
+            given = map(contiguous, (start, x0, x0_mid, noise, args.mask[i], clean, stats))
+            codes = (*map(param_code, (x0, x0_mid, noise, clean)), PARAM_CODES[args.model_dtype[i]])
+            rows.append(([*given, targets[i]], describe(start, stats, codes)))
+        _run_half_step(tier, "res2s_advance", compute, rows, tuple(map(float, args.coefficients)))
     hand_back(out, targets)
 
 
-def sde_step(
-    tier: str,
-    out: Tensor,
-    sample: Tensor,
-    denoised: Tensor,
-    noise: Tensor,
-    coefficients: Sequence[float],
-    stats: Tensor | None,
-) -> None:
+def sde_step(tier: str, out: Tensor, args: StepArguments) -> None:
     """One SDE step."""
+    sample, denoised, noise, coefficients, stats = args
     if sample.numel() == 0:
         return
     (target,) = dense([out])
@@ -193,5 +201,5 @@ def sde_step(
     case = Case(
         "res2s_sde_step", compute, len(pointers), (modality,), aligned16(*pointers), tuple(map(float, coefficients))
     )
-    planned(tier, CPU_SINGLE if tier == "cpu" else DEVICE_SINGLE, case, len(pointers))(*pointers)
+    program(tier, CPU_SINGLE if tier == "cpu" else DEVICE_SINGLE, case, len(pointers))(*pointers)
     hand_back([out], [target])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ltxkern.compiled.programs import THREADS, dense, hand_back, planned
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import aligned16, ceil_div, param_code, round_up
-from ltxkern.triton.layout import RowView, power_of_two, row_view, with_tables
+from ltxkern.compiled.programs import THREADS, program
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
+from ltxkern.compiled.tensors import aligned16, param_code
+from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, round_up, row_view, with_tables
+
+if TYPE_CHECKING:
+    from ltxkern.ops.gated_residual import HeadGateArguments, ResidualArguments
+    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments
 
 
 class Operand(NamedTuple):
@@ -52,19 +56,23 @@ class Case(NamedTuple):
     row_index: RowIndex | None = None
 
 
-def _fields(operand: Operand | None, index: int) -> tuple[Parameter, ...]:
-    return (None, 0, 0, 0) if operand is None else (Argument(index), operand.code, operand.outer, operand.inner)
+def _fields(case: Case, names: Sequence[str], index: Argument) -> dict[str, Parameter]:
+    """The operands by name, then the row index, which is the tensor `index`."""
+    fields: dict[str, Parameter] = {}
+    for at, (name, operand) in enumerate(zip(names, case.operands, strict=True)):
+        code, outer, inner = operand or Operand(0, 0, 0)
+        data = None if operand is None else Argument(at)
+        fields |= nested(name, data=data, type=code, outer_stride=outer, inner_stride=inner)
+    itemsize, count, outer, inner = case.row_index or RowIndex(0, 0, 0, 0)
+    data = None if case.row_index is None else index
+    return fields | nested("index", data=data, bytes=itemsize, count=count, outer_stride=outer, inner_stride=inner)
 
 
-def vector_of(itemsize: int, width: int, tensors: list[Tensor | None], strides: list[int]) -> int:
+def vector_of(itemsize: int, width: int, tensors: Sequence[Tensor | None], strides: list[int]) -> int:
     """Elements of one access: 16 bytes of x where widths, strides and addresses of all operands allow it, else one."""
     vector = 16 // itemsize
     fits = aligned16(*tensors) and all(size % vector == 0 for size in (width, *strides))
     return vector if fits else 1
-
-
-def _index_fields(index: RowIndex | None, argument: Argument) -> tuple[Parameter, ...]:
-    return (None, 0, 0, 0, 0) if index is None else (argument, *index)
 
 
 # Order of the tensors of rms_norm_modulate: operands, weight, sum, out, index.
@@ -72,10 +80,12 @@ WEIGHT, SUMMED, NORM_OUT, NORM_INDEX = (Argument(i) for i in range(5, 9))
 NORM_ARGUMENTS = 9
 
 
-def _norm_parameters(case: Case) -> tuple[Parameter, ...]:
-    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
-    fields += _index_fields(case.row_index, NORM_INDEX)
-    return (*fields, WEIGHT, case.weight_code, SUMMED, NORM_OUT, case.inner, case.width, case.eps)
+def _norm_parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **_fields(case, ("x", "y", "scale", "shift", "gate"), NORM_INDEX),
+        **{"weight": WEIGHT, "weight_type": case.weight_code, "summed": SUMMED, "out": NORM_OUT},
+        **{"rows": case.rows, "inner": case.inner, "width": case.width, "eps": case.eps},
+    }
 
 
 def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -86,7 +96,7 @@ def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
 
 def norm_calls(case: Case) -> list[Call]:
     """The CPU kernel's call."""
-    return [Call("rms_norm_modulate_rows", (*_norm_parameters(case), case.rows))]
+    return [Call("rms_norm_modulate_rows", _norm_parameters(case))]
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -175,18 +185,14 @@ def _run_norm(
     tier: str,
     out: Tensor,
     summed: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
-    eps: float,
-    weight: Tensor | None,
-    rows: Tensor | None,
+    args: Arguments | GatedArguments,
 ) -> None:
+    x, weight = args.x, args.weight
     if x.numel() == 0:
         return
-    given, view, index, row_index = lay_out(tier, [x, y], [scale, shift, gate], rows)
+    given, view, index, row_index = lay_out(tier, [x, y], [args.scale, args.shift, gate], args.rows)
     outputs = [out] if summed is None else [out, summed]
     targets = dense(outputs)
     weight = None if weight is None else weight.contiguous()
@@ -194,50 +200,32 @@ def _run_norm(
     strides = [stride for pair in view.strides for stride in pair]
     vector = vector_of(x.element_size(), x.shape[-1], [*given, weight, *targets], strides)
     sizes = (view.outer * view.inner, view.inner, x.shape[-1], vector)
-    case = Case(operands, *sizes, eps, param_code(weight), row_index=row_index)
-    plan = planned(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)
-    plan(*given, weight, None if summed is None else targets[1], targets[0], index)
+    case = Case(operands, *sizes, args.eps, param_code(weight), row_index=row_index)
+    tensors = (*given, weight, None if summed is None else targets[1], targets[0], index)
+    program(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)(*tensors)
     hand_back(outputs, targets)
 
 
-def rms_norm_modulate(
-    tier: str,
-    out: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    rows: Tensor | None = None,
-) -> None:
+def rms_norm_modulate(tier: str, out: Tensor, args: Arguments) -> None:
     """rms_norm_modulate on rows that collapse to two dims."""
-    _run_norm(tier, out, None, x, scale, shift, None, None, eps, weight, rows)
+    _run_norm(tier, out, None, None, None, args)
 
 
-def gated_norm(
-    tier: str,
-    out: tuple[Tensor, Tensor],
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    rows: Tensor | None = None,
-) -> None:
+def gated_norm(tier: str, out: tuple[Tensor, Tensor], args: GatedArguments) -> None:
     """gated_residual_rms_norm_modulate: out is (sum, norm)."""
-    _run_norm(tier, out[1], out[0], x, scale, shift, y, gate, eps, weight, rows)
+    _run_norm(tier, out[1], out[0], args.y, args.gate, args)
 
 
 GATE_OUT, GATE_INDEX = Argument(3), Argument(4)
 GATE_ARGUMENTS = 5
 
 
-def _gate_parameters(case: Case) -> tuple[Parameter, ...]:
-    fields = [field for i, operand in enumerate(case.operands) for field in _fields(operand, i)]
-    fields += _index_fields(case.row_index, GATE_INDEX)
-    return (*fields, case.column, GATE_OUT, case.rows, case.inner, case.width)
+def _gate_parameters(case: Case) -> dict[str, Parameter]:
+    return {
+        **_fields(case, ("x", "y", "gate"), GATE_INDEX),
+        **{"gate_column": case.column, "out": GATE_OUT},
+        **{"rows": case.rows, "inner": case.inner, "width": case.width},
+    }
 
 
 def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -245,7 +233,7 @@ def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     row_threads = min(threads, power_of_two(ceil_div(case.width, case.vector)))
     tiles = ceil_div(case.width, row_threads * case.vector)
     groups = ceil_div(case.rows, threads // row_threads)
-    parameters = (*_gate_parameters(case), row_threads, tiles)
+    parameters = {**_gate_parameters(case), "row_threads": row_threads, "tiles": tiles}
     return [Launch(f"ltxk::gated_residual_rows<{case.vector}>", (groups * tiles,), threads, parameters)]
 
 
@@ -266,18 +254,19 @@ def _run_gate(tier: str, out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor,
     aligned = [*given[:2], target, gate if column else None]
     vector = vector_of(x.element_size(), width, aligned, [*strides, 0 if column in (0, 1) else 1])
     case = Case(operands, view.outer * view.inner, view.inner, width, vector, column=column, row_index=row_index)
-    planned(tier, gate_calls if tier == "cpu" else gate_steps, case, GATE_ARGUMENTS)(*given, target, index)
+    program(tier, gate_calls if tier == "cpu" else gate_steps, case, GATE_ARGUMENTS)(*given, target, index)
     hand_back([out], [target])
 
 
-def gated_residual(tier: str, out: Tensor, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> None:
+def gated_residual(tier: str, out: Tensor, args: ResidualArguments) -> None:
     """gated_residual on rows that collapse to two dims."""
+    x, y, gate, rows = args
     gate = gate.reshape(1) if gate.dim() == 0 else gate
     if x.dim() == 0:
         x, y, out = x.reshape(1), y.reshape(1), out.view(1)
     _run_gate(tier, out, x, y, gate, rows)
 
 
-def head_gate(tier: str, out: Tensor, x: Tensor, logits: Tensor) -> None:
+def head_gate(tier: str, out: Tensor, args: HeadGateArguments) -> None:
     """head_gate: a row is one head."""
-    _run_gate(tier, out, x, None, logits[..., None])
+    _run_gate(tier, out, args.x, None, args.logits[..., None])

@@ -1,12 +1,12 @@
 """The steps of a call as data: kernel launches, zeroed memory and CPU calls, with their parameters by address or by value.
 
-The launch modules make them from shapes, every tier turns them into a plan.
+The launch modules make them from shapes, every tier turns them into a program.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -29,8 +29,8 @@ class Launch:
         kernel: C++ name expression, exactly as `LTXK_KERNEL(...)` registers it.
         grid: blocks, up to three dimensions.
         block: threads per block.
-        parameters: the fields of the kernel's parameter struct in order, 8 bytes each: int as i64, float as double, None as a
-            null pointer.
+        parameters: the fields of the kernel's parameter struct by name, in its order, 8 bytes each: int as i64, float as double,
+            None as a null pointer.
         shared_bytes: dynamic shared memory.
         cluster: blocks per thread-block cluster (compute capability 9.0 and newer); 1 for none.
         cooperative: all blocks are resident at once.
@@ -39,10 +39,14 @@ class Launch:
     kernel: str
     grid: tuple[int, ...]
     block: int
-    parameters: tuple[Parameter, ...]
+    parameters: Mapping[str, Parameter]
     shared_bytes: int = 0
     cluster: int = 1
     cooperative: bool = False
+
+    def __str__(self) -> str:
+        more = f", cluster {self.cluster}" * (self.cluster > 1) + ", cooperative" * self.cooperative
+        return f"{self.kernel}, grid {'x'.join(map(str, self.grid))}, block {self.block}, shared {self.shared_bytes} bytes{more}"
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,34 @@ class Zero:
     target: Argument
     bytes: int
 
+    def __str__(self) -> str:
+        return f"zero {self.bytes} bytes"
+
 
 @dataclass(frozen=True)
 class Call:
     """One CPU kernel call, by its registered name."""
 
     kernel: str
-    parameters: tuple[Parameter, ...]
+    parameters: Mapping[str, Parameter]
+
+    def __str__(self) -> str:
+        return self.kernel
 
 
 Step = Launch | Zero
 
 
-def pack(parameters: Sequence[Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
+def nested(name: str, **fields: Parameter) -> dict[str, Parameter]:
+    """The fields of a struct that is the field `name` of the parameters."""
+    return {f"{name}.{field}": value for field, value in fields.items()}
+
+
+def pack(parameters: Mapping[str, Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
     """The parameter struct as bytes, and where addresses go into it: (slot, argument, offset)."""
     packed = bytearray()
     relocations = []
-    for slot, value in enumerate(parameters):
+    for slot, value in enumerate(parameters.values()):
         if isinstance(value, Argument):
             relocations.append((slot, value.index, value.offset))
             packed += bytes(8)

@@ -1,9 +1,9 @@
-"""What the launch modules need to know of tensors: layout, type names, alignment, workspace, the device's limits."""
+"""What the launch modules need to know of tensors: layout, type names, alignment, the device's limits."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ def matched(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous()
 
 
-@dataclass(frozen=True)
-class DeviceLimits:
+class DeviceLimits(NamedTuple):
     """What the launch heuristics ask of a device."""
 
     capability: tuple[int, int]
@@ -75,43 +74,3 @@ def _refuse_capability(index: int) -> str | None:
     if capability >= (8, 0):
         return None
     return f"needs compute capability 8.0 or newer, cuda:{index} has {capability}"
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)
-
-
-def round_up(a: int, multiple: int) -> int:
-    """Smallest multiple that is not below a."""
-    return -(-a // multiple) * multiple
-
-
-def refuse(
-    device: str, x: Tensor, same: tuple[Tensor | None, ...], per_channel: tuple[Tensor | None, ...]
-) -> str | None:
-    """Why a compiled tier for `device` ("cuda" or "cpu") cannot serve a channel-wise op, or None.
-
-    Args:
-        device: where the tier's kernels run.
-        x: (N, C, *).
-        same: tensors that must match x in shape, dtype and device.
-        per_channel: tensors of shape (C,), on x's device.
-    """
-    if device == "cpu" and x.device.type != "cpu":
-        return f"needs CPU tensors, got {x.device}"
-    if device == "cuda" and (reason := refuse_device(x)) is not None:
-        return reason
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"serves float16, bfloat16 and float32, got {x.dtype}"
-    for tensor in same:
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
-            return f"needs tensors like x, {tuple(x.shape)} {x.dtype}; got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-    for tensor in per_channel:
-        if tensor is not None and (
-            tensor.shape != x.shape[1:2] or tensor.device != x.device or tensor.dtype == torch.float64
-        ):
-            return (
-                f"needs {x.shape[1]} values per parameter, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-    return None

@@ -164,3 +164,27 @@ def check_outs(out: Any, model: Tensor) -> None:
     check_pair(out)
     check_out(out[0], model.shape, model.dtype, model.device, "out[0]")
     check_out(out[1], model.shape, model.dtype, model.device, "out[1]")
+
+
+def listed(name: str, value: Any, count: int) -> list[Any]:
+    """`value` as a list of `count` entries; None stands for a list of None."""
+    if value is None:
+        return [None] * count
+    if isinstance(value, Tensor):
+        value = [value]
+    elif not isinstance(value, (list, tuple)):
+        raise_no_tensor(name, value, "a tensor, or a list with one per modality")
+    if len(value) != count:
+        raise ValueError(f"{name} must have {count} entries, one per modality, got {len(value)}")
+    return list(value)
+
+
+def modalities(name: str, value: Any) -> list[Tensor]:
+    """The states of a half-step: one tensor, or one per modality."""
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError(f"{name} must have at least one entry, got an empty {type(value).__name__}")
+    states = listed(name, value, len(value) if isinstance(value, (list, tuple)) else 1)
+    for index, state in enumerate(states):
+        if not isinstance(state, Tensor):
+            raise_no_tensor(f"{name}[{index}]" if isinstance(value, (list, tuple)) else name, state)
+    return states

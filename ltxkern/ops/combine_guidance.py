@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ltxkern.compiled import combine_guidance as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_like, check_out, check_tensor
-from ltxkern.triton import constraints, triton_backend
+
+
+class Arguments(NamedTuple):
+    """The branches of an evaluation, and a scale for each but the first."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    perturbed: Tensor | None
+    isolated: Tensor | None
+    cfg_scale: float
+    stg_scale: float
+    modality_scale: float
+    rescale_scale: float
 
 
 def reference(
@@ -37,19 +52,14 @@ def reference(
     return pred.to(cond.dtype).contiguous().clone() if pred is cond else pred.to(cond.dtype).contiguous()
 
 
-def allocate(cond: Tensor, *_: object) -> Tensor:
-    """Shape and dtype of cond, contiguous."""
-    return torch.empty_like(cond, memory_format=torch.contiguous_format)
-
-
 OP = Op(
     "combine_guidance",
-    "(Tensor cond, Tensor? uncond, Tensor? perturbed, Tensor? isolated, float cfg_scale, float stg_scale, float modality_scale, "
-    "float rescale_scale) -> Tensor",
+    Arguments,
+    "Tensor",
     reference,
-    allocate,
+    lambda args: fresh(args.cond),
     differentiable=True,
-    backends=[*backends(launch.run), triton_backend("combine_guidance", constraints.combine_guidance)],
+    backends=[*tiers.compiled(launch.run), tiers.triton("combine_guidance", tiers.not_contiguous)],
     may_be=[("cond", "uncond", "perturbed", "isolated")],
 )
 
@@ -91,7 +101,7 @@ def combine_guidance(
     check_tensor("cond", cond, dtypes=SAMPLER_DTYPES)
     scales = {"cfg_scale": (cfg_scale, 1), "stg_scale": (stg_scale, 0), "modality_scale": (modality_scale, 1)}
     branches = {"uncond": uncond, "perturbed": perturbed, "isolated": isolated}
-    used: list[Tensor | None] = []
+    used: list[Any] = []
     for (scale_name, (scale, void)), (name, branch) in zip(scales.items(), branches.items(), strict=True):
         check_finite_number(scale_name, scale)
         if scale != void and branch is None:
@@ -102,4 +112,5 @@ def combine_guidance(
     check_finite_number("rescale_scale", rescale_scale)
     if out is not None:
         check_out(out, cond.shape, cond.dtype, cond.device)
-    return OP(cond, *used, float(cfg_scale), float(stg_scale), float(modality_scale), float(rescale_scale), out=out)
+    given = map(float, (cfg_scale, stg_scale, modality_scale, rescale_scale))
+    return OP(Arguments(cond, *used, *given), out)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ltxkern.compiled import dual_add as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_like, check_outs, check_tensor
-from ltxkern.triton import constraints, triton_backend
+
+
+class Arguments(NamedTuple):
+    """Three tensors of one shape and dtype."""
+
+    x: Tensor
+    first: Tensor
+    second: Tensor
 
 
 def reference(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,21 +26,14 @@ def reference(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]
     return (x + first).contiguous(), (x + second).contiguous()
 
 
-def allocate(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Twice shape and dtype of x, contiguous."""
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
-
-
 OP = Op(
     "dual_add",
-    "(Tensor x, Tensor first, Tensor second) -> (Tensor, Tensor)",
+    Arguments,
+    "(Tensor, Tensor)",
     reference,
-    allocate,
+    lambda args: (fresh(args.x), fresh(args.x)),
     differentiable=True,
-    backends=[*backends(launch.run), triton_backend("dual_add", constraints.dual_add)],
+    backends=[*tiers.compiled(launch.run), tiers.triton("dual_add", tiers.not_contiguous)],
     may_be=[("x",), ("x",)],
 )
 
@@ -59,5 +61,5 @@ def dual_add(
     check_like("second", second, x)
     if out is not None:
         check_outs(out, x)
-    sums: tuple[Tensor, Tensor] = OP(x, first, second, out=out)
+    sums: tuple[Tensor, Tensor] = OP(Arguments(x, first, second), out)
     return sums

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ltxkern.compiled import rows
-from ltxkern.compiled.programs import backends
+from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -18,7 +21,22 @@ from ltxkern.ops.checks import (
     check_tensor,
 )
 from ltxkern.ops.row_index import check_indexed, taken
-from ltxkern.triton import constraints, triton_backend
+
+
+class ResidualArguments(NamedTuple):
+    """Of `gated_residual`."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    rows: Tensor | None
+
+
+class HeadGateArguments(NamedTuple):
+    """Of `head_gate`."""
+
+    x: Tensor
+    logits: Tensor
 
 
 def residual_reference(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -32,32 +50,34 @@ def head_gate_reference(x: Tensor, logits: Tensor) -> Tensor:
     return (x.float() * (2 * torch.sigmoid(logits.float()))[..., None]).to(x.dtype).contiguous()
 
 
-def allocate(x: Tensor, *_: object) -> Tensor:
-    """Shape and dtype of x, contiguous."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _refuse_triton_residual(args: ResidualArguments) -> str | None:
+    return tiers.split_rows([args.x, args.y], [args.gate], args.rows, dense=False)
+
+
+def _refuse_triton_head_gate(args: HeadGateArguments) -> str | None:
+    return tiers.split_rows([args.x], [args.logits[..., None]], None, dense=False)
 
 
 RESIDUAL = Op(
     "gated_residual",
-    "(Tensor x, Tensor y, Tensor gate, Tensor? rows) -> Tensor",
+    ResidualArguments,
+    "Tensor",
     residual_reference,
-    allocate,
+    lambda args: fresh(args.x),
     differentiable=True,
-    backends=[
-        *backends(rows.gated_residual),
-        triton_backend("gated_residual", constraints.gated_residual),
-    ],
+    backends=[*tiers.compiled(launch.gated_residual), tiers.triton("gated_residual", _refuse_triton_residual)],
     may_be=[("x", "y")],
 )
 HEAD_GATE = Op(
     "head_gate",
-    "(Tensor x, Tensor logits) -> Tensor",
+    HeadGateArguments,
+    "Tensor",
     head_gate_reference,
-    allocate,
+    lambda args: fresh(args.x),
     differentiable=True,
     backends=[
-        *backends(rows.head_gate),
-        triton_backend("gated_residual", constraints.head_gate, "launch_head_gate"),
+        *tiers.compiled(launch.head_gate),
+        tiers.triton("gated_residual", _refuse_triton_head_gate, "launch_head_gate"),
     ],
     may_be=[("x",)],
 )
@@ -94,7 +114,7 @@ def gated_residual(
         raise ValueError(f"gate must broadcast to x's shape {tuple(x.shape)}, got {tuple(gate.shape)}")
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return RESIDUAL(x, y, gate, rows, out=out)
+    return RESIDUAL(ResidualArguments(x, y, gate, rows), out)
 
 
 def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -119,4 +139,4 @@ def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor
     check_device("logits", logits, x.device)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return HEAD_GATE(x, logits, out=out)
+    return HEAD_GATE(HeadGateArguments(x, logits), out)

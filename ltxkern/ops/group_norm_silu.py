@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.compiled import group_norm_silu as launch
-from ltxkern.compiled.tensors import refuse
-from ltxkern.dispatch import Backend, Op, like
+from ltxkern.dispatch import Op, like
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,
@@ -22,7 +22,18 @@ from ltxkern.ops.checks import (
     check_vector,
     raise_no_tensor,
 )
-from ltxkern.triton import constraints, triton_backend
+
+
+class Arguments(NamedTuple):
+    """x and residual (N, C, *), the others (C,)."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    num_groups: int
+    eps: float
+    residual: Tensor | None
+    conv_bias: Tensor | None
 
 
 def reference(
@@ -54,38 +65,22 @@ def reference(
     return like(F.silu(y).to(x.dtype), x)
 
 
-def allocate(x: Tensor, *_: object) -> Tensor:
-    """Output with the shape, dtype and strides of x (channels-last kept)."""
-    return torch.empty_like(x)
+def _refuse(args: Arguments) -> str | None:
+    return tiers.unlike_channels(args.x, (args.residual,), (args.weight, args.bias, args.conv_bias))
 
 
-def _refuse(device: str) -> Callable[..., str | None]:
-    def reason(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        num_groups: int,
-        eps: float,
-        residual: Tensor | None,
-        conv_bias: Tensor | None,
-    ) -> str | None:
-        return refuse(device, x, same=(residual,), per_channel=(weight, bias, conv_bias))
-
-    return reason
+def _refuse_triton(args: Arguments) -> str | None:
+    return tiers.split_positions(x=args.x, residual=args.residual)
 
 
 OP = Op(
     "group_norm_silu",
-    "(Tensor x, Tensor? weight, Tensor? bias, int num_groups, float eps, Tensor? residual, Tensor? conv_bias) -> Tensor",
+    Arguments,
+    "Tensor",
     reference,
-    allocate,
+    lambda args: torch.empty_like(args.x),
     differentiable=True,
-    backends=[
-        Backend("cuda", _refuse("cuda"), lambda: launch.load("cuda")),
-        Backend("nvrtc", _refuse("cuda"), lambda: launch.load("nvrtc")),
-        triton_backend("group_norm_silu", constraints.group_norm_silu),
-        Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
-    ],
+    backends=[*tiers.compiled(launch.run, refuse=_refuse), tiers.triton("group_norm_silu", _refuse_triton)],
     may_be=[("x", "residual")],
 )
 
@@ -144,7 +139,7 @@ def group_norm_silu(
         check_like("residual", residual, x)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return OP(x, weight, bias, num_groups, eps, residual, conv_bias, out=out)
+    return OP(Arguments(x, weight, bias, num_groups, eps, residual, conv_bias), out)
 
 
 def fuses(x: Tensor, norm: nn.GroupNorm) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltxkern.aliasing import Read, Written, apart, check
 from ltxkern.compiled import merge_lora as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
+from ltxkern.layout import unit_rows
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_choice,
@@ -23,11 +24,22 @@ from ltxkern.ops.checks import (
     raise_no_tensor,
 )
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
-from ltxkern.triton import constraints, triton_backend
 
 ROUNDINGS = ("single", "reference", "stochastic")
 WEIGHT_DTYPES = (*SAMPLER_DTYPES, torch.float8_e4m3fn)
 CHUNK_BYTES = 32 << 20
+
+
+class Arguments(NamedTuple):
+    """The weight, which is changed, and an entry of lora_a, lora_b and scale a LoRA."""
+
+    weight: Tensor
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    scale: Sequence[float]
+    chunk_bytes: int
+    rounding: str
+    seed: int = 0
 
 
 def rows_per_chunk(rows: int, columns: int, bytes_per_element: int, chunk_bytes: int) -> int:
@@ -137,15 +149,40 @@ def reference(
             _merge_single(weight, lora_a, lora_b, scale, chunk_bytes, seed if rounding == "stochastic" else None)
 
 
+def refuse_cuda(args: Arguments) -> str | None:
+    """What the CUDA tiers decline: fp64, and more LoRAs than share one rounding."""
+    if args.rounding == "reference":
+        return None
+    if any(tensor.dtype == torch.float64 for tensor in (args.weight, *args.lora_a, *args.lora_b)):
+        return "torch.float64 weights or factors: the kernel accumulates in fp32"
+    if len(args.lora_a) > launch.LORAS:
+        return f"{len(args.lora_a)} LoRAs at once: the kernel merges at most {launch.LORAS} with one rounding"
+    return None
+
+
+def _refuse_triton(args: Arguments) -> str | None:
+    weight = args.weight
+    if args.rounding == "reference":
+        return "reference rounding must be bit-equal to torch's own matrix product, whose order of sums the kernel does not follow"
+    if (reason := refuse_cuda(args)) is not None:
+        return reason
+    if weight.dtype == torch.float8_e4m3fn:
+        return "torch.float8_e4m3fn weight: the kernel rounds to fp16, bf16 or fp32"
+    if not unit_rows(weight) or (weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]):
+        return f"{tiers.strided('weight', weight)}: the kernel takes dense rows that do not overlap"
+    if not all(factor.is_contiguous() for factor in (*args.lora_a, *args.lora_b)):
+        return "lora_a or lora_b is not contiguous"
+    return None
+
+
 OP = Op(
     "merge_lora_",
-    "(Tensor(a!) weight, Tensor[] lora_a, Tensor[] lora_b, float[] scale, int chunk_bytes, str rounding, "
-    "int seed=0) -> ()",
+    Arguments,
+    "()",
     reference,
     backends=[
-        *backends(launch.run, reference, refuse=launch.refuse)[:2],
-        triton_backend("merge_lora", constraints.merge_lora_),
-        *backends(launch.run, reference)[2:],
+        *tiers.compiled(launch.run, reference, refuse_cuda=refuse_cuda),
+        tiers.triton("merge_lora", _refuse_triton),
     ],
 )
 
@@ -186,18 +223,19 @@ def merge_lora_(
     """
     factors = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
     if (call := _call(weight, *factors, chunk_bytes, rounding, seed)) is not None:
-        OP(*call)
+        OP(call)
     return weight
 
 
 def _call(
     weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], scales: list[float], *options: Any
-) -> tuple[Any, ...] | None:
+) -> Arguments | None:
     """The op's arguments without the LoRAs that add nothing; None where nothing is left to do."""
     kept = [k for k, s in enumerate(scales) if s != 0.0 and lora_a[k].shape[0] > 0]
     if not kept or not weight.numel():
         return None
-    return weight, [lora_a[k] for k in kept], [lora_b[k] for k in kept], [scales[k] for k in kept], *options
+    factors = [lora_a[k] for k in kept], [lora_b[k] for k in kept]
+    return Arguments(weight, *factors, [scales[k] for k in kept], *options)
 
 
 def _factors(name: str, value: Any) -> list[Tensor]:
@@ -265,7 +303,7 @@ def merge_lora_many_(
     """`merge_lora_` for a list of layers, all or none: each is checked and its backend chosen before the first is changed.
 
     The layers follow one another on the current stream with no wait in between, each by the launch that `merge_lora_` makes: a
-    layer of a few MB is bound by the host's calls, larger ones by the memory. Layers of one shape share a plan.
+    layer of a few MB is bound by the host's calls, larger ones by the memory. Layers of one shape share a program.
 
     Args:
         weights: one matrix a layer, changed in place; no two of them, and no factor of any layer, may share memory.
@@ -296,7 +334,7 @@ def merge_lora_many_(
             f"weights, lora_a, lora_b and scale must have one length, got {count}, {len(lora_a)}, {len(lora_b)} and {len(scales)}"
         )
     layers = list(zip(weights, lora_a, lora_b, scales, strict=True))
-    calls: list[tuple[Any, ...]] = []
+    calls: list[Arguments] = []
     given: list[tuple[list[Tensor], list[Tensor]]] = []
     for index, (weight, a, b, s) in enumerate(layers):
         try:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltxkern.compiled import normalize_noise as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op, like
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
-from ltxkern.triton import constraints, triton_backend
 
 # Below the size from which torch shares one sum among threads.
 STATISTICS_CHUNK = 16384
+
+
+class NoiseArguments(NamedTuple):
+    """Of `normalize_noise` and `noise_statistics`."""
+
+    noise: Tensor
+
+
+class Arguments(NamedTuple):
+    """Of `channelwise_normalize`."""
+
+    x: Tensor
 
 
 def normalize_reference(noise: Tensor) -> Tensor:
@@ -37,7 +49,7 @@ def statistics_reference(noise: Tensor) -> Tensor:
     Each slice is cut into chunks of a fixed length, each of which torch sums in one thread, and the chunks are merged in order:
     a plain `mean` or `sum` over a long slice depends on the number of threads.
     """
-    shape = allocate_statistics(noise).shape
+    shape = _statistics_shape(noise)
     size = noise.shape[-2] * noise.shape[-1]
     slices = noise.double().reshape(shape[0], size)
     whole = size - size % STATISTICS_CHUNK
@@ -60,49 +72,50 @@ def _chunk_rows(chunks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full_like(mean, chunks.shape[-1]), mean, (chunks - mean[..., None]).square().sum(dim=-1)
 
 
-def allocate_like(x: Tensor) -> Tensor:
-    """Output with the shape, dtype and strides of x."""
-    return torch.empty_like(x)
-
-
-def allocate_statistics(noise: Tensor) -> Tensor:
-    """(slices, 3) fp64."""
+def _statistics_shape(noise: Tensor) -> tuple[int, int]:
     slices = 1
     for size in noise.shape[:-2]:
         slices *= size
-    return noise.new_empty((slices, 3), dtype=torch.float64)
+    return slices, 3
+
+
+def _refuse_triton(args: NoiseArguments | Arguments) -> str | None:
+    x = args[0]
+    if x.shape[-1] * x.shape[-2] == 0 and x.shape[:-2].numel() > 0:
+        return f"slices of {args._fields[0]} have no elements: shape {tuple(x.shape)}"
+    return tiers.not_contiguous(args)
 
 
 NORMALIZE = Op(
     "normalize_noise",
-    "(Tensor noise) -> Tensor",
+    NoiseArguments,
+    "Tensor",
     normalize_reference,
-    allocate_like,
-    backends=[
-        *backends(launch.run, "normalize"),
-        triton_backend("normalize_noise", constraints.contiguous_slices),
-    ],
+    lambda args: torch.empty_like(args[0]),
+    backends=[*tiers.compiled(launch.run, "normalize"), tiers.triton("normalize_noise", _refuse_triton)],
     may_be=[("noise",)],
 )
 CHANNELWISE = Op(
     "channelwise_normalize",
-    "(Tensor x) -> Tensor",
+    Arguments,
+    "Tensor",
     channelwise_reference,
-    allocate_like,
+    lambda args: torch.empty_like(args[0]),
     backends=[
-        *backends(launch.run, "channelwise"),
-        triton_backend("normalize_noise", constraints.contiguous_slices, "launch_channelwise"),
+        *tiers.compiled(launch.run, "channelwise"),
+        tiers.triton("normalize_noise", _refuse_triton, "launch_channelwise"),
     ],
     may_be=[("x",)],
 )
 STATISTICS = Op(
     "noise_statistics",
-    "(Tensor noise) -> Tensor",
+    NoiseArguments,
+    "Tensor",
     statistics_reference,
-    allocate_statistics,
+    lambda args: args.noise.new_empty(_statistics_shape(args.noise), dtype=torch.float64),
     backends=[
-        *backends(launch.run, "statistics"),
-        triton_backend("normalize_noise", constraints.contiguous_slices, "launch_statistics"),
+        *tiers.compiled(launch.run, "statistics"),
+        tiers.triton("normalize_noise", _refuse_triton, "launch_statistics"),
     ],
 )
 
@@ -128,7 +141,7 @@ def normalize_noise(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
     if out is not None:
         check_out(out, noise.shape, noise.dtype, noise.device)
-    return NORMALIZE(noise, out=out)
+    return NORMALIZE(NoiseArguments(noise), out)
 
 
 def channelwise_normalize(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -149,7 +162,7 @@ def channelwise_normalize(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     check_tensor("x", x, dtypes=SAMPLER_DTYPES, min_dim=2)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return CHANNELWISE(x, out=out)
+    return CHANNELWISE(Arguments(x), out)
 
 
 def noise_statistics(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -171,8 +184,8 @@ def noise_statistics(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
     if out is not None:
-        check_out(out, allocate_statistics(noise).shape, torch.float64, noise.device)
-    return STATISTICS(noise, out=out)
+        check_out(out, _statistics_shape(noise), torch.float64, noise.device)
+    return STATISTICS(NoiseArguments(noise), out)
 
 
 def merge_noise_statistics(parts: Sequence[Tensor]) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ltxkern.compiled import pixel_norm_silu as launch
-from ltxkern.compiled.tensors import device_limits, refuse
-from ltxkern.dispatch import Backend, Op, like
+from ltxkern.compiled.tensors import device_limits
+from ltxkern.dispatch import Op, like
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,
@@ -18,7 +19,17 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_vector,
 )
-from ltxkern.triton import constraints, triton_backend
+
+# Channels of a position that a Triton program keeps in registers.
+MAX_CHANNELS = 1024
+
+
+class Arguments(NamedTuple):
+    """x (N, C, *), weight (C,)."""
+
+    x: Tensor
+    eps: float
+    weight: Tensor | None
 
 
 def reference(x: Tensor, eps: float = 1e-8, weight: Tensor | None = None) -> Tensor:
@@ -30,32 +41,34 @@ def reference(x: Tensor, eps: float = 1e-8, weight: Tensor | None = None) -> Ten
     return like(F.silu(y).to(x.dtype), x)
 
 
-def allocate(x: Tensor, *_: object) -> Tensor:
-    """Output with the shape, dtype and strides of x (channels-last kept)."""
-    return torch.empty_like(x)
+def _refuse(args: Arguments) -> str | None:
+    return tiers.unlike_channels(args.x, (), (args.weight,))
 
 
-def _refuse(device: str) -> Callable[..., str | None]:
-    def reason(x: Tensor, eps: float, weight: Tensor | None) -> str | None:
-        if (common := refuse(device, x, same=(), per_channel=(weight,))) is not None or device == "cpu":
-            return common
-        most = launch.most_channels(device_limits(x.device.index).shared_bytes)
-        return f"serves up to {most} channels on {x.device}, got {x.shape[1]}" if x.shape[1] > most else None
+def _refuse_cuda(args: Arguments) -> str | None:
+    if (reason := _refuse(args)) is not None:
+        return reason
+    most = launch.most_channels(device_limits(args.x.device.index).shared_bytes)
+    channels = args.x.shape[1]
+    return f"serves up to {most} channels on {args.x.device}, got {channels}" if channels > most else None
 
-    return reason
+
+def _refuse_triton(args: Arguments) -> str | None:
+    if args.x.shape[1] > MAX_CHANNELS:
+        return f"x has {args.x.shape[1]} channels: the kernel keeps at most {MAX_CHANNELS} in registers"
+    return tiers.split_positions(x=args.x)
 
 
 OP = Op(
     "pixel_norm_silu",
-    "(Tensor x, float eps, Tensor? weight) -> Tensor",
+    Arguments,
+    "Tensor",
     reference,
-    allocate,
+    lambda args: torch.empty_like(args.x),
     differentiable=True,
     backends=[
-        Backend("cuda", _refuse("cuda"), lambda: launch.load("cuda")),
-        Backend("nvrtc", _refuse("cuda"), lambda: launch.load("nvrtc")),
-        triton_backend("pixel_norm_silu", constraints.pixel_norm_silu),
-        Backend("cpu", _refuse("cpu"), lambda: launch.load("cpu")),
+        *tiers.compiled(launch.run, refuse=_refuse, refuse_cuda=_refuse_cuda),
+        tiers.triton("pixel_norm_silu", _refuse_triton),
     ],
     may_be=[("x",)],
 )
@@ -88,4 +101,4 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-8, *, weight: Tensor | None = Non
             raise TypeError(f"weight must be {x.dtype} like x or wider, got {weight.dtype}: use weight.to({x.dtype})")
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return OP(x, eps, weight, out=out)
+    return OP(Arguments(x, eps, weight), out)

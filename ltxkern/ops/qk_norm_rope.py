@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ltxkern.compiled import qk_norm_rope as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh, power_of_two, unit_rows
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_choice,
@@ -18,9 +21,21 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_vector,
 )
-from ltxkern.triton import constraints, triton_backend
 
 LAYOUTS = ("split", "interleaved")
+
+
+class Arguments(NamedTuple):
+    """q and k (B, T, heads * d), their weights (heads * d,), cos and sin (B or 1, heads, T, d / 2)."""
+
+    q: Tensor
+    k: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    cos: Tensor
+    sin: Tensor
+    eps: float
+    layout: str
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
@@ -47,24 +62,29 @@ def reference(
     return _one(q, q_weight, cos, sin, eps, layout), _one(k, k_weight, cos, sin, eps, layout)
 
 
-def allocate(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of q and k, contiguous."""
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-    )
+def _refuse_triton(args: Arguments) -> str | None:
+    padded = 2 * power_of_two(args.cos.shape[1]) * power_of_two(args.cos.shape[3])
+    if padded > tiers.MAX_WIDTH:
+        return (
+            f"tokens of {args.q.shape[-1]}: the kernel keeps at most {tiers.MAX_WIDTH} padded elements in registers, "
+            f"needs {padded}"
+        )
+    if not unit_rows(args.q, args.k):
+        return "the last dim of q or k is not dense"
+    strides = args.cos.stride(), args.sin.stride()
+    if strides[0] != strides[1]:
+        return f"cos and sin have strides {strides[0]} and {strides[1]}: the kernel takes tables of one layout"
+    return None
 
 
 OP = Op(
     "qk_norm_rope",
-    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, str layout) -> (Tensor, Tensor)",
+    Arguments,
+    "(Tensor, Tensor)",
     reference,
-    allocate,
+    lambda args: (fresh(args.q), fresh(args.k)),
     differentiable=True,
-    backends=[
-        *backends(launch.run),
-        triton_backend("qk_norm_rope", constraints.qk_norm_rope),
-    ],
+    backends=[*tiers.compiled(launch.run), tiers.triton("qk_norm_rope", _refuse_triton)],
     may_be=[("q",), ("k",)],
 )
 
@@ -126,4 +146,4 @@ def qk_norm_rope(
     check_finite_number("eps", eps, low=0.0)
     if out is not None:
         check_outs(out, q)
-    return OP(q, k, q_weight, k_weight, cos, sin, eps, layout, out=out)
+    return OP(Arguments(q, k, q_weight, k_weight, cos, sin, eps, layout), out)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltxkern.compiled import res2s as launch
-from ltxkern.compiled.programs import backends
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_device,
@@ -21,12 +22,50 @@ from ltxkern.ops.checks import (
     check_shape,
     check_tensor,
     check_together,
-    raise_no_tensor,
+    listed,
+    modalities,
 )
 from ltxkern.ops.res2s_step import Res2sStep, sde_linear_form
-from ltxkern.triton import constraints, triton_backend
 
 TensorOrSequence = Tensor | Sequence[Tensor]
+
+
+class StepArguments(NamedTuple):
+    """Of `res2s_sde_step`; coefficients (A, B, S)."""
+
+    sample: Tensor
+    denoised: Tensor
+    noise: Tensor
+    coefficients: Sequence[float]
+    noise_stats: Tensor | None
+
+
+class MidpointArguments(NamedTuple):
+    """Of `res2s_midpoint`, an entry a modality; coefficients (c, A, B, S)."""
+
+    latent: Sequence[Tensor]
+    x0: Sequence[Tensor]
+    noise: Sequence[Tensor]
+    mask: Sequence[Tensor | None]
+    clean: Sequence[Tensor | None]
+    noise_stats: Sequence[Tensor | None]
+    coefficients: Sequence[float]
+    refine: bool
+    compute_dtype: torch.dtype
+
+
+class AdvanceArguments(NamedTuple):
+    """Of `res2s_advance`, an entry a modality; coefficients (h b1, h b2, A, B, S)."""
+
+    anchor: Sequence[Tensor]
+    x0: Sequence[Tensor]
+    x0_mid: Sequence[Tensor]
+    noise: Sequence[Tensor]
+    mask: Sequence[Tensor | None]
+    clean: Sequence[Tensor | None]
+    noise_stats: Sequence[Tensor | None]
+    coefficients: Sequence[float]
+    model_dtype: Sequence[torch.dtype]
 
 
 def post_process(x: Tensor, mask: Tensor | None, clean: Tensor | None) -> Tensor:
@@ -112,83 +151,33 @@ def advance_reference(
     return results
 
 
-def allocate_sde_step(sample: Tensor, denoised: Tensor, *_: Any) -> Tensor:
-    """Shape and dtype of denoised, contiguous."""
-    return torch.empty_like(denoised, memory_format=torch.contiguous_format)
-
-
-def allocate_midpoint(latent: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    """x_mid in each latent's dtype, anchors in the compute dtype, contiguous."""
-    dtype = args[-1]
-    midpoints = [torch.empty_like(state, memory_format=torch.contiguous_format) for state in latent]
-    return midpoints + [torch.empty_like(state, dtype=dtype, memory_format=torch.contiguous_format) for state in latent]
-
-
-def allocate_advance(anchor: Sequence[Tensor], *args: Any) -> list[Tensor]:
-    """The next latent of each modality in its model dtype, contiguous."""
-    pairs = zip(anchor, args[-1], strict=True)
-    return [torch.empty_like(start, dtype=dtype, memory_format=torch.contiguous_format) for start, dtype in pairs]
-
-
 SDE_STEP = Op(
     "res2s_sde_step",
-    "(Tensor sample, Tensor denoised, Tensor noise, float[] coefficients, Tensor? noise_stats) -> Tensor",
+    StepArguments,
+    "Tensor",
     sde_step_reference,
-    allocate_sde_step,
-    backends=[
-        *backends(launch.sde_step),
-        triton_backend("res2s", constraints.res2s_sde_step, "launch_sde_step"),
-    ],
+    lambda args: fresh(args.denoised),
+    backends=[*tiers.compiled(launch.sde_step), tiers.triton("res2s", tiers.not_contiguous, "launch_sde_step")],
     may_be=[("sample", "denoised", "noise")],
 )
 MIDPOINT = Op(
     "res2s_midpoint",
-    "(Tensor[] latent, Tensor[] x0, Tensor[] noise, Tensor?[] mask, Tensor?[] clean, Tensor?[] noise_stats, "
-    "float[] coefficients, bool refine, ScalarType compute_dtype) -> Tensor[]",
+    MidpointArguments,
+    "Tensor[]",
     midpoint_reference,
-    allocate_midpoint,
-    backends=[
-        *backends(launch.midpoint),
-        triton_backend("res2s", constraints.res2s_half_step, "launch_midpoint"),
-    ],
+    lambda args: [*map(fresh, args.latent), *(fresh(state, args.compute_dtype) for state in args.latent)],
+    backends=[*tiers.compiled(launch.midpoint), tiers.triton("res2s", tiers.not_contiguous, "launch_midpoint")],
     may_be=[("latent", "x0", "noise", "clean")] * 2,
 )
 ADVANCE = Op(
     "res2s_advance",
-    "(Tensor[] anchor, Tensor[] x0, Tensor[] x0_mid, Tensor[] noise, Tensor?[] mask, Tensor?[] clean, Tensor?[] noise_stats, "
-    "float[] coefficients, ScalarType[] model_dtype) -> Tensor[]",
+    AdvanceArguments,
+    "Tensor[]",
     advance_reference,
-    allocate_advance,
-    backends=[
-        *backends(launch.advance),
-        triton_backend("res2s", constraints.res2s_half_step, "launch_advance"),
-    ],
+    lambda args: [*map(fresh, args.anchor, args.model_dtype)],
+    backends=[*tiers.compiled(launch.advance), tiers.triton("res2s", tiers.not_contiguous, "launch_advance")],
     may_be=[("anchor", "x0", "x0_mid", "noise", "clean")],
 )
-
-
-def _listed(name: str, value: Any, count: int) -> list[Any]:
-    """`value` as a list of `count` entries; None stands for a list of None."""
-    if value is None:
-        return [None] * count
-    if isinstance(value, Tensor):
-        value = [value]
-    elif not isinstance(value, (list, tuple)):
-        raise_no_tensor(name, value, "a tensor, or a list with one per modality")
-    if len(value) != count:
-        raise ValueError(f"{name} must have {count} entries, one per modality, got {len(value)}")
-    return list(value)
-
-
-def _modalities(name: str, value: Any) -> list[Tensor]:
-    """The states of a half-step: one tensor, or one per modality."""
-    if isinstance(value, (list, tuple)) and not value:
-        raise ValueError(f"{name} must have at least one entry, got an empty {type(value).__name__}")
-    states = _listed(name, value, len(value) if isinstance(value, (list, tuple)) else 1)
-    for index, state in enumerate(states):
-        if not isinstance(state, Tensor):
-            raise_no_tensor(f"{name}[{index}]" if isinstance(value, (list, tuple)) else name, state)
-    return states
 
 
 def _check_step(step: object) -> None:
@@ -265,11 +254,12 @@ def res2s_sde_step(
     if terminal or eta == 0.0 or sigma_next == 0.0:
         if out is None:
             return denoised
-        SDE_STEP.check_memory([out], (sample, denoised, noise, (), noise_stats))
+        SDE_STEP.check_memory([out], StepArguments(sample, denoised, noise, (), noise_stats))
         return out.copy_(denoised)
     if sigma == sigma_next:
         raise ValueError(f"sigma and sigma_next must differ, got {sigma} for both")
-    return SDE_STEP(sample, denoised, noise, list(sde_linear_form(sigma, sigma_next, eta)), noise_stats, out=out)
+    coefficients = list(sde_linear_form(sigma, sigma_next, eta))
+    return SDE_STEP(StepArguments(sample, denoised, noise, coefficients, noise_stats), out)
 
 
 def res2s_midpoint(
@@ -310,11 +300,11 @@ def res2s_midpoint(
     Source: the res2s sampler of LTX-2; closed form of its 100-iteration anchor recursion.
     """
     single = isinstance(latent, Tensor)
-    states = _modalities("latent", latent)
+    states = modalities("latent", latent)
     count = len(states)
-    x0s, noises = _listed("x0", x0, count), _listed("noise", noise, count)
+    x0s, noises = listed("x0", x0, count), listed("noise", noise, count)
     masks, cleans, stats = (
-        _listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
+        listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
     )
     _check_step(step)
     if compute_dtype not in (torch.float32, torch.float64):
@@ -324,12 +314,13 @@ def res2s_midpoint(
     outputs = None
     if out is not None:
         check_pair(out)
-        outputs = [*_listed("out[0]", out[0], count), *_listed("out[1]", out[1], count)]
+        outputs = [*listed("out[0]", out[0], count), *listed("out[1]", out[1], count)]
         for i, state in enumerate(states):
             check_out(outputs[i], state.shape, state.dtype, state.device, "out[0]")
             check_out(outputs[count + i], state.shape, compute_dtype, state.device, "out[1]")
     coefficients = [step.contraction, *step.substep]
-    results = MIDPOINT(states, x0s, noises, masks, cleans, stats, coefficients, step.refine, compute_dtype, out=outputs)
+    args = MidpointArguments(states, x0s, noises, masks, cleans, stats, coefficients, step.refine, compute_dtype)
+    results = MIDPOINT(args, outputs)
     return (results[0], results[1]) if single else (results[:count], results[count:])
 
 
@@ -369,11 +360,11 @@ def res2s_advance(
     Source: the res2s sampler of LTX-2.
     """
     single = isinstance(anchor, Tensor)
-    starts = _modalities("anchor", anchor)
+    starts = modalities("anchor", anchor)
     count = len(starts)
-    firsts, seconds, noises = _listed("x0", x0, count), _listed("x0_mid", x0_mid, count), _listed("noise", noise, count)
+    firsts, seconds, noises = listed("x0", x0, count), listed("x0_mid", x0_mid, count), listed("noise", noise, count)
     masks, cleans, stats = (
-        _listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
+        listed(n, v, count) for n, v in (("mask", mask), ("clean", clean), ("noise_stats", noise_stats))
     )
     _check_step(step)
     if model_dtype is not None and model_dtype not in SAMPLER_DTYPES:
@@ -386,9 +377,10 @@ def res2s_advance(
     dtypes = [first.dtype if model_dtype is None else model_dtype for first in firsts]
     outputs = None
     if out is not None:
-        outputs = _listed("out", out, count)
+        outputs = listed("out", out, count)
         for target, start, dtype in zip(outputs, starts, dtypes, strict=True):
             check_out(target, start.shape, dtype, start.device)
     coefficients = [step.h * step.b1, step.h * step.b2, *step.advance]
-    results = ADVANCE(starts, firsts, seconds, noises, masks, cleans, stats, coefficients, dtypes, out=outputs)
+    args = AdvanceArguments(starts, firsts, seconds, noises, masks, cleans, stats, coefficients, dtypes)
+    results = ADVANCE(args, outputs)
     return results[0] if single else results

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ltxkern.compiled import rows
-from ltxkern.compiled.programs import backends
+from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
+from ltxkern.layout import fresh
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -20,7 +23,30 @@ from ltxkern.ops.checks import (
     check_vector,
 )
 from ltxkern.ops.row_index import check_indexed, taken
-from ltxkern.triton import constraints, triton_backend
+
+
+class Arguments(NamedTuple):
+    """Of `rms_norm_modulate`."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    weight: Tensor | None
+    rows: Tensor | None
+
+
+class GatedArguments(NamedTuple):
+    """Of `gated_residual_rms_norm_modulate`."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    weight: Tensor | None
+    rows: Tensor | None
 
 
 def reference(
@@ -51,38 +77,35 @@ def gated_reference(
     return summed, reference(summed, scale, shift, eps, weight)
 
 
-def allocate(x: Tensor, *_: object) -> Tensor:
-    """Shape and dtype of x, contiguous."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _refuse_triton(args: Arguments) -> str | None:
+    return tiers.wide_rows(args.x) or tiers.split_rows([args.x], [args.scale, args.shift], args.rows)
 
 
-def allocate_pair(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Two tensors of x's shape and dtype, contiguous."""
-    return allocate(x), allocate(x)
+def _refuse_triton_gated(args: GatedArguments) -> str | None:
+    over_x, modulation = [args.x, args.y], [args.gate, args.scale, args.shift]
+    return tiers.wide_rows(args.x) or tiers.split_rows(over_x, modulation, args.rows)
 
 
 OP = Op(
     "rms_norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? weight, Tensor? rows) -> Tensor",
+    Arguments,
+    "Tensor",
     reference,
-    allocate,
+    lambda args: fresh(args.x),
     differentiable=True,
-    backends=[
-        *backends(rows.rms_norm_modulate),
-        triton_backend("rms_norm_modulate", constraints.rms_norm_modulate),
-    ],
+    backends=[*tiers.compiled(launch.rms_norm_modulate), tiers.triton("rms_norm_modulate", _refuse_triton)],
     may_be=[("x",)],
 )
 GATED = Op(
     "gated_residual_rms_norm_modulate",
-    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, Tensor? weight, Tensor? rows) "
-    "-> (Tensor, Tensor)",
+    GatedArguments,
+    "(Tensor, Tensor)",
     gated_reference,
-    allocate_pair,
+    lambda args: (fresh(args.x), fresh(args.x)),
     differentiable=True,
     backends=[
-        *backends(rows.gated_norm),
-        triton_backend("rms_norm_modulate", constraints.gated_residual_rms_norm_modulate, "launch_gated"),
+        *tiers.compiled(launch.gated_norm),
+        tiers.triton("rms_norm_modulate", _refuse_triton_gated, "launch_gated"),
     ],
     may_be=[("x", "y"), ("x", "y")],
 )
@@ -150,7 +173,7 @@ def rms_norm_modulate(
     _check_norm(x, scale, shift, eps, weight, rows)
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
-    return OP(x, scale, shift, eps, weight, rows, out=out)
+    return OP(Arguments(x, scale, shift, eps, weight, rows), out)
 
 
 def gated_residual_rms_norm_modulate(
@@ -188,4 +211,4 @@ def gated_residual_rms_norm_modulate(
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x)
-    return GATED(x, y, gate, scale, shift, eps, weight, rows, out=out)
+    return GATED(GatedArguments(x, y, gate, scale, shift, eps, weight, rows), out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ltxkern.pipeline import moved
+
 _HOMES = {
     "CFGBranch": "sampling.guidance",
     "CFGPolicy": "sampling.guidance",
@@ -33,6 +35,8 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltxkern.dispatch import served
 from ltxkern.patch import Patched, patch
-from ltxkern.pipeline.files.checkpoint import load_components
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
@@ -21,21 +22,21 @@ from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run import prompts
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
-from ltxkern.pipeline.run.prompts import PromptEncoder
+from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
+    DEFAULT_NEGATIVE_PROMPT,
     GenerationRequest,
-    Geometry,
     find_device,
     find_preset,
-    image_conditions,
     require_strength,
 )
-from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceScales, MultiModalPolicy, SingleBranchPolicy
+from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
+from ltxkern.pipeline.sampling.latents import Geometry
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
+_REQUEST_FIELDS = {field.name for field in fields(GenerationRequest)}
 
 
 class HQTwoStagePipeline:
@@ -80,7 +81,7 @@ class HQTwoStagePipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | Path,
+        path_or_id: str | Path | FoundModel,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -97,7 +98,7 @@ class HQTwoStagePipeline:
         """Open a model: the built-in "demo", an official single file, a diffusers folder, or a hub id.
 
         Args:
-            path_or_id: "demo" (tiny random weights: its pictures are noise), a path, or a hub id.
+            path_or_id: "demo" (tiny random weights: its pictures are noise), a path, a hub id, or what was found already.
             device: where to compute; None for the first CUDA device, else the CPU.
             dtype: of weights and activations; the vocoder stays fp32.
             preset: "hq", "two-stage" or "one-stage".
@@ -119,11 +120,11 @@ class HQTwoStagePipeline:
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
         for name, strength in [*((str(path), s) for path, s in pairs), *(("distilled LoRA", s) for s in strengths)]:
             require_strength(name, strength)
-        components = load_components(path_or_id, dtype=dtype, upsampler=upsampler, text_encoder=text_encoder)
+        model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder)
         distilled: LoRA | None = None
         if distilled_lora is not None:
             distilled = LoRA.from_file(distilled_lora)
-        elif str(path_or_id) == "demo":
+        elif model.is_demo:
             from ltxkern.pipeline.files.demo import demo_distilled_lora
 
             distilled = demo_distilled_lora()
@@ -131,19 +132,17 @@ class HQTwoStagePipeline:
             raise ValueError(
                 f"the {chosen.name} pipeline needs the distilled LoRA: give distilled_lora=PATH, or distilled_strengths=(0, 0)"
             )
-        local = str(path_or_id) != "demo" and Path(path_or_id).exists()
         return cls(
-            components,
+            model.components(dtype),
             device=place,
             preset=preset,
             loras=[(LoRA.from_file(path), strength) for path, strength in pairs],
             distilled_lora=distilled,
             distilled_strengths=strengths,
             device_mode=device_mode,
-            pristine=path_or_id if local else None,
-            embedding_cache=prompts.embedding_cache(embedding_cache, path_or_id, text_encoder, dtype)
-            if local
-            else None,
+            geometry=model.geometry if model.is_here else None,
+            pristine=model.path,
+            embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
             keep_text_encoder=keep_text_encoder,
         )
 
@@ -185,7 +184,6 @@ class HQTwoStagePipeline:
         pipeline._patched = fused
         return pipeline
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
@@ -197,48 +195,48 @@ class HQTwoStagePipeline:
         num_frames: int = 121,
         frame_rate: float = 24.0,
         steps: int | None = None,
+        **keywords: Any,
+    ) -> HQOutput:
+        """`generate` with a request made of keywords, in the pipeline's preset.
+
+        Args:
+            prompt, negative_prompt, images, seed, height, width, num_frames, frame_rate, steps: fields of `GenerationRequest`;
+                a negative prompt of None takes `DEFAULT_NEGATIVE_PROMPT`.
+            keywords: its other fields, and the keyword arguments of `generate`.
+        """
+        others = {name: keywords.pop(name) for name in _REQUEST_FIELDS & keywords.keys()}
+        negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        request = GenerationRequest(
+            prompt, negative, images, self.preset, seed, height, width, num_frames, frame_rate, steps, **others
+        )
+        return self.generate(request, **keywords)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        request: GenerationRequest,
         *,
-        video_guidance: GuidanceScales | None = None,
-        audio_guidance: GuidanceScales | None = None,
         guidance_policy: type[CFGPolicy] = MultiModalPolicy,
-        distilled_strengths: tuple[float, float] | None = None,
-        eta: float = 0.5,
-        audio_source: str = "stage1",
-        max_batch_size: int = 1,
         tiling: Tiling = "auto",
         embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
         negative_embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
         initial_noise: Sequence[Tensor] | None = None,
         sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None = None,
         image_latents: Sequence[Sequence[Tensor]] | None = None,
-        stage1_sigmas: Sequence[float] | Tensor | None = None,
-        stage2_sigmas: Sequence[float] | Tensor | None = None,
         output_type: str = "video",
         callback: StepCallback | None = None,
         progress: Progress | None = None,
     ) -> HQOutput:
-        """Generate.
+        """Generate what a request asks for.
 
         Args:
-            prompt, negative_prompt: one text, or one per video; None takes `DEFAULT_NEGATIVE_PROMPT`.
-            images: `ImageCondition`, "PATH[:FRAME[:STRENGTH]]", paths or (path, frame, strength) tuples.
-            seed: of the initial noise; the sampler's own noise has fixed seeds, as published.
-            height, width: of the result, multiples of 64 (32 for one stage).
-            num_frames: 8k+1.
-            frame_rate: frames per second.
-            steps: of stage 1; None for the preset's (15 in HQ).
-            video_guidance, audio_guidance: scales of stage 1; None for the preset's.
+            request: made for this pipeline's preset.
             guidance_policy: what stage 1 makes of the scales: which branches run and how they combine.
-            distilled_strengths: of the distilled LoRA in stage 1 and 2, for this request alone.
-            eta: noise share of a res2s step.
-            audio_source: "stage1" (published) or "stage2".
-            max_batch_size: guidance branches per forward.
             tiling: of the video decoder; see `decode_video`.
             embeddings, negative_embeddings: contexts (video, audio) in place of encoded prompts.
             initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
-            image_latents: per stage the normalised latents of `images`, in place of encoding them.
-            stage1_sigmas, stage2_sigmas: schedules in place of the preset's.
+            image_latents: per stage the normalised latents of the request's images, in place of encoding them.
             output_type: "video", "latents", or "stream" (video decoded while it is consumed).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
@@ -251,49 +249,33 @@ class HQTwoStagePipeline:
         Contract: exact against the published algorithm within rounding (5e-5 in fp32 over a whole run, golden data).
         Source: the LTX-2 two-stage HQ pipeline, version 1.2.0.
         """
-        from ltxkern.dispatch import served
-
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        request = GenerationRequest(
-            prompt=prompt,
-            images=image_conditions(images),
-            preset=self.preset,
-            seed=seed,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            frame_rate=frame_rate,
-            steps=steps,
-            video_guidance=video_guidance,
-            audio_guidance=audio_guidance,
-            eta=eta,
-            audio_source=audio_source,
-            stage1_sigmas=_floats(stage1_sigmas),
-            stage2_sigmas=_floats(stage2_sigmas),
-            max_batch_size=max_batch_size,
-        )
-        if negative_prompt is not None:
-            request = replace(request, negative_prompt=negative_prompt)
-        strengths = self.distilled_strengths if distilled_strengths is None else distilled_strengths
-        for strength in strengths:
-            require_strength("distilled LoRA", strength)
-        request.validate(self.geometry, check_files=image_latents is None)
-        plans = request.plan(self.geometry)
+        if request.preset != self.preset:
+            raise ValueError(
+                f"preset: the request is for pipeline {request.preset.name}, and this one was opened as "
+                f"{self.preset.name}: use preset=pipeline.preset"
+            )
+        strengths = request.distilled_strengths or self.distilled_strengths
+        replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
         self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
-        run = DenoisingRun(self, request, plans, initial_noise, sde_noise, image_latents, callback, progress)
-        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(plans)]
-        policies = self._policies(request, guidance_policy, embeddings, negative_embeddings, progress)
-        plans[0] = replace(plans[0], branches=len(policies[0].branches))
+        stages = request.stages(self.geometry)
+        run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress)
+        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
+        guidance = request.guidance(self.geometry)
+        policies = self.prompts.policies(request, guidance, guidance_policy, embeddings, negative_embeddings, progress)
+        stages[0] = replace(stages[0], branches=len(policies[0].branches))
         if self._parallel is not None:
-            phases = phases[: self._parallel.stages(policies[: len(plans)])]
+            phases = phases[: self._parallel.stages(policies[: len(stages)])]
         if phases:
             self._attach(request, phases)
-        latents = run.stages(policies, phases)
-        output = HQOutput(None, None, latents, frame_rate, SAMPLE_RATE, seed, plans)
+        latents = run.latents(policies, phases)
+        output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
         if output_type != "latents" and leads:
-            self._decode(output, request, tiling, output_type, progress)
+            videos, audio = self._decode(latents, tiling, output_type, progress)
+            single = isinstance(request.prompt, str)
+            output.video, output.audio = (videos[0], audio[0]) if single else (videos, audio)
         output.backends = {name: sorted(names) for name, names in served().items()}
         return output
 
@@ -332,70 +314,32 @@ class HQTwoStagePipeline:
                 f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
             )
 
-    def _policies(
-        self,
-        request: GenerationRequest,
-        policy: type[CFGPolicy],
-        embeddings: PromptEmbeddings | Sequence[Tensor] | None,
-        negative: PromptEmbeddings | Sequence[Tensor] | None,
-        progress: Progress | None,
-    ) -> list[CFGPolicy]:
-        """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device."""
-        guidance = request.guidance(self.geometry)
-        # Which branches somebody's own policy runs is only known once it is built.
-        unknown = not issubclass(policy, MultiModalPolicy)
-        wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
-        if embeddings is None:
-            texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
-            encoded = self.prompts.encode(texts, progress)
-            embeddings = prompts.stack(encoded[: request.batch])
-            if len(encoded) > request.batch:
-                negative = prompts.stack(encoded[request.batch :])
-        if wants_negative and negative is None and not unknown:
-            raise ValueError(
-                "negative_embeddings are needed where a cfg scale is not 1: give them, or set both cfg scales to 1"
-            )
-        positive = prompts.contexts("embeddings", embeddings, request.batch, self.device)
-        opposite = (
-            None if negative is None else prompts.contexts("negative_embeddings", negative, request.batch, self.device)
-        )
-        return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
-
     def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
         if not self._attached:
             transformer = self.components.transformer
             assert transformer is not None
             self.manager.attach(transformer, pristine=self._pristine)
             self._attached = True
-        self.manager.prepare(*phases, activation_bytes=self._activation_bytes(request))
+        beside = 0
+        if self.device.type == "cuda" and self.manager.mode is None:
+            # "auto" leaves room for what a run needs beside the transformer's weights.
+            from ltxkern.pipeline.planning.plan import plan
 
-    def _activation_bytes(self, request: GenerationRequest) -> int:
-        """What a run needs on a GPU beside the transformer's weights, so that "auto" leaves room for it."""
-        if self.device.type != "cuda" or self.manager.mode is not None:
-            return 0
-        from ltxkern.pipeline.planning.plan import CUDA_OVERHEAD, plan
-
-        made = plan(self.components, request, device=self.device)
-        beside = (
-            sum(made.sizes.nbytes.get(name, 0) for name in part.components) + part.activations.device
-            for part in made.stages
-        )
-        return max(beside) + made.kept + CUDA_OVERHEAD
+            beside = plan(self.components, request, device=self.device).beside_transformer
+        self.manager.prepare(*phases, activation_bytes=beside)
 
     def _decode(
-        self, output: HQOutput, request: GenerationRequest, tiling: Tiling, output_type: str, progress: Progress | None
-    ) -> None:
-        audio: list[Tensor]
-        videos: list[Any] = [self._video_chunks(one[None], tiling, progress) for one in output.latents["video"]]
+        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
+    ) -> tuple[list[Any], list[Tensor]]:
+        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
+        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
         if output_type == "stream":
-            audio = self._waveforms(output.latents["audio"], progress)
-        else:
-            audio, videos = self.manager.side_by_side(
-                lambda: self._waveforms(output.latents["audio"], progress),
-                lambda: [torch.cat([chunk.cpu() for chunk in stream]) for stream in videos],
-            )
-        single = isinstance(request.prompt, str)
-        output.video, output.audio = (videos[0], audio[0]) if single else (videos, audio)
+            return streams, self._waveforms(latents["audio"], progress)
+        waveforms, videos = self.manager.side_by_side(
+            lambda: self._waveforms(latents["audio"], progress),
+            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
+        )
+        return videos, waveforms
 
     def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
         parts = self.components
@@ -433,7 +377,3 @@ class HQTwoStagePipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _floats(sigmas: Sequence[float] | Tensor | None) -> tuple[float, ...] | None:
-    return None if sigmas is None else tuple(float(sigma) for sigma in sigmas)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltxkern.pipeline.results import media
 from ltxkern.pipeline.results.atomic import output_kind
-from ltxkern.pipeline.run.request import StagePlan
+from ltxkern.pipeline.run.request import Stage
 
 
 @dataclass
@@ -25,7 +25,7 @@ class HQOutput:
             "stage1_video", "stage1_audio", and with two stages "upsampled_video" and "stage2_audio".
         frame_rate, sample_rate: of video and audio.
         seed: the seed that was used.
-        stages: the resolved plan.
+        stages: sizes, schedule and forwards of each.
         backends: which backend served each op.
     """
 
@@ -35,7 +35,7 @@ class HQOutput:
     frame_rate: float
     sample_rate: int
     seed: int
-    stages: list[StagePlan]
+    stages: list[Stage]
     backends: dict[str, list[str]] = field(default_factory=dict)
 
     def save(self, path: str | Path, *, progress: Callable[[int], None] | None = None) -> Path:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two
+from ltxkern.layout import ceil_div, dense, hand_back, power_of_two
 from ltxkern.triton.numerics import chunk_moments_count, divide, merge_moments, narrow, scalar, slot_update, square_root
+
+if TYPE_CHECKING:
+    from ltxkern.ops.combine_guidance import Arguments
 
 
 @dataclass(frozen=True)
@@ -128,41 +132,31 @@ def _apply_kernel(
     tl.store(out_ptr + offset, narrow(total, out_ptr.dtype.element_ty), mask=valid)
 
 
-def launch(
-    out: Tensor,
-    cond: Tensor,
-    uncond: Tensor | None,
-    perturbed: Tensor | None,
-    isolated: Tensor | None,
-    cfg_scale: float,
-    stg_scale: float,
-    modality_scale: float,
-    rescale_scale: float,
-) -> None:
-    """Launch on checked contiguous arguments (see `constraints.combine_guidance`)."""
+def launch(out: Tensor, args: Arguments) -> None:
+    """Launch on contiguous arguments."""
+    cond = args.cond
     size = cond.numel()
     if size == 0:
         return
-    target = out if out.is_contiguous() else torch.empty_like(cond, memory_format=torch.contiguous_format)
+    (target,) = dense([out])
     compute, dtype = (tl.float64, torch.float64) if cond.dtype == torch.float64 else (tl.float32, torch.float32)
-    scales = (cfg_scale - 1.0, stg_scale, modality_scale - 1.0)
-    branches = (cond, uncond, perturbed, isolated)
+    scales = (args.cfg_scale - 1.0, args.stg_scale, args.modality_scale - 1.0)
+    branches = (cond, args.uncond, args.perturbed, args.isolated)
     block = min(LIMITS.block, power_of_two(size))
     tiles = 1
     while ceil_div(size, block * tiles) > LIMITS.partials:
         tiles *= 2
     chunks = ceil_div(size, block * tiles)
     partial = None
-    if rescale_scale != 0.0:
+    if args.rescale_scale != 0.0:
         partial = torch.empty((4, chunks), dtype=dtype, device=cond.device)
         _partial_kernel[(chunks,)](
             *branches, partial, *scales, size,
             COMPUTE=compute, BLOCK=block, TILES=tiles, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     _apply_kernel[(ceil_div(size, block),)](
-        target, *branches, partial, *scales, rescale_scale, float(size - 1), size, chunks,
+        target, *branches, partial, *scales, args.rescale_scale, float(size - 1), size, chunks,
         COMPUTE=compute, CHUNK=block * tiles, PARTIALS=power_of_two(chunks), BLOCK=block,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    if target is not out:
-        out.copy_(target)
+    hand_back([out], [target])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div
+from ltxkern.layout import ceil_div, dense, hand_back
 from ltxkern.triton.numerics import narrow
+
+if TYPE_CHECKING:
+    from ltxkern.ops.dual_add import Arguments
 
 # 8 elements a thread at 4 warps: one 16-byte load of each bf16 operand.
 BLOCK = 1024
@@ -30,16 +34,14 @@ def _dual_add_kernel(
     tl.store(second_out_ptr + offset, narrow(second, second_out_ptr.dtype.element_ty), mask=valid)
 
 
-def launch(out: Sequence[Tensor], x: Tensor, first: Tensor, second: Tensor) -> None:
-    """Launch on checked contiguous arguments (see `constraints.dual_add`)."""
-    size = x.numel()
+def launch(out: Sequence[Tensor], args: Arguments) -> None:
+    """Launch on contiguous arguments."""
+    size = args.x.numel()
     if size == 0:
         return
-    targets = [o if o.is_contiguous() else torch.empty_like(o, memory_format=torch.contiguous_format) for o in out]
+    targets = dense(out)
     _dual_add_kernel[(ceil_div(size, BLOCK),)](
-        *targets, x, first, second, size,
-        COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
+        *targets, *args, size,
+        COMPUTE=tl.float64 if args.x.dtype == torch.float64 else tl.float32, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    for target, o in zip(targets, out, strict=True):
-        if target is not o:
-            o.copy_(target)
+    hand_back(out, targets)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two, rows_of
+from ltxkern.layout import ceil_div, dense, hand_back, power_of_two, rows_of
+
+if TYPE_CHECKING:
+    from ltxkern.ops.gated_residual import HeadGateArguments, ResidualArguments
 
 # 16 elements a thread at 4 warps: two 16-byte loads of each bf16 operand in flight.
 TILE = 2048
@@ -75,22 +79,22 @@ def _launch(out: Tensor, x: Tensor, y: Tensor | None, gate: Tensor, index: Tenso
     columns = min(TILE, power_of_two(width))
     together = min(power_of_two(rows), TILE // columns)
     column_blocks = ceil_div(width, columns)
-    target = out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+    (target,) = dense([out])
     _gate_kernel[(ceil_div(rows, together) * column_blocks,)](
         target, x, y, gate, index, rows, view.inner, width, 0 if index is None else gate.shape[0],
         *(stride for pair in view.strides for stride in pair),
         gate.stride(-1) if gate.shape[-1] == width else 0, column_blocks,
         BR=together, BD=columns, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    if target is not out:
-        out.copy_(target)
+    hand_back([out], [target])
 
 
-def launch(out: Tensor, x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> None:
-    """gated_residual on rows that collapse to two dims (see `constraints.gated_residual`)."""
+def launch(out: Tensor, args: ResidualArguments) -> None:
+    """gated_residual on rows that collapse to two dims."""
+    x, y, gate, rows = args
     _launch(out, x, y, gate.reshape(1) if gate.dim() == 0 else gate, rows)
 
 
-def launch_head_gate(out: Tensor, x: Tensor, logits: Tensor) -> None:
+def launch_head_gate(out: Tensor, args: HeadGateArguments) -> None:
     """head_gate: a row is one head."""
-    _launch(out, x, None, logits[..., None])
+    _launch(out, args.x, None, args.logits[..., None])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ChannelView, ceil_div, channel_view, power_of_two
+from ltxkern.layout import ChannelView, ceil_div, channel_view, contiguous, fresh, power_of_two
 from ltxkern.triton.numerics import reciprocal_root, silu
+
+if TYPE_CHECKING:
+    from ltxkern.ops.group_norm_silu import Arguments
 
 
 @dataclass(frozen=True)
@@ -342,55 +346,49 @@ def _strides(tensor: Tensor | None) -> ChannelView:
     return view
 
 
-def launch(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    eps: float,
-    residual: Tensor | None,
-    conv_bias: Tensor | None,
-) -> None:
-    """Launch on checked arguments whose positions collapse to one stride (see `constraints.group_norm_silu`)."""
+def launch(out: Tensor, args: Arguments) -> None:
+    """Launch on checked arguments whose positions collapse to one stride."""
+    x = args.x
     if x.numel() == 0:
         return
     if channel_view(out) is None:
-        fresh = torch.empty_like(x, memory_format=torch.contiguous_format)
-        launch(fresh, x, weight, bias, num_groups, eps, residual, conv_bias)
-        out.copy_(fresh)
+        stand_in = fresh(x)
+        launch(stand_in, args)
+        out.copy_(stand_in)
         return
     batch, channels = x.shape[:2]
-    depth, positions = channels // num_groups, x.numel() // (batch * channels)
+    groups = args.num_groups
+    depth, positions = channels // groups, x.numel() // (batch * channels)
     total = float(depth * positions)
-    weight, bias, conv_bias = (None if v is None else v.contiguous() for v in (weight, bias, conv_bias))
+    conv_bias = contiguous(args.conv_bias)
+    tensors = (out, x, contiguous(args.weight), contiguous(args.bias), args.residual, conv_bias)
     view = _strides(x)
-    strides = (*_strides(out), *view, *_strides(residual))
-    tile = single_tile(num_groups, depth, positions)
+    strides = (*_strides(out), *view, *_strides(args.residual))
+    tile = single_tile(groups, depth, positions)
     if tile is not None:
-        blocks = ceil_div(num_groups, tile.groups)
+        blocks = ceil_div(groups, tile.groups)
         _single_kernel[(batch * blocks,)](
-            out, x, weight, bias, residual, conv_bias, total, eps, num_groups, positions, *strides, blocks,
+            *tensors, total, args.eps, groups, positions, *strides, blocks,
             D=depth, BS=tile.positions, BG=tile.groups, BD=tile.channels, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
         return
     channels_last = view.channel == 1 and view.position != 1
-    tile = stats_tile(batch, num_groups, depth, positions, channels_last)
+    tile = stats_tile(batch, groups, depth, positions, channels_last)
     span = tile.positions * tile.spans
-    channel_blocks, group_blocks = ceil_div(depth, tile.channels), ceil_div(num_groups, tile.groups)
+    channel_blocks, group_blocks = ceil_div(depth, tile.channels), ceil_div(groups, tile.groups)
     spans = ceil_div(positions, span)
     partials = channel_blocks * spans
-    partial = torch.empty((3, batch * num_groups, partials), dtype=torch.float32, device=x.device)
-    plane = batch * num_groups * partials
+    partial = torch.empty((3, batch * groups, partials), dtype=torch.float32, device=x.device)
+    plane = batch * groups * partials
     _stats_kernel[(batch * group_blocks * partials,)](
-        x, conv_bias, partial, plane, num_groups, positions, *view, spans, channel_blocks, group_blocks,
+        x, conv_bias, partial, plane, groups, positions, *view, spans, channel_blocks, group_blocks,
         D=depth, BS=tile.positions, BG=tile.groups, BD=tile.channels, SPANS=tile.spans, GROUPS_FIRST=channels_last,
         num_warps=tile.warps, enable_fp_fusion=True,
     )  # fmt: skip
     apply_spans = min(LIMITS.apply_spans, power_of_two(ceil_div(positions, tile.positions)))
     walks = ceil_div(positions, tile.positions * apply_spans)
     _apply_kernel[(batch * group_blocks * channel_blocks * walks,)](
-        out, x, weight, bias, residual, conv_bias, partial, plane, total, eps, num_groups, positions, *strides,
+        *tensors, partial, plane, total, args.eps, groups, positions, *strides,
         walks, channel_blocks, group_blocks, spans, partials,
         D=depth, BS=tile.positions, BG=tile.groups, BD=tile.channels, SPANS=apply_spans, GROUPS_FIRST=channels_last,
         STAT_BD=tile.channels, STAT_SPAN=span, PARTIALS=power_of_two(partials),

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.constraints import MAX_LORAS
-from ltxkern.triton.layout import ceil_div, power_of_two
+from ltxkern.layout import ceil_div, power_of_two
+
+if TYPE_CHECKING:
+    from ltxkern.ops.merge_lora import Arguments
+
+# LoRAs of one launch: the kernel names each.
+LORAS = 4
 
 
 @dataclass(frozen=True)
@@ -115,26 +120,19 @@ def _dot_dtype(factors: Sequence[Tensor]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def launch(
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: Sequence[float],
-    chunk_bytes: int,
-    rounding: str,
-    seed: int = 0,
-) -> None:
-    """Merge up to MAX_LORAS contiguous LoRAs (see `constraints.merge_lora_`); there is no temporary, so no chunks."""
-    dot = _dot_dtype([*lora_a, *lora_b])
+def launch(args: Arguments) -> None:
+    """Merge up to LORAS contiguous LoRAs; there is no temporary, so no chunks."""
+    weight = args.weight
+    dot = _dot_dtype([*args.lora_a, *args.lora_b])
     tile = FULL if dot == torch.float32 else HALF
     rows, columns = weight.shape
     block_rows = max(16, min(tile.rows, power_of_two(rows)))
     block_columns = max(16, min(tile.columns, power_of_two(columns)))
     pairs: list[Any] = []
-    for a, b, s in zip(lora_a, lora_b, scale, strict=True):
+    for a, b, s in zip(args.lora_a, args.lora_b, args.scale, strict=True):
         pairs += [a, b, s]
-    missing = MAX_LORAS - len(lora_a)
-    ranks = [a.shape[0] for a in lora_a] + [0] * missing
+    missing = LORAS - len(args.lora_a)
+    ranks = [a.shape[0] for a in args.lora_a] + [0] * missing
     column_blocks = ceil_div(columns, block_columns)
     _merge_kernel[(ceil_div(rows, block_rows) * column_blocks,)](
         weight, *pairs, *([None, None, 0.0] * missing), rows, columns, weight.stride(0), column_blocks,

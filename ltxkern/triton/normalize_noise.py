@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two
+from ltxkern.layout import ceil_div, dense, hand_back, power_of_two
 from ltxkern.triton.numerics import chunk_moments_count, merge_moments, narrow, slot_update
+
+if TYPE_CHECKING:
+    from ltxkern.ops.normalize_noise import Arguments, NoiseArguments
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,12 @@ def _standardise(out: Tensor, x: Tensor, whole: bool) -> None:
     """Per slice; `whole`: as after a standardisation of the whole tensor, which any value that is not finite makes NaN."""
     if x.numel() == 0:
         return
-    if not out.is_contiguous():
-        fresh = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _standardise(fresh, x, whole)
-        out.copy_(fresh)
-        return
+    (target,) = dense([out])
+    _standardise_dense(target, x, whole)
+    hand_back([out], [target])
+
+
+def _standardise_dense(out: Tensor, x: Tensor, whole: bool) -> None:
     cut = chunks_of(x)
     degrees = float(cut.length - 1)
     whole = whole and cut.slices > 1
@@ -211,26 +216,26 @@ def _standardise(out: Tensor, x: Tensor, whole: bool) -> None:
     )  # fmt: skip
 
 
-def launch(out: Tensor, noise: Tensor) -> None:
+def launch(out: Tensor, args: NoiseArguments) -> None:
     """normalize_noise: per slice, and NaN everywhere where one value is not finite."""
-    _standardise(out, noise, True)
+    _standardise(out, args.noise, True)
 
 
-def launch_channelwise(out: Tensor, x: Tensor) -> None:
+def launch_channelwise(out: Tensor, args: Arguments) -> None:
     """channelwise_normalize: per slice."""
-    _standardise(out, x, False)
+    _standardise(out, args.x, False)
 
 
-def launch_statistics(out: Tensor, noise: Tensor) -> None:
+def launch_statistics(out: Tensor, args: NoiseArguments) -> None:
     """noise_statistics: (count, mean, M2) of each slice."""
+    noise = args.noise
     if noise.numel() == 0:
         return
-    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    (target,) = dense([out])
     cut = chunks_of(noise)
     partial, _ = _launch_partials(noise, cut, False)
     _statistics_kernel[(cut.slices,)](
         target, partial, cut.length, cut.chunks, partial.shape[1],
         CHUNK=cut.block * cut.tiles, PARTIALS=power_of_two(cut.chunks), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    if target is not out:
-        out.copy_(target)
+    hand_back([out], [target])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, channel_view, power_of_two
+from ltxkern.layout import ceil_div, channel_view, contiguous, fresh, power_of_two
 from ltxkern.triton.numerics import reciprocal_root, silu
+
+if TYPE_CHECKING:
+    from ltxkern.ops.pixel_norm_silu import Arguments
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,17 @@ def tile_positions(channels: int, positions: int, channels_last: bool) -> tuple[
     return rows, min(16, max(4, rows * width // 1024))
 
 
-def launch(out: Tensor, x: Tensor, eps: float, weight: Tensor | None) -> None:
-    """Launch on checked arguments whose positions collapse to one stride (see `constraints.pixel_norm_silu`)."""
+def launch(out: Tensor, args: Arguments) -> None:
+    """Launch on checked arguments whose positions collapse to one stride."""
+    x = args.x
     if x.numel() == 0:
         return
     view, target = channel_view(x), channel_view(out)
     assert view is not None
     if target is None:
-        fresh = torch.empty_like(x, memory_format=torch.contiguous_format)
-        launch(fresh, x, eps, weight)
-        out.copy_(fresh)
+        stand_in = fresh(x)
+        launch(stand_in, args)
+        out.copy_(stand_in)
         return
     batch, channels = x.shape[:2]
     positions = x.numel() // (batch * channels)
@@ -104,8 +108,7 @@ def launch(out: Tensor, x: Tensor, eps: float, weight: Tensor | None) -> None:
     channels_last = view.channel == 1 and view.position != 1
     rows, warps = tile_positions(channels, positions, channels_last)
     blocks = ceil_div(positions, rows)
-    weight = None if weight is None else weight.contiguous()
     _pixel_norm_kernel[(batch * blocks,)](
-        out, x, weight, eps, 1.0 / channels, channels, positions, *target, *view, blocks,
+        out, x, contiguous(args.weight), args.eps, 1.0 / channels, channels, positions, *target, *view, blocks,
         BC=power_of_two(channels), BS=rows, CHANNELS_LAST=channels_last, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

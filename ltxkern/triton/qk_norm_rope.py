@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import power_of_two
+from ltxkern.layout import dense, hand_back, power_of_two
 from ltxkern.triton.numerics import reciprocal_root
+
+if TYPE_CHECKING:
+    from ltxkern.ops.qk_norm_rope import Arguments
 
 
 @triton.jit
@@ -99,32 +103,21 @@ def _rope_kernel(
         )  # fmt: skip
 
 
-def launch(
-    out: tuple[Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    layout: str,
-) -> None:
-    """Launch on checked arguments (see `constraints.qk_norm_rope`)."""
+def launch(out: tuple[Tensor, Tensor], args: Arguments) -> None:
+    """Launch on checked arguments."""
+    q, k, cos = args.q, args.k, args.cos
     if q.numel() == 0:
         return
     batch, tokens, width = q.shape
     heads = cos.shape[1]
     depth = width // heads
-    targets = [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in out]
+    targets = dense(out)
     block_heads, block_pairs = power_of_two(heads), power_of_two(depth // 2)
     _rope_kernel[(2 * batch * tokens,)](
-        *targets, q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, eps, 1.0 / width, tokens, heads,
+        *targets, q, k, args.q_weight.contiguous(), args.k_weight.contiguous(), cos, args.sin, args.eps, 1.0 / width, tokens, heads,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         cos.stride(0) if cos.shape[0] == batch else 0, *cos.stride()[1:],
-        D=depth, SPLIT=layout == "split", BH=block_heads, BP=block_pairs,
+        D=depth, SPLIT=args.layout == "split", BH=block_heads, BP=block_pairs,
         num_warps=min(16, max(4, block_heads * block_pairs * 2 // 512)), enable_fp_fusion=True,
     )  # fmt: skip
-    for given, target in zip(out, targets, strict=True):
-        if target is not given:
-            given.copy_(target)
+    hand_back(out, targets)

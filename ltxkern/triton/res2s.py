@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two
+from ltxkern.layout import ceil_div, dense, hand_back, power_of_two
 from ltxkern.triton.numerics import narrow, scalar
+
+if TYPE_CHECKING:
+    from ltxkern.ops.res2s import AdvanceArguments, MidpointArguments, StepArguments
 
 # 8 elements a thread at 4 warps: 16-byte loads of a bf16 state; five fp64 values of each element stay below 128 registers.
 BLOCK = 1024
@@ -265,33 +268,21 @@ def _block(lengths: Sequence[int]) -> int:
     return min(BLOCK, power_of_two(max(lengths)))
 
 
-def _dense(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs, or contiguous stand-ins for those that are not."""
-    return [o if o.is_contiguous() else torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
-
-
-def _hand_back(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for out, target in zip(outputs, targets, strict=True):
-        if target is not out:
-            out.copy_(target)
-
-
-def launch_sde_step(
-    out: Tensor, sample: Tensor, denoised: Tensor, noise: Tensor, coefficients: Sequence[float], stats: Tensor | None
-) -> None:
+def launch_sde_step(out: Tensor, args: StepArguments) -> None:
     """One SDE step on contiguous tensors."""
+    sample, denoised, noise, coefficients, stats = args
     if sample.numel() == 0:
         return
-    targets = _dense([out])
+    (target,) = dense([out])
     slices, length = _slices(sample, stats)
     block = _block([length])
     blocks = ceil_div(length, block)
     double = torch.float64 in (sample.dtype, denoised.dtype)
     _sde_step_kernel[(slices * blocks,)](
-        targets[0], sample, denoised, noise, stats, length, blocks, *coefficients,
+        target, sample, denoised, noise, stats, length, blocks, *coefficients,
         COMPUTE=tl.float64 if double else tl.float32, BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    _hand_back([out], targets)
+    hand_back([out], [target])
 
 
 def _launch_pairs(
@@ -322,46 +313,21 @@ def _launch_pairs(
         )
 
 
-def launch_midpoint(
-    out: Sequence[Tensor],
-    latent: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    refine: bool,
-    dtype: torch.dtype,
-) -> None:
+def launch_midpoint(out: Sequence[Tensor], args: MidpointArguments) -> None:
     """Half-step 1 on contiguous tensors: x_mid of all modalities, then the anchors of all, in `out`."""
-    targets = _dense(out)
-    count = len(latent)
-    modalities = [
-        ([latent[i], x0[i], noise[i], mask[i], clean[i], stats[i], targets[i], targets[count + i]], stats[i])
-        for i in range(count)
-    ]
-    _launch_pairs(_midpoint_kernel, modalities, coefficients, {"REFINE": refine})
-    _hand_back(out, targets)
+    targets = dense(out)
+    count = len(args.latent)
+    # All lists up to the statistics are pointers of the kernel, then come x_mid and anchor.
+    pointers = [list(one) for one in zip(*args[:6], targets[:count], targets[count:], strict=True)]
+    modalities = list(zip(pointers, args.noise_stats, strict=True))
+    _launch_pairs(_midpoint_kernel, modalities, args.coefficients, {"REFINE": args.refine})
+    hand_back(out, targets)
 
 
-def launch_advance(
-    out: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    x0: Sequence[Tensor],
-    x0_mid: Sequence[Tensor],
-    noise: Sequence[Tensor],
-    mask: Sequence[Tensor | None],
-    clean: Sequence[Tensor | None],
-    stats: Sequence[Tensor | None],
-    coefficients: Sequence[float],
-    model_dtype: Sequence[torch.dtype],
-) -> None:
+def launch_advance(out: Sequence[Tensor], args: AdvanceArguments) -> None:
     """Half-step 2 on contiguous tensors: the next latent of each modality in `out`."""
-    targets = _dense(out)
-    modalities = [
-        ([anchor[i], x0[i], x0_mid[i], noise[i], mask[i], clean[i], stats[i], targets[i]], stats[i])
-        for i in range(len(anchor))
-    ]
-    _launch_pairs(_advance_kernel, modalities, coefficients, {})
-    _hand_back(out, targets)
+    targets = dense(out)
+    pointers = [list(one) for one in zip(*args[:7], targets, strict=True)]
+    modalities = list(zip(pointers, args.noise_stats, strict=True))
+    _launch_pairs(_advance_kernel, modalities, args.coefficients, {})
+    hand_back(out, targets)

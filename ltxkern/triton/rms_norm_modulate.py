@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ltxkern.triton.layout import ceil_div, power_of_two, rows_of
+from ltxkern.layout import ceil_div, contiguous, dense, hand_back, power_of_two, rows_of
 from ltxkern.triton.numerics import reciprocal_root
+
+if TYPE_CHECKING:
+    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments
 
 # Rows of 4096 (the video stream) take 8 warps at 16 elements a thread; shorter rows share a program up to this many elements.
 TILE = 4096
@@ -84,17 +88,9 @@ def _modulate_kernel(
 
 
 def _launch(
-    out: Tensor,
-    summed: Tensor | None,
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    index: Tensor | None,
+    out: Tensor, summed: Tensor | None, y: Tensor | None, gate: Tensor | None, args: Arguments | GatedArguments
 ) -> None:
+    x, scale, shift, index = args.x, args.scale, args.shift, args.rows
     if x.numel() == 0:
         return
     view = rows_of([x, y], [gate, scale, shift], index)
@@ -102,45 +98,22 @@ def _launch(
     width, rows = x.shape[-1], view.outer * view.inner
     columns = power_of_two(width)
     together = min(power_of_two(rows), max(1, TILE // 2 // columns))
-    dense = out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-    dense_sum = summed
-    if summed is not None and not summed.is_contiguous():
-        dense_sum = torch.empty_like(x, memory_format=torch.contiguous_format)
+    outputs = [out] if summed is None else [out, summed]
+    targets = dense(outputs)
     _modulate_kernel[(ceil_div(rows, together),)](
-        dense, dense_sum, x, y, gate, scale, shift, None if weight is None else weight.contiguous(), index,
-        eps, 1.0 / width, rows, view.inner, width, 0 if index is None else scale.shape[0],
+        targets[0], None if summed is None else targets[1], x, y, gate, scale, shift, contiguous(args.weight), index,
+        args.eps, 1.0 / width, rows, view.inner, width, 0 if index is None else scale.shape[0],
         *(stride for pair in view.strides for stride in pair),
         BR=together, BD=columns, num_warps=min(16, max(4, together * columns // 512)), enable_fp_fusion=True,
     )  # fmt: skip
-    if dense is not out:
-        out.copy_(dense)
-    if summed is not None and dense_sum is not None and dense_sum is not summed:
-        summed.copy_(dense_sum)
+    hand_back(outputs, targets)
 
 
-def launch(
-    out: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    rows: Tensor | None = None,
-) -> None:
-    """rms_norm_modulate on rows that collapse to two dims (see `constraints.rms_norm_modulate`)."""
-    _launch(out, None, x, None, None, scale, shift, eps, weight, rows)
+def launch(out: Tensor, args: Arguments) -> None:
+    """rms_norm_modulate on rows that collapse to two dims."""
+    _launch(out, None, None, None, args)
 
 
-def launch_gated(
-    out: tuple[Tensor, Tensor],
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    rows: Tensor | None = None,
-) -> None:
+def launch_gated(out: tuple[Tensor, Tensor], args: GatedArguments) -> None:
     """gated_residual_rms_norm_modulate: out is (sum, norm)."""
-    _launch(out[1], out[0], x, y, gate, scale, shift, eps, weight, rows)
+    _launch(out[1], out[0], args.y, args.gate, args)

@@ -6,33 +6,17 @@ from pathlib import Path
 import pytest
 import quoted
 import report_docs
-from record import Record, Results, write_json
+from report import write_json
+from tiny import record, results
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def record(provider, median, **changes):
-    fields = {
-        "op": "group_norm_silu", "case": "tiny", "shape": [1, 2], "dtype": "bf16", "provider": provider, "median_us": median,
-        "min_us": median, "p20_us": median, "p80_us": median, "samples": 5, "timer": "wall", "buffers": 2, "bytes": 1000,
-        "flops": 0, "gb_per_s": 1.0, "floor_us": 10.0, "percent_of_roof": 1000.0 / median,
-    }  # fmt: skip
-    return Record(**{**fields, **changes})
-
-
 @pytest.fixture
 def folder(tmp_path):
-    machine = {
-        "cpu": "Test CPU", "threads": 2, "ltxkern": "0", "revision": "abc123", "torch": "t", "triton": None, "python": "p",
-        "backends": ["torch"], "date": "2000-01-01 00:00 UTC", "command": "python bench/run_all.py", "load_at_start": 0.1,
-        "allocator": "1",
-    }  # fmt: skip
-    rows = [
-        record("torch eager", 123.456),
-        record("ltxkern cpu", 40.0, ratios={"torch eager": 3.0864}, launches=2),
-    ]
+    rows = record("torch eager", 123.456), record("ltxkern cpu", 40.0, ratios={"torch eager": 3.0864}, launches=2)
     (tmp_path / "results").mkdir()
-    write_json(Results(machine, {"copy": 1e9}, {}, rows), tmp_path / "results" / "m.json")
+    write_json(results(*rows), tmp_path / "results" / "m.json")
     return tmp_path
 
 

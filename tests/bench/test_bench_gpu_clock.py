@@ -5,8 +5,8 @@ import sys
 import pytest
 import timing
 import torch
-from clocks import ClockSampler, parse
 from fake_cuda import REPLAY, FakeGPU
+from machine import ClockSampler, parse_clocks
 from timing import CallTimer, Settings
 
 GPU = torch.device("cuda", 0)
@@ -114,4 +114,4 @@ def test_clock_readings_are_not_waited_for(tmp_path):
     sampler.poll()
     assert sampler.finish()["clocks.sm"] == 1980.0
     assert ClockSampler("0", str(tmp_path / "absent")).poll() == {}
-    assert parse("\n") == {}
+    assert parse_clocks("\n") == {}

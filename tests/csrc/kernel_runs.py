@@ -1,23 +1,23 @@
-"""One run of each CUDA kernel of the norm ops on the shim, against fp64: shared by the plain, the sanitised and the GPU tests."""
+"""The kernels of the norm ops that a call would not choose by itself, run through the public ops: on the shim and on GPUs."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from contextlib import contextmanager
+from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltxkern.compiled import extension
+import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled import pixel_norm_silu as pixel_norm
 from ltxkern.compiled.steps import Step
-from ltxkern.ops.group_norm_silu import reference
-from tests.ops.contract import assert_as_close, noise, poisoned
+from tests.ops.contract import channels_last, noise
 
-Plan = tuple[tuple[Step, ...], int]
-Planner = Callable[[group_norm.Case], Plan]
+Planner = Callable[[group_norm.Case], tuple[tuple[Step, ...], int]]
 
 CONTIGUOUS: dict[str, Planner] = {
     "two_pass": lambda case: group_norm.two_pass(case, chunk_bytes=256, threads=64),
@@ -37,70 +37,58 @@ CHANNELS_LAST: dict[str, Planner] = {
     "columns_one_block": lambda case: group_norm.columns(case, blocks=1, threads=256),
     "columns_narrow": lambda case: group_norm.columns(case, blocks=64, threads=4),
 }
+PLANNERS = CONTIGUOUS | PIPELINES | CHANNELS_LAST
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same values, channels innermost in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+def planners_of(shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    """Those that serve a shape."""
+    vectors = torch.Size(shape[2:]).numel() % (16 // dtype.itemsize) == 0
+    return [*CONTIGUOUS, *(PIPELINES if vectors else ()), *(CHANNELS_LAST if len(shape) > 2 else ())]
 
 
-def exact_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, residual: Tensor, conv_bias: Tensor
-) -> Tensor:
-    """fp64 result."""
-    double = (t.double() for t in (x, weight, bias, residual, conv_bias))
-    x, weight, bias, residual, conv_bias = double
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    return F.silu(F.group_norm(x + conv_bias.reshape(shape), groups, weight, bias, 1e-5) + residual)
+@contextmanager
+def forced(planner: Planner) -> Iterator[None]:
+    """group_norm_silu takes the launches of this planner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_norm, "choose", lambda case, limits, **threads: planner(case))
+        # Not the launches that another planner made for the same case.
+        for cached in (group_norm._chosen, group_norm.program):
+            patch.setattr(group_norm, cached.__name__, inspect.unwrap(cached))
+        yield
 
 
-def group_norm_planners(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Planner]]:
-    """The planners that serve a shape."""
-    yield from CONTIGUOUS.items()
-    positions = torch.Size(shape[2:]).numel()
-    if positions % (16 // dtype.itemsize) == 0:
-        yield from PIPELINES.items()
-    if len(shape) > 2:
-        yield from CHANNELS_LAST.items()
+class GroupNorm(NamedTuple):
+    """Every tensor of a call."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+    conv_bias: Tensor
+
+    def run(self, groups: int, out: Tensor | None = None) -> Tensor:
+        """The public op."""
+        options = {"residual": self.residual, "conv_bias": self.conv_bias, "out": out}
+        return ltxkern.group_norm_silu(self.x, self.weight, self.bias, groups, **options)
+
+    def exact(self, groups: int) -> Tensor:
+        """In fp64."""
+        x, weight, bias, residual, conv_bias = (tensor.double() for tensor in self)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return F.silu(F.group_norm(x + conv_bias.reshape(shape), groups, weight, bias, 1e-5) + residual)
 
 
-def run_group_norm(
-    module: ModuleType,
-    name: str,
-    planner: Planner,
-    shape: tuple[int, ...],
-    groups: int,
-    dtype: torch.dtype,
-    *,
-    misalign: bool = False,
-) -> Tensor:
-    """One call with every optional argument, in poisoned memory, held to the numerical contract; returns the result."""
-    x, residual = 3 * noise(*shape) + 5, noise(*shape, seed=1)
+def group_norm_of(planner: str, shape: tuple[int, ...], dtype: torch.dtype) -> GroupNorm:
+    """Tensors of a mean far from zero, as a planner's kernels take them."""
+    x, residual = (3 * noise(*shape) + 5).to(dtype), noise(*shape, seed=1).to(dtype)
     weight, bias, conv_bias = (noise(shape[1], seed=seed) for seed in (2, 3, 4))
-    x, residual = x.to(dtype), residual.to(dtype)
-    if name in CHANNELS_LAST:
+    if planner in CHANNELS_LAST:
         x, residual = channels_last(x), channels_last(residual)
-    if misalign:
-        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)
-    out = poisoned(x).as_strided(x.shape, x.stride())
-    case = group_norm.describe(out, x, weight, bias, groups, 1e-5, residual, conv_bias)
-    steps, workspace_bytes = planner(case)
-    workspace = torch.full((workspace_bytes,), 0xCD, dtype=torch.uint8)
-    extension.device_plan(module, steps, group_norm.ARGUMENTS)(out, x, weight, bias, residual, conv_bias, workspace)
-    composition = reference(x, weight, bias, groups, 1e-5, residual, conv_bias)
-    assert_as_close(out, composition, exact_group_norm(x, weight, bias, groups, residual, conv_bias))
-    return out
+    return GroupNorm(x, weight, bias, residual, conv_bias)
 
 
-def run_pixel_norm(module: ModuleType, shape: tuple[int, ...], dtype: torch.dtype, *, last: bool, threads: int) -> None:
-    """One call in one layout, held to an error of a few ulp against fp64."""
-    x, weight = noise(*shape, scale=3.0).to(dtype), noise(shape[1], seed=1)
-    x = channels_last(x) if last else x
-    out = poisoned(x).as_strided(x.shape, x.stride())
-    case = pixel_norm.describe(out, x, 1e-6, weight)
-    launch = pixel_norm.columns(case, threads) if case.channels_last else pixel_norm.rows(case, 100 << 10, threads)
-    extension.device_plan(module, (launch,), pixel_norm.ARGUMENTS)(out, x, weight)
+def exact_pixel_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """In fp64."""
     wide = x.double()
-    scaled = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)
-    exact = F.silu(scaled * weight.double().reshape((1, -1) + (1,) * (x.dim() - 2)))
-    torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
+    wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+    return F.silu(wide if weight is None else wide * weight.double().reshape((1, -1) + (1,) * (x.dim() - 2)))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from ltxkern import inventory
+import ltxkern
 from ltxkern.compiled import merge_lora
+from ltxkern.compiled.steps import Launch, Step
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
-from tests.csrc.reserved import run
+from ltxkern.ops.merge_lora import Arguments
+from tests.csrc.on_shim import on_shim, run_step
 from tests.csrc.shim_build import shim
 from tests.ops.contract import assert_as_close, noise
 
@@ -20,13 +25,6 @@ SCALES = (0.6, -0.25, 1.5)
 Factors = list[Tensor]
 
 
-@pytest.fixture(autouse=True)
-def schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank on tensor cores, threads in a random order, copies that land early or late."""
-    monkeypatch.setattr(merge_lora, "SMALL_RANK", 0)
-    shim().schedule(1)
-
-
 def factors(rows: int, columns: int, half: torch.dtype, *ranks: int) -> tuple[Factors, Factors]:
     """Products of variance 1."""
     a = [noise(rank, columns, dtype=half, seed=10 + k, scale=rank**-0.25) for k, rank in enumerate(ranks)]
@@ -34,13 +32,17 @@ def factors(rows: int, columns: int, half: torch.dtype, *ranks: int) -> tuple[Fa
     return a, b
 
 
-def merge(weight: Tensor, a: Factors, b: Factors, rounding: str = "single", seed: int = 0) -> None:
-    """One launch on the shim."""
-    case = merge_lora.describe(weight, a, b, SCALES[: len(a)], rounding, seed)
-    (step,) = merge_lora.device_steps(case)
-    assert "tensor_cores" in step.kernel
-    target = weight.view(torch.uint8) if weight.dtype == E4M3 else weight
-    run(step, target, *(factor for pair in zip(a, b, strict=True) for factor in pair))
+def merge(weight: Tensor, a: Factors, b: Factors, rounding: str = "single", seed: int = 0, order: int = 1) -> None:
+    """One launch on the shim: any rank on tensor cores, threads in a random order, copies that land early or late."""
+
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        (step,) = steps
+        assert isinstance(step, Launch)
+        assert "tensor_cores" in step.kernel
+        run_step(step, tensors)
+
+    with on_shim(run=run, seed=order, small_rank=0), ltxkern.use_backend("cpu"):
+        ltxkern.merge_lora_(weight, a, b, list(SCALES[: len(a)]), rounding=rounding, seed=seed)
 
 
 def exact(weight: Tensor, a: Factors, b: Factors) -> Tensor:
@@ -194,8 +196,7 @@ def test_equal_bits_whatever_the_order_of_threads(dtype: torch.dtype, half: torc
     a, b = factors(130, 131, half, 72, 30)
     first, second = weight.clone(), weight.clone()
     merge(first, a, b)
-    shim().schedule(99)
-    merge(second, a, b)
+    merge(second, a, b, order=99)
     assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
@@ -203,9 +204,9 @@ def test_the_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(weight: torch.dtype, *pairs: tuple[torch.dtype, torch.dtype, int]) -> str:
         a = [torch.empty(rank, 8, dtype=one) for one, _, rank in pairs]
         b = [torch.empty(8, rank, dtype=other) for _, other, rank in pairs]
-        case = merge_lora.describe(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], "single", 0)
+        case = merge_lora.describe(Arguments(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], 1, "single"))
         (step,) = merge_lora.device_steps(case)
-        assert step.kernel in inventory.CUDA["merge_lora_"]
+        assert step.kernel in shim().kernels()
         return step.kernel
 
     monkeypatch.setattr(merge_lora, "SMALL_RANK", 16)

@@ -1,4 +1,4 @@
-"""Dynamic shared memory is asked for where it must be, and what one plan was allowed no later plan takes away.
+"""Dynamic shared memory is asked for where it must be, and what one program was allowed no later program takes away.
 
 The prebuilt tier's runtime source runs against a stand-in for the CUDA runtime, the NVRTC tier against one for the driver.
 """
@@ -17,15 +17,15 @@ from ltxkern.compiled import nvrtc
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 KIB = 1 << 10
-# Static bytes of a kernel, and the dynamic bytes of its plans, each made before any is launched.
-PLANS = {
-    "a smaller plan after a larger one": (400, [200 * KIB, 60 * KIB]),
+# Static bytes of a kernel, and the dynamic bytes of its programs, each made before any is launched.
+PROGRAMS = {
+    "a smaller program after a larger one": (400, [200 * KIB, 60 * KIB]),
     "48 KiB beside static memory": (8 * KIB, [48 * KIB]),
     "just what needs no request": (8 * KIB, [40 * KIB]),
     "all of a block's memory": (1 * KIB, [226 * KIB]),
     "small, large, small": (0, [16 * KIB, 100 * KIB, 0]),
 }
-over_plans = pytest.mark.parametrize(("static", "plans"), PLANS.values(), ids=PLANS)
+over_programs = pytest.mark.parametrize(("static", "programs"), PROGRAMS.values(), ids=PROGRAMS)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@over_plans
-def test_prebuilt(program: Path, static: int, plans: list[int]) -> None:
-    words = [word for kind in ("prepare", "launch") for size in plans for word in (kind, str(size))]
+@over_programs
+def test_prebuilt(program: Path, static: int, programs: list[int]) -> None:
+    words = [word for kind in ("prepare", "launch") for size in programs for word in (kind, str(size))]
     assert subprocess.check_output([program, str(static), *words], text=True).strip() == "ok"
 
 
@@ -71,13 +71,13 @@ class Driver:
         return 0
 
 
-@over_plans
-def test_nvrtc(static: int, plans: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@over_programs
+def test_nvrtc(static: int, programs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(static)
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(nvrtc, "_function", lambda kernel, device: None)
     monkeypatch.setattr(nvrtc, "_shared_allowed", {})
-    for size in [*plans, *plans]:
+    for size in [*programs, *programs]:
         nvrtc._allow_shared("kernel", 0, size)
         assert size <= driver.dynamic
-    assert driver.dynamic >= max(plans)
+    assert driver.dynamic >= max(programs)

@@ -47,6 +47,16 @@ def transposed(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same values of (N, C, *), channels innermost in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def misaligned(x: Tensor, by: int = 1) -> Tensor:
+    """The same values, contiguous, `by` elements past an aligned address."""
+    return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function traced whole, with dynamic shapes: a graph break is an error, and the op must be opaque with a right fake."""
     torch._dynamo.reset()

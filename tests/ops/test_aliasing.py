@@ -11,7 +11,7 @@ from torch import Tensor
 import ltxkern
 from ltxkern.aliasing import folded, same, share_memory
 from tests.ops.contract import compiled, noise
-from tests.ops.op_calls import MERGE, STATISTICS, STEP, WITH_OUT, OpCall
+from tests.ops.op_cases import BY_NAME, STEP, WITH_OUT, OpCase
 from tests.serving import backends_of, serving
 
 CALLS = pytest.mark.parametrize("call", WITH_OUT, ids=str)
@@ -20,7 +20,7 @@ IN_PLACE = [
     for call in WITH_OUT
     for output, names in enumerate(call.may_be)
     for name in names
-    for backend in backends_of(call.name)
+    for backend in backends_of(call.op)
 ]
 
 
@@ -28,23 +28,26 @@ IN_PLACE = [
 @pytest.mark.parametrize(
     ("case", "backend"), IN_PLACE, ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value
 )
-def test_an_output_may_be_an_input(case: tuple[OpCall, int, str], backend: str) -> None:
+def test_an_output_may_be_an_input(case: tuple[OpCase, int, str], backend: str) -> None:
     """Bit-equal to the result in memory of its own."""
     call, output, name = case
-    tensors = call.tensors()
-    with serving(backend):
-        expected = call.run(tensors, call.outputs(tensors))
-        outputs = call.outputs(tensors)
-        outputs[output] = tensors[name]
-        results = call.run(tensors, outputs)
-    assert results[output] is tensors[name]
-    for result, wanted in zip(results, expected, strict=True):
-        assert torch.equal(result, wanted)
+    for dtype in call.dtypes:
+        tensors = call.tensors(dtype)
+        with serving(backend):
+            expected = call.run(tensors)
+            if tensors[name].dtype != expected[output].dtype:
+                continue
+            outputs = [torch.full_like(value, torch.nan) for value in expected]
+            outputs[output] = tensors[name]
+            results = call.run(tensors, outputs)
+        assert results[output] is tensors[name]
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result, wanted)
 
 
 @CALLS
-def test_the_docstring_names_what_an_output_may_be(call: OpCall) -> None:
-    text = re.search(r"^        out: (.*?)^    Returns:", str(call.op.__doc__), re.DOTALL | re.MULTILINE)
+def test_the_docstring_names_what_an_output_may_be(call: OpCase) -> None:
+    text = re.search(r"^        out: (.*?)^    Returns:", str(call.function.__doc__), re.DOTALL | re.MULTILINE)
     assert text is not None
     named = {"cond", "uncond", "perturbed", "isolated"} if "one of the predictions" in text[1] else set()
     assert {name for names in call.may_be for name in names} == named | set(re.findall(r"\w+", text[1])) & set(
@@ -53,7 +56,7 @@ def test_the_docstring_names_what_an_output_may_be(call: OpCall) -> None:
 
 
 @CALLS
-def test_another_input_is_refused(call: OpCall) -> None:
+def test_another_input_is_refused(call: OpCase) -> None:
     tensors = call.tensors()
     kept = {name: value.clone() for name, value in tensors.items()}
     for output, (model, legal) in enumerate(zip(call.like, call.may_be, strict=True)):
@@ -81,7 +84,7 @@ def moved_together(value: Tensor, model: Tensor, shift: int) -> tuple[Tensor, Te
 
 @CALLS
 @pytest.mark.parametrize("shift", [16, -16])
-def test_an_overlap_in_part_is_refused(call: OpCall, shift: int) -> None:
+def test_an_overlap_in_part_is_refused(call: OpCase, shift: int) -> None:
     """With every input in turn, for every output; the message says what to give, and no value has changed."""
     for name, output in itertools.product(call.tensors(), range(len(call.like))):
         tensors = call.tensors()
@@ -96,7 +99,7 @@ def test_an_overlap_in_part_is_refused(call: OpCall, shift: int) -> None:
 
 
 @CALLS
-def test_outputs_side_by_side_are_fine(call: OpCall) -> None:
+def test_outputs_side_by_side_are_fine(call: OpCase) -> None:
     """Blocks of columns of one matrix lie within each other and share nothing."""
     tensors = call.tensors()
     expected = call.run(tensors)
@@ -112,7 +115,7 @@ def test_outputs_side_by_side_are_fine(call: OpCall) -> None:
 
 
 @pytest.mark.parametrize("call", [call for call in WITH_OUT if len(call.like) > 1], ids=str)
-def test_outputs_that_are_one_are_refused(call: OpCall) -> None:
+def test_outputs_that_are_one_are_refused(call: OpCase) -> None:
     tensors = call.tensors()
     one = call.outputs(tensors)[0]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] overlap: give each memory of its own$"):
@@ -120,7 +123,7 @@ def test_outputs_that_are_one_are_refused(call: OpCall) -> None:
 
 
 @CALLS
-def test_an_expanded_output_is_refused(call: OpCall) -> None:
+def test_an_expanded_output_is_refused(call: OpCase) -> None:
     tensors = call.tensors()
     outputs = call.outputs(tensors)
     outputs[0] = torch.zeros(1).expand(outputs[0].shape)
@@ -144,7 +147,7 @@ def test_lists_of_modalities_meet_only_within_their_own() -> None:
 
 def test_statistics_beside_their_noise() -> None:
     memory = torch.zeros(3 * 40 * 8 + 9, dtype=torch.float64)
-    draw = memory[: 3 * 40 * 8].view(3, 40, 8).copy_(STATISTICS.tensors()["noise"])
+    draw = memory[: 3 * 40 * 8].view(3, 40, 8).copy_(noise(3, 40, 8))
     with pytest.raises(ValueError, match=r"^out overlaps noise: give out memory of its own$"):
         ltxkern.noise_statistics(draw, out=memory[-12:-3].view(3, 3))
     out = ltxkern.noise_statistics(draw, out=memory[-9:].view(3, 3))
@@ -152,14 +155,15 @@ def test_statistics_beside_their_noise() -> None:
 
 
 def test_a_weight_is_no_factor_of_itself() -> None:
-    tensors = MERGE.tensors()
+    call = BY_NAME["merge_lora_"]
+    tensors = call.tensors()
     weight = tensors["weight"]
     kept = weight.clone()
     for name, part in (("lora_a", weight[:2]), ("lora_b", weight[:, 6:])):
         with pytest.raises(ValueError, match=rf"^weight overlaps {name}\[0\]: give weight memory of its own$"):
-            MERGE.run({**tensors, name: part})
+            call.run({**tensors, name: part})
     with pytest.raises(ValueError, match=r"^weight has elements that may share memory"):
-        MERGE.run({**tensors, "weight": torch.zeros(8).expand(6, 8)})
+        call.run({**tensors, "weight": torch.zeros(8).expand(6, 8)})
     assert torch.equal(weight, kept)
 
 
@@ -173,7 +177,7 @@ def test_a_terminal_step_copies_or_refuses() -> None:
 
 def test_a_compiled_caller_gets_the_right_values() -> None:
     """Functionalisation copies an output that is an input before the op runs."""
-    tensors = WITH_OUT[3].tensors()
+    tensors = BY_NAME["rms_norm_modulate"].tensors()
     x, scale = tensors["x"], tensors["scale"]
     expected = ltxkern.rms_norm_modulate(x, scale, scale)
 

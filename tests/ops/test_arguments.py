@@ -1,5 +1,6 @@
 """Wrong arguments of every op: one sentence that names the parameter, what came and, where there is one, what to give."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -12,25 +13,8 @@ from torch import Tensor, nn
 
 import ltxkern
 from tests.ops.contract import noise
-from tests.ops.op_calls import ALL, STEP, OpCall
+from tests.ops.op_cases import MAIN, STEP, OpCase
 
-# Parameters that may be left out; a mask and its clean latents, a weight and its bias go together.
-OPTIONAL = {
-    "group_norm_silu": {"residual", "conv_bias"},
-    "pixel_norm_silu": {"weight"},
-    "rms_norm_modulate": {"weight"},
-    "gated_residual_rms_norm_modulate": {"weight"},
-}
-NUMBERS = {
-    "group_norm_silu": ("eps",),
-    "pixel_norm_silu": ("eps",),
-    "rms_norm_modulate": ("eps",),
-    "gated_residual_rms_norm_modulate": ("eps",),
-    "qk_norm_rope": ("eps",),
-    "combine_guidance": ("cfg_scale", "stg_scale", "modality_scale", "rescale_scale"),
-    "res2s_sde_step": ("sigma", "sigma_next", "eta"),
-    "merge_lora_": ("scale",),
-}
 NEGATIVE = ("eps", "sigma", "sigma_next", "eta")
 
 
@@ -53,10 +37,16 @@ def no_tensors(name: str, value: Tensor) -> Iterator[tuple[str, Any, str]]:
     yield "text", "x", "got str"
 
 
-CALLS = pytest.mark.parametrize("call", ALL, ids=str)
+CALLS = pytest.mark.parametrize("call", MAIN, ids=str)
 
 
-def refused(call: OpCall, **changed: Any) -> BaseException:
+def numbers_of(call: OpCase) -> list[str]:
+    """The parameters of an op that are real numbers."""
+    parameters = inspect.signature(call.function).parameters.values()
+    return [parameter.name for parameter in parameters if str(parameter.annotation).startswith("float")]
+
+
+def refused(call: OpCase, **changed: Any) -> BaseException:
     """The error of a call with changed arguments, of which every tensor must stay as it is."""
     tensors = call.tensors()
     kept = {name: value.clone() for name, value in tensors.items()}
@@ -67,22 +57,22 @@ def refused(call: OpCall, **changed: Any) -> BaseException:
 
 
 @CALLS
-def test_no_tensor(call: OpCall) -> None:
+def test_no_tensor(call: OpCase) -> None:
     for name, value in call.tensors().items():
         for kind, wrong, words in no_tensors(name, value):
-            if kind == "none" and name in OPTIONAL.get(call.name, ()):
+            if kind == "none" and name in call.optional.split():
                 continue
             error = refused(call, **{name: wrong})
             if kind == "none" and name in ("mask", "clean", "weight", "bias") and "give both or neither" in str(error):
                 continue
-            if kind == "none" and call.name == "combine_guidance" and name != "cond":
+            if kind == "none" and call.op == "combine_guidance" and name != "cond":
                 assert f"so {name} is needed: give it, or use" in str(error)
                 continue
             assert_says(error, name, words if kind != "numbers" else "got")
 
 
 @CALLS
-def test_wrong_dtype(call: OpCall) -> None:
+def test_wrong_dtype(call: OpCase) -> None:
     for name, value in call.tensors().items():
         for dtype in (torch.int64, torch.bool, torch.complex64):
             error = refused(call, **{name: value.to(dtype)})
@@ -91,7 +81,7 @@ def test_wrong_dtype(call: OpCall) -> None:
 
 
 @CALLS
-def test_wrong_device(call: OpCall) -> None:
+def test_wrong_device(call: OpCase) -> None:
     _, *others = call.tensors()
     for name in others:
         error = refused(call, **{name: call.tensors()[name].to("meta")})
@@ -105,7 +95,7 @@ def test_wrong_device(call: OpCall) -> None:
 
 
 @CALLS
-def test_wrong_shape(call: OpCall) -> None:
+def test_wrong_shape(call: OpCase) -> None:
     first, *others = call.tensors()
     for name in others:
         for change in (lambda value: value[None, None], lambda value: torch.cat([value, value], dim=-1)):
@@ -113,17 +103,12 @@ def test_wrong_shape(call: OpCall) -> None:
             assert isinstance(error, ValueError)
             if "lora" not in name:
                 assert_says(error, name)
-    flat = (
-        refused(call, **{first: noise(3)})
-        if call.name not in ("combine_guidance", "dual_add", "gated_residual")
-        else None
-    )
-    assert flat is None or isinstance(flat, ValueError)
+    assert isinstance(refused(call, **{first: noise(3)}), ValueError)
 
 
 @CALLS
-def test_wrong_numbers(call: OpCall) -> None:
-    for name in NUMBERS.get(call.name, ()):
+def test_wrong_numbers(call: OpCase) -> None:
+    for name in numbers_of(call):
         for wrong in (None, "1", torch.tensor(1.0), [None], True, 1j):
             error = refused(call, **{name: wrong})
             assert isinstance(error, TypeError)
@@ -135,14 +120,14 @@ def test_wrong_numbers(call: OpCall) -> None:
 
 
 @CALLS
-def test_wrong_keywords(call: OpCall) -> None:
+def test_wrong_keywords(call: OpCase) -> None:
     error = refused(call, epsilon=1e-6)
     assert isinstance(error, TypeError)
     assert "epsilon" in str(error)
 
 
-@pytest.mark.parametrize("call", [call for call in ALL if call.like], ids=str)
-def test_wrong_outputs(call: OpCall) -> None:
+@pytest.mark.parametrize("call", [call for call in MAIN if call.out], ids=str)
+def test_wrong_outputs(call: OpCase) -> None:
     outputs = call.outputs(call.tensors())
     one = outputs[0]
     wrong: list[Any] = [1.5, "x", one.numpy(), {"a": one}]

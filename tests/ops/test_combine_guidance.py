@@ -12,10 +12,8 @@ from tests.ops.contract import (
     SAMPLER,
     assert_as_close,
     assert_same,
-    compiled,
     doubles,
     noise,
-    poisoned,
     strided,
     transposed,
 )
@@ -121,36 +119,6 @@ def test_layouts(backend: str) -> None:
             torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
 
 
-@over_backends("combine_guidance")
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
-def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    given = [torch.empty(shape)] * 4
-    with serving(backend):
-        assert ltxkern.combine_guidance(*given, **SCALES["all"]).shape == shape
-
-
-@over_backends("combine_guidance")
-@pytest.mark.parametrize("scales", [SCALES["all"], SCALES["cfg"]], ids=["all", "cfg"])
-def test_out(backend: str, scales: dict[str, float]) -> None:
-    given = branches(2, 9, 6)
-    target = poisoned(given[0])
-    with serving(backend):
-        expected = ltxkern.combine_guidance(*given, **scales)
-        assert ltxkern.combine_guidance(*given, **scales, out=target) is target
-        cond = given[0].clone()
-        ltxkern.combine_guidance(cond, *given[1:], **scales, out=cond)
-    assert_same(target, expected)
-    assert_same(cond, expected)
-
-
-@over_backends("combine_guidance")
-def test_repeats_bit_for_bit(backend: str) -> None:
-    given = branches(2, 131, 16)
-    with serving(backend):
-        results = [ltxkern.combine_guidance(*given, **SCALES["all"]) for _ in range(2)]
-    assert_same(results[0], results[1])
-
-
 @pytest.mark.parametrize(
     ("scales", "words"),
     [
@@ -186,30 +154,3 @@ def test_gradients(backend: str) -> None:
     given = [branch.double().requires_grad_() for branch in branches(1, 3, 4)]
     with serving(backend):
         assert torch.autograd.gradcheck(lambda *x: ltxkern.combine_guidance(*x, **SCALES["all"]), given)
-
-
-@over_backends("combine_guidance")
-@pytest.mark.parametrize("scales", [SCALES["all"], SCALES["cfg"]], ids=["all", "cfg"])
-def test_opcheck(backend: str, scales: dict[str, float]) -> None:
-    full = {"cfg_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "rescale_scale": 0.0, **scales}
-    cond, uncond, perturbed, isolated = branches(2, 5, 3)
-    with serving(backend):
-        torch.library.opcheck(
-            torch.ops.ltxkern.combine_guidance.default,
-            (
-                transposed(cond),
-                uncond,
-                perturbed if full["stg_scale"] else None,
-                isolated if full["modality_scale"] != 1 else None,
-                *full.values(),
-            ),
-        )
-
-
-@over_backends("combine_guidance")
-def test_compile(backend: str) -> None:
-    with serving(backend):
-        function = compiled(lambda *given: ltxkern.combine_guidance(*given, **SCALES["all"]) + 1)
-        for tokens in (5, 8):
-            given = branches(2, tokens, 3)
-            assert_same(function(*given), ltxkern.combine_guidance(*given, **SCALES["all"]) + 1)

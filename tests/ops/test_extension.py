@@ -1,17 +1,23 @@
 """The compiled tier's plumbing: instruction sets, raw addresses, refusals, and the package without the extension."""
 
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ltxkern
-from ltxkern.compiled import extension
+from ltxkern import dispatch
+from ltxkern.compiled import extension, sources
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Argument, pack
+from ltxkern.ops.group_norm_silu import Arguments
 from tests.ops.contract import noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,32 +78,92 @@ def test_an_unknown_instruction_set_is_named() -> None:
 def test_raw_addresses_give_the_same_bits() -> None:
     x, weight = noise(1, 6, 37), noise(6, seed=1)
     plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    case = group_norm.describe(plain, x, weight, weight, 3, 1e-5, None, None)
-    plan = extension.module().CpuPlan(group_norm.ARGUMENTS)
+    case = group_norm.describe(plain, Arguments(x, weight, weight, 3, 1e-5, None, None))
+    program = extension.module().CpuProgram(group_norm.ARGUMENTS)
     for call in group_norm.cpu_calls(case):
-        plan.add_call(call.kernel, *pack(call.parameters))
-    plan(1, plain, x, weight, weight, None, None, None)
-    plan.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
+        program.add_call(call.kernel, *pack(call.parameters))
+    program(1, plain, x, weight, weight, None, None, None)
+    program.raw(1, [raw.data_ptr(), x.data_ptr(), weight.data_ptr(), weight.data_ptr(), 0, 0, 0])
     assert torch.equal(plain, raw)
     with pytest.raises(TypeError, match="takes 7 addresses"):
-        plan.raw(1, [0])
+        program.raw(1, [0])
 
 
 @needs_extension
 def test_meta_tensors_and_wrong_arguments_are_refused() -> None:
-    plan = extension.module().CpuPlan(1)
+    program = extension.module().CpuProgram(1)
     with pytest.raises(KeyError, match="no CPU kernel"):
-        plan.add_call("no_such_kernel<f32>", b"", [])
+        program.add_call("no_such_kernel<f32>", b"", [])
     with pytest.raises(TypeError, match="takes 1 tensors"):
-        plan(1)
+        program(1)
     with pytest.raises((RuntimeError, ValueError, TypeError, AttributeError)):
-        plan(1, "not a tensor")
+        program(1, "not a tensor")
 
 
 def test_parameters_are_eight_byte_fields() -> None:
-    packed, relocations = pack((Argument(2, 16), None, -3, 0.5))
+    packed, relocations = pack({"x": Argument(2, 16), "y": None, "size": -3, "eps": 0.5})
     assert packed == bytes(16) + (-3).to_bytes(8, "little", signed=True) + bytes.fromhex("000000000000e03f")
     assert relocations == [(0, 2, 16)]
+
+
+@pytest.fixture
+def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package has other sources than the extension was built from."""
+
+    def ask_again() -> None:
+        extension._extension_missing.cache_clear()
+        dispatch.unavailable.cache_clear()
+
+    for op in dispatch._registry.values():
+        monkeypatch.setattr(op, "_present", {})
+    monkeypatch.setattr(sources, "packaged", lambda: "0" * 64)
+    ask_again()
+    yield
+    monkeypatch.undo()
+    ask_again()
+
+
+@needs_extension
+def test_an_extension_of_other_sources_is_refused_before_the_call(
+    other_sources: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = r"ltxkern\._C was built from other sources .*: rebuild it: .*pip install \. .*setup\.py build_ext --inplace"
+    x = noise(1, 4, 3)
+    with caplog.at_level(logging.WARNING, "ltxkern"):
+        for row in ltxkern.capabilities().values():
+            for tier in ("cpu", "cuda"):
+                assert re.match(words, row[tier] or "") or "has no" in (row[tier] or "")
+        torch.testing.assert_close(ltxkern.pixel_norm_silu(x), ltxkern.reference.pixel_norm_silu(x, 1e-8, None))
+        with pytest.raises(ltxkern.BackendError, match=words), ltxkern.use_backend("cpu"):
+            pass
+        with pytest.raises(ltxkern.BackendError, match=words), ltxkern.use_backend("cpu", "cuda"):
+            ltxkern.pixel_norm_silu(x)
+    assert len(caplog.records) == 1
+    assert re.match(words, caplog.messages[0])
+
+
+@needs_extension
+def test_the_extension_knows_its_sources() -> None:
+    assert extension.module().source_digest == sources.packaged() == sources.digest(ROOT / "csrc")
+
+
+def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path) -> None:
+    first, second = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (first, second):
+        shutil.copytree(ROOT / "csrc", folder)
+    wanted = sources.digest(first)
+    source = second / "include" / "ltxkern" / "rows.cuh"
+    text = source.read_bytes()
+    source.write_bytes(text.replace(b"\n", b"\r\n"))
+    (second / "README.md").write_text("Kernels")
+    os.utime(source, (0, 0))
+    assert sources.digest(second) == wanted
+    source.write_bytes(text + b"// A comment.\n")
+    assert sources.digest(second) != wanted
+    source.write_bytes(text)
+    assert sources.digest(second) == wanted
+    source.rename(source.with_name("row.cuh"))
+    assert sources.digest(second) != wanted
 
 
 def test_the_package_works_without_the_extension() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, compiled, noise, poisoned, strided, transposed
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, noise, strided, transposed
 from tests.serving import over_backends, serving
 
 SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 4, 16)]
@@ -79,30 +79,6 @@ def test_layouts(backend: str, view: Any) -> None:
 
 
 @over_backends("gated_residual")
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-def test_empty(backend: str, shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape)
-    with serving(backend):
-        assert ltxkern.gated_residual(x, x, x).shape == shape
-        assert ltxkern.head_gate(x, torch.empty(shape[:-1])).shape == shape
-
-
-@over_backends("gated_residual")
-def test_out(backend: str) -> None:
-    x, y, gate = noise(2, 9, 6), noise(2, 9, 6, seed=1), noise(2, 1, 6, seed=2)
-    logits = noise(2, 9)
-    with serving(backend):
-        for call in (
-            lambda x, **out: ltxkern.gated_residual(x, y, gate, **out),
-            lambda x, **out: ltxkern.head_gate(x, logits, **out),
-        ):
-            expected, target, in_place = call(x), poisoned(x), x.clone()
-            assert call(x, out=target) is target
-            call(in_place, out=in_place)
-            assert_same((target, in_place), (expected, expected))
-
-
-@over_backends("gated_residual")
 def test_gradients(backend: str) -> None:
     x, y, gate = (noise(2, 3, 4, seed=k).requires_grad_() for k in range(3))
     logits = noise(2, 3, seed=4).requires_grad_()
@@ -146,24 +122,3 @@ def test_residual_errors(given: dict[str, Any], error: type[Exception], words: s
 def test_head_gate_errors(given: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         ltxkern.head_gate(**{"x": torch.zeros(2, 3, 4), "logits": torch.zeros(2, 3), **given})
-
-
-@over_backends("gated_residual")
-def test_opcheck(backend: str) -> None:
-    x, y, gate = transposed(noise(2, 5, 4)), noise(2, 5, 4, seed=1), noise(2, 1, 4, seed=2)
-    with serving(backend):
-        for first in (x, x.clone().requires_grad_()):
-            torch.library.opcheck(torch.ops.ltxkern.gated_residual.default, (first, y, gate, None))
-            torch.library.opcheck(torch.ops.ltxkern.head_gate.default, (first, noise(2, 5)))
-
-
-@over_backends("gated_residual")
-def test_compile(backend: str) -> None:
-    def chain(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return ltxkern.head_gate(ltxkern.gated_residual(x, y, gate), gate[..., 0].expand(x.shape[:-1])) + 1
-
-    with serving(backend):
-        function = compiled(chain)
-        for tokens in (5, 8):
-            given = noise(2, tokens, 4), noise(2, tokens, 4, seed=1), noise(2, 1, 4, seed=2)
-            assert_same(function(*given), chain(*given))

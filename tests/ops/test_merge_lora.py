@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
-from tests.ops.contract import SAMPLER, assert_as_close, assert_same, compiled, noise
+from tests.ops.contract import SAMPLER, assert_as_close, assert_same, noise
 from tests.serving import over_backends, serving
 
 SIZES = [(24, 40, 4), (1, 1, 1), (7, 13, 3), (33, 5, 17), (64, 31, 1), (70, 132, 20)]
@@ -141,13 +141,6 @@ def test_a_zero_scale_or_rank_changes_nothing(backend: str) -> None:
 
 
 @over_backends("merge_lora_")
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0)], ids=str)
-def test_empty(backend: str, shape: tuple[int, int]) -> None:
-    with serving(backend):
-        ltxkern.merge_lora_(torch.empty(shape), torch.ones(2, shape[1]), torch.ones(shape[0], 2))
-
-
-@over_backends("merge_lora_")
 @pytest.mark.parametrize("rounding", ["single", "reference"])
 @pytest.mark.parametrize("layout", ["transposed", "rows", "columns"])
 def test_strided_weights(backend: str, rounding: str, layout: str) -> None:
@@ -209,36 +202,6 @@ def test_errors_leave_the_weight(given: dict[str, Any], error: type[Exception], 
     with pytest.raises(error, match=words):
         ltxkern.merge_lora_(**arguments)
     assert torch.equal(weight, kept)
-
-
-def test_a_wanted_gradient_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"ltxkern\.merge_lora_ writes into a given tensor and has no backward"):
-        ltxkern.merge_lora_(torch.zeros(3, 5), torch.ones(2, 5, requires_grad=True), torch.ones(3, 2))
-
-
-@over_backends("merge_lora_")
-@pytest.mark.parametrize("rounding", ["single", "reference"])
-def test_opcheck(backend: str, rounding: str) -> None:
-    a, b = lora(6, 10, 4, torch.float32, 2)
-    with serving(backend):
-        torch.library.opcheck(
-            torch.ops.ltxkern.merge_lora_.default, (noise(6, 10), a, b, [0.5, 0.25], 1 << 20, rounding)
-        )
-
-
-@over_backends("merge_lora_")
-def test_compile(backend: str) -> None:
-    def merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        fresh = weight + 1
-        ltxkern.merge_lora_(fresh, a, b, 0.5)
-        return fresh * 2
-
-    with serving(backend):
-        function = compiled(merged)
-        for rows in (5, 8):
-            weight = noise(rows, 10)
-            a, b = lora(rows, 10, 4, torch.float32)
-            assert_same(function(weight, a[0], b[0]), merged(weight, a[0], b[0]))
 
 
 FLOAT8 = torch.float8_e4m3fn

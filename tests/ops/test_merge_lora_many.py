@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import merge_lora as launch
-from ltxkern.ops.merge_lora import OP
+from ltxkern.ops.merge_lora import OP, Arguments, refuse_cuda
 from tests.ops.contract import assert_same, noise
 from tests.ops.test_merge_lora import lora
 from tests.serving import over_backends, serving
@@ -31,10 +31,10 @@ def test_many_layers_are_each_of_them(backend: str, rounding: str) -> None:
         assert_same(one, other)
 
 
-def test_layers_of_one_shape_share_a_plan() -> None:
+def test_layers_of_one_shape_share_a_program() -> None:
     weight, (a, b) = noise(6, 8), lora(6, 8, 2, torch.float32)
     single, stochastic = (
-        [launch.describe(weight, a, b, [1.0], rounding, seed) for seed in (0, 1)]
+        [launch.describe(Arguments(weight, a, b, [1.0], 1, rounding, seed)) for seed in (0, 1)]
         for rounding in ("single", "stochastic")
     )
     assert single[0] == single[1]
@@ -91,7 +91,7 @@ def test_a_layer_without_a_backend_changes_none(monkeypatch: pytest.MonkeyPatch)
     if ltxkern.capabilities()["merge_lora_"]["cpu"] is not None:
         pytest.skip("no CPU backend")
     # The refusals of the CUDA tiers, which decline fp64.
-    monkeypatch.setitem(OP._backends, "cpu", replace(OP._backends["cpu"], refuse=launch.refuse))
+    monkeypatch.setitem(OP._backends, "cpu", replace(OP._backends["cpu"], refuse=refuse_cuda))
     weights, a, b, memory = three_layers()
     weights[2] = weights[2].double()
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="the kernel accumulates in fp32"):

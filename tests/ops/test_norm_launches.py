@@ -41,10 +41,8 @@ def case_of(shape: tuple[int, ...], *, dtype: torch.dtype = torch.bfloat16, last
         eps=1e-5,
         channels_last=last,
         aligned=True,
-        residual=True,
         weight_code=0,
         bias_code=0,
-        conv_bias=False,
         conv_bias_code=0,
     )
 
@@ -110,11 +108,11 @@ def test_limits_are_kept(device: str, shape: str, dtype: torch.dtype, last: bool
         if step.cooperative:
             per_processor = (limits.shared_bytes + 1024) // (step.shared_bytes + launch.STATIC_SHARED + 1024)
             assert step.grid[0] <= limits.multiprocessors * min(per_processor, 2)
-            part, kept = step.parameters[14], step.parameters[15]
+            part, kept = step.parameters["slice"], step.parameters["kept"]
             assert isinstance(part, int)
             assert isinstance(kept, int)
             assert kept <= part
-            assert part * (step.parameters[13] or 0) >= case.group_length  # type: ignore[operator]
+            assert part * (step.parameters["blocks"] or 0) >= case.group_length  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, compiled, noise, poisoned, strided, transposed
+from tests.ops.contract import ACTIVATIONS, assert_as_close, noise, strided, transposed
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
@@ -114,25 +114,6 @@ def test_layouts_in_memory(backend: str, layout: str, view: Any) -> None:
 
 
 @over_backends("qk_norm_rope")
-@pytest.mark.parametrize("size", [(0, 3, 2, 4), (2, 0, 2, 4)], ids=str)
-def test_empty(backend: str, size: tuple[int, int, int, int]) -> None:
-    given = inputs(size)
-    with serving(backend):
-        out = ltxkern.qk_norm_rope(*given)
-    assert out[0].shape == out[1].shape == given[0].shape
-
-
-@over_backends("qk_norm_rope")
-@LAYOUTS
-def test_out(backend: str, layout: str) -> None:
-    given = inputs((2, 7, 3, 4))
-    pair = (poisoned(given[0]), poisoned(given[1]))
-    with serving(backend):
-        ltxkern.qk_norm_rope(*given, layout=layout, out=pair)
-        assert_same(pair, ltxkern.qk_norm_rope(*given, layout=layout))
-
-
-@over_backends("qk_norm_rope")
 @LAYOUTS
 def test_gradients(backend: str, layout: str) -> None:
     given = inputs((2, 3, 2, 4))
@@ -183,21 +164,3 @@ def test_errors(given: dict[str, Any], error: type[Exception], words: str) -> No
     arguments = {name: torch.zeros(size) for name, size in zip(names, sizes, strict=True)}
     with pytest.raises(error, match=words):
         ltxkern.qk_norm_rope(**{**arguments, **given})
-
-
-@over_backends("qk_norm_rope")
-@LAYOUTS
-def test_opcheck(backend: str, layout: str) -> None:
-    q, *others = inputs((2, 5, 2, 4))
-    with serving(backend):
-        for first in (transposed(q), q.clone().requires_grad_()):
-            torch.library.opcheck(torch.ops.ltxkern.qk_norm_rope.default, (first, *others, 1e-6, layout))
-
-
-@over_backends("qk_norm_rope")
-def test_compile(backend: str) -> None:
-    with serving(backend):
-        function = compiled(lambda *given: ltxkern.qk_norm_rope(*given))
-        for tokens in (5, 8):
-            given = inputs((2, tokens, 3, 4))
-            assert_same(function(*given), ltxkern.qk_norm_rope(*given))

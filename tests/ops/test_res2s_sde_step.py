@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import sde_coefficients
-from tests.ops.contract import SAMPLER, assert_as_close, assert_same, compiled, noise, poisoned, transposed
+from tests.ops.contract import SAMPLER, assert_as_close, assert_same, noise, poisoned
 from tests.serving import over_backends, serving
 
 SHAPES = [(1, 6, 4), (2, 7, 3), (3, 1, 5), (1, 127, 16)]
@@ -75,22 +75,6 @@ def test_sde_step_out(backend: str) -> None:
             assert_same(target, expected)
 
 
-@over_backends("res2s_sde_step")
-def test_compile_sde_step(backend: str) -> None:
-    with serving(backend):
-        function = compiled(lambda x, d, n: ltxkern.res2s_sde_step(x, d, 0.9, 0.7, n) + 1)
-        for tokens in (5, 8):
-            x, d, n = (noise(1, tokens, 3, seed=k) for k in range(3))
-            assert_same(function(x, d, n), ltxkern.res2s_sde_step(x, d, 0.9, 0.7, n) + 1)
-
-
-@over_backends("res2s_sde_step")
-def test_opcheck(backend: str) -> None:
-    x, d, n = (transposed(noise(1, 6, 4, dtype=torch.bfloat16, seed=k)) for k in range(3))
-    with serving(backend):
-        torch.library.opcheck(torch.ops.ltxkern.res2s_sde_step.default, (x, d, n, [0.1, 0.9, 0.3], None))
-
-
 def test_errors() -> None:
     x = torch.zeros(1, 6, 4)
     with pytest.raises(ValueError, match=r"sigma and sigma_next must differ, got 0.5 for both"):
@@ -99,9 +83,3 @@ def test_errors() -> None:
         ltxkern.res2s_sde_step(x, x, 0.9, 0.5, x, eta=math.nan)
     with pytest.raises(ValueError, match=r"sigma_next must be at least 0.0, got -0.5"):
         ltxkern.res2s_sde_step(x, x, 0.9, -0.5, x)
-
-
-def test_a_wanted_gradient_is_an_error() -> None:
-    x = torch.zeros(1, 6, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="has no backward"):
-        ltxkern.res2s_sde_step(x, x, 0.9, 0.5, x)

@@ -132,45 +132,6 @@ def test_tables_at_any_address(backend: str, op: str, dtype: torch.dtype, first:
 
 @over_backends("rms_norm_modulate")
 @over_ops
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
-def test_empty(backend: str, op: str, shape: tuple[int, ...]) -> None:
-    tensors = drawn(shape, count=0 if shape[-1] else 2)
-    with serving(backend):
-        result = OPS[op](tensors, rows=torch.zeros(shape[:-1], dtype=torch.int64))
-    assert (result if isinstance(result, Tensor) else result[1]).shape == shape
-
-
-@over_backends("rms_norm_modulate")
-@over_ops
-def test_out(backend: str, op: str) -> None:
-    """Memory of its own, and x itself."""
-    tensors, rows = drawn((2, 9, 24)), indices("mixed", (2, 9), 3)
-    with serving(backend):
-        expected = OPS[op](tensors, rows=rows)
-        for first in (poisoned(tensors["x"]), tensors["x"]):
-            out = (first, poisoned(first)) if op == "gated_norm" else first
-            result = OPS[op](tensors, rows=rows, out=out)
-            assert (result[0] if op == "gated_norm" else result) is first
-            assert_same(result, expected)
-
-
-@over_backends("rms_norm_modulate")
-@over_ops
-def test_equal_bits_on_repeat_for_any_threads(backend: str, op: str) -> None:
-    tensors, rows = drawn((2, 61, 300), torch.bfloat16), indices("mixed", (2, 61), 3)
-    threads = torch.get_num_threads()
-    with serving(backend):
-        expected = OPS[op](tensors, rows=rows)
-        try:
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                assert_same(OPS[op](tensors, rows=rows), expected)
-        finally:
-            torch.set_num_threads(threads)
-
-
-@over_backends("rms_norm_modulate")
-@over_ops
 def test_gradients(backend: str, op: str) -> None:
     """Those of the materialised form, summed over the rows of x that take a row of a table."""
     rows = indices("mixed", (2, 9), 3)
@@ -238,20 +199,6 @@ def test_a_wrong_index_on_the_host_is_refused_before_anything_is_written(backend
     with serving(backend), pytest.raises(ValueError, match=rf"^rows must be at least 0 and below 2, .* got {wrong}$"):
         OPS[op](tensors, rows=rows, out=out)
     assert torch.equal(tensors["x"], kept)
-
-
-@over_backends("rms_norm_modulate")
-def test_opcheck(backend: str) -> None:
-    tensors, rows = drawn((2, 5, 4)), indices("mixed", (2, 5), 3)
-    y, gate, scale, shift = (tensors[name] for name in ("y", "gate", "scale", "shift"))
-    with serving(backend):
-        for x in (transposed(tensors["x"]), tensors["x"].clone().requires_grad_()):
-            ops = torch.ops.ltxkern
-            torch.library.opcheck(ops.rms_norm_modulate.default, (x, scale, shift, 1e-6, None, rows))
-            torch.library.opcheck(
-                ops.gated_residual_rms_norm_modulate.default, (x, y, gate, scale, shift, 1e-6, scale[0], rows.int())
-            )
-            torch.library.opcheck(ops.gated_residual.default, (x, y, gate, rows))
 
 
 @over_backends("rms_norm_modulate")

@@ -4,12 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from ltxkern.compiled import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,53 +73,53 @@ def test_modes(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
         setup_script.extensions()
 
 
-def wheel(tmp_path: Path, **environment: str) -> Path:
-    """A wheel of this tree, built in a copy so that nothing is left behind."""
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, source / name)
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    shutil.copytree(ROOT / "ltxkern", source / "ltxkern", ignore=ignored)
-    shutil.copytree(ROOT / "csrc", source / "csrc", ignore=ignored)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
+def python(cwd: Path, *arguments: str, **environment: str) -> None:
+    """This interpreter on a build, with its own tools first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "MAX_JOBS": "2"} | environment
     done = subprocess.run(
-        command,
-        env=os.environ | {"PATH": path, "MAX_JOBS": "2"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def wheel(tmp_path: Path, **environment: str) -> Path:
+    """A wheel from an sdist of this tree, which is unpacked in `source`: nothing is left behind in the tree."""
+    tree, source = tmp_path / "tree", tmp_path / "source"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tree / name)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for room in ("ltxkern", "csrc"):
+        shutil.copytree(ROOT / room, tree / room, ignore=ignored)
+    python(tree, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    next(tmp_path.glob("ltxkern-*/")).rename(source)
+    options = ("-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
+    python(tmp_path, "-m", "pip", "wheel", *options, str(source), **environment)
     return next(tmp_path.glob("*.whl"))
 
 
-def backend_reason(built: Path, tmp_path: Path, tier: str) -> str:
-    """What an installed wheel says of a compiled tier, in a process that sees nothing else of this tree."""
-    installed = tmp_path / "installed"
-    zipfile.ZipFile(built).extractall(installed)
+def backend_reason(place: Path, tier: str) -> str:
+    """What the package under `place` says of a compiled tier, in a process that sees nothing else of this tree."""
     # An editable installation of this tree would lend its extension to the wheel.
     script = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')];"
         "import torch, ltxkern; from ltxkern.dispatch import unavailable;"
         "ltxkern.group_norm_silu(torch.ones(1, 4, 3), None, None, 2);"
-        f"assert {str(installed)!r} in ltxkern.__file__; print(unavailable({tier!r}))"
+        f"assert {str(place)!r} in ltxkern.__file__; print(unavailable({tier!r}))"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LTXKERN_")}
-    environment |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    return subprocess.check_output([sys.executable, "-c", script], env=environment, cwd=tmp_path, text=True).strip()
+    environment |= {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    return subprocess.check_output([sys.executable, "-c", script], env=environment, cwd=place, text=True).strip()
+
+
+def installed(built: Path) -> Path:
+    """A folder with a wheel's files."""
+    place = built.with_name("installed")
+    zipfile.ZipFile(built).extractall(place)
+    return place
 
 
 @pytest.mark.slow
@@ -125,7 +129,7 @@ def test_pure_python_wheel(tmp_path: Path) -> None:
     names = zipfile.ZipFile(built).namelist()
     assert "ltxkern/csrc/ltxkern/platform.cuh" in names
     assert not [name for name in names if name.endswith(".so")]
-    assert "not built" in backend_reason(built, tmp_path, "cpu")
+    assert "not built" in backend_reason(installed(built), "cpu")
 
 
 @pytest.mark.slow
@@ -136,8 +140,24 @@ def test_cpu_wheel(tmp_path: Path) -> None:
     folder = tmp_path / "native"
     folder.mkdir()
     (folder / "CMakeCache.txt").write_text("CMAKE_MAKE_PROGRAM:FILEPATH=/gone/bin/ninja\n")
-    built = wheel(tmp_path, LTXKERN_BUILD="cpu", LTXKERN_BUILD_DIR=str(folder))
+    building = {"LTXKERN_BUILD": "cpu", "LTXKERN_BUILD_DIR": str(folder)}
+    built = wheel(tmp_path, **building)
     names = zipfile.ZipFile(built).namelist()
     assert [name for name in names if name.startswith("ltxkern/_C") and name.endswith(".so")]
     assert "ltxkern/csrc/ltxkern/group_norm_silu.cuh" in names
-    assert backend_reason(built, tmp_path, "cpu") == "None"
+    place, source = installed(built), tmp_path / "source"
+    record = place / "ltxkern" / "csrc" / "sources.sha256"
+    digest = sources.digest(source / "csrc")
+    assert record.read_text() == digest == sources.digest(ROOT / "csrc")
+    assert backend_reason(place, "cpu") == "None"
+    record.write_text("0" * 64)
+    assert "built from other sources" in backend_reason(place, "cpu")
+    # The unpacked sdist as a checkout: a comment in a header is enough for an extension that is no longer its own.
+    rebuild = partial(python, source, "setup.py", "-q", "build_ext", "--inplace", **building)
+    rebuild()
+    assert backend_reason(source, "cpu") == "None"
+    with (source / "csrc" / "include" / "ltxkern" / "dual_add.cuh").open("a") as header:
+        header.write("// One more comment.\n")
+    assert "built from other sources" in backend_reason(source, "cpu")
+    rebuild()
+    assert backend_reason(source, "cpu") == "None"

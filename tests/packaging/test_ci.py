@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-NEEDED = ("triton", "diffusers", "transformers", "av", "pybind11", "hypothesis")
+NEEDED = ("triton", "diffusers", "transformers", "av", "pybind11", "hypothesis", "grimp")
 
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="only CI promises these packages")

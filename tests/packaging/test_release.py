@@ -105,6 +105,7 @@ INFO = "ltxkern-0.1.0.dist-info"
 DAMAGE: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
     "header": (lambda f: f.pop("ltxkern/csrc/ltxkern/res2s.cuh"), "lacks the header res2s.cuh"),
     "old header": (lambda f: f.update({"ltxkern/csrc/ltxkern/rows.cuh": b""}), "lacks the header rows.cuh"),
+    "digest": (lambda f: f.update({"ltxkern/csrc/sources.sha256": b"0" * 64}), "lacks the digest of the sources"),
     "module": (lambda f: f.pop("ltxkern/ops/res2s.py"), "lacks ltxkern/ops/res2s.py"),
     "library": (lambda f: f.update({"ltxkern/libcudart.so.13": b""}), "libcudart.so.13"),
     "stray": (lambda f: f.update({"tests/golden.py": b""}), "holds tests/golden.py besides the package"),
@@ -175,7 +176,7 @@ def test_an_sdist_without_a_source_is_told(built: Path, tmp_path: Path, name: st
 
 GOOD: dict[str, Any] = {
     **{"file": "/home/x/ltxkern/__init__.py", "headers": "/home/x/ltxkern/csrc", "imported": []},
-    **{"without_cpu": [], "missing_kernels": [], "errors": {"torch": 1e-6, "cpu": 1e-6}},
+    **{"without_cpu": [], "kernels": list(release.cuda_kernels()), "errors": {"torch": 1e-6, "cpu": 1e-6}},
     "reasons": {"cpu": None, "cuda": "no CUDA device: none found"},
 }
 
@@ -189,7 +190,11 @@ def test_a_cuda_wheel_without_a_device_passes_but_says_so() -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
-        ("cuda", {"missing_kernels": ["ltxk::merge_lora"]}, "the extension lacks ltxk::merge_lora"),
+        (
+            "cuda",
+            {"kernels": [*release.cuda_kernels()][1:]},
+            f"the extension lacks {next(iter(release.cuda_kernels()))}",
+        ),
         ("cuda", {"reasons": {"cpu": None, "cuda": "built without CUDA"}}, "the cuda backend says"),
         ("cpu", {}, "the cuda backend says"),
         ("pure", {}, "the cpu backend says None"),

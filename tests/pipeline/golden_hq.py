@@ -12,19 +12,15 @@ from torch import Tensor
 import ltxkern
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.conditioning import ImageCondition
-from ltxkern.pipeline.run.request import GenerationRequest, Geometry, find_preset
-from tests.golden import Golden, open_golden
+from ltxkern.pipeline.run.request import GenerationRequest, find_preset
+from ltxkern.pipeline.sampling.latents import Geometry
+from tests.golden import open_golden as golden
 from tests.pipeline.golden_transformer import transformer, upsampler
 from tests.serving import device_of
 
 COVERS = ("hq/",)
 TOLERANCE = 5e-5
 FRAME_RATE = 24.0
-
-
-@cache
-def golden() -> Golden:
-    return open_golden()
 
 
 def runs() -> list[str]:
@@ -150,6 +146,6 @@ def test_defaults_are_the_official_ones() -> None:
     assert list(preset.distilled_strengths) == official["distilled_lora_strengths"]
     assert preset.steps == official["num_inference_steps"]
     request = GenerationRequest()
-    first = request.plan()[0]
+    first = request.stages()[0]
     assert (first.height, first.width) == (official["stage_1_height"], official["stage_1_width"])
     assert (request.num_frames, request.frame_rate) == (official["num_frames"], official["frame_rate"])

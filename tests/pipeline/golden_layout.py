@@ -25,23 +25,12 @@ from ltxkern.pipeline.sampling.latents import (
     unpatchify,
     video_positions,
 )
-from tests.golden import Golden, open_golden
+from tests.golden import matching
+from tests.golden import open_golden as golden
 
 COVERS = ("helpers/", "layout/", "cond/", "rope/")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 HELPER_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
-
-
-@cache
-def golden() -> Golden:
-    return open_golden()
-
-
-def matching(pattern: str) -> list[re.Match[str]]:
-    """Keys that match; a checked group without any key is a failure."""
-    found = [match for key in sorted(golden().tensors) if (match := re.fullmatch(pattern, key))]
-    assert found, f"{golden().path} holds no key like {pattern!r}"
-    return found
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.pipeline.golden_sampler import DTYPES, close, golden, matching
+from tests.golden import matching
+from tests.golden import open_golden as golden
+from tests.pipeline.golden_sampler import DTYPES, close
 from tests.serving import over_backends, serving
 
 COVERS = (

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from ltxkern.pipeline.sampling.schedule import (
     res2s_steps,
     sde_coefficients,
 )
-from tests.golden import Golden, open_golden
+from tests.golden import matching
+from tests.golden import open_golden as golden
 
 COVERS = (
     "sched/ltx2/", "sched/ltx2_nostretch/", "sched/ltx2_term", "sched/ltx2_shift/", "sched/const/", "res2s/coeffs/",
@@ -28,18 +28,6 @@ COVERS = (
 )  # fmt: skip
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 BF16_ULP = 2.0**-8
-
-
-@cache
-def golden() -> Golden:
-    return open_golden()
-
-
-def matching(pattern: str) -> list[re.Match[str]]:
-    """Keys that match the whole pattern; none at all is a failure."""
-    found = [match for key in sorted(golden().tensors) if (match := re.fullmatch(pattern, key))]
-    assert found, f"{golden().path} holds no key like {pattern!r}"
-    return found
 
 
 def close(key: str, actual: Tensor, expected: Tensor, tolerance: float, *, relative: float | None = None) -> None:

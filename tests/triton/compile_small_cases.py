@@ -8,35 +8,23 @@ from __future__ import annotations
 import sys
 
 import torch
-import triton
-from aot_compile import NamedTarget, compiled
+from aot_compile import compiled, target
 from triton_cases import SMALL_CASES
-
-import ltxkern.dispatch
-import ltxkern.triton
 
 
 def main() -> None:
     arch, *names = sys.argv[1:]
     dtypes = [getattr(torch, name) for name in names] or [torch.bfloat16]
-    triton.runtime.driver.set_active(NamedTarget(int(arch)))
-    ltxkern.dispatch.unavailable = lambda backend: None
-    ltxkern.triton._device_refusal = lambda tensor: None
+    target(int(arch))
     count = 0
-    with ltxkern.use_backend("triton"):
-        for case in SMALL_CASES:
-            for dtype in dtypes:
-                if dtype not in case.dtypes:
-                    continue
-                problem = case.make("cpu", dtype)
-                out = problem.outputs()
-                try:
-                    kernels = list(compiled(lambda problem=problem, out=out: problem.call(out)))
-                except Exception as error:
-                    raise RuntimeError(f"{case} in {dtype} does not compile for sm_{arch}") from error
-                if not kernels:
-                    raise RuntimeError(f"{case} in {dtype} launched nothing")
-                count += len(kernels)
+    for case, dtype in ((case, dtype) for case in SMALL_CASES for dtype in dtypes if dtype in case.dtypes):
+        try:
+            kernels = list(compiled(case, "cpu", dtype))
+        except Exception as error:
+            raise RuntimeError(f"{case} in {dtype} does not compile for sm_{arch}") from error
+        if not kernels:
+            raise RuntimeError(f"{case} in {dtype} launched nothing")
+        count += len(kernels)
     print(count)
 
 

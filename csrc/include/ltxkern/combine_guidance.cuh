@@ -6,32 +6,12 @@
 
 namespace ltxk {
 
-struct GuidanceBranches {
-    const void* cond;
-    const void* uncond;  // null branches are not read
-    const void* perturbed;
-    const void* isolated;
-    i64 type, size;
-    double cfg, stg, modality;  // factors of (cond - branch)
-};
+#include "ltxkern/combine_guidance_parameters.cuh"
 
-// Mean and M2 of cond and of the combination over one chunk.
-struct GuidancePartial {
-    double cond_mean, cond_m2, mean, m2;
-};
-
-struct GuidanceMeasure {
-    GuidanceBranches branches;
-    GuidancePartial* partials;
-    i64 chunk;
-};
-
-struct GuidanceApply {
-    GuidanceBranches branches;
-    const GuidancePartial* partials;  // null: no rescale
-    void* out;
+// What the launches add.
+struct GuidanceChunks : CombineGuidance {
+    GuidancePartial* partials;  // null: no rescale
     i64 chunk, chunks;
-    double rescale;
 };
 
 template <class C, int V>
@@ -43,7 +23,7 @@ LTXK_DEVICE void add_branch(const Raw<V>& raw, i64 type, double factor, const C 
 }
 
 template <class C, int V>
-LTXK_DEVICE void combine(const GuidanceBranches& b, i64 i, C (&cond)[V], C (&total)[V]) {
+LTXK_DEVICE void combine(const CombineGuidance& b, i64 i, C (&cond)[V], C (&total)[V]) {
     Raw<V> raw = load_raw<V>(b.cond, b.type, i), first, second, third;
     if (b.uncond) first = load_raw<V>(b.uncond, b.type, i);
     if (b.perturbed) second = load_raw<V>(b.perturbed, b.type, i);
@@ -58,14 +38,14 @@ LTXK_DEVICE void combine(const GuidanceBranches& b, i64 i, C (&cond)[V], C (&tot
 
 // Block = one chunk.
 template <class C, int V>
-__global__ void __launch_bounds__(256) guidance_measure(GuidanceMeasure p) {
+__global__ void __launch_bounds__(256) guidance_measure(GuidanceChunks p) {
     LTXK_SHARED(BlockMoments<double>, scratch);
-    i64 first = static_cast<i64>(blockIdx.x) * p.chunk, left = p.branches.size - first, count = left < p.chunk ? left : p.chunk;
+    i64 first = static_cast<i64>(blockIdx.x) * p.chunk, left = p.size - first, count = left < p.chunk ? left : p.chunk;
     C cond_pivot[1], pivot[1], cond[V], total[V];
-    combine(p.branches, first, cond_pivot, pivot);
+    combine(p, first, cond_pivot, pivot);
     ShiftedSums cond_sums, sums;
     for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
-        combine(p.branches, first + i, cond, total);
+        combine(p, first + i, cond, total);
         cond_sums.add(cond, cond_pivot[0]);
         sums.add(total, pivot[0]);
     }
@@ -75,35 +55,35 @@ __global__ void __launch_bounds__(256) guidance_measure(GuidanceMeasure p) {
 }
 
 // std(cond) / std(combination), from the partials in a fixed order.
-LTXK_DEVICE double deviation_ratio(const GuidanceApply& p, BlockMoments<double>& scratch) {
+LTXK_DEVICE double deviation_ratio(const GuidanceChunks& p, BlockMoments<double>& scratch) {
     Moments<double> cond, total;
     for (i64 i = threadIdx.x; i < p.chunks; i += blockDim.x) {
-        i64 left = p.branches.size - i * p.chunk;
+        i64 left = p.size - i * p.chunk;
         double count = static_cast<double>(left < p.chunk ? left : p.chunk);
         const GuidancePartial& partial = p.partials[i];
         cond.merge(count, partial.cond_mean, partial.cond_m2);
         total.merge(count, partial.mean, partial.m2);
     }
-    double degrees = static_cast<double>(p.branches.size - 1);
+    double degrees = static_cast<double>(p.size - 1);
     cond = merge_block(cond, scratch);
     total = merge_block(total, scratch);
     return square_root(cond.m2 / degrees) / square_root(total.m2 / degrees);
 }
 
 template <class C, int V>
-__global__ void __launch_bounds__(256) guidance_apply(GuidanceApply p) {
+__global__ void __launch_bounds__(256) guidance_apply(GuidanceChunks p) {
     LTXK_SHARED(BlockMoments<double>, scratch);
     C factor = 1;
     if (p.partials) factor = static_cast<C>(p.rescale * deviation_ratio(p, scratch) + (1.0 - p.rescale));
-    i64 first = static_cast<i64>(blockIdx.x) * p.chunk, left = p.branches.size - first, count = left < p.chunk ? left : p.chunk;
+    i64 first = static_cast<i64>(blockIdx.x) * p.chunk, left = p.size - first, count = left < p.chunk ? left : p.chunk;
     for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
         C cond[V], total[V];
-        combine(p.branches, first + i, cond, total);
+        combine(p, first + i, cond, total);
         if (p.partials) {
 #pragma unroll
             for (int k = 0; k < V; ++k) total[k] *= factor;
         }
-        store_typed(p.out, p.branches.type, first + i, total);
+        store_typed(p.out, p.type, first + i, total);
     }
 }
 

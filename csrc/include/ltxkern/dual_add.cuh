@@ -5,14 +5,7 @@
 
 namespace ltxk {
 
-struct DualAdd {
-    const void* x;
-    const void* first;
-    const void* second;
-    void* out_first;
-    void* out_second;
-    i64 size;
-};
+#include "ltxkern/dual_add_parameters.cuh"
 
 template <class T>
 LTXK_DEVICE T rounded_sum(T a, T b) {

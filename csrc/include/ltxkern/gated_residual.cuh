@@ -5,18 +5,16 @@
 
 namespace ltxk {
 
-struct GatedResidual {
-    RowOperand x, y, gate;  // y null: the gate is the row's logit, and the result x * 2 sigmoid(logit)
-    RowIndex index;         // of the gate's row
-    i64 gate_column;        // stride of the gate along a row, 1 for V > 1; 0: one value for the row
-    void* out;
-    i64 rows, inner, width;
+#include "ltxkern/gated_residual_parameters.cuh"
+
+// What a launch adds: how blocks share the rows.
+struct GatedResidualTiles : GatedResidual {
     i64 row_threads;  // threads that share a row
     i64 tiles;        // blocks side by side along a row
 };
 
 template <int V>
-__global__ void __launch_bounds__(256) gated_residual_rows(GatedResidual p) {
+__global__ void __launch_bounds__(256) gated_residual_rows(GatedResidualTiles p) {
     u32 row_threads = static_cast<u32>(p.row_threads);
     i64 group = blockIdx.x / p.tiles, tile = blockIdx.x - group * p.tiles;
     i64 row = group * (blockDim.x / row_threads) + threadIdx.x / row_threads;

@@ -15,40 +15,15 @@ struct alignas(8) Partial {
     float mean, m2;
 };
 
-// Sizes shared by the kernels of one call. Positions: elements of a channel (D*H*W).
-struct GroupNormShape {
-    i64 channels, group_channels, positions;
-    i64 chunk;   // positions per partial
-    i64 chunks;  // partials per channel: ceil(positions / chunk)
-};
+#include "ltxkern/group_norm_silu_parameters.cuh"
 
-struct GroupNormStats {
-    const void* x;
-    const void* conv_bias;
-    i64 conv_bias_type;
+// What the launches of two passes add.
+struct GroupNormTwoPass : GroupNormSilu {
     Partial* partials;  // [n][channel][chunk]
-    GroupNormShape shape;
-};
-
-struct GroupNormFinalize {
-    const Partial* partials;
-    Partial* finals;  // [n][group]: mean and 1 / sqrt(var + eps)
-    GroupNormShape shape;
-    double eps;
-};
-
-struct GroupNormApply {
-    const void* x;
-    void* out;
-    const void* residual;
-    const void* weight;
-    const void* bias;
-    const void* conv_bias;
-    i64 weight_type, bias_type, conv_bias_type;
-    const Partial* partials;  // used where finals is null
-    const Partial* finals;
-    GroupNormShape shape;
-    double eps;
+    Partial* finals;    // [n][group]: mean and 1 / sqrt(var + eps); null: each block merges the partials itself
+    i64 chunk;          // positions per partial
+    i64 chunks;         // partials per channel: ceil(positions / chunk)
+    i64 lanes, rows;    // channels-last: threads of a block along the channels, the others take further positions
 };
 
 // What one channel does to its elements: silu((v - mean) * scale + offset + residual).
@@ -61,8 +36,7 @@ struct ChannelAffine {
 LTXK_DEVICE float inverse_deviation(float variance, float eps) { return fast_rsqrt(variance + eps); }
 
 // The shift goes into the mean: (v + conv_bias) - mean = v - (mean - conv_bias).
-template <class P>
-LTXK_DEVICE ChannelAffine channel_affine(const P& p, i64 channel, float mean, float rstd) {
+LTXK_DEVICE ChannelAffine channel_affine(const GroupNormSilu& p, i64 channel, float mean, float rstd) {
     ChannelAffine affine;
     affine.mean = mean - load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
     affine.scale = load_param(p.weight, p.weight_type, channel, 1.0f) * rstd;
@@ -126,40 +100,26 @@ LTXK_DEVICE Moments<float> thread_moments(const T* x, const Span& span) {
 
 // Contiguous layout; block = one chunk of one channel of one sample.
 template <class T, int V>
-__global__ void __launch_bounds__(256) group_norm_stats(GroupNormStats p) {
+__global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     LTXK_SHARED(BlockMoments<float>, scratch);
-    const GroupNormShape& s = p.shape;
-    u32 tile = blockIdx.x, chunks = static_cast<u32>(s.chunks);
-    i64 row = tile / chunks, first = (tile % chunks) * s.chunk;
-    i64 last = first + s.chunk < s.positions ? first + s.chunk : s.positions;
-    Moments<float> mine = thread_moments<T, V>(static_cast<const T*>(p.x), Span(row * s.positions + first, row * s.positions + last, V));
+    u32 tile = blockIdx.x, chunks = static_cast<u32>(p.chunks);
+    i64 row = tile / chunks, first = (tile % chunks) * p.chunk;
+    i64 last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
+    Moments<float> mine = thread_moments<T, V>(static_cast<const T*>(p.x), Span(row * p.positions + first, row * p.positions + last, V));
     Moments<float> all = merge_block(mine, scratch);
     if (threadIdx.x == 0) {
-        float shift = load_param(p.conv_bias, p.conv_bias_type, static_cast<u32>(row) % static_cast<u32>(s.channels), 0.0f);
+        float shift = load_param(p.conv_bias, p.conv_bias_type, static_cast<u32>(row) % static_cast<u32>(p.channels), 0.0f);
         p.partials[tile] = {all.mean + shift, all.m2};
     }
 }
 
-struct BlockSum {
-    float warp[32];
-};
-
-// Sum over the block in a fixed order; every thread gets it.
-LTXK_DEVICE float sum_block(float value, BlockSum& scratch) {
-    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    float sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0f;
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
-
 // Mean and inverse deviation of one group from its partials: Chan's rule for all of them at once, about the first one's mean.
-LTXK_DEVICE Partial merge_partials(const Partial* partials, const GroupNormShape& s, float eps, BlockSum& scratch) {
-    u32 chunks = static_cast<u32>(s.chunks), count = static_cast<u32>(s.group_channels) * chunks;
-    float whole = static_cast<float>(s.chunk), rest = static_cast<float>(s.positions - (s.chunks - 1) * s.chunk);
-    float per_element = fast_reciprocal(static_cast<float>(s.group_channels * s.positions)), pivot = partials[0].mean, shifted = 0.0f;
+// `group`: of all samples.
+LTXK_DEVICE Partial merge_partials(const GroupNormTwoPass& p, i64 group, BlockSum<float>& scratch) {
+    const Partial* partials = p.partials + group * p.group_channels * p.chunks;
+    u32 chunks = static_cast<u32>(p.chunks), count = static_cast<u32>(p.group_channels) * chunks;
+    float whole = static_cast<float>(p.chunk), rest = static_cast<float>(p.positions - (p.chunks - 1) * p.chunk);
+    float per_element = fast_reciprocal(static_cast<float>(p.group_channels * p.positions)), pivot = partials[0].mean, shifted = 0.0f;
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
         float weight = i % chunks == chunks - 1 ? rest : whole;
         shifted += (partials[i].mean - pivot) * (weight * per_element);
@@ -171,15 +131,14 @@ LTXK_DEVICE Partial merge_partials(const Partial* partials, const GroupNormShape
         variance += partials[i].m2 * per_element + delta * delta * (weight * per_element);
     }
     variance = sum_block(variance, scratch);
-    return {mean, inverse_deviation(variance, eps)};
+    return {mean, inverse_deviation(variance, static_cast<float>(p.eps))};
 }
 
 // Block = one group of one sample.
-__global__ void __launch_bounds__(256) group_norm_finalize(GroupNormFinalize p) {
-    LTXK_SHARED(BlockSum, scratch);
-    const GroupNormShape& s = p.shape;
+__global__ void __launch_bounds__(256) group_norm_finalize(GroupNormTwoPass p) {
+    LTXK_SHARED(BlockSum<float>, scratch);
     i64 group = blockIdx.x;
-    Partial final = merge_partials(p.partials + group * s.group_channels * s.chunks, s, static_cast<float>(p.eps), scratch);
+    Partial final = merge_partials(p, group, scratch);
     if (threadIdx.x == 0) p.finals[group] = final;
 }
 
@@ -195,19 +154,18 @@ LTXK_DEVICE void apply_pack(const T* x, T* out, const T* residual, const Channel
 
 // Contiguous layout; blocks walk the activation backwards, so that they meet its tail while it is still in the L2 cache.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 4) group_norm_apply(GroupNormApply p) {
-    LTXK_SHARED(BlockSum, scratch);
-    const GroupNormShape& s = p.shape;
-    u32 tile = gridDim.x - 1 - blockIdx.x, chunks = static_cast<u32>(s.chunks), row = tile / chunks;
-    i64 first = (tile % chunks) * s.chunk, last = first + s.chunk < s.positions ? first + s.chunk : s.positions;
-    u32 channel = row % static_cast<u32>(s.channels), group = row / static_cast<u32>(s.group_channels);
+__global__ void __launch_bounds__(256, 4) group_norm_apply(GroupNormTwoPass p) {
+    LTXK_SHARED(BlockSum<float>, scratch);
+    u32 tile = gridDim.x - 1 - blockIdx.x, chunks = static_cast<u32>(p.chunks), row = tile / chunks;
+    i64 first = (tile % chunks) * p.chunk, last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
+    u32 channel = row % static_cast<u32>(p.channels), group = row / static_cast<u32>(p.group_channels);
     Partial final = p.finals ? p.finals[group]
-                             : merge_partials(p.partials + group * s.group_channels * s.chunks, s, static_cast<float>(p.eps), scratch);
+                             : merge_partials(p, group, scratch);
     ChannelAffine affine = channel_affine(p, channel, final.mean, final.m2);
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
-    Span span(static_cast<i64>(row) * s.positions + first, static_cast<i64>(row) * s.positions + last, V);
+    Span span(static_cast<i64>(row) * p.positions + first, static_cast<i64>(row) * p.positions + last, V);
     i64 step = static_cast<i64>(blockDim.x) * V;
 #pragma unroll 2
     for (i64 i = span.body_begin + static_cast<i64>(threadIdx.x) * V; i < span.body_end; i += step)

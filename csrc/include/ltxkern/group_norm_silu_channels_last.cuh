@@ -8,47 +8,20 @@
 
 namespace ltxk {
 
-// Threads along the channels of a block; the rest of the block takes further positions.
-struct ColumnShape {
-    i64 lanes, rows;
-};
-
-struct GroupNormStatsColumns {
-    const void* x;
-    const void* conv_bias;
-    i64 conv_bias_type;
-    Partial* partials;  // [n][channel][chunk]
-    GroupNormShape shape;
-    ColumnShape columns;
-};
-
-struct GroupNormApplyColumns {
-    const void* x;
-    void* out;
-    const void* residual;
-    const void* weight;
-    const void* bias;
-    const void* conv_bias;
-    i64 weight_type, bias_type, conv_bias_type;
-    const Partial* finals;
-    GroupNormShape shape;
-    ColumnShape columns;
-};
-
 // Where a thread works: its first channel, its first position, and how many positions of the chunk there are.
 struct ColumnThread {
     u32 sample, chunk, lane, row;
     i64 channel, first, count;
 
-    LTXK_DEVICE ColumnThread(const GroupNormShape& s, const ColumnShape& columns, u32 tile, int vector) {
-        u32 chunks = static_cast<u32>(s.chunks), lanes = static_cast<u32>(columns.lanes);
+    LTXK_DEVICE ColumnThread(const GroupNormTwoPass& p, u32 tile, int vector) {
+        u32 chunks = static_cast<u32>(p.chunks), lanes = static_cast<u32>(p.lanes);
         sample = tile / chunks;
         chunk = tile % chunks;
         lane = threadIdx.x % lanes;
         row = threadIdx.x / lanes;
         channel = (static_cast<i64>(blockIdx.y) * lanes + lane) * vector;
-        first = chunk * s.chunk;
-        count = s.positions - first < s.chunk ? s.positions - first : s.chunk;
+        first = chunk * p.chunk;
+        count = p.positions - first < p.chunk ? p.positions - first : p.chunk;
     }
 };
 
@@ -59,23 +32,22 @@ struct ColumnScratch {
 
 // Block = one chunk of positions of one sample, and up to 256 * V channels.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormStatsColumns p) {
+__global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormTwoPass p) {
     LTXK_SHARED(ColumnScratch<V>, scratch);
     constexpr int kBatch = 8;
-    const GroupNormShape& s = p.shape;
-    ColumnThread at(s, p.columns, blockIdx.x, V);
-    i64 rows = p.columns.rows;
-    bool active = at.row < rows && at.channel < s.channels;
+    ColumnThread at(p, blockIdx.x, V);
+    i64 rows = p.rows;
+    bool active = at.row < rows && at.channel < p.channels;
     float mean[V], m2[V], count = 0.0f;
 #pragma unroll
     for (int k = 0; k < V; ++k) mean[k] = m2[k] = 0.0f;
     if (active) {
-        const T* x = static_cast<const T*>(p.x) + (at.sample * s.positions + at.first) * s.channels + at.channel;
+        const T* x = static_cast<const T*>(p.x) + (at.sample * p.positions + at.first) * p.channels + at.channel;
         i64 i = at.row;
         for (; i + (kBatch - 1) * rows < at.count; i += kBatch * rows) {
             Pack<T, V> packs[kBatch];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(x + (i + b * rows) * s.channels);
+            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(x + (i + b * rows) * p.channels);
             float share = kBatch * fast_reciprocal(count + kBatch);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
@@ -95,7 +67,7 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormStat
             count += kBatch;
         }
         for (; i < at.count; i += rows) {
-            Pack<T, V> pack = load<T, V>(x + i * s.channels);
+            Pack<T, V> pack = load<T, V>(x + i * p.channels);
             float share = fast_reciprocal(count + 1.0f);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
@@ -106,13 +78,13 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormStat
             count += 1.0f;
         }
 #pragma unroll
-        for (int k = 0; k < V; ++k) scratch.partial[(at.row * p.columns.lanes + at.lane) * V + k] = {mean[k], m2[k]};
+        for (int k = 0; k < V; ++k) scratch.partial[(at.row * p.lanes + at.lane) * V + k] = {mean[k], m2[k]};
     }
     __syncthreads();
-    u32 width = static_cast<u32>(p.columns.lanes) * V;
+    u32 width = static_cast<u32>(p.lanes) * V;
     for (u32 c = threadIdx.x; c < width; c += blockDim.x) {
         i64 channel = static_cast<i64>(blockIdx.y) * width + c;
-        if (channel >= s.channels) continue;
+        if (channel >= p.channels) continue;
         // Chan's rule for all rows at once, about the first one's mean.
         auto taken = [&](u32 r) { return at.count > r ? static_cast<float>((at.count - r - 1) / static_cast<u32>(rows) + 1) : 0.0f; };
         float per_element = fast_reciprocal(static_cast<float>(at.count)), pivot = scratch.partial[c].mean, shifted = 0.0f, sum = 0.0f;
@@ -124,30 +96,29 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormStat
             sum += partial.m2 + delta * delta * taken(r);
         }
         float shift = load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
-        p.partials[(at.sample * s.channels + channel) * s.chunks + at.chunk] = {centre + shift, sum};
+        p.partials[(at.sample * p.channels + channel) * p.chunks + at.chunk] = {centre + shift, sum};
     }
 }
 
 // Same blocks as the statistics, walked backwards.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 2) group_norm_apply_columns(GroupNormApplyColumns p) {
-    const GroupNormShape& s = p.shape;
-    ColumnThread at(s, p.columns, gridDim.x - 1 - blockIdx.x, V);
-    if (at.row >= p.columns.rows || at.channel >= s.channels) return;
+__global__ void __launch_bounds__(256, 2) group_norm_apply_columns(GroupNormTwoPass p) {
+    ColumnThread at(p, gridDim.x - 1 - blockIdx.x, V);
+    if (at.row >= p.rows || at.channel >= p.channels) return;
     ChannelAffine affine[V];
-    u32 group_channels = static_cast<u32>(s.group_channels), groups = static_cast<u32>(s.channels) / group_channels;
+    u32 group_channels = static_cast<u32>(p.group_channels), groups = static_cast<u32>(p.channels) / group_channels;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
         u32 channel = static_cast<u32>(at.channel) + k;
         Partial final = p.finals[at.sample * groups + channel / group_channels];
         affine[k] = channel_affine(p, channel, final.mean, final.m2);
     }
-    i64 base = (at.sample * s.positions + at.first) * s.channels + at.channel;
+    i64 base = (at.sample * p.positions + at.first) * p.channels + at.channel;
     const T* x = static_cast<const T*>(p.x) + base;
     const T* residual = p.residual ? static_cast<const T*>(p.residual) + base : nullptr;
     T* out = static_cast<T*>(p.out) + base;
-    for (i64 i = at.row; i < at.count; i += p.columns.rows) {
-        i64 offset = i * s.channels;
+    for (i64 i = at.row; i < at.count; i += p.rows) {
+        i64 offset = i * p.channels;
         Pack<T, V> pack = load_streaming<T, V>(x + offset), added = {};
         if (residual) added = load_streaming<T, V>(residual + offset);
 #pragma unroll

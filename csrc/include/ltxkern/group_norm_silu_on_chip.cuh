@@ -9,20 +9,12 @@
 
 namespace ltxk {
 
-struct GroupNormOnChip {
-    const void* x;
-    void* out;
-    const void* residual;
-    const void* weight;
-    const void* bias;
-    const void* conv_bias;
-    i64 weight_type, bias_type, conv_bias_type;
-    i64 channels, group_channels, positions;
-    i64 groups;  // samples * groups per sample
-    i64 blocks;  // blocks that share a group: the cluster, or a team of the persistent grid
-    i64 slice;   // elements of a group per block, a multiple of the vector
-    i64 kept;    // of these, elements held in shared memory, a multiple of the vector
-    double eps;
+// What a launch adds.
+struct GroupNormOnChip : GroupNormSilu {
+    i64 groups;         // samples * groups per sample
+    i64 blocks;         // blocks that share a group: the cluster, or a team of the persistent grid
+    i64 slice;          // elements of a group per block, a multiple of the vector
+    i64 kept;           // of these, elements held in shared memory, a multiple of the vector
     Partial* partials;  // pipeline only: [group][block of the team]
     u32* arrived;       // pipeline only: [group], zero before the launch
 };
@@ -146,7 +138,7 @@ __global__ void __launch_bounds__(512, 2) group_norm_resident(GroupNormOnChip p)
 }
 
 // Waits until all blocks of the team have delivered this group, then merges their partials about the first one's mean.
-LTXK_DEVICE Partial await_group(const GroupNormOnChip& p, i64 group, BlockSum& scratch) {
+LTXK_DEVICE Partial await_group(const GroupNormOnChip& p, i64 group, BlockSum<float>& scratch) {
     u32 blocks = static_cast<u32>(p.blocks);
     if (threadIdx.x == 0)
         while (acquire(p.arrived + group) < blocks) spin_pause();
@@ -172,7 +164,7 @@ struct SlotPivots {
 template <class T, int V>
 __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p) {
     LTXK_SHARED(BlockMoments<float>, scratch);
-    LTXK_SHARED(BlockSum, sums);
+    LTXK_SHARED(BlockSum<float>, sums);
     LTXK_SHARED(SlotPivots, pivots);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
     ChannelAffine* affine = reinterpret_cast<ChannelAffine*>(memory + 2 * slot_bytes<T>(p));

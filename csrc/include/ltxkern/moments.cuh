@@ -63,4 +63,21 @@ LTXK_DEVICE Moments<F> merge_block(Moments<F> value, BlockMoments<F>& scratch) {
     return mine;
 }
 
+template <class F>
+struct BlockSum {
+    F warp[32];
+};
+
+// Sum over the block in a fixed order; every thread gets it.
+template <class F>
+LTXK_DEVICE F sum_block(F value, BlockSum<F>& scratch) {
+    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    F sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : F(0);
+    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
+
 }  // namespace ltxk

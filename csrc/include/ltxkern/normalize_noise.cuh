@@ -10,56 +10,16 @@
 
 namespace ltxk {
 
-struct NoisePartial {
-    double mean, m2;
-};
+#include "ltxkern/normalize_noise_parameters.cuh"
 
-struct NoiseChunks {
-    i64 slices, length;  // elements of a slice
-    i64 chunk, chunks;   // elements of a chunk, chunks of a slice
-};
-
-struct NoiseMeasure {
-    const void* x;
-    i64 type;
+// What the launches add.
+struct NoiseChunks : NormalizeNoise {
+    i64 chunk, chunks;       // elements of a chunk, chunks of a slice
     NoisePartial* partials;  // [slice][chunk]
     double* origins;         // [slice]: kept, as the values may be written over while others still need them
-    double* flags;           // [block]: 0, or NaN where a chunk of the block holds a value that is not finite; may be null
-    NoiseChunks cut;
+    double* flags;           // [block that measures]: 0, or NaN where one of its chunks holds a value that is not finite; may be null
+    i64 flag_count;          // 0 where every slice stands for itself
 };
-
-struct NoiseStatistics {
-    const NoisePartial* partials;
-    const double* origins;
-    double* out;  // [slice]: count, mean, M2
-    NoiseChunks cut;
-};
-
-struct NoiseApply {
-    const void* x;
-    void* out;
-    i64 type;
-    const NoisePartial* partials;
-    const double* origins;
-    const double* flags;
-    i64 flag_count;  // 0 where every slice stands for itself
-    NoiseChunks cut;
-};
-
-struct BlockSumDouble {
-    double warp[32];
-};
-
-// Sum over the block in a fixed order; every thread gets it.
-LTXK_DEVICE double sum_block(double value, BlockSumDouble& scratch) {
-    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    double sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0;
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
 
 LTXK_DEVICE i64 chunk_size(const NoiseChunks& cut, i64 chunk) {
     i64 left = cut.length - chunk * cut.chunk;
@@ -89,14 +49,14 @@ LTXK_DEVICE NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 c
 
 // Blocks take the chunks of all slices in turn.
 template <int V>
-__global__ void __launch_bounds__(256) noise_measure(NoiseMeasure p) {
+__global__ void __launch_bounds__(256) noise_measure(NoiseChunks p) {
     LTXK_SHARED(BlockMoments<double>, scratch);
-    i64 tasks = p.cut.slices * p.cut.chunks;
+    i64 tasks = p.slices * p.chunks;
     double flag = 0.0;
     for (i64 task = blockIdx.x; task < tasks; task += gridDim.x) {
-        i64 chunk = task % p.cut.chunks, slice = task / p.cut.chunks, start = slice * p.cut.length;
+        i64 chunk = task % p.chunks, slice = task / p.chunks, start = slice * p.length;
         double origin = element(p.x, p.type, start);
-        NoisePartial partial = chunk_moments<V>(p.x, p.type, start + chunk * p.cut.chunk, chunk_size(p.cut, chunk), origin, scratch);
+        NoisePartial partial = chunk_moments<V>(p.x, p.type, start + chunk * p.chunk, chunk_size(p, chunk), origin, scratch);
         flag += partial.m2 - partial.m2;
         if (threadIdx.x == 0) p.partials[task] = partial;
         if (threadIdx.x == 0 && chunk == 0) p.origins[slice] = origin;
@@ -105,7 +65,7 @@ __global__ void __launch_bounds__(256) noise_measure(NoiseMeasure p) {
 }
 
 // Mean and M2 of one slice from its partials, about the first one's mean.
-LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const NoiseChunks& cut, BlockSumDouble& scratch) {
+LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const NoiseChunks& cut, BlockSum<double>& scratch) {
     double pivot = partials[0].mean, shifted = 0.0, m2 = 0.0;
     for (i64 i = threadIdx.x; i < cut.chunks; i += blockDim.x) shifted += (partials[i].mean - pivot) * static_cast<double>(chunk_size(cut, i));
     double offset = sum_block(shifted, scratch) / static_cast<double>(cut.length);
@@ -117,26 +77,26 @@ LTXK_DEVICE NoisePartial slice_moments(const NoisePartial* partials, const Noise
 }
 
 // Block = one slice.
-__global__ void __launch_bounds__(256) noise_statistics(NoiseStatistics p) {
-    LTXK_SHARED(BlockSumDouble, scratch);
+__global__ void __launch_bounds__(256) noise_statistics(NoiseChunks p) {
+    LTXK_SHARED(BlockSum<double>, scratch);
     i64 slice = blockIdx.x;
-    NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
+    NoisePartial all = slice_moments(p.partials + slice * p.chunks, p, scratch);
     if (threadIdx.x != 0) return;
-    p.out[3 * slice] = static_cast<double>(p.cut.length);
-    p.out[3 * slice + 1] = p.origins[slice] + all.mean;
-    p.out[3 * slice + 2] = all.m2;
+    p.stats[3 * slice] = static_cast<double>(p.length);
+    p.stats[3 * slice + 1] = p.origins[slice] + all.mean;
+    p.stats[3 * slice + 2] = all.m2;
 }
 
 // Block = one chunk, the last ones first: their elements may still lie in the L2 cache.
 template <int V>
-__global__ void __launch_bounds__(256) noise_apply(NoiseApply p) {
-    LTXK_SHARED(BlockSumDouble, scratch);
-    i64 task = static_cast<i64>(gridDim.x) - 1 - blockIdx.x, slice = task / p.cut.chunks, chunk = task % p.cut.chunks;
-    NoisePartial all = slice_moments(p.partials + slice * p.cut.chunks, p.cut, scratch);
-    double origin = p.origins[slice], factor = 1.0 / square_root(all.m2 / static_cast<double>(p.cut.length - 1)), flag = 0.0;
+__global__ void __launch_bounds__(256) noise_apply(NoiseChunks p) {
+    LTXK_SHARED(BlockSum<double>, scratch);
+    i64 task = static_cast<i64>(gridDim.x) - 1 - blockIdx.x, slice = task / p.chunks, chunk = task % p.chunks;
+    NoisePartial all = slice_moments(p.partials + slice * p.chunks, p, scratch);
+    double origin = p.origins[slice], factor = 1.0 / square_root(all.m2 / static_cast<double>(p.length - 1)), flag = 0.0;
     for (i64 i = threadIdx.x; i < p.flag_count; i += blockDim.x) flag += p.flags[i];
     if (p.flag_count) factor += sum_block(flag, scratch);
-    i64 first = slice * p.cut.length + chunk * p.cut.chunk, count = chunk_size(p.cut, chunk);
+    i64 first = slice * p.length + chunk * p.chunk, count = chunk_size(p, chunk);
     for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
         double values[V];
         load_typed(p.x, p.type, first + i, values);

@@ -5,17 +5,14 @@
 
 namespace ltxk {
 
-struct PixelNorm {
-    const void* x;
-    void* out;
-    const void* weight;
-    i64 weight_type;
-    i64 samples, channels, positions;
-    i64 lanes;   // contiguous: threads along positions; channels-last: threads along channels (a power of two up to 32)
-    double eps;
+#include "ltxkern/pixel_norm_silu_parameters.cuh"
+
+// What a launch adds.
+struct PixelNormLanes : PixelNormSilu {
+    i64 lanes;  // contiguous: threads along positions; channels-last: threads along channels (a power of two up to 32)
 };
 
-LTXK_DEVICE float inverse_root_mean_square(const PixelNorm& p, float sum) {
+LTXK_DEVICE float inverse_root_mean_square(const PixelNormSilu& p, float sum) {
     return fast_rsqrt(sum * fast_reciprocal(static_cast<float>(p.channels)) + static_cast<float>(p.eps));
 }
 
@@ -26,7 +23,7 @@ struct PixelSums {
 // Contiguous. Block = lanes * V positions of one sample with all their channels, which stay in shared memory; threads beyond `lanes`
 // take further channels, and each meets its own elements again.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNorm p) {
+__global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
     LTXK_SHARED(PixelSums, sums);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
     T* kept = reinterpret_cast<T*>(memory);
@@ -73,7 +70,7 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNorm p) {
 
 // Channels-last. `lanes` threads of a warp share one position; they hold up to HELD accesses each in registers and read the rest again.
 template <class T, int V, int HELD>
-__global__ void __launch_bounds__(256, 3) pixel_norm_columns(PixelNorm p) {
+__global__ void __launch_bounds__(256, 3) pixel_norm_columns(PixelNormLanes p) {
     u32 lanes = static_cast<u32>(p.lanes), lane = threadIdx.x % lanes, channels = static_cast<u32>(p.channels), step = lanes * V;
     i64 position = static_cast<i64>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
     // Lanes past the end join the shuffles on the last position and store nothing.

@@ -5,23 +5,7 @@
 
 namespace ltxk {
 
-struct QkTensor {
-    const void* x;
-    const void* weight;
-    void* out;
-    i64 weight_type, batch_stride, token_stride;
-};
-
-struct QkNormRope {
-    QkTensor tensor[2];
-    const void* cos;
-    const void* sin;
-    i64 type, table_type;
-    i64 table_batch, table_head, table_token, table_pair;  // strides of cos and sin
-    i64 tokens, heads, pairs;                              // pairs: half of a head
-    i64 interleaved;
-    double eps;
-};
+#include "ltxkern/qk_norm_rope_parameters.cuh"
 
 // Block = one token of q (even) or k (odd): neighbours share the table's lines. V pairs a thread; split layout only for V > 1.
 template <int V>

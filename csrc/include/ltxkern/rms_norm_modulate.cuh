@@ -5,17 +5,7 @@
 
 namespace ltxk {
 
-struct RmsNormModulate {
-    RowOperand x, y;                // y null: no residual
-    RowOperand scale, shift, gate;  // gate null with y
-    RowIndex index;                 // of the row of scale, shift and gate
-    const void* weight;  // null: parameter-free
-    i64 weight_type;
-    void* summed;
-    void* out;
-    i64 inner, width;
-    double eps;
-};
+#include "ltxkern/rms_norm_modulate_parameters.cuh"
 
 // x + y gate, rounded to x's dtype: what is stored is what is normalised.
 template <int V>

@@ -43,6 +43,15 @@ class ModelFiles:
     upsampler: Path | None = None
     text_encoder: Path | None = None
 
+    def with_parts(self, upsampler: str | Path | None, text_encoder: str | Path | None) -> "ModelFiles":
+        """With parts from elsewhere in place of those that lie with the model; None changes nothing."""
+        return ModelFiles(
+            self.checkpoint,
+            self.folder,
+            self.upsampler if upsampler is None else local_path(upsampler),
+            self.text_encoder if text_encoder is None else local_path(text_encoder),
+        )
+
 
 def find_model(
     path_or_id: str | Path, *, upsampler: str | Path | None = None, text_encoder: str | Path | None = None
@@ -60,15 +69,8 @@ def find_model(
         CheckpointError: nothing usable is there, or the download fails.
     """
     path = local_path(path_or_id)
-    found = ModelFiles(checkpoint=path)
-    if path.is_dir():
-        found = _in_folder(path)
-    return ModelFiles(
-        checkpoint=found.checkpoint,
-        folder=found.folder,
-        upsampler=local_path(upsampler) if upsampler is not None else found.upsampler,
-        text_encoder=local_path(text_encoder) if text_encoder is not None else found.text_encoder,
-    )
+    found = _in_folder(path) if path.is_dir() else ModelFiles(checkpoint=path)
+    return found.with_parts(upsampler, text_encoder)
 
 
 def _in_folder(path: Path) -> ModelFiles:
@@ -288,7 +290,7 @@ def _load_text(files: ModelFiles, component: str, dtype: torch.dtype, device: st
 
 
 def load_components(
-    path_or_id: str | Path,
+    path_or_id: str | Path | ModelFiles,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
@@ -299,7 +301,7 @@ def load_components(
     """The components of a model, each loaded when it is first read and then kept.
 
     Args:
-        path_or_id: "demo", or what `find_model` takes.
+        path_or_id: "demo", what `find_model` takes, or what it returned.
         dtype: dtype of the weights (the vocoder stays fp32).
         device: where each component goes when it is loaded.
         names: components that may be loaded, the others are None; default all.
@@ -316,7 +318,8 @@ def load_components(
 
         demo = build_demo(dtype=dtype, device=device)
         return Components(**{name: getattr(demo, name) for name in COMPONENT_NAMES if name in allowed})
-    files = find_model(path_or_id, upsampler=upsampler, text_encoder=text_encoder)
+    found = path_or_id if isinstance(path_or_id, ModelFiles) else find_model(path_or_id)
+    files = found.with_parts(upsampler, text_encoder)
     return Components(source=_FileSource(files, frozenset(allowed), dtype, device))
 
 

@@ -15,8 +15,8 @@ from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, Components, bu
 
 _TEXT_WIDTH = 32
 _TEXT_LAYERS = 2
-_TEXT_TOKENS = 256
-_LORA_RANK = 4
+DEMO_TEXT_TOKENS = 256
+DEMO_LORA_RANK = 4
 
 # fmt: off
 DEMO_CONFIGS: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def build_demo(seed: int = 0, dtype: torch.dtype = torch.float32, *, device: str
     """
     with torch.random.fork_rng(devices=[]):
         modules: dict[str, Any] = {name: build(name, config, device="cpu") for name, config in DEMO_CONFIGS.items()}
-        modules["text_encoder"] = _text_encoder()
+        modules["text_encoder"] = demo_text_encoder()
     for name, module in modules.items():
         _draw_weights(name, module, seed)
         # The plain method: diffusers' own warns about a cast that is meant here.
@@ -64,7 +64,7 @@ def build_demo(seed: int = 0, dtype: torch.dtype = torch.float32, *, device: str
     return Components(tokenizer=_tokenizer(), **modules)
 
 
-def demo_lora(seed: int = 0, *, rank: int = _LORA_RANK) -> dict[str, torch.Tensor]:
+def demo_lora(seed: int = 0, *, rank: int = DEMO_LORA_RANK) -> dict[str, torch.Tensor]:
     """A LoRA over every Linear of the demo transformer, official key names, fp32; it moves weights by about 30 %."""
     lora = {}
     for name, module in build("transformer", DEMO_CONFIGS["transformer"]).named_modules():
@@ -144,7 +144,8 @@ def _fill_spectrogram(mel_stft: Any) -> None:
     mel_stft.mel_basis.copy_(torch.minimum(rising, falling).clamp(min=0))
 
 
-def _text_encoder() -> Any:
+def demo_text_encoder() -> Any:
+    """The text encoder without its weights drawn; on the meta device where that is the default."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {
@@ -198,6 +199,6 @@ def _tokenizer() -> Any:
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
-        model_max_length=_TEXT_TOKENS,
+        model_max_length=DEMO_TEXT_TOKENS,
         padding_side="left",
     )

@@ -1,13 +1,12 @@
-"""Latent geometry of a model from its headers, so that a request can be checked before any weight is read."""
+"""Latent geometry of a model from its configurations, so that a request can be checked before any weight is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ltxkern.pipeline.run.request import Geometry
+from ltxkern.pipeline.sampling.latents import Geometry
 
 
 def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:
@@ -27,23 +26,3 @@ def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapp
         # The audio VAE halves the mel axis twice.
         geometry = replace(geometry, audio_channels=audio_vae["latent_channels"], mel_bins=audio_vae["mel_bins"] // 4)
     return geometry
-
-
-def geometry_of(model: str | Path) -> Geometry:
-    """Geometry of the model at a path, from headers and configuration files alone; nothing is downloaded.
-
-    Args:
-        model: "demo", an official file, a diffusers folder, or a hub id (LTX-2.3's geometry until it is downloaded).
-    Raises:
-        CheckpointError: the path exists and holds no usable model.
-    """
-    from ltxkern.pipeline.files.checkpoint import component_config, find_model
-
-    if str(model) == "demo":
-        from ltxkern.pipeline.files.demo import DEMO_CONFIGS
-
-        return geometry_from_configs(DEMO_CONFIGS["transformer"], DEMO_CONFIGS["audio_vae"])
-    if not Path(model).expanduser().exists() and "/" in str(model) and not str(model).endswith(".safetensors"):
-        return Geometry()
-    files = find_model(model)
-    return geometry_from_configs(component_config(files, "transformer"), component_config(files, "audio_vae"))

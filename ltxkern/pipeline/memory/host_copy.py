@@ -38,11 +38,6 @@ def storages(module: nn.Module) -> dict[int, torch.UntypedStorage]:
     return storages_of(module_tensors(module))
 
 
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared storages once."""
-    return sum(storage.nbytes() for storage in storages(module).values())
-
-
 def rebase(tensors: Iterable[Tensor], move: Callable[[torch.UntypedStorage], torch.UntypedStorage]) -> None:
     """Points every tensor to the moved storage of its own, views and sharing kept; a failure leaves all as they were."""
     moved: dict[int, torch.UntypedStorage] = {}

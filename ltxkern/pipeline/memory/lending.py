@@ -14,6 +14,7 @@ from ltxkern.pipeline.memory.streams import StreamClock, clock_for, side_by_side
 
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
+_Device = TypeVar("_Device", bound="ComponentDevice")
 
 
 class ComponentDevice:
@@ -64,3 +65,9 @@ class ComponentDevice:
     def close(self) -> None:
         """Takes all components home and gives their page-locked memory back."""
         self._lender.close()
+
+    def __enter__(self: _Device) -> _Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -13,24 +13,23 @@ import torch
 from torch import nn
 
 from ltxkern.pipeline.files.lora import NO_LORA, LoRAPhase
-from ltxkern.pipeline.memory.choice import ModeChoice, build_store, decide, mode_of
 from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.hooks import ForwardHooks
 from ltxkern.pipeline.memory.host_copy import HostCopy, module_tensors
 from ltxkern.pipeline.memory.host_memory import HostBudgetError
 from ltxkern.pipeline.memory.lending import ComponentDevice
-from ltxkern.pipeline.memory.modes import MODES
+from ltxkern.pipeline.memory.modes import MODES, ModeChoice, build_store, decide, mode_of
 from ltxkern.pipeline.memory.offload import OffloadStore
 from ltxkern.pipeline.memory.origin import Home, release_weights
 from ltxkern.pipeline.memory.stores import CorrectionTooLargeError, PhaseStore, StoreContext
 from ltxkern.pipeline.memory.streams import StreamClock
 from ltxkern.pipeline.memory.table import (
     OUTER_BLOCK,
-    CheckpointPristine,
     HostPristine,
     LoRAPhaseError,
     PristineSource,
     WeightTable,
+    checkpoint_source,
 )
 
 logger = logging.getLogger(__name__)
@@ -108,8 +107,7 @@ class TwoStageDeviceManager(ComponentDevice):
         if any(tensor.device.type == "meta" for tensor in module_tensors(transformer)):
             raise ValueError("transformer must have its weights loaded, got tensors on the meta device")
         if isinstance(pristine, (str, Path)):
-            dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.bfloat16)
-            pristine = CheckpointPristine(pristine, dtype)
+            pristine = checkpoint_source(pristine, transformer)
         self._source = pristine
         self._table = WeightTable(transformer)
         self._phase = NO_LORA
@@ -203,17 +201,8 @@ class TwoStageDeviceManager(ComponentDevice):
         if self._is_placed and not modules:
             return
         assert self._home is not None
-        weights = {}
-        for name in filter(self.store.adopts, modules):
-            data = self.table.parameter(name).data
-            keeps_data = False
-            if isinstance(self._source, HostPristine):
-                self._source.add(name, data)
-                keeps_data = data.device.type == "cpu"
-            live = data.to(self.device, copy=keeps_data and self.device.type == "cpu").contiguous()
-            if live.data_ptr() == data.data_ptr():
-                self._home.let_go()
-            weights[name] = live
+        pristine = {name: self.table.parameter(name).data for name in filter(self.store.adopts, modules)}
+        weights = self._home.move_out(pristine, self.device, self._source)
         if not isinstance(self._source, HostPristine) or isinstance(self._store, OffloadStore):
             # Nothing is kept on the host in these cases: what `close` brings back is made from the live weights.
             self._home.let_go()
@@ -262,10 +251,8 @@ class TwoStageDeviceManager(ComponentDevice):
         self.store.restore()
         self.store.close()
         if self._source is None:
-            source = HostPristine()
-            for module, live in self.table.live.items():
-                source.add(module, live.tensor.clone())
-            self._source = source
+            live = self.table.live.items()
+            self._source = HostPristine({module: weight.tensor.clone().to("cpu") for module, weight in live})
         self._store = self._build(following, bool(self._offload))
         self._follow_blocks()
         self._lock_factors(wanted)
@@ -409,9 +396,3 @@ class TwoStageDeviceManager(ComponentDevice):
         self._is_placed = False
         self._table = self._source = self._store = self._phase = self._hooks = self._home = None
         self._phases = ()
-
-    def __enter__(self) -> TwoStageDeviceManager:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ltxkern.pipeline.memory.host_copy import bring_to, module_tensors, storages_of
 from ltxkern.pipeline.memory.host_memory import device_available
 from ltxkern.pipeline.memory.modes import gib
+from ltxkern.pipeline.memory.table import HostPristine, PristineSource
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,21 @@ class Home:
     def let_go(self) -> None:
         """The data is given up, or about to be written over: the way back is a copy of the live weights."""
         self._data = None
+
+    def move_out(
+        self, weights: Mapping[str, Tensor], device: torch.device, source: PristineSource | None
+    ) -> dict[str, Tensor]:
+        """The weights on `device`, ready to be written over; `HostPristine` keeps them as they were."""
+        live = {}
+        for module, data in weights.items():
+            keeps_data = False
+            if isinstance(source, HostPristine):
+                source.add(module, data)
+                keeps_data = data.device.type == "cpu"
+            live[module] = data.to(device, copy=keeps_data and device.type == "cpu").contiguous()
+            if live[module].data_ptr() == data.data_ptr():
+                self.let_go()
+        return live
 
     def restore(self, device: torch.device) -> None:
         """Points every tensor to its data of old, or moves what lies on `device` to where it came from.

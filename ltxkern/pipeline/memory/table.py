@@ -67,8 +67,8 @@ class PristineSource(Protocol):
 class HostPristine:
     """Pristine weights kept on the host: the tensors the model was loaded into, copied only where they lie elsewhere."""
 
-    def __init__(self) -> None:
-        self._weights: dict[str, Tensor] = {}
+    def __init__(self, pristine: Mapping[str, Tensor] | None = None) -> None:
+        self._weights = dict(pristine or {})
 
     def add(self, module: str, weight: Tensor) -> None:
         """Keeps a weight that is pristine now."""
@@ -119,6 +119,12 @@ class CheckpointPristine:
 
     def host_bytes(self) -> int:
         return 0
+
+
+def checkpoint_source(path: str | Path, transformer: nn.Module) -> CheckpointPristine:
+    """The files of a transformer, read in the dtype of its weights."""
+    dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.bfloat16)
+    return CheckpointPristine(path, dtype)
 
 
 @dataclass(frozen=True, eq=False)

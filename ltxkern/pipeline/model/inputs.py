@@ -55,6 +55,17 @@ class ModalityTensors:
     context: Tensor  # (B, L, D)
     rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has; out of `stack`, of all B * N
 
+    def part(self, own: slice) -> ModalityTensors:
+        """These tokens with their timesteps (where they differ) and positions."""
+        shared = self.rows is not None or self.timestep.shape[1] != self.tokens.shape[1]
+        return replace(
+            self,
+            tokens=self.tokens[:, own],
+            timestep=self.timestep if shared else self.timestep[:, own],
+            positions=self.positions[:, :, own],
+            rows=None if self.rows is None else self.rows[:, own],
+        )
+
 
 def _float32_exact(value: float) -> bool:
     return ctypes.c_float(value).value == value

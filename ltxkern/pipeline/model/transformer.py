@@ -6,10 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_ltx2 import (
-    LTX2PerturbedAttnProcessor,
-    LTX2VideoTransformer3DModel,
-)
+from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 from torch import Tensor
 
 from ltxkern.pipeline.model.block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate
@@ -305,40 +302,3 @@ def predict_x0(
         back as its latent.
     """
     return predict_x0_batched(transformer, [{"video": video, "audio": audio, **perturbation}])[0]
-
-
-@torch.no_grad()
-def needs_cross_timestep_fix() -> bool:
-    """Whether diffusers' own forward still differs from the official one on per-token timesteps.
-
-    A tiny random model runs both ways on a partly masked video; True while the override is needed.
-    """
-    config = {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32,
-        "gated_attn": True, "cross_attn_mod": True, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16, "audio_gated_attn": True, "audio_cross_attn_mod": True,
-        "num_layers": 1, "rope_type": "split", "use_prompt_embeddings": False, "perturbed_attn": True,
-    }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, stock = LTX2Transformer(**config), LTX2VideoTransformer3DModel(**config)
-        tokens, audio_tokens = torch.randn(1, 3, 4), torch.randn(1, 5, 8)
-        contexts = torch.randn(1, 2, 32), torch.randn(1, 2, 16)
-        positions, audio_positions = torch.rand(1, 3, 3, 2), torch.rand(1, 1, 5, 2)
-    mask = torch.tensor([0.0, 1.0, 1.0])[None, :, None]
-    video = ModalityInput(tokens, 0.5, mask, positions, contexts[0])
-    audio = ModalityInput(audio_tokens, 0.5, None, audio_positions, contexts[1])
-    ours = predict_velocity(model, video, audio)
-    inputs = [device_tensors(item, 1000.0) for item in (video, audio)]
-    stock.load_state_dict(model.state_dict())
-
-    def differs(use_cross_timestep: bool) -> bool:
-        theirs = stock(
-            inputs[0].tokens, inputs[1].tokens, inputs[0].context, inputs[1].context,
-            timestep=inputs[0].timestep, audio_timestep=inputs[1].timestep.expand(1, 5),
-            sigma=inputs[0].sigma, audio_sigma=inputs[1].sigma, video_coords=positions, audio_coords=audio_positions,
-            use_cross_timestep=use_cross_timestep, return_dict=False,
-        )  # fmt: skip
-        return any(bool((a - b).abs().max() > 1e-4) for a, b in zip(ours, theirs, strict=True))
-
-    return differs(True) and differs(False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,23 @@ from ltxkern.pipeline.parallel.ranks import RankError
 from ltxkern.pipeline.sampling.state import Latents
 
 if TYPE_CHECKING:
-    from ltxkern.pipeline.model.inputs import ModalityTensors
     from ltxkern.pipeline.sampling.guidance import CFGBranch, Forward
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TokenInput(Protocol):
+    """What the video of a forward must offer to be shared out by tokens."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T, C)."""
+
+    def part(self: Video, own: slice) -> Video:
+        """These tokens, with all that belongs to them."""
+
+
+Video = TypeVar("Video", bound=TokenInput)
 
 
 def even_parts(count: int, parts: int) -> list[int]:
@@ -71,8 +84,8 @@ class SequenceParallel(Collectives):
     def run(
         self,
         transformer: Any,
-        video: ModalityTensors | None,
-        audio: ModalityTensors | None,
+        video: TokenInput | None,
+        audio: Any,
         perturbations: tuple[Any, ...],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The transformer's velocities, whole on every rank; it runs undivided where there is no video."""
@@ -105,18 +118,10 @@ class TokenShards:
     parallel: SequenceParallel
     tokens: Sequence[int]
 
-    def split(self, video: ModalityTensors) -> ModalityTensors:
-        """This rank's tokens with their timesteps (where they differ) and positions."""
+    def split(self, video: Video) -> Video:
+        """This rank's tokens with all that belongs to them."""
         start = sum(self.tokens[: self.parallel.rank])
-        own = slice(start, start + self.tokens[self.parallel.rank])
-        shared = video.rows is not None or video.timestep.shape[1] != video.tokens.shape[1]
-        return replace(
-            video,
-            tokens=video.tokens[:, own],
-            timestep=video.timestep if shared else video.timestep[:, own],
-            positions=video.positions[:, :, own],
-            rows=None if video.rows is None else video.rows[:, own],
-        )
+        return video.part(slice(start, start + self.tokens[self.parallel.rank]))
 
     def join(self, x: Tensor) -> Tensor:
         """(B, t, C) of each rank to (B, T, C) on every rank."""

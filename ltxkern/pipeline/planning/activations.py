@@ -13,7 +13,7 @@ from ltxkern.pipeline.model.decode import denormalize, resolve_tiling, upsample_
 from ltxkern.pipeline.model.tiling import frame_count
 from ltxkern.pipeline.planning.meta_trace import peak_bytes
 from ltxkern.pipeline.planning.weights import ModelSizes
-from ltxkern.pipeline.run.request import GenerationRequest, Geometry, StagePlan
+from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import BranchForward, batched_runner
 from ltxkern.pipeline.sampling.guidance import (
     CFGPolicy,
@@ -22,7 +22,7 @@ from ltxkern.pipeline.sampling.guidance import (
     MultiModalPolicy,
     SingleBranchPolicy,
 )
-from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.latents import Geometry, LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 
 # Blocks of the transformer that are run: what one block needs is free again before the next.
@@ -77,7 +77,7 @@ def _traced_guidance(request: GenerationRequest) -> GuidanceRequest:
     return GuidanceRequest(video, audio)
 
 
-def stage_activations(sizes: ModelSizes, request: GenerationRequest, plan: StagePlan, first: bool) -> Activations:
+def stage_activations(sizes: ModelSizes, request: GenerationRequest, stage: Stage, first: bool) -> Activations:
     """One denoising stage: a step of the sampler with all guidance branches."""
     depth = min(_TRACED_BLOCKS, sizes.configs["transformer"]["num_layers"])
     transformer = sizes.module("transformer", num_layers=depth)
@@ -93,8 +93,8 @@ def stage_activations(sizes: ModelSizes, request: GenerationRequest, plan: Stage
             "temporal_ratio": sizes.geometry.temporal_ratio,
         }
         states = {
-            "video": LatentState.create(plan.video, **place, **ratios),
-            "audio": LatentState.create(plan.audio, **place),
+            "video": LatentState.create(stage.video, **place, **ratios),
+            "audio": LatentState.create(stage.audio, **place),
         }
         latents = {name: state.latent for name, state in states.items()}
         denoiser = GuidedDenoiser(
@@ -106,28 +106,28 @@ def stage_activations(sizes: ModelSizes, request: GenerationRequest, plan: Stage
     return Activations(peak_bytes(step))
 
 
-def upsample_activations(sizes: ModelSizes, plan: StagePlan, *, unified: bool) -> Activations:
+def upsample_activations(sizes: ModelSizes, stage: Stage, *, unified: bool) -> Activations:
     """The latent upsampler."""
     upsampler, vae = sizes.module("upsampler"), sizes.module("video_vae")
-    latent = _meta(*plan.video.dims(), dtype=sizes.dtype)
+    latent = _meta(*stage.video.dims(), dtype=sizes.dtype)
     return Activations(peak_bytes(lambda: upsample_latent(upsampler, vae, latent), cpu_kernels=unified))
 
 
-def audio_activations(sizes: ModelSizes, plan: StagePlan, *, unified: bool) -> Activations:
+def audio_activations(sizes: ModelSizes, stage: Stage, *, unified: bool) -> Activations:
     """Audio decoding: VAE, vocoder in fp32, bandwidth extension."""
     vae, vocoder = sizes.module("audio_vae"), sizes.module("vocoder")
-    latent = _meta(1, *plan.audio.dims()[1:], dtype=sizes.dtype)
+    latent = _meta(1, *stage.audio.dims()[1:], dtype=sizes.dtype)
     return Activations(peak_bytes(lambda: vocoder(vae.decoder(latent).float()), cpu_kernels=unified))
 
 
-def video_activations(sizes: ModelSizes, request: GenerationRequest, plan: StagePlan, *, unified: bool) -> Activations:
+def video_activations(sizes: ModelSizes, request: GenerationRequest, stage: Stage, *, unified: bool) -> Activations:
     """Tiled video decoding: the largest tile, the group of frames it is added to, and the frames on the host.
 
     Args:
         unified: device and host are one memory.
     """
     vae = sizes.module("video_vae")
-    latent = _meta(1, *plan.video.dims()[1:], dtype=sizes.dtype)
+    latent = _meta(1, *stage.video.dims()[1:], dtype=sizes.dtype)
     layout = resolve_tiling(vae, latent)
 
     def longest(axis: str) -> int:
@@ -165,6 +165,6 @@ def encode_activations(sizes: ModelSizes, height: int, width: int, *, unified: b
 
 def latent_bytes(sizes: ModelSizes, request: GenerationRequest) -> int:
     """Latents and contexts that are kept through a run: two contexts, three video and two audio latents."""
-    stages = request.plan(sizes.geometry)
-    values = sum(2 * math.prod(plan.video.dims()) + math.prod(plan.audio.dims()) for plan in stages)
+    stages = request.stages(sizes.geometry)
+    values = sum(2 * math.prod(stage.video.dims()) + math.prod(stage.audio.dims()) for stage in stages)
     return values * sizes.dtype.itemsize + 2 * sum(t.nbytes for t in contexts(sizes, request.batch).values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.lora import LoRA
 from ltxkern.pipeline.memory.host_memory import device_available, host_available
 from ltxkern.pipeline.memory.modes import MODES, OFFLOADED, ModeNeeds, gib, needs_of
@@ -81,8 +82,16 @@ class Plan:
         if self.unified:
             others = sum(nbytes for name, nbytes in self.sizes.nbytes.items() if name != "transformer")
             return need.device_bytes + need.host_bytes + others + self.kept + stage.activations.device
+        return need.device_bytes + self._beside(stage)
+
+    @property
+    def beside_transformer(self) -> int:
+        """Peak bytes on a GPU of everything but the transformer's weights."""
+        return max(map(self._beside, self.stages))
+
+    def _beside(self, stage: StageMemory) -> int:
         components = sum(self.sizes.nbytes.get(name, 0) for name in stage.components)
-        return need.device_bytes + components + self.kept + stage.activations.device + CUDA_OVERHEAD
+        return components + self.kept + stage.activations.device + CUDA_OVERHEAD
 
     def peak_bytes(self, mode: str | None = None) -> int:
         """Peak bytes on the device over the run; on a CPU of everything."""
@@ -176,7 +185,7 @@ class Plan:
 
 
 def plan(
-    model: str | Path | Components,
+    model: str | Path | FoundModel | Components,
     request: GenerationRequest,
     *,
     device: str | torch.device = "cpu",
@@ -193,14 +202,14 @@ def plan(
     Weights are counted; activations come from running the real modules on the meta device, in seconds.
 
     Args:
-        model: "demo", an official file, a diffusers folder or hub id, or components that are there already.
+        model: "demo", an official file, a diffusers folder or hub id, one that was found, or components.
         request: validated here against the model's geometry.
         device: where it would run.
         dtype: of the model.
         mode: a device mode, or "auto".
         device_free, host_free: bytes that can be taken; measured where None.
         loras: files or LoRAs of the phases; None: one of rank 384 over every Linear.
-        upsampler, text_encoder: as for `find_model`.
+        upsampler, text_encoder: of a model that is named; as for `find_model`.
 
     Raises:
         ValueError: the request or the mode is not legal. That it does not fit is said by `Plan.check`.
@@ -211,7 +220,9 @@ def plan(
     if mode not in ("auto", *MODES):
         raise ValueError(f"mode must be one of auto, {', '.join(MODES)}, got {mode!r}")
     place = torch.device(device)
-    sizes = model_sizes(model, dtype=dtype, loras=loras, upsampler=upsampler, text_encoder=text_encoder)
+    if not isinstance(model, Components):
+        model = FoundModel.of(model, upsampler=upsampler, text_encoder=text_encoder)
+    sizes = model_sizes(model, dtype=dtype, loras=loras)
     request.validate(sizes.geometry, check_files=False)
     host = host_available() if host_free is None else host_free
     free = (host if place.type == "cpu" else device_available(place)) if device_free is None else device_free
@@ -225,7 +236,7 @@ def plan(
         free if place.type == "cpu" else host,
         _sizes.latent_bytes(sizes, request),
         # A model on disk is its own pristine source.
-        keeps_source=isinstance(model, Components) or str(model) == "demo",
+        keeps_source=isinstance(model, Components) or model.is_demo,
     )
 
 
@@ -259,18 +270,18 @@ class _Tracer:
 
     def _parts(self, request: GenerationRequest) -> Iterator[_Part]:
         sizes, present, unified = self._sizes, self._sizes.nbytes, self._unified
-        plans = request.plan(sizes.geometry)
-        last = plans[-1]
+        stages = request.stages(sizes.geometry)
+        last = stages[-1]
         if "text_encoder" in present and "connectors" in present:
             text = self._once(("text", request.batch), _sizes.text_activations, sizes, 2 * request.batch)
             yield "text", ("text_encoder", "connectors"), text, 0
-        for index, stage in enumerate(plans):
+        for index, stage in enumerate(stages):
             if request.images and "video_vae" in present:
                 side = (stage.height, stage.width)
                 picture = self._once(("image", *side), _sizes.encode_activations, sizes, *side, unified=unified)
                 yield f"images for {stage.name}", ("video_vae",), picture, 0
             if index and "upsampler" in present:
-                source = plans[0]
+                source = stages[0]
                 larger = self._once(
                     ("upsampling", source.video), _sizes.upsample_activations, sizes, source, unified=unified
                 )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ltxkern.pipeline.files.checkpoint import component_bytes, component_config
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.headers import read_header
 from ltxkern.pipeline.files.lora import LoRA
@@ -18,7 +20,7 @@ from ltxkern.pipeline.memory.host_copy import module_tensors
 from ltxkern.pipeline.memory.modes import WeightSizes, weight_sizes
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build, component_dtype
 from ltxkern.pipeline.model.text import MAX_TEXT_TOKENS
-from ltxkern.pipeline.run.request import Geometry
+from ltxkern.pipeline.sampling.latents import Geometry
 
 DISTILLED_RANK = 384
 
@@ -63,21 +65,17 @@ def meta_module(component: str, config: Mapping[str, Any], dtype: torch.dtype) -
 
 
 def model_sizes(
-    model: str | Path | Components,
+    model: FoundModel | Components,
     *,
     dtype: torch.dtype = torch.bfloat16,
     loras: Sequence[str | Path | LoRA] | None = None,
-    upsampler: str | Path | None = None,
-    text_encoder: str | Path | None = None,
 ) -> ModelSizes:
     """Reads configurations and headers; no weights.
 
     Args:
-        model: "demo", an official file, a diffusers folder or hub id, or components; of these nothing is loaded, and a text
-            encoder that is not loaded does not count.
+        model: found, or components; of these nothing is loaded, and a text encoder that is not loaded does not count.
         dtype: the model runs in.
         loras: files or LoRAs that the phases merge; None: one of rank 384 (4 for the demo) over every Linear.
-        upsampler, text_encoder: as for `find_model`.
 
     Raises:
         CheckpointError: nothing usable is there.
@@ -88,14 +86,16 @@ def model_sizes(
     rank = DISTILLED_RANK
     if isinstance(model, Components):
         configs, nbytes, text_tokens = _of_components(model)
-    elif str(model) == "demo":
-        from ltxkern.pipeline.files.demo import _LORA_RANK, _TEXT_TOKENS, DEMO_CONFIGS, _text_encoder
+    elif model.is_demo:
+        from ltxkern.pipeline.files.demo import DEMO_CONFIGS, DEMO_LORA_RANK, DEMO_TEXT_TOKENS, demo_text_encoder
 
-        configs, text_tokens, rank = DEMO_CONFIGS, _TEXT_TOKENS, _LORA_RANK
+        configs, text_tokens, rank = DEMO_CONFIGS, DEMO_TEXT_TOKENS, DEMO_LORA_RANK
         with torch.device("meta"):
-            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(_text_encoder())) * dtype.itemsize
+            nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(demo_text_encoder())) * dtype.itemsize
     else:
-        configs, nbytes = _of_files(model, dtype, upsampler, text_encoder)
+        found = component_bytes(model.files, dtype=dtype)
+        configs = {name: component_config(model.files, name) for name in found if name in BUILDABLE}
+        nbytes = {name: size for name, size in found.items() if name not in BUILDABLE}
     modules = {name: meta_module(name, config, dtype) for name, config in configs.items()}
     for name, module in modules.items():
         nbytes.setdefault(name, sum(tensor.nbytes for tensor in module_tensors(module)))
@@ -118,17 +118,6 @@ def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]]
     tokenizer = components.tokenizer if components.is_loaded("tokenizer") else None
     limit = getattr(tokenizer, "model_max_length", MAX_TEXT_TOKENS)
     return configs, nbytes, min(MAX_TEXT_TOKENS, limit)
-
-
-def _of_files(
-    model: str | Path, dtype: torch.dtype, upsampler: str | Path | None, text_encoder: str | Path | None
-) -> tuple[dict[str, Mapping[str, Any]], dict[str, int]]:
-    from ltxkern.pipeline.files.checkpoint import component_bytes, component_config, find_model
-
-    files = find_model(model, upsampler=upsampler, text_encoder=text_encoder)
-    found = component_bytes(files, dtype=dtype)
-    configs = {name: component_config(files, name) for name in found if name in BUILDABLE}
-    return configs, {name: nbytes for name, nbytes in found.items() if name not in BUILDABLE}
 
 
 def _transformer_sizes(

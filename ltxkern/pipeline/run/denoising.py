@@ -14,8 +14,8 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
-from ltxkern.pipeline.run.request import GenerationRequest, StagePlan
-from ltxkern.pipeline.run.stage import StageSettings, run_stage, seeded_generator
+from ltxkern.pipeline.run.request import GenerationRequest, Stage
+from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGPolicy
 from ltxkern.pipeline.sampling.latents import LatentState
@@ -38,24 +38,25 @@ class DenoisingRun:
 
     pipeline: Any
     request: GenerationRequest
-    plans: list[StagePlan]
+    stages: list[Stage]
     initial_noise: Sequence[Tensor] | None
     sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None
     image_latents: Sequence[Sequence[Tensor]] | None
     callback: StepCallback | None
     progress: Progress | None
 
-    def stages(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
+    def latents(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
         """The stages that `phases` covers (all, save on some ranks of several); the latents that `HQOutput` carries."""
         pipeline = self.pipeline
-        self.generator = seeded_generator(self.request.seed, pipeline.device)
+        # One for the initial noise of stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order.
+        self.generator = torch.Generator(pipeline.device).manual_seed(self.request.seed)
         latents: dict[str, Tensor] = {}
         video: Tensor | None = None
         audio: Tensor | None = None
-        for index, (plan, phase) in enumerate(zip(self.plans, phases, strict=False)):
+        for index, (stage, phase) in enumerate(zip(self.stages, phases, strict=False)):
             pictures = self._pictures(index)
             pipeline.manager.switch_lora_phase(phase)
-            with pipeline.manager.stage(plan.name, forwards=self._forwards(plan, policies[index])):
+            with pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])):
                 states = self._stage(index, policies[index], pictures, video, audio)
             video, audio = states["video"].unpack(), states["audio"].unpack()
             if index == 0:
@@ -63,67 +64,62 @@ class DenoisingRun:
             if index + 1 < len(phases):
                 video = self._upsample(video)
                 latents["upsampled_video"] = video
-        if video is None or audio is None or len(phases) < len(self.plans):
+        if video is None or audio is None or len(phases) < len(self.stages):
             return latents
-        if len(self.plans) > 1:
+        if len(self.stages) > 1:
             latents["stage2_audio"] = audio
         source = audio if self.request.audio_source == "stage2" else latents["stage1_audio"]
         return latents | {"video": video, "audio": source}
 
-    def _forwards(self, plan: StagePlan, policy: CFGPolicy) -> int | None:
+    def _forwards(self, stage: Stage, policy: CFGPolicy) -> int | None:
         """Transformer calls of a stage, where they are known beforehand; None where steps may be skipped or shared out."""
-        if self.pipeline.denoiser_factory is not None or any(policy.skipped(step) for step in range(len(plan.sigmas))):
+        if self.pipeline.denoiser_factory is not None or any(policy.skipped(step) for step in range(len(stage.sigmas))):
             return None
-        return plan.evaluations * -(-len(policy.branches) // self.request.max_batch_size)
+        return stage.evaluations * -(-len(policy.branches) // self.request.max_batch_size)
 
     def _pictures(self, index: int) -> Sequence[Tensor]:
         if self.image_latents is not None:
             return self.image_latents[index]
         if not self.request.images:
             return ()
-        plan, pipeline = self.plans[index], self.pipeline
-        report(self.progress, f"images for {plan.name}", 0, 1)
+        stage, pipeline = self.stages[index], self.pipeline
+        report(self.progress, f"images for {stage.name}", 0, 1)
         with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
-            encoded = encode_conditions(vae, self.request.images, plan.height, plan.width, device=pipeline.device)
-        report(self.progress, f"images for {plan.name}", 1, 1)
+            encoded = encode_conditions(vae, self.request.images, stage.height, stage.width, device=pipeline.device)
+        report(self.progress, f"images for {stage.name}", 1, 1)
         return encoded
 
     def _stage(
         self, index: int, policy: CFGPolicy, pictures: Sequence[Tensor], video: Tensor | None, audio: Tensor | None
     ) -> dict[str, LatentState]:
-        plan, pipeline = self.plans[index], self.pipeline
+        stage, pipeline = self.stages[index], self.pipeline
         transformer = pipeline.components.transformer
         dtype = next(transformer.parameters()).dtype
         place: dict[str, Any] = {"fps": self.request.frame_rate, "dtype": dtype, "device": pipeline.device}
         place["spatial_ratio"] = pipeline.geometry.spatial_ratio
         place["temporal_ratio"] = pipeline.geometry.temporal_ratio
-        state = LatentState.create(plan.video, latent=video, **place)
+        state = LatentState.create(stage.video, latent=video, **place)
         conditions = self._conditions(pictures)
         if conditions:
             ratio = pipeline.geometry.spatial_ratio
             state = apply_image_conditions(
                 state, conditions, pictures, fps=self.request.frame_rate, spatial_ratio=ratio
             )
-        states = {"video": state, "audio": LatentState.create(plan.audio, latent=audio, **place)}
-        scale = 1.0 if index == 0 else plan.sigmas[0]
+        states = {"video": state, "audio": LatentState.create(stage.audio, latent=audio, **place)}
+        scale = 1.0 if index == 0 else stage.sigmas[0]
         for offset, name in enumerate(("video", "audio")):
             given = None if self.initial_noise is None else self.initial_noise[2 * index + offset]
             states[name] = states[name].noise(scale, generator=self.generator, noise=given)
-        settings = StageSettings(
-            plan.name,
-            plan.sampler,
-            torch.tensor(plan.sigmas, dtype=torch.float32),
-            self.request.eta,
-            self.request.max_batch_size,
-            None if self.sde_noise is None else self.sde_noise[index],
-        )
         return run_stage(
             transformer,
             states,
             policy,
-            settings,
+            stage,
             conditioned=bool(conditions),
-            callback=self._step_callback(plan),
+            eta=self.request.eta,
+            max_batch_size=self.request.max_batch_size,
+            sde_noise=None if self.sde_noise is None else self.sde_noise[index],
+            callback=self._step_callback(stage),
             denoiser_factory=pipeline.denoiser_factory,
         )
 
@@ -132,13 +128,13 @@ class DenoisingRun:
             return (ImageCondition("", 0, 1.0),)
         return self.request.images
 
-    def _step_callback(self, plan: StagePlan) -> Callable[[int, int, dict[str, Tensor]], None]:
+    def _step_callback(self, stage: Stage) -> Callable[[int, int, dict[str, Tensor]], None]:
         def after_step(done: int, total: int, latents: dict[str, Tensor]) -> None:
-            report(self.progress, plan.name, done, total)
+            report(self.progress, stage.name, done, total)
             if self.callback is not None:
-                self.callback(plan.name, done, total, latents)
+                self.callback(stage.name, done, total, latents)
 
-        report(self.progress, plan.name, 0, plan.steps)
+        report(self.progress, stage.name, 0, stage.steps)
         return after_step
 
     def _upsample(self, video: Tensor) -> Tensor:

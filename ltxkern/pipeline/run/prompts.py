@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.text import PromptEmbeddings, encode_prompts
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache, model_revision
 from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.request import GenerationRequest
 from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceRequest, MultiModalPolicy, SingleBranchPolicy
 
 
 class PromptEncoder:
@@ -41,6 +44,37 @@ class PromptEncoder:
         self._cache = cache
         self._keep = keep
 
+    def policies(
+        self,
+        request: GenerationRequest,
+        guidance: GuidanceRequest,
+        policy: type[CFGPolicy],
+        embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
+        negative: PromptEmbeddings | Sequence[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> list[CFGPolicy]:
+        """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device.
+
+        Raises:
+            ValueError: embeddings of a shape that does not fit, or negative ones that are needed and neither given nor encoded.
+        """
+        # Which branches somebody's own policy runs is only known once it is built.
+        unknown = not issubclass(policy, MultiModalPolicy)
+        wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
+        if embeddings is None:
+            texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
+            encoded = self.encode(texts, progress)
+            embeddings = _stack(encoded[: request.batch])
+            if len(encoded) > request.batch:
+                negative = _stack(encoded[request.batch :])
+        if wants_negative and negative is None and not unknown:
+            raise ValueError(
+                "negative_embeddings are needed where a cfg scale is not 1: give them, or set both cfg scales to 1"
+            )
+        positive = self._contexts("embeddings", embeddings, request.batch)
+        opposite = None if negative is None else self._contexts("negative_embeddings", negative, request.batch)
+        return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
+
     def encode(self, texts: list[str], progress: Progress | None = None) -> list[PromptEmbeddings]:
         """One pair of contexts a text, from the cache where it is there.
 
@@ -66,34 +100,28 @@ class PromptEncoder:
             dtype = next(connectors.parameters()).dtype
             return encode_prompts(parts.tokenizer, encoder, connectors, texts, device=self._device, dtype=dtype)
 
+    def _contexts(self, name: str, value: PromptEmbeddings | Sequence[Tensor], batch: int) -> dict[str, Tensor]:
+        """Both contexts on the device, one for all prompts repeated; `name` is the parameter."""
+        pair = value if isinstance(value, PromptEmbeddings) else PromptEmbeddings(*value)
+        named = {"video_context": pair.video, "audio_context": pair.audio}
+        for part, tensor in named.items():
+            if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
+                raise ValueError(f"{name}: {part} must be (1 or {batch}, tokens, width), got {tuple(tensor.shape)}")
+        return {part: tensor.to(self._device).expand(batch, -1, -1) for part, tensor in named.items()}
 
-def embedding_cache(
-    wanted: str | Path | bool, model: str | Path, text_encoder: str | Path | None, dtype: torch.dtype
-) -> EmbeddingCache | None:
-    """The cache of a model on disk: in the folder `wanted`, in the user's cache folder for True, None for False."""
-    if wanted is False:
+
+def open_embedding_cache(wanted: str | Path | bool, model: FoundModel, dtype: torch.dtype) -> EmbeddingCache | None:
+    """The cache of a model on disk: in the folder `wanted`, in the user's cache folder for True, None for False.
+
+    The demo and a model from the hub have none.
+    """
+    if wanted is False or model.path is None:
         return None
-    files = [model] if text_encoder is None else [model, text_encoder]
+    files = [model.path] if model.text_encoder is None else [model.path, model.text_encoder]
     folder = None if wanted is True else wanted
-    return EmbeddingCache(folder, model=str(Path(model).absolute()), revision=model_revision(*files), dtype=dtype)
+    return EmbeddingCache(folder, model=str(model.path.absolute()), revision=model_revision(*files), dtype=dtype)
 
 
-def stack(items: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
+def _stack(items: Sequence[PromptEmbeddings]) -> PromptEmbeddings:
     """Contexts of several prompts along the batch."""
     return PromptEmbeddings(torch.cat([item.video for item in items]), torch.cat([item.audio for item in items]))
-
-
-def contexts(
-    name: str, value: PromptEmbeddings | Sequence[Tensor], batch: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Both contexts on the device, one for all prompts repeated.
-
-    Raises:
-        ValueError: a shape that does not fit the batch; `name` is the parameter.
-    """
-    pair = value if isinstance(value, PromptEmbeddings) else PromptEmbeddings(*value)
-    named = {"video_context": pair.video, "audio_context": pair.audio}
-    for part, tensor in named.items():
-        if tensor.dim() != 3 or tensor.shape[0] not in (1, batch):
-            raise ValueError(f"{name}: {part} must be (1 or {batch}, tokens, width), got {tuple(tensor.shape)}")
-    return {part: tensor.to(device).expand(batch, -1, -1) for part, tensor in named.items()}

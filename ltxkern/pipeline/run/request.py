@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -10,13 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
-from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, TWO_STAGE_GUIDANCE, GuidanceRequest, GuidanceScales
-from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, require_frame_count
+from ltxkern.pipeline.sampling.guidance import (
+    HQ_GUIDANCE,
+    TWO_STAGE_GUIDANCE,
+    GuidanceRequest,
+    GuidanceScales,
+    MultiModalPolicy,
+)
+from ltxkern.pipeline.sampling.latents import (
+    PRODUCTION_BLOCKS,
+    AudioLatentShape,
+    Geometry,
+    VideoLatentShape,
+    require_frame_count,
+)
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
-
-PRODUCTION_BLOCKS = 48
 
 # The five leading tags are the published pipeline's (the model knows them); the rest covers the same ground in our words.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -62,20 +74,8 @@ def find_preset(name: str) -> Preset:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """How a model's latents relate to pixels; the defaults are LTX-2.3's."""
-
-    spatial_ratio: int = 32
-    temporal_ratio: int = 8
-    video_channels: int = 128
-    audio_channels: int = 8
-    mel_bins: int = 16
-    blocks: int = PRODUCTION_BLOCKS
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage, resolved: sizes, schedule and the number of forwards."""
+class Stage:
+    """One denoising stage of a request: sizes, schedule and the number of forwards."""
 
     name: str
     height: int
@@ -107,11 +107,28 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Everything that determines one generation; see `HQTwoStagePipeline.__call__` for the meaning of each field."""
+    """Everything that is asked of one generation; plain data, checked by `validate` and run by `HQTwoStagePipeline.generate`.
+
+    Args:
+        prompt, negative_prompt: one text, or one per video.
+        images: `ImageCondition`, "PATH[:FRAME[:STRENGTH]]", paths or (path, frame, strength) tuples.
+        preset: of the pipeline that is to run it.
+        seed: of the initial noise; the sampler's own noise has fixed seeds, as published.
+        height, width: of the result, multiples of 64 (32 for one stage).
+        num_frames: 8k+1.
+        frame_rate: frames per second.
+        steps: of stage 1; None for the preset's (15 in HQ).
+        video_guidance, audio_guidance: scales of stage 1; None for the preset's.
+        distilled_strengths: of the distilled LoRA in stage 1 and 2; None for the pipeline's.
+        eta: noise share of a res2s step.
+        audio_source: "stage1" (published) or "stage2".
+        stage1_sigmas, stage2_sigmas: schedules in place of the preset's.
+        max_batch_size: guidance branches per forward.
+    """
 
     prompt: str | Sequence[str] = ""
     negative_prompt: str | Sequence[str] = DEFAULT_NEGATIVE_PROMPT
-    images: Sequence[ImageCondition] = ()
+    images: Sequence[Any] = ()
     preset: Preset = field(default_factory=lambda: PRESETS["hq"])
     seed: int = 10
     height: int = 1088
@@ -121,11 +138,18 @@ class GenerationRequest:
     steps: int | None = None
     video_guidance: GuidanceScales | None = None
     audio_guidance: GuidanceScales | None = None
+    distilled_strengths: tuple[float, float] | None = None
     eta: float = 0.5
     audio_source: str = "stage1"
-    stage1_sigmas: Sequence[float] | None = None
-    stage2_sigmas: Sequence[float] | None = None
+    stage1_sigmas: Sequence[float] | Tensor | None = None
+    stage2_sigmas: Sequence[float] | Tensor | None = None
     max_batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(_image_condition(item) for item in self.images))
+        for name in ("stage1_sigmas", "stage2_sigmas"):
+            sigmas = getattr(self, name)
+            object.__setattr__(self, name, None if sigmas is None else _floats(sigmas))
 
     @property
     def batch(self) -> int:
@@ -172,7 +196,9 @@ class GenerationRequest:
             )
         for name, sigmas in (("stage1_sigmas", self.stage1_sigmas), ("stage2_sigmas", self.stage2_sigmas)):
             if sigmas is not None:
-                _require_schedule(name, [float(sigma) for sigma in sigmas])
+                _require_schedule(name, list(_floats(sigmas)))
+        for strength in self.distilled_strengths or ():
+            require_strength("distilled LoRA", strength)
         self._require_blocks(geometry)
         validate_image_conditions(self.images, self.num_frames, check_files=check_files)
 
@@ -215,40 +241,36 @@ class GenerationRequest:
             )
         )
 
-    def plan(self, geometry: Geometry | None = None) -> list[StagePlan]:
+    def stages(self, geometry: Geometry | None = None) -> list[Stage]:
         """The stages with their shapes, schedules and forwards."""
         geometry = geometry or Geometry()
-        branches = branch_count(self.guidance(geometry))
+        count = self.preset.stages
         first = self.video_shape(1, geometry)
-        steps = self.steps if self.steps is not None else self.preset.steps
-        sigmas = self.stage1_sigmas if self.stage1_sigmas is not None else ltx2_sigmas(steps, first.tokens).tolist()
-        divisor = self.preset.stages
-        plans = [
-            StagePlan(
+        sigmas = self.stage1_sigmas
+        if sigmas is None:
+            sigmas = ltx2_sigmas(self.preset.steps if self.steps is None else self.steps, first.tokens).tolist()
+        found = [
+            Stage(
                 "stage 1",
-                self.height // divisor,
-                self.width // divisor,
+                self.height // count,
+                self.width // count,
                 first,
                 self.audio_shape(geometry),
-                tuple(float(sigma) for sigma in sigmas),
+                _floats(sigmas),
                 self.preset.sampler,
-                branches,
+                len(MultiModalPolicy.build(self.guidance(geometry), {}, {}).branches),
             )
         ]
-        if divisor == 2:
-            later = self.stage2_sigmas if self.stage2_sigmas is not None else STAGE_2_SIGMAS
-            plans.append(
-                replace(
-                    plans[0],
-                    name="stage 2",
-                    height=self.height,
-                    width=self.width,
-                    video=self.video_shape(2, geometry),
-                    sigmas=tuple(float(sigma) for sigma in later),
-                    branches=1,
-                )
-            )
-        return plans
+        if count == 2:
+            later = STAGE_2_SIGMAS if self.stage2_sigmas is None else self.stage2_sigmas
+            second = replace(found[0], name="stage 2", height=self.height, width=self.width, branches=1)
+            found.append(replace(second, video=self.video_shape(2, geometry), sigmas=_floats(later)))
+        return found
+
+    def plan(self, geometry: Geometry | None = None) -> list[Stage]:
+        """`stages` under its name of version 0.1; a plan is what a request needs of memory and time."""
+        warnings.warn("GenerationRequest.plan is now called stages", DeprecationWarning, stacklevel=2)
+        return self.stages(geometry)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -284,26 +306,17 @@ def require_strength(name: str, strength: float) -> None:
         )
 
 
-def image_conditions(images: Sequence[Any]) -> tuple[ImageCondition, ...]:
-    """Image conditions from what users write: conditions, "PATH[:FRAME[:STRENGTH]]", paths, or tuples."""
-    conditions = []
-    for item in images:
-        if isinstance(item, ImageCondition):
-            conditions.append(item)
-        elif isinstance(item, str):
-            conditions.append(parse_image_condition(item))
-        elif isinstance(item, Path):
-            conditions.append(ImageCondition(item))
-        else:
-            conditions.append(ImageCondition(*item))
-    return tuple(conditions)
+def _floats(sigmas: Sequence[float] | Tensor) -> tuple[float, ...]:
+    return tuple(float(sigma) for sigma in sigmas)
 
 
-def branch_count(guidance: GuidanceRequest) -> int:
-    """Forwards of one guided evaluation: branches whose scale is void for both modalities do not run."""
-    scales = guidance.present.values()
-    extra = (any(s.cfg != 1 for s in scales), any(s.stg != 0 for s in scales), any(s.modality != 1 for s in scales))
-    return 1 + sum(extra)
+def _image_condition(item: Any) -> ImageCondition:
+    """An image condition from what users write."""
+    if isinstance(item, str):
+        return parse_image_condition(item)
+    if isinstance(item, (ImageCondition, Path)):
+        return item if isinstance(item, ImageCondition) else ImageCondition(item)
+    return ImageCondition(*item)
 
 
 def scale_blocks(scales: GuidanceScales | None, blocks: int) -> GuidanceScales | None:
@@ -353,3 +366,10 @@ def _require_schedule(name: str, sigmas: list[float]) -> None:
     falling = all(later < earlier for earlier, later in pairwise(sigmas))
     if len(sigmas) < 2 or not falling or not all(0 <= sigma <= 1 for sigma in sigmas):
         raise ValueError(f"{name} must be at least two strictly falling numbers between 1 and 0, got {sigmas}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StagePlan":
+        warnings.warn("StagePlan is now called Stage", DeprecationWarning, stacklevel=2)
+        return Stage
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

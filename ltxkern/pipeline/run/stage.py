@@ -12,30 +12,13 @@ from torch import Tensor
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_x0_batched
 from ltxkern.pipeline.parallel.by_token import SequenceParallel
+from ltxkern.pipeline.run.request import Stage
 from ltxkern.pipeline.sampling.euler import euler_sample
 from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner, run_branches
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.state import Latents
-
-StepCallback = Callable[[int, int, dict[str, Tensor]], None]
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """How a stage is sampled.
-
-    sampler: "res2s" or "euler"; sigmas: schedule; eta: noise of a res2s step; max_batch_size: branches per forward;
-    sde_noise: ready noise of every res2s draw per modality, in the order of `res2s_sample`; seeded draws where None.
-    """
-
-    name: str
-    sampler: str
-    sigmas: Tensor
-    eta: float = 0.5
-    max_batch_size: int = 1
-    sde_noise: Mapping[str, Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +73,13 @@ def run_stage(
     transformer: LTX2Transformer,
     states: Mapping[str, LatentState],
     policy: CFGPolicy,
-    settings: StageSettings,
+    stage: Stage,
     *,
     conditioned: bool,
-    callback: StepCallback | None = None,
+    eta: float = 0.5,
+    max_batch_size: int = 1,
+    sde_noise: Mapping[str, Sequence[Tensor]] | None = None,
+    callback: Callable[[int, int, dict[str, Tensor]], None] | None = None,
     denoiser_factory: Callable[[CFGPolicy, BranchForward], Any] | None = None,
 ) -> dict[str, LatentState]:
     """Denoise the noised states of one stage.
@@ -102,8 +88,11 @@ def run_stage(
         transformer: weights of this stage's LoRA phase.
         states: noised state per modality.
         policy: built guidance policy.
-        settings: sampler, schedule and replay noise.
+        stage: its sampler and schedule.
         conditioned: whether any token is held by a mask; False spares per-token work everywhere.
+        eta: noise share of a res2s step.
+        max_batch_size: guidance branches per forward.
+        sde_noise: ready noise of every res2s draw per modality, in the order of `res2s_sample`; seeded draws where None.
         callback: called after each step with (done, total, latents).
         denoiser_factory: makes the denoiser from policy and forward; None runs the branches one after another.
     Returns:
@@ -115,30 +104,19 @@ def run_stage(
     if denoiser_factory is not None:
         denoiser = denoiser_factory(policy, forward)
     else:
-        denoiser = GuidedDenoiser(policy, forward, runner=batched_runner(settings.max_batch_size))
+        denoiser = GuidedDenoiser(policy, forward, runner=batched_runner(max_batch_size))
     latents = {name: state.latent for name, state in states.items()}
-    masks = {name: state.mask for name, state in states.items()} if conditioned else None
-    clean = {name: state.clean for name, state in states.items()} if conditioned else None
-    if settings.sampler == "res2s":
-        result = res2s_sample(
-            denoiser,
-            latents,
-            settings.sigmas,
-            masks=masks,
-            clean=clean,
-            eta=settings.eta,
-            noise=settings.sde_noise,
-            callback=callback,
-        )
+    sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
+    held: dict[str, Any] = {"callback": callback}
+    if conditioned:
+        held["masks"] = {name: state.mask for name, state in states.items()}
+        held["clean"] = {name: state.clean for name, state in states.items()}
+    if stage.sampler == "res2s":
+        result = res2s_sample(denoiser, latents, sigmas, eta=eta, noise=sde_noise, **held)
     else:
-        result = euler_sample(denoiser, latents, settings.sigmas, masks=masks, clean=clean, callback=callback)
+        result = euler_sample(denoiser, latents, sigmas, **held)
     done = {}
     for name, state in states.items():
-        check_latent(settings.name, f"{name} latent", result[name])
+        check_latent(stage.name, f"{name} latent", result[name])
         done[name] = replace(state, latent=result[name]).clear_conditioning()
     return done
-
-
-def seeded_generator(seed: int, device: torch.device | str) -> torch.Generator:
-    """The generator of one run's initial noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order."""
-    return torch.Generator(device).manual_seed(seed)

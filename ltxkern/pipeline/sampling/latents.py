@@ -1,4 +1,4 @@
-"""Latent geometry: shapes from pixels, packing into tokens, RoPE positions, and the state that one stage denoises."""
+"""Latent geometry: ratios of a model, shapes from pixels, packing into tokens, RoPE positions, the state a stage denoises."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ AUDIO_MEL_BINS = 16
 AUDIO_SAMPLE_RATE = 16000
 AUDIO_HOP_LENGTH = 160
 AUDIO_MEL_RATIO = 4  # mel frames per audio latent
+PRODUCTION_BLOCKS = 48
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model's latents relate to pixels, and its depth; the defaults are LTX-2.3's."""
+
+    spatial_ratio: int = SPATIAL_RATIO
+    temporal_ratio: int = TEMPORAL_RATIO
+    video_channels: int = VIDEO_CHANNELS
+    audio_channels: int = AUDIO_CHANNELS
+    mel_bins: int = AUDIO_MEL_BINS
+    blocks: int = PRODUCTION_BLOCKS
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// Plans of one kernel with several sizes of shared memory, through csrc/runtime_cuda.cu.
+// Programs of one kernel with several sizes of shared memory, through csrc/runtime_cuda.cu.
 //
 // Arguments: static bytes of the kernel, then pairs "prepare BYTES" or "launch BYTES". Prints "ok", or what failed.
 #include <cstdio>

@@ -1,4 +1,4 @@
-// The runtime of the shim module: plans launch on fibers instead of a device.
+// The runtime of the shim module: programs launch on fibers instead of a device.
 #include <pybind11/pybind11.h>
 
 #include <cstring>

@@ -1,6 +1,7 @@
 """Official files, diffusers folders and LoRA files: names, shapes, round trips, and what is said when they do not fit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ltxkern.pipeline.files import checkpoint, official_config
+from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files.checkpoint import (
     CheckpointError,
     component_bytes,
@@ -17,60 +18,8 @@ from ltxkern.pipeline.files.checkpoint import (
     load_component,
     load_components,
 )
-from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
-from ltxkern.pipeline.model.components import BUILDABLE, PRODUCTION_CONFIGS, Components, build
-from tests.golden import DATA, open_golden_modules
-from tests.official_files import (
-    PRODUCTION_SECTIONS,
-    PRODUCTION_UPSAMPLER,
-    write_diffusers_demo,
-    write_official_demo,
-)
-
-OFFICIAL = json.loads((DATA / "official_shapes.json").read_text())
-# Start of the keys of a listed module in an official file, and the component it belongs to.
-LISTED = {
-    "transformer": ("transformer", "model.diffusion_model."),
-    "video_decoder": ("video_vae", "vae.decoder."),
-    "video_encoder": ("video_vae", "vae.encoder."),
-    "audio_decoder": ("audio_vae", "audio_vae.decoder."),
-    "vocoder": ("vocoder", "vocoder."),
-    "upsampler": ("upsampler", ""),
-}
-
-
-def file_key(module: str, key: str) -> str:
-    """A listed key as it stands in the official file."""
-    prefix = LISTED[module][1]
-    if key.startswith("per_channel_statistics."):
-        prefix = prefix.split(".")[0] + "."
-    return prefix + key
-
-
-def header_config(component: str) -> dict[str, Any]:
-    """Arguments of the published component, from the published header."""
-    if component == "upsampler":
-        return official_config.upsampler_config(PRODUCTION_UPSAMPLER)
-    section = PRODUCTION_SECTIONS["transformer" if component == "connectors" else component.replace("video_", "")]
-    if component == "connectors":
-        return official_config.connectors_config(section, 49 * 3840)
-    return getattr(official_config, f"{component}_config")(section)
-
-
-@pytest.fixture(scope="module")
-def demo() -> Components:
-    return build_demo()
-
-
-@pytest.fixture(scope="module")
-def official(demo: Components, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_official_demo(tmp_path_factory.mktemp("official"), demo)
-
-
-@pytest.fixture(scope="module")
-def folder(demo: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_diffusers_demo(tmp_path_factory.mktemp("diffusers"), demo)
+from ltxkern.pipeline.model.components import BUILDABLE, Components, build
+from tests.official_files import DEMO_SECTIONS, write_official
 
 
 def loaded_from(source: str, official: dict[str, Path], folder: Path, **options: Any) -> Components:
@@ -78,85 +27,6 @@ def loaded_from(source: str, official: dict[str, Path], folder: Path, **options:
         return load_components(folder, **options)
     extra = {name: official[name] for name in ("upsampler", "text_encoder")}
     return load_components(official["checkpoint"], **extra, **options)
-
-
-@pytest.mark.parametrize("component", BUILDABLE)
-def test_header_gives_the_production_model(component: str) -> None:
-    by_header = build(component, header_config(component)).state_dict()
-    by_table = build(component, PRODUCTION_CONFIGS[component]).state_dict()
-    assert {k: v.shape for k, v in by_header.items()} == {k: v.shape for k, v in by_table.items()}
-    wanted = PRODUCTION_CONFIGS[component]
-    got = build(component, header_config(component)).config
-    assert {k: list(got[k]) if isinstance(got[k], tuple) else got[k] for k in wanted} == {
-        k: list(v) if isinstance(v, tuple) else v for k, v in wanted.items()
-    }
-
-
-def test_production_sizes() -> None:
-    def size(component: str, part: str | None = None) -> int:
-        module = build(component, PRODUCTION_CONFIGS[component])
-        return sum(p.numel() for p in (getattr(module, part) if part else module).state_dict().values())
-
-    assert size("transformer") == 18_988_838_144 == OFFICIAL["transformer"]["parameters"]
-    assert (
-        len(build("transformer", PRODUCTION_CONFIGS["transformer"]).state_dict()) == OFFICIAL["transformer"]["tensors"]
-    )
-    for name, (component, part) in {
-        "upsampler": ("upsampler", None),
-        "video_decoder": ("video_vae", "decoder"),
-        "video_encoder": ("video_vae", "encoder"),
-        "audio_decoder": ("audio_vae", "decoder"),
-    }.items():
-        statistics = sum(
-            OFFICIAL[name]["shapes"].get(f"per_channel_statistics.{k}-of-means", [0])[0] for k in ("mean", "std")
-        )
-        counted = OFFICIAL[name]["parameters"]
-        assert size(component, part) in (counted, counted - statistics), name
-    vocoder = build("vocoder", PRODUCTION_CONFIGS["vocoder"])
-    assert len(vocoder.state_dict()) == OFFICIAL["vocoder"]["tensors"]
-    connectors = build("connectors", PRODUCTION_CONFIGS["connectors"])
-    assert sum(p.numel() for p in connectors.video_connector.parameters()) == 1_612_546_304
-    assert sum(p.numel() for p in connectors.audio_connector.parameters()) == 403_620_096
-
-
-@pytest.mark.parametrize("module", sorted(LISTED))
-def test_official_names_and_shapes(module: str) -> None:
-    component = LISTED[module][0]
-    state = build(component, PRODUCTION_CONFIGS[component]).state_dict()
-    for key, shape in OFFICIAL[module]["shapes"].items():
-        stored = file_key(module, key)
-        name = diffusers_name(component, stored)
-        assert name in state, key
-        assert list(state[name].shape) == shape, key
-        assert official_name(component, name) == stored
-        if component != "upsampler":
-            assert component_of(stored) == component
-
-
-@pytest.mark.parametrize("component", BUILDABLE)
-def test_names_are_one_to_one(component: str) -> None:
-    names = list(build(component, PRODUCTION_CONFIGS[component]).state_dict())
-    keys = [official_name(component, name) for name in names]
-    assert len(set(keys)) == len(names)
-    assert [diffusers_name(component, key) for key in keys] == names
-
-
-def test_connector_names() -> None:
-    state = build("connectors", PRODUCTION_CONFIGS["connectors"]).state_dict()
-    prefix = "model.diffusion_model."
-    for key in open_golden_modules().metadata["weights"]["shapes"]["text"]:
-        stored = key.replace("feature_extractor.", "text_embedding_projection.")
-        for modality in ("video", "audio"):
-            stored = stored.replace(f"{modality}_connector.", f"{prefix}{modality}_embeddings_connector.")
-        assert component_of(stored) == "connectors"
-        assert diffusers_name("connectors", stored) in state, key
-        assert official_name("connectors", diffusers_name("connectors", stored) or "") == stored
-
-
-def test_video_vae_without_the_vae_prefix_and_with_other_statistics() -> None:
-    assert diffusers_name("video_vae", "decoder.conv_in.conv.weight") == "decoder.conv_in.conv.weight"
-    assert diffusers_name("video_vae", "per_channel_statistics.mean-of-means") == "latents_mean"
-    assert diffusers_name("video_vae", "vae.per_channel_statistics.mean-of-stds") is None
 
 
 @pytest.mark.parametrize("source", ["official", "diffusers"])
@@ -297,13 +167,6 @@ def test_demo_by_name() -> None:
     assert components.upsampler is None
 
 
-def test_components_refuse_unknown_names() -> None:
-    with pytest.raises(TypeError, match="unet"):
-        Components(unet=None)
-    with pytest.raises(AttributeError, match="unet"):
-        _ = Components().unet  # type: ignore[attr-defined]
-
-
 def test_bytes_from_headers(demo: Components, official: dict[str, Path], folder: Path) -> None:
     files = find_model(official["checkpoint"], upsampler=official["upsampler"])
     stored, halved = component_bytes(files), component_bytes(files, dtype=torch.bfloat16)
@@ -324,3 +187,101 @@ def test_component_config_agrees_with_the_module(demo: Components, official: dic
                 if not key.startswith("_"):
                     same = [list(v) if isinstance(v, tuple) else v for v in (config[key], value)]
                     assert same[0] == same[1], f"{name} {key}"
+
+
+def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    tensors = load_file(source)
+    change(tensors)
+    return write_official(target, tensors, DEMO_SECTIONS)
+
+
+PROJ_OUT = "model.diffusion_model.proj_out.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(PROJ_OUT), r"1 missing: proj_out\.bias"),
+        (
+            lambda t: t.update({"model.diffusion_model.extra": torch.ones(1)}),
+            r"1 unexpected: model.diffusion_model.extra",
+        ),
+        (
+            lambda t: t.update({PROJ_OUT: torch.ones(3)}),
+            r"1 wrong shape: model.diffusion_model.proj_out.bias \(expected \(16,\), got \(3,\)\)",
+        ),
+        (
+            lambda t: t.update({PROJ_OUT: t[PROJ_OUT].to(torch.float8_e4m3fn)}),
+            r"1 unsupported dtype: model.diffusion_model.proj_out.bias \(F8_E4M3\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape", "dtype"],
+)
+def test_misfit_names_keys_and_file(official: dict, tmp_path: Path, change: Callable, message: str) -> None:
+    path = rewrite(official["checkpoint"], tmp_path / "odd.safetensors", change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_component(path, "transformer")
+    assert str(path) in str(error.value)
+    # The other components of the same file are not touched by it.
+    load_component(path, "vocoder")
+
+
+def test_all_kinds_of_misfit_in_one_message(official: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if "transformer_blocks.1." in key]:
+            del tensors[key]
+        tensors["model.diffusion_model.extra"] = torch.ones(1)
+
+    path = rewrite(official["checkpoint"], tmp_path / "odd.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"\d+ missing: .* and \d+ more; 1 unexpected"):
+        load_component(path, "transformer")
+
+
+def test_file_of_another_kind(official: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no tensors of the transformer"):
+        load_component(official["upsampler"], "transformer")
+    other = dict(DEMO_SECTIONS, transformer=dict(DEMO_SECTIONS["transformer"], cross_attention_adaln=False))
+    path = write_official(tmp_path / "ltx2.safetensors", load_file(official["checkpoint"]), other)
+    with pytest.raises(CheckpointError, match=r"ltx2.safetensors: not an LTX-2\.3 transformer"):
+        load_component(path, "transformer")
+    path = write_official(tmp_path / "bare.safetensors", load_file(official["checkpoint"]), {})
+    with pytest.raises(CheckpointError, match="no configuration of the vocoder"):
+        load_component(path, "vocoder")
+    sections = dict(DEMO_SECTIONS, vocoder={"bwe": {}})
+    path = write_official(tmp_path / "part.safetensors", load_file(official["checkpoint"]), sections)
+    with pytest.raises(CheckpointError, match="configuration of the vocoder lacks 'vocoder'"):
+        load_component(path, "vocoder")
+
+
+@pytest.mark.parametrize("path", ["nowhere.safetensors", "./no/such/folder/deep", "/no/such/file.safetensors", "word"])
+def test_missing_path(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_components(path)
+
+
+def test_empty_folder_and_several_files(official: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"exactly one official LTX-2\.3 file, found none"):
+        find_model(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(official["checkpoint"].read_bytes())
+    with pytest.raises(CheckpointError, match=r"found a\.safetensors, b\.safetensors"):
+        find_model(tmp_path)
+
+
+def test_text_encoder_folder_that_is_none(official: dict[str, Path], tmp_path: Path) -> None:
+    for component in ("text_encoder", "tokenizer"):
+        with pytest.raises(CheckpointError, match="expected a folder with Gemma 3"):
+            load_component(official["checkpoint"], component)
+        files = find_model(official["checkpoint"], text_encoder=tmp_path)
+        with pytest.raises(CheckpointError, match=f"not a readable {component}"):
+            load_component(files, component)
+
+
+def test_upsampler_that_is_not_there(official: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="upsampler: none lies with the model"):
+        load_component(find_model(official["checkpoint"]), "upsampler")
+
+
+def test_unknown_component(official: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="unet"):
+        load_component(official["checkpoint"], "unet")

@@ -2,7 +2,6 @@
 
 import time
 
-import pytest
 import torch
 
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
@@ -10,11 +9,6 @@ from ltxkern.pipeline.model.components import BUILDABLE, COMPONENT_NAMES, Compon
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.text import encode_prompts
 from ltxkern.pipeline.model.transformer import predict_x0
-
-
-@pytest.fixture(scope="module")
-def demo() -> Components:
-    return build_demo()
 
 
 def state(components: Components) -> dict[str, torch.Tensor]:

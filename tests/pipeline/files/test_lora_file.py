@@ -1,4 +1,4 @@
-"""LoRA files: official names, what fits, and what is said when it does not."""
+"""LoRA files: official names, stored dtypes and scales, what fits, and what is said when it does not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltxkern.pipeline.files.checkpoint import (
-    CheckpointError,
-    load_lora,
-)
-from ltxkern.pipeline.files.demo import build_demo, demo_lora
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_lora
+from ltxkern.pipeline.files.demo import demo_lora
+from ltxkern.pipeline.files.lora import LoRA
+from ltxkern.pipeline.files.lora_file import dequantise
 from ltxkern.pipeline.model.components import Components
-
-
-@pytest.fixture(scope="module")
-def demo() -> Components:
-    return build_demo()
 
 
 def lora_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None) -> Path:
@@ -31,12 +25,15 @@ def lora_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lam
 def test_lora_fits_every_linear(demo: Components, tmp_path: Path) -> None:
     transformer = demo.transformer
     assert transformer is not None
-    lora = load_lora(lora_file(tmp_path), transformer=transformer)
+    path = lora_file(tmp_path)
+    lora = load_lora(path, transformer=transformer)
     linears = {name for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(lora) == linears
+    whole = LoRA.from_file(path, transformer)
+    whole.check(transformer)
+    assert set(lora) == set(whole.factors) == linears
     for name, (a, b, alpha) in lora.items():
         assert (b @ a).shape == transformer.get_submodule(name).weight.shape
-        assert alpha is None
+        assert alpha is whole.factors[name].alpha is None
     assert "time_embed.linear" in lora
     assert "audio_time_embed.emb.timestep_embedder.linear_1" in lora
     assert "av_cross_attn_video_a2v_gate.linear" in lora
@@ -95,3 +92,47 @@ def test_lora_that_fits_nothing(demo: Components, tmp_path: Path) -> None:
     save_file({f"diffusion_model.double_blocks.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}, path)
     with pytest.raises(CheckpointError, match=r"does not have: double_blocks\.0"):
         load_lora(path, transformer=demo.transformer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_floating_factors_are_taken_as_they_are(dtype):
+    factor = torch.randn(3, 4).to(dtype)
+    assert dequantise(factor) is factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_factors_are_dequantised(dtype):
+    values = torch.tensor([[0.5, -1.75, 0.015625], [2.0, -0.0, 96.0]])
+    stored = values.to(dtype)
+    plain = dequantise(stored)
+    assert plain.dtype == torch.bfloat16
+    assert torch.equal(plain.float(), stored.float())
+    assert torch.equal(dequantise(stored, 0.37), stored.float() * 0.37)
+    rows = torch.tensor([0.5, 3.0])
+    assert torch.equal(dequantise(stored, rows), stored.float() * rows[:, None])
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "scale_weight"])
+def test_an_fp8_file_with_scales_and_alpha(tmp_path, suffix):
+    path = tmp_path / "fp8.safetensors"
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    a, b = torch.randn(3, 4).to(torch.float8_e4m3fn), torch.randn(5, 3).to(torch.float8_e4m3fn)
+    tensors = {
+        f"{key}.lora_A.weight": a,
+        f"{key}.lora_B.weight": b,
+        f"{key}.lora_A.{suffix}": torch.tensor(0.25),
+        f"{key}.lora_B.{suffix}": torch.arange(1.0, 6.0),
+        f"{key}.alpha": torch.tensor(1.5),
+    }
+    save_file(tensors, str(path))
+    factors = LoRA.from_file(path).factors["transformer_blocks.0.attn1.to_q"]
+    assert torch.equal(factors.a, a.float() * 0.25)
+    assert torch.equal(factors.b, b.float() * torch.arange(1.0, 6.0)[:, None])
+    assert factors.scale(1.0) == 0.5
+
+
+def test_a_file_that_is_no_lora_names_file_and_keys(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"something.weight": torch.zeros(2)}, str(path))
+    with pytest.raises(CheckpointError, match=r"other\.safetensors.*something\.weight"):
+        LoRA.from_file(path)

@@ -74,3 +74,23 @@ def assert_weights(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
         found = model.get_submodule(name).weight
         assert found.dtype == weight.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), weight.view(-1).view(torch.uint8)), name
+
+
+class Shared(nn.Module):
+    """Two parameters and a buffer in one storage, a tied weight, an empty parameter."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.arange(12.0)
+        self.first = nn.Parameter(base[:6].view(2, 3))
+        self.second = nn.Parameter(base[4:8])
+        self.register_buffer("third", base[8:])
+        self.tied = self.first
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+
+def one_lora(name="a", *, rank=3, alpha=None, seed=0, size=(5, 4), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, size[1], generator=generator).to(dtype)
+    b = torch.randn(size[0], rank, generator=generator).to(dtype)
+    return LoRA(name, {"m": LoRAFactors(a, b, alpha)})

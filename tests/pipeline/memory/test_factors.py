@@ -12,7 +12,7 @@ from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.host_memory import HostBudget
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, random_lora
 
 DEVICE = torch.device("cpu", 0)
 
@@ -198,10 +198,8 @@ def test_nothing_happens_without_a_gpu_or_where_the_factors_are(host, monkeypatc
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_modes_that_merge_again_page_lock_their_factors(mode, offload, host):
-    model = small_model()
+def test_modes_that_merge_again_page_lock_their_factors(model, pristine, mode, offload, host):
     user, distilled = random_lora("user", model, seed=1), random_lora("distilled", model, seed=2)
-    pristine = linear_weights(model)
     first = lora_phases([(user, 0.7)], distilled)
     second = lora_phases([], distilled)
     expected = fresh_merges(pristine, [*first, *second])
@@ -221,8 +219,7 @@ def test_modes_that_merge_again_page_lock_their_factors(mode, offload, host):
     assert_weights(model, pristine)
 
 
-def test_a_mode_that_is_given_up_leaves_its_room_to_the_next(host):
-    model = small_model()
+def test_a_mode_that_is_given_up_leaves_its_room_to_the_next(model, host):
     phases = lora_phases([], random_lora("violent", model, seed=1, size=2000.0))
     with TwoStageDeviceManager("inplace", device=DEVICE) as manager:
         manager.attach(model)

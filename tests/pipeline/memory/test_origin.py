@@ -14,7 +14,7 @@ from ltxkern.pipeline.memory.host_copy import module_tensors, storages
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.origin import Home
-from tests.pipeline.memory.lora_models import assert_weights, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import assert_weights, random_lora
 
 ELSEWHERE = torch.device("cpu", 0)
 
@@ -24,10 +24,8 @@ def pointers(module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_whose_home_was_given_up_are_copied_there(mode, tmp_path):
+def test_weights_whose_home_was_given_up_are_copied_there(model, pristine, mode, tmp_path):
     """With a checkpoint as source, and "inplace" always: nothing is kept on the host while the transformer is away."""
-    model = small_model()
-    pristine = linear_weights(model)
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
     with TwoStageDeviceManager(mode) as manager:
         manager.attach(model, pristine=tmp_path)
@@ -39,8 +37,7 @@ def test_weights_whose_home_was_given_up_are_copied_there(mode, tmp_path):
     assert_weights(model, pristine)
 
 
-def test_what_lies_elsewhere_than_on_the_device_is_left_alone():
-    model = small_model()
+def test_what_lies_elsewhere_than_on_the_device_is_left_alone(model):
     before = pointers(model)
     places = Home(model)
     places.let_go()
@@ -78,8 +75,7 @@ def test_weights_that_find_no_room_stay(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("settings", [*({"mode": mode} for mode in MODES), {"mode": "original", "offload": True}])
-def test_a_transformer_that_is_discarded_is_freed_and_nothing_is_merged_for_it(settings, monkeypatch):
-    model = small_model()
+def test_a_transformer_that_is_discarded_is_freed_and_nothing_is_merged_for_it(model, settings, monkeypatch):
     manager = TwoStageDeviceManager(**settings)
     manager.attach(model)
     manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))

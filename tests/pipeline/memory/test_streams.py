@@ -8,7 +8,7 @@ from ltxkern.pipeline.memory import host_memory
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.streams import side_by_side
-from tests.pipeline.memory.lora_models import linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import random_lora, small_model
 from tests.pipeline.memory.stream_races import RaceClock
 
 
@@ -94,12 +94,9 @@ def test_most_forgotten_waits_are_noticed(settings, monkeypatch):
     assert noticed > whole.waits / 2
 
 
-def test_a_second_request_swaps_back_to_spare_buffers_that_need_no_event():
+def test_a_second_request_swaps_back_to_spare_buffers_that_need_no_event(model, pristine, phases):
     """The spare buffers of stage 2 hold stage 1 afterwards: nothing is on its way to them."""
     clock = RaceClock()
-    model = small_model()
-    pristine = linear_weights(model)
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
     with clock, TwoStageDeviceManager("snapshot", clock=clock) as manager:
         manager.attach(model)
         manager.prepare(*phases)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ltxkern.pipeline.model.decode import (
@@ -18,86 +16,11 @@ from ltxkern.pipeline.model.decode import (
     resolve_tiling,
     upsample_latent,
 )
-from ltxkern.pipeline.model.tiling import (
-    Interval,
-    VideoTiling,
-    auto_tiling,
-    frame_count,
-    spatial_mask,
-    split,
-    split_time,
-    tile_layout,
-    time_mask,
-)
+from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling import finite
 from tests.pipeline.model.tiny_vae import repeating_vae, tiny_audio_vae, tiny_video_vae
 
 SMALL = VideoTiling(height=128, width=128, frames=32, spatial_overlap=64, temporal_overlap=16)
-
-
-def intervals(parts: tuple[Interval, ...]) -> list[tuple[int, int, int, int]]:
-    return [(part.start, part.end, part.left_ramp, part.right_ramp) for part in parts]
-
-
-def test_reference_layout() -> None:
-    layout = tile_layout(auto_tiling(34, 60), 16, 34, 60)
-    assert intervals(layout.time) == [(0, 10, 0, 3), (6, 16, 4, 0)]
-    assert intervals(layout.height) == [(0, 14, 0, 2), (12, 26, 2, 2), (24, 34, 2, 0)]
-    assert intervals(layout.width) == [(0, 24, 0, 2), (22, 46, 2, 2), (44, 60, 2, 0)]
-    assert layout.tiles == 18
-    assert [frame_count(part, 8) for part in layout.time] == [73, 73]
-
-
-def test_reference_masks() -> None:
-    left, right = Interval(0, 10, 0, 3), Interval(6, 16, 4, 0)
-    ramp = time_mask(right, 8)[:25]
-    torch.testing.assert_close(ramp, torch.arange(25) * 0.04)
-    torch.testing.assert_close(time_mask(left, 8)[48:], torch.cat((torch.ones(1), 1 - ramp[1:])))
-    mask = spatial_mask(Interval(22, 46, 2, 2), 32)
-    assert torch.equal(mask[:64], torch.linspace(0, 1, 66)[1:-1])
-    assert torch.equal(mask, mask.flip(0))
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "tile"),
-    [(60, 34, (768, 448)), (34, 34, (768, 768)), (17, 30, (448, 768)), (2, 60, (128, 768)), (1, 1, (768, 768))],
-)
-def test_auto_follows_the_aspect(height: int, width: int, tile: tuple[int, int]) -> None:
-    tiling = auto_tiling(height, width)
-    assert (tiling.height, tiling.width) == tile
-    assert (tiling.frames, tiling.spatial_overlap, tiling.temporal_overlap) == (80, 64, 24)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.integers(1, 70), st.integers(1, 24), st.integers(0, 5))
-def test_masks_sum_to_one(length: int, size: int, overlap: int) -> None:
-    size = max(size, 2 * overlap, 1)
-    total = torch.zeros(length * 4)
-    for part in split(length, size, overlap):
-        assert 0 <= part.start < part.end <= length
-        assert part.end - part.start <= size
-        total[part.start * 4 : part.end * 4] += spatial_mask(part, 4)
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
-    total = torch.zeros((length - 1) * 8 + 1)
-    for part in split_time(length, size, overlap):
-        mask = time_mask(part, 8)
-        total[part.start * 8 : part.start * 8 + len(mask)] += mask
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("tiling", "words"),
-    [
-        (VideoTiling(100, 128), "tiling height 100 is not a multiple of 32: use 96"),
-        (VideoTiling(128, 96), "tiling width 96 is below twice its overlap: use at least 128"),
-        (VideoTiling(128, 128, frames=40), "tiling frames 40 is below twice its overlap: use at least 48"),
-        (VideoTiling(128, 128, temporal_overlap=9), "temporal_overlap 9 is not a multiple of 8: use 8"),
-        (VideoTiling(128, 128, spatial_overlap=-32), "spatial_overlap -32 is not a multiple of 32: use 0"),
-    ],
-)
-def test_layouts_that_do_not_fit(tiling: VideoTiling, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        tile_layout(tiling, 9, 9, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -255,18 +178,6 @@ def test_flat_video_is_reported_once(caplog: pytest.LogCaptureFixture, level: fl
     caplog.clear()
     list(decode_video(repeating_vae(), torch.randn(1, 3, 1, 2, 2)))
     assert not caplog.records
-
-
-def test_latent_and_audio_checks(caplog: pytest.LogCaptureFixture) -> None:
-    finite.check_latent("stage 1", "video latent", torch.randn(2, 3))
-    finite.check_audio("audio", torch.full((2, 4), 0.5))
-    assert not caplog.records
-    finite.check_latent("stage 1", "video latent", torch.zeros(2, 3))
-    finite.check_audio("audio", torch.zeros(2, 4))
-    assert ["constant" in caplog.records[0].message, "silent" in caplog.records[1].message] == [True, True]
-    broken = torch.tensor([1.0, float("nan"), float("inf"), 0.0])
-    with pytest.raises(finite.NonFiniteError, match=r"stage 2: the audio latent has 2 non-finite of 4 .*1 NaN, 1 inf"):
-        finite.check_finite("stage 2", "audio latent", broken)
 
 
 def test_peak_memory_is_one_group() -> None:

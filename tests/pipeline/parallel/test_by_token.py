@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, even_parts
 from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, MultiModalPolicy, SingleBranchPolicy
-from tests.pipeline.parallel.test_by_branch import launch
+from tests.pipeline.parallel.jobs import launch
 from tests.pipeline.parallel.token_ranks import CASES, DEGREES, difference
 
 FORWARDS, BLOCKS, WIDTH, AUDIO_WIDTH, CHANNELS = 7, 2, 64, 32, 16  # of the demo's stage 2

@@ -1,21 +1,16 @@
 """The plan of a request: against the measured peak, what it refuses and what it advises, without any weight."""
 
-import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from ltxkern.pipeline import generator
-from ltxkern.pipeline.files.demo import DEMO_CONFIGS
 from ltxkern.pipeline.memory.modes import MODES
-from ltxkern.pipeline.model.components import BUILDABLE, PRODUCTION_CONFIGS, Components
-from ltxkern.pipeline.planning.meta_trace import peak_bytes, unfolded_bytes
 from ltxkern.pipeline.planning.plan import plan
-from ltxkern.pipeline.planning.weights import meta_module, model_sizes
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
+from tests.pipeline.planning.measured import measured_peak
 
 SMALL = GenerationRequest(prompt="a", height=192, width=128, num_frames=17)
 MIB = 1 << 20
@@ -24,22 +19,6 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def demo_plan():
     return plan("demo", SMALL, dtype=torch.float32, device_free=1 << 30, host_free=1 << 30)
-
-
-def measured_peak(work):
-    """Peak bytes of torch's CPU allocator during `work`, kernels' own temporaries included."""
-    # What earlier tests left would be freed in between and counted as negative.
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert peak > 0
-    return peak
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,24 +38,6 @@ def test_nothing_is_loaded_for_a_plan(demo_plan):
     assert made < sum(demo_plan.sizes.nbytes.values()) / 10
 
 
-def test_components_that_are_not_loaded_are_counted_without_loading():
-    class Source:
-        def has(self, name):
-            return name in DEMO_CONFIGS or name == "text_encoder"
-
-        def config(self, name):
-            return DEMO_CONFIGS[name]
-
-        def load(self, name):
-            raise AssertionError(f"{name} was loaded")
-
-    transformer = meta_module("transformer", DEMO_CONFIGS["transformer"], torch.float32)
-    made = plan(Components(source=Source(), transformer=transformer), SMALL, dtype=torch.float32)
-    whole = model_sizes("demo", dtype=torch.float32)
-    assert set(made.sizes.nbytes) == set(DEMO_CONFIGS)
-    assert all(made.sizes.nbytes[name] == whole.nbytes[name] for name in DEMO_CONFIGS)
-
-
 def test_stages_components_and_forwards(demo_plan):
     names = [stage.name for stage in demo_plan.stages]
     assert names == ["text", "stage 1", "upsampling", "stage 2", "audio decoding", "video decoding"]
@@ -89,6 +50,12 @@ def test_a_one_stage_request_has_no_upsampling():
     request = replace(SMALL, preset=PRESETS["one-stage"], height=64, width=64, num_frames=9)
     names = [stage.name for stage in plan("demo", request).stages]
     assert names == ["text", "stage 1", "audio decoding", "video decoding"]
+
+
+def test_what_stands_beside_the_transformer_on_a_gpu(demo_plan):
+    there = replace(demo_plan, device=torch.device("cuda"))
+    weights = demo_plan.needs["resident"].device_bytes
+    assert there.beside_transformer == there.peak_bytes("resident") - weights
 
 
 def test_modes_differ_by_what_they_keep(demo_plan):
@@ -150,47 +117,3 @@ def test_an_unknown_mode_and_an_illegal_size_are_refused():
         plan("demo", SMALL, mode="fast")
     with pytest.raises(ValueError, match="height 200 is not a multiple of 64: use 192"):
         plan("demo", replace(SMALL, height=200))
-
-
-@pytest.mark.parametrize("name", BUILDABLE)
-def test_meta_modules_have_the_published_sizes(name):
-    """Spec: transformer 18.99 B parameters, connectors 5.9 GiB, video VAE 1.35, upsampler 0.93, vocoder 0.5 GiB in fp32."""
-    if name in ("transformer", "audio_vae"):
-        module = meta_module(name, DEMO_CONFIGS[name], torch.bfloat16)
-        assert all(tensor.device.type == "meta" for tensor in module.parameters())
-        return
-    module = meta_module(name, PRODUCTION_CONFIGS[name], torch.bfloat16)
-    gib = sum(p.nbytes for p in module.parameters()) / 2**30
-    assert gib == pytest.approx(
-        {"connectors": 5.9, "video_vae": 1.35, "upsampler": 0.93, "vocoder": 0.5}[name], rel=0.05
-    )
-
-
-def test_lora_files_decide_what_is_patched(tmp_path):
-    from safetensors.torch import save_file
-
-    from ltxkern.pipeline.files.demo import demo_lora
-
-    path = tmp_path / "lora.safetensors"
-    tensors = {key: tensor for key, tensor in demo_lora().items() if ".transformer_blocks.0." in key}
-    save_file(tensors, str(path))
-    some, every = model_sizes("demo", loras=[path]).transformer, model_sizes("demo").transformer
-    assert 0 < some.patched < every.patched
-    assert some.total == every.total
-    assert some.factors == sum(tensor.nbytes for tensor in tensors.values())
-
-
-def test_unfolded_convolutions_match_what_torch_allocates():
-    x, weight = torch.randn(1, 5, 4, 9, 7), torch.randn(6, 5, 3, 3, 3)
-    settings = ([1, 1, 1], [1, 1, 1], [1, 1, 1], False, [0, 0, 0], 1)
-    output = torch.convolution(x, weight, None, *settings)
-    peak = measured_peak(lambda: torch.convolution(x, weight, None, *settings))
-    unfolded = unfolded_bytes(output, x, weight, None, *settings)
-    assert unfolded in (0, 5 * 27 * 4 * 9 * 7 * 4)
-    assert output.nbytes + unfolded <= peak * 1.02
-
-
-def test_attention_is_counted_without_its_scores():
-    q = torch.empty(1, 2, 4096, 8, device="meta")
-    peak = peak_bytes(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
-    assert peak == q.nbytes + 2 * 4096 * 4

@@ -1,15 +1,11 @@
 """Output files: colours, mp4 contents, determinism, atomic writing, and one clear sentence for what cannot be written."""
 
-import contextlib
 import hashlib
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
 import wave
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,34 +17,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ltxkern.pipeline.results.atomic import output_kind, writable_output
-from ltxkern.pipeline.results.media import (
-    probe_mp4,
-    rgb_to_yuv420,
-    to_int16,
-    write_frames,
-    write_latents,
-    write_mp4,
-)
+from ltxkern.pipeline.results.media import probe_mp4, rgb_to_yuv420, to_int16, write_frames, write_latents, write_mp4
+from tests.pipeline.results.samples import leftovers, tone, video
 
 ROOT = Path(__file__).parents[3]
-
-
-def video(frames: int, height: int = 48, width: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Slowly changing colours that survive compression."""
-    t = torch.linspace(0, 1, frames).view(-1, 1, 1)
-    y, x = torch.linspace(0, 1, height).view(1, -1, 1), torch.linspace(0, 1, width).view(1, 1, -1)
-    planes = torch.broadcast_tensors(0.5 + 0.4 * (x - 0.5), 0.2 + 0.5 * y, 0.3 + 0.4 * t)
-    return torch.stack(planes, dim=-1).to(dtype)
-
-
-def tone(samples: int) -> Tensor:
-    time = torch.arange(samples) / 48000
-    return torch.stack((0.5 * torch.sin(2764 * time), 0.25 * torch.sin(5529 * time)))
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -147,26 +119,6 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("after", [0, 1])
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, error: type[BaseException], after: int) -> None:
-    path = tmp_path / "a.mp4"
-    path.write_bytes(b"old")
-
-    def chunks() -> Iterator[Tensor]:
-        if after:
-            yield video(40)
-        raise error
-
-    with pytest.raises(error):
-        write_mp4(path, chunks(), tone(4800))
-    assert path.read_bytes() == b"old"
-    folder = tmp_path / "frames"
-    with pytest.raises(error):
-        write_frames(folder, chunks(), tone(4800))
-    assert leftovers(tmp_path) == ["a.mp4"]
-
-
 @pytest.mark.parametrize(
     ("chunks", "audio", "fps", "words"),
     [
@@ -184,66 +136,6 @@ def test_mp4_refuses(tmp_path: Path, chunks: list[Tensor], audio: Tensor | None,
     assert leftovers(tmp_path) == []
 
 
-@contextlib.contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Writes beyond `limit` bytes of a file fail, as on a file system with a maximum file size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def write_anything(path: Path) -> None:
-    """Noise, so that every kind of output is large."""
-    noise = torch.rand(24, 96, 128, 3, generator=torch.Generator().manual_seed(0))
-    kind = output_kind(path)
-    if kind == "mp4":
-        write_mp4(path, noise.split(8), tone(48000))
-    elif kind == "latents":
-        write_latents(path, noise, None)
-    else:
-        write_frames(path, noise.split(8), tone(48000))
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.safetensors", "a"])
-@pytest.mark.parametrize("limit", [1, 5000, 20000])
-def test_a_file_that_cannot_grow(tmp_path: Path, name: str, limit: int) -> None:
-    expected = f"{name}' failed: the file grew too big; nothing was written there"
-    with pytest.raises(OSError, match=re.escape(expected)), file_size_limit(limit):
-        write_anything(tmp_path / name)
-    assert leftovers(tmp_path) == []
-    write_anything(tmp_path / name)
-    assert leftovers(tmp_path) == [name]
-
-
-@pytest.mark.parametrize("missing", [1, 100, 1500, 4000])
-def test_mp4_that_fails_while_it_is_closed(tmp_path: Path, missing: int) -> None:
-    """The last bytes are written while the muxer closes, where errors are easily lost."""
-    path = tmp_path / "a.mp4"
-    write_anything(path)
-    size = path.stat().st_size
-    path.unlink()
-    with pytest.raises(OSError, match="grew too big"), file_size_limit(size - missing):
-        write_anything(path)
-    assert leftovers(tmp_path) == []
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.safetensors", "a"])
-def test_a_full_disk(tmp_path: Path, name: str) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        expected = f"{name}' failed: the disk is full; nothing was written there"
-        with pytest.raises(OSError, match=re.escape(expected)):
-            write_anything(tmp_path / name)
-        assert leftovers(tmp_path) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 def test_frames_and_wav(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     source = video(5, dtype=torch.bfloat16)
@@ -259,14 +151,6 @@ def test_frames_and_wav(tmp_path: Path) -> None:
     assert np.array_equal(data, to_int16(tone(4801)))
     write_frames(folder, [source[:2]])
     assert leftovers(folder) == ["frame_00000.png", "frame_00001.png"]
-
-
-def test_frames_never_remove_other_files(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
-    for call in (lambda: writable_output(tmp_path), lambda: write_frames(tmp_path, [video(1)])):
-        with pytest.raises(ValueError, match=r"already holds 'thesis.txt'"):
-            call()
-    assert leftovers(tmp_path) == ["thesis.txt"]
 
 
 def test_int16_clips_and_truncates() -> None:
@@ -291,39 +175,6 @@ def test_latents_round_trip(tmp_path: Path) -> None:
     assert len(digests) == 1
     with pytest.raises(ValueError, match="neither"):
         write_latents(path, None, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("a.mp4", "mp4"), ("A.MP4", "mp4"), ("a.safetensors", "latents"), ("a", "frames"), ("a.b/", "frames")],
-)
-def test_suffix_decides(tmp_path: Path, name: str, kind: str) -> None:
-    assert output_kind(f"{tmp_path}/{name}") == kind
-    assert writable_output(f"{tmp_path}/{name}") == kind
-    assert leftovers(tmp_path) == []
-
-
-def test_existing_results_are_legal(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"old")
-    assert writable_output(tmp_path / "a.mp4") == "mp4"
-    (tmp_path / "v1.5").mkdir()
-    assert writable_output(tmp_path / "v1.5") == "frames"
-    assert (tmp_path / "a.mp4").read_bytes() == b"old"
-
-
-def test_unwritable_outputs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown suffix '.avi': name a .mp4 file, a .safetensors file"):
-        writable_output(tmp_path / "a.avi")
-    with pytest.raises(ValueError, match="does not exist"):
-        writable_output(tmp_path / "nowhere" / "a.mp4")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        writable_output(tmp_path / "file")
-    with pytest.raises(ValueError, match="is a file"):
-        writable_output(f"{tmp_path}/file/")
-    for unwritable in ("/proc/a.mp4", "/proc/a"):
-        with pytest.raises(ValueError, match="is not writable"):
-            writable_output(unwritable)
 
 
 def test_probe_refuses_what_is_no_video(tmp_path: Path) -> None:

@@ -9,16 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from problems import Case
+from problems import Case, run
 from sampler_cases import STEPS, guidance_case, half_step_cases, merge_case, noise_case
 from triton.runtime.interpreter import GridExecutor
-from triton_cases import assert_close_to_exact, group_norm_case, pixel_norm_case
+from triton_cases import group_norm_case, pixel_norm_case
 
 import ltxkern
 from ltxkern import BackendError, reference, use_backend
 from ltxkern.triton import (
     combine_guidance,
-    dual_add,
     gated_residual,
     group_norm_silu,
     merge_lora,
@@ -50,13 +49,6 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return launches
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
-    problem = case.make("cpu", dtype)
-    out = problem.outputs()
-    problem.call(out)
-    assert_close_to_exact(out, problem, str(case))
-
-
 def limits(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **values: int) -> None:
     monkeypatch.setattr(module, "LIMITS", replace(module.LIMITS, **values))
 
@@ -76,12 +68,12 @@ def test_group_norm_in_two_passes(
     case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
 ) -> None:
     limits(monkeypatch, group_norm_silu, tile=64, single=1, partials=partials, columns=8, apply_spans=2)
-    check(case, dtype)
+    run(case, "cpu", dtype)
     assert len(count_launches) == 2
 
 
 def test_group_norm_in_one_launch(count_launches: list[int]) -> None:
-    check(group_norm_case("one", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True), torch.float32)
+    run(group_norm_case("one", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True), "cpu", torch.float32)
     assert len(count_launches) == 1
 
 
@@ -127,8 +119,8 @@ def test_group_norm_serves_slices_and_its_own_input() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_pixel_norm_of_several_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     limits(monkeypatch, pixel_norm_silu, tile=64, line=4, last_tile=32)
-    check(pixel_norm_case("tiles", (2, 6, 5, 7), weight=torch.float32), dtype)
-    check(pixel_norm_case("tiles-last", (2, 6, 5, 7), channels_last=True), dtype)
+    run(pixel_norm_case("tiles", (2, 6, 5, 7), weight=torch.float32), "cpu", dtype)
+    run(pixel_norm_case("tiles-last", (2, 6, 5, 7), channels_last=True), "cpu", dtype)
 
 
 def test_pixel_norm_keeps_bad_values_in_their_position() -> None:
@@ -146,7 +138,7 @@ def test_noise_in_chunks(
     case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
 ) -> None:
     limits(monkeypatch, normalize_noise, block=16, partials=partials, single=1, flags=4)
-    check(case, dtype)
+    run(case, "cpu", dtype)
     assert len(count_launches) == 2
 
 
@@ -192,7 +184,7 @@ def test_guidance_in_chunks(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
 ) -> None:
     limits(monkeypatch, combine_guidance, block=8, partials=7)
-    check(case, dtype)
+    run(case, "cpu", dtype)
     assert len(count_launches) == 2
 
 
@@ -218,7 +210,7 @@ def test_guidance_of_bad_values_and_constants() -> None:
 )
 def test_half_steps_in_blocks(case: Case, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]) -> None:
     monkeypatch.setattr(res2s, "BLOCK", 16)
-    check(case, torch.bfloat16)
+    run(case, "cpu", torch.bfloat16)
     assert len(count_launches) == 1
 
 
@@ -253,7 +245,7 @@ def test_merge_over_several_tiles(dtype: torch.dtype, monkeypatch: pytest.Monkey
     tile = replace(merge_lora.HALF, rows=16, columns=16, ranks=16)
     monkeypatch.setattr(merge_lora, "HALF", tile)
     monkeypatch.setattr(merge_lora, "FULL", tile)
-    check(merge_case("tiles", (37, 53), [5, 19], None), dtype)
+    run(merge_case("tiles", (37, 53), [5, 19], None), "cpu", dtype)
 
 
 def test_merge_changes_only_the_given_rows_of_a_larger_store() -> None:
@@ -261,19 +253,6 @@ def test_merge_changes_only_the_given_rows_of_a_larger_store() -> None:
     ltxkern.merge_lora_(store[2:5, :13], torch.ones(2, 13), torch.ones(3, 2), 0.5)
     assert (store[2:5, :13] == 1).all()
     assert store.count_nonzero() == 39
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_dual_add_equals_two_adds_in_place_over_several_blocks(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dual_add, "BLOCK", 16)
-    x, first, second = (torch.randn(7, 13).to(dtype) for _ in range(3))
-    other = torch.full((13, 7), NAN, dtype=dtype).t()
-    expected = x + first, x + second
-    ltxkern.dual_add(x, first, second, out=(x, other))
-    assert torch.equal(x, expected[0])
-    assert torch.equal(other, expected[1])
 
 
 def test_gates_over_several_columns_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +269,6 @@ def test_empty_tensors() -> None:
     assert ltxkern.group_norm_silu(empty, None, None, 2).shape == (0, 4, 3)
     assert ltxkern.pixel_norm_silu(empty).shape == (0, 4, 3)
     assert ltxkern.combine_guidance(empty, empty, cfg_scale=2.0, rescale_scale=0.5).shape == (0, 4, 3)
-    assert ltxkern.dual_add(empty, empty, empty)[1].shape == (0, 4, 3)
     assert ltxkern.rms_norm_modulate(empty, torch.ones(3), torch.ones(3)).shape == (0, 4, 3)
     assert ltxkern.gated_residual(empty, empty, torch.ones(3)).shape == (0, 4, 3)
     assert ltxkern.head_gate(empty, torch.empty(0, 4)).shape == (0, 4, 3)
@@ -331,7 +309,6 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ltxkern.res2s_midpoint(_strided(), _strided(), torch.randn(2, 6, 4), STEPS[0]),
         "takes contiguous",
     ),
-    "dual-add": (lambda: ltxkern.dual_add(_strided(), _strided(), _strided()), "x has strides"),
     "merge-fp64": (lambda: ltxkern.merge_lora_(torch.zeros(3, 3).double(), torch.ones(1, 3), torch.ones(3, 1)), "fp32"),
     "merge-reference": (
         lambda: ltxkern.merge_lora_(torch.zeros(3, 3), torch.ones(1, 3), torch.ones(3, 1), rounding="reference"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Case
-from triton_cases import SMALL_CASES, assert_close_to_exact
+from problems import Case, run
+from triton_cases import SMALL_CASES
 
 from ltxkern import use_backend
 
@@ -14,8 +14,5 @@ ROWS = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in SMA
 
 @pytest.mark.parametrize(("case", "dtype"), ROWS)
 def test_small_case(case: Case, dtype: torch.dtype) -> None:
-    problem = case.make("cpu", dtype)
-    out = problem.outputs()
     with use_backend("triton"):
-        problem.call(out)
-    assert_close_to_exact(out, problem, str(case))
+        run(case, "cpu", dtype)

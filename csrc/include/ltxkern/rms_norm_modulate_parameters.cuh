@@ -1,0 +1,16 @@
+// Parameters of rms_norm_modulate and its gated form, on every device. Included within a namespace that has i64 and u64.
+#pragma once
+
+#include "ltxkern/rows_parameters.cuh"
+
+struct RmsNormModulate {
+    RowOperand x, y;                // y null: no residual
+    RowOperand scale, shift, gate;  // gate null with y
+    RowIndex index;                 // of the row of scale, shift and gate
+    const void* weight;             // null: parameter-free
+    i64 weight_type;
+    void* summed;
+    void* out;
+    i64 rows, inner, width;
+    double eps;
+};

@@ -1,0 +1,143 @@
+"""How tensors lie in memory: what collapses to a few strides, and the dense stand-ins for what kernels do not take as it lies."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least `size` (1 for 0)."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def ceil_div(size: int, part: int) -> int:
+    """Number of parts of `part` that cover `size`."""
+    return -(-size // part)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Smallest multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def fresh(model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous tensor of the model's shape, in its dtype or in another."""
+    return torch.empty_like(model, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def dense(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs, or contiguous stand-ins for those that are not."""
+    return [output if output.is_contiguous() else fresh(output) for output in outputs]
+
+
+def hand_back(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies stand-ins to the outputs that they stand for."""
+    for output, target in zip(outputs, targets, strict=True):
+        if target is not output:
+            output.copy_(target)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a dense copy of it."""
+    return None if tensor is None else tensor.contiguous()
+
+
+class ChannelView(NamedTuple):
+    """Strides of an (N, C, *) tensor seen as (N, C, S)."""
+
+    batch: int
+    channel: int
+    position: int
+
+
+def channel_view(x: Tensor) -> ChannelView | None:
+    """`x` as (N, C, S), or None where the dims after the channels do not collapse to one stride."""
+    position, extent = 1, 0
+    for dim in range(x.dim() - 1, 1, -1):
+        size, stride = x.shape[dim], x.stride(dim)
+        if size == 1:
+            continue
+        if extent == 0:
+            position = stride
+        elif stride != extent:
+            return None
+        extent = size * stride
+        if stride == 0:
+            return None
+    return ChannelView(x.stride(0), x.stride(1), position)
+
+
+class RowView(NamedTuple):
+    """Leading dims of several tensors collapsed to (outer, inner), with the pair of strides of each tensor."""
+
+    outer: int
+    inner: int
+    strides: tuple[tuple[int, int], ...]
+
+
+def row_view(x: Tensor, *others: Tensor) -> RowView | None:
+    """The rows of x (its last dim is a row) and of tensors that broadcast to it; None where they do not collapse to two dims."""
+    return _row_view(x.shape, tuple([(tensor.shape, tensor.stride()) for tensor in (x, *others)]))
+
+
+def rows_of(
+    over_x: Sequence[Tensor | None], modulation: Sequence[Tensor | None], index: Tensor | None
+) -> RowView | None:
+    """`row_view` of x (the first), what else lies over its rows, the modulation and its row index; what is absent lies as x does.
+
+    With an index the modulation is tables (N, D), whose pairs of strides are (0, between rows).
+    """
+    x = over_x[0]
+    assert x is not None
+    present = [x if tensor is None else tensor for tensor in over_x[1:]]
+    if index is None:
+        return row_view(x, *present, *(x if tensor is None else tensor for tensor in modulation), x)
+    view = row_view(x, *present, index[..., None])
+    return None if view is None else with_tables(view, modulation)
+
+
+def with_tables(view: RowView, tables: Sequence[Tensor | None]) -> RowView:
+    """The view of x, other operands and a row index, with the pairs of tables (N, D) before that of the index."""
+    pairs = [(0, 0 if table is None else table.stride(0)) for table in tables]
+    return view._replace(strides=(*view.strides[:-1], *pairs, view.strides[-1]))
+
+
+def _broadcast_strides(onto: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor of this shape once it is expanded."""
+    if shape == onto:
+        return strides
+    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    return (0,) * (len(onto) - len(own)) + tuple(own)
+
+
+# A model has few layouts: the collapsing is worked out once for each.
+@functools.lru_cache(maxsize=4096)
+def _row_view(shape: tuple[int, ...], layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> RowView | None:
+    views = [_broadcast_strides(shape, *layout) for layout in layouts]
+    dims: list[tuple[int, tuple[int, ...]]] = []
+    for dim, size in enumerate(shape[:-1]):
+        if size == 1:
+            continue
+        strides = tuple(view[dim] for view in views)
+        if dims and all(
+            before == stride * size if stride else before == 0
+            for before, stride in zip(dims[-1][1], strides, strict=True)
+        ):
+            dims[-1] = (dims[-1][0] * size, strides)
+        else:
+            dims.append((size, strides))
+    if len(dims) > 2:
+        return None
+    none = (1, (0,) * len(views))
+    padded = [none] * (2 - len(dims)) + dims
+    return RowView(padded[0][0], padded[1][0], tuple(zip(padded[0][1], padded[1][1], strict=True)))
+
+
+def unit_rows(*tensors: Tensor) -> bool:
+    """Whether the last dim of every tensor is dense."""
+    return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors)

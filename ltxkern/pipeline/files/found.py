@@ -1,0 +1,89 @@
+"""A model that was looked up once, for the check of a request, the planner and the loader alike; nothing of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltxkern.pipeline.files.checkpoint import ModelFiles, component_config, find_model, load_components
+from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.model.components import Components
+from ltxkern.pipeline.sampling.latents import Geometry
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What a name stands for.
+
+    Args:
+        name: "demo", an official file, a diffusers folder or a hub id, as it was given.
+        own: where the model lies; None for the demo, and for a hub id, which only `files` downloads.
+        upsampler, text_encoder: files, folders or hub ids of parts that do not lie with it.
+    """
+
+    name: str
+    own: ModelFiles | None = None
+    upsampler: str | Path | None = None
+    text_encoder: str | Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: FoundModel | str | Path,
+        *,
+        upsampler: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+    ) -> FoundModel:
+        """Look a name up, from names and headers alone; one that was found already is handed through.
+
+        Raises:
+            CheckpointError: the path does not exist, or holds no usable model.
+        """
+        if isinstance(model, FoundModel):
+            return model
+        name = str(model)
+        on_hub = "/" in name and not name.endswith(".safetensors") and not Path(model).expanduser().exists()
+        return cls(name, None if name == "demo" or on_hub else find_model(model), upsampler, text_encoder)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the built-in model of random weights."""
+        return self.name == "demo"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its configurations can be read without a download."""
+        return self.is_demo or self.own is not None
+
+    @property
+    def path(self) -> Path | None:
+        """The model's own file or folder; None for the demo and for a hub id."""
+        path = Path(self.name).expanduser()
+        return None if self.is_demo or not path.exists() else path
+
+    @cached_property
+    def files(self) -> ModelFiles:
+        """Where all components lie; downloads what is not on this machine. The demo has none."""
+        return (self.own or find_model(self.name)).with_parts(self.upsampler, self.text_encoder)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """How latents relate to pixels; LTX-2.3's where the model is not here."""
+        return geometry_from_configs(self.config("transformer"), self.config("audio_vae"))
+
+    def config(self, component: str) -> Mapping[str, Any] | None:
+        """Constructor arguments of a component; None where the model is not here."""
+        if self.is_demo:
+            from ltxkern.pipeline.files.demo import DEMO_CONFIGS
+
+            return DEMO_CONFIGS[component]
+        return None if self.own is None else component_config(self.own, component)
+
+    def components(self, dtype: torch.dtype) -> Components:
+        """The components, each loaded when it is first read."""
+        return load_components("demo" if self.is_demo else self.files, dtype=dtype)

@@ -1,0 +1,87 @@
+"""`ltxkern batch` in one process and under torchrun: resuming, refusals, the bits of `generate`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltxkern.cli import main
+from tests.commands.typed import BATCH, write
+
+
+def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One bad option, one bad size, two good items; run again with one repaired, only that one runs."""
+    lines: list[Any] = [
+        {"prompt": "a kite", "name": "kite"},
+        {"prompt": "rain", "seed": 3, "name": "rain"},
+        {"prompt": "snow", "height": 65, "name": "snow"},
+        {"prompt": "fog", "colour": "grey", "name": "fog"},
+    ]
+    folder = tmp_path / "out"
+    command = ["batch", str(write(tmp_path, *lines)), "-o", str(folder), *BATCH]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert f"2 of 4 done (0 before), in {folder}" in said.out
+    assert "snow failed: ValueError: height 65 is not a multiple of 64: use 64 or 128" in said.err
+    assert "fog failed: ValueError: unknown option 'colour'" in said.err
+    stamps = {name: (folder / f"{name}.safetensors").stat().st_mtime_ns for name in ("kite", "rain")}
+    lines[2]["height"] = 64
+    write(tmp_path, *lines[:3])
+    assert main(command) == 0
+    assert "3 of 3 done (2 before)" in capsys.readouterr().out
+    assert stamps == {name: (folder / f"{name}.safetensors").stat().st_mtime_ns for name in stamps}
+    assert (folder / "snow.safetensors").is_file()
+
+
+def test_an_item_equals_the_same_generate(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    path = write(tmp_path, {"prompt": "a kite", "seed": 7, "name": "kite"}, {"prompt": "rain", "name": "rain"})
+    assert main(["batch", str(path), "-o", str(folder), *BATCH, "--quiet"]) == 0
+    alone = tmp_path / "alone.safetensors"
+    small = BATCH[: BATCH.index("--format")]
+    assert main(["generate", "--prompt", "rain", *small, "-o", str(alone), "--quiet"]) == 0
+    assert (folder / "rain.safetensors").read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "gif"], "format must be one of mp4, latents, frames, got 'gif'"),
+        (["--workers", "2"], "workers must be at least 1 and needs --ray, got 2"),
+        (["--cfg-parallel-size", "2"], "cfg-parallel-size is 2 and 1 rank started"),
+    ],
+)
+def test_options_that_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    path = write(tmp_path, {"prompt": "a"})
+    assert main(["batch", str(path), "-o", str(tmp_path / "out"), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three ranks share out every item, one item is refused on all of them, one rank speaks; run again alone, nothing runs."""
+    path = write(tmp_path, {"prompt": "rain", "name": "rain"}, {"prompt": "snow", "height": 65}, {"prompt": "fog"})
+    folder, alone = tmp_path / "ranks", tmp_path / "alone"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(root)}
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "ltxkern"]
+
+    def batch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+        line = [*command, "batch", str(path), "-o", str(folder), *BATCH]
+        return subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+
+    first = batch(folder, *several)
+    assert first.returncode != 0
+    assert first.stdout.splitlines() == [f"2 of 3 done (0 before), in {folder}"]
+    assert first.stderr.count("00002 failed: ValueError: height 65 is not a multiple of 64") == 1
+    assert "cfg parallel on 3 ranks: 10 evaluations exchanged in 12 collectives" in first.stderr
+    assert main(["batch", str(path), "-o", str(folder), *BATCH]) == 2
+    assert f"2 of 3 done (2 before), in {folder}" in capsys.readouterr().out
+    assert batch(alone, sys.executable, "-m", "ltxkern").returncode == 2
+    for name in ("rain", "00003"):
+        assert (folder / f"{name}.safetensors").read_bytes() == (alone / f"{name}.safetensors").read_bytes()

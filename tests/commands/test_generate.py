@@ -1,0 +1,118 @@
+"""`ltxkern generate` as a user types it: outputs, options that reach the run, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ltxkern.cli import main
+from ltxkern.pipeline import HQTwoStagePipeline
+from ltxkern.pipeline.files import checkpoint
+from ltxkern.pipeline.files import found as found_model
+from ltxkern.pipeline.files.demo import build_demo, demo_lora
+from ltxkern.pipeline.results.media import probe_mp4
+from tests.commands.typed import refused, run
+from tests.official_files import write_diffusers_demo
+
+
+def test_mp4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.mp4"
+    assert run("-o", str(path)) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip().splitlines()[-1] == str(path)
+    assert "random weights" in captured.err
+    info = probe_mp4(path)
+    assert (info.frames, info.width, info.height, float(info.fps)) == (9, 128, 64, 24.0)
+    assert (info.audio_rate, info.channels) == (48000, 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_latents_and_frames(tmp_path: Path) -> None:
+    assert run("-o", str(tmp_path / "out.safetensors")) == 0
+    assert set(load_file(tmp_path / "out.safetensors")) == {"video", "audio"}
+    assert run("-o", str(tmp_path / "frames")) == 0
+    assert len(list((tmp_path / "frames").glob("*.png"))) == 9
+
+
+def test_options_reach_the_run(tmp_path: Path) -> None:
+    picture = tmp_path / "first.png"
+    Image.fromarray(np.full((64, 128, 3), 90, dtype=np.uint8)).save(picture)
+    base, changed = tmp_path / "base.safetensors", tmp_path / "changed.safetensors"
+    assert run("-o", str(base)) == 0
+    seen = [load_file(base)["video"]]
+    for options in (
+        ["--seed", "11"],
+        ["--negative-prompt", "rain"],
+        ["--image", f"{picture}:0:0.9"],
+        ["--image", f"{picture}:0:0.9", "--image-crf", "0"],
+        ["--video-cfg-scale", "2"],
+        ["--video-stg-scale", "1", "--video-stg-blocks", "0,1"],
+        ["--distilled-strength-stage-2", "0.75"],
+        ["--eta", "0.25"],
+        ["--dtype", "bf16"],
+    ):
+        assert run("-o", str(changed), *options) == 0
+        video = load_file(changed)["video"].float()
+        assert all(not torch.equal(video, other) for other in seen), options
+        seen.append(video)
+
+
+def test_backend_is_honoured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-o", str(tmp_path / "out.safetensors"), "--backend", "torch") == 0
+    capsys.readouterr()
+    assert "unknown backend 'fast'" in refused(capsys, "--backend", "fast", "-o", str(tmp_path / "o.mp4"))
+    if not torch.cuda.is_available():
+        assert "cannot run here" in refused(capsys, "--backend", "cuda", "-o", str(tmp_path / "o.mp4"))
+
+
+def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["generate", "--prompt", "a", "--height", "1088", "--width", "1920", "--num-frames", "121", "--dry-run"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "stage 1: 544x960, res2s, 15 steps" in text
+    assert "8160 tokens" in text
+    assert "31 evaluations x 3 branches = 93 forwards" in text
+    assert "7 evaluations x 1 branches = 7 forwards" in text
+    assert "0.909375 0.725 0.421875 0" in text
+
+
+def test_a_model_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the request, the memory plan and the loader take what was found."""
+    demo = build_demo()
+    folder = write_diffusers_demo(tmp_path / "model", demo)
+    lora = tmp_path / "distilled.safetensors"
+    save_file(demo_lora(), lora)
+    found: list[object] = []
+    real = checkpoint.find_model
+
+    def find_model(path: object, **parts: object) -> object:
+        found.append(path)
+        return real(path, **parts)
+
+    for module in (checkpoint, found_model):
+        monkeypatch.setattr(module, "find_model", find_model)
+    options = ["--model", str(folder), "--distilled-lora", str(lora), "--dtype", "fp32", "--device", "cpu"]
+    output = tmp_path / "out.safetensors"
+    assert run(*options, "--embedding-cache", "off", "-o", str(output)) == 0
+    assert found == [str(folder)]
+    base = tmp_path / "base.safetensors"
+    assert run("-o", str(base), "--dtype", "fp32", "--device", "cpu") == 0
+    torch.testing.assert_close(load_file(output)["video"], load_file(base)["video"], atol=1e-4, rtol=1e-4)
+
+
+def test_a_full_disk_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(HQTwoStagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was opened"))
+    for name in ("out.mp4", "out.safetensors", "frames"):
+        assert "make room or name another folder" in refused(capsys, "-o", str(tmp_path / name))

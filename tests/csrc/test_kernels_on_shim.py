@@ -1,0 +1,160 @@
+"""Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import ltxkern
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled.steps import Launch, Step
+from tests.csrc.kernel_runs import (
+    CONTIGUOUS,
+    PIPELINES,
+    PLANNERS,
+    GroupNorm,
+    exact_pixel_norm,
+    forced,
+    group_norm_of,
+    planners_of,
+)
+from tests.csrc.on_shim import on_shim, run_step
+from tests.csrc.shim_build import shim
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
+from tests.ops.op_cases import CASES, OpCase, Size, held_to_torch
+
+SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
+    for dtype in case.dtypes:
+        for width, shift in ((16, 0), (8, 3), (7, 3)):
+            results = []
+            for seed in range(3):
+                with on_shim(64, seed=seed, shuffle=seed > 0):
+                    results.append(held_to_torch(case, "cpu", dtype, Size(2, 5, width), shift))
+            for others in results[1:]:
+                for one, other in zip(results[0], others, strict=True):
+                    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, shuffle: bool = True) -> Tensor:
+    """One call with every optional argument, in poisoned memory, held to the numerical contract; returns the result."""
+    out = torch.full_like(given.x, torch.nan)
+    with on_shim(seed=seed, shuffle=shuffle), forced(PLANNERS[planner]), ltxkern.use_backend("cpu"):
+        given.run(groups, out)
+    with ltxkern.use_backend("torch"):
+        composition = given.run(groups)
+    assert_as_close(out, composition, given.exact(groups))
+    return out
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    for planner in planners_of(shape, dtype):
+        group_norm_held(planner, group_norm_of(planner, shape, dtype), groups)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_schedules_do_not_change_a_bit(planner: str) -> None:
+    given = group_norm_of(planner, (1, 8, 4, 4), torch.float32)
+    first, *others = (group_norm_held(planner, given, 4, seed, shuffle=seed > 0) for seed in range(3))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("planner", CONTIGUOUS)
+def test_misaligned_views_take_scalar_access(planner: str) -> None:
+    given = group_norm_of(planner, (1, 4, 64), torch.bfloat16)
+    group_norm_held(planner, given._replace(x=misaligned(given.x)), 2, seed=1)
+
+
+@pytest.mark.parametrize("planner", [*CONTIGUOUS, *PIPELINES])
+def test_a_large_mean_and_a_constant_group(planner: str) -> None:
+    x = torch.cat([1e4 + noise(1, 4, 64), torch.full((1, 4, 64), 3.0)], dim=1)
+    out = poisoned(x)
+    with on_shim(), forced(PLANNERS[planner]), ltxkern.use_backend("cpu"):
+        ltxkern.group_norm_silu(x, None, None, 2, out=out)
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 2, eps=1e-5))
+    # What is kept on chip is taken about one of its values; a mean alone has the digits of 1e4 in fp32.
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3 if planner.startswith("two_pass") else 4e-6)
+    assert bool((out[:, 4:] == 0).all())
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+@pytest.mark.parametrize("into", ["x", "residual"])
+def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
+    """Bit-equal to the result in memory of its own."""
+    results = []
+    for own in (True, False):
+        given = group_norm_of(planner, (2, 8, 3, 16), torch.float32)
+        out = torch.full_like(given.x, torch.nan) if own else getattr(given, into)
+        with on_shim(seed=3), forced(PLANNERS[planner]), ltxkern.use_backend("cpu"):
+            results.append(ltxkern.group_norm_silu(given.x, None, None, 4, residual=given.residual, out=out))
+        assert results[-1] is out
+    assert torch.equal(*results)
+
+
+def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
+    kernels = []
+
+    def noted(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+        for step in steps:
+            assert isinstance(step, Launch)
+            kernels.append(step.kernel)
+            run_step(step, tensors)
+
+    x = noise(1, 2, 1500)
+    with (
+        on_shim(seed=0, run=noted),
+        forced(partial(group_norm.two_pass, chunk_bytes=4, threads=32)),
+        ltxkern.use_backend("cpu"),
+    ):
+        out = ltxkern.group_norm_silu(x, None, None, 1, out=poisoned(x))
+    assert kernels[1:2] == ["ltxk::group_norm_finalize"]
+    exact = torch.nn.functional.silu(torch.nn.functional.group_norm(x.double(), 1, eps=1e-5))
+    with ltxkern.use_backend("torch"):
+        assert_as_close(out, ltxkern.group_norm_silu(x, None, None, 1), exact)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("threads", [32, 128])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 4, 8), (2, 7, 5, 3), (1, 1024, 2, 4), (1, 129, 17), (3, 40), (1, 1, 1)], ids=str
+)
+def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: torch.dtype) -> None:
+    """An error of a few ulp against fp64."""
+    x, weight = noise(*shape, scale=3.0).to(dtype), noise(shape[1], seed=1)
+    x = channels_last(x) if last and len(shape) > 2 else x
+    out = torch.full_like(x, torch.nan)
+    with on_shim(threads, seed=threads), ltxkern.use_backend("cpu"):
+        ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
+    exact = exact_pixel_norm(x, 1e-6, weight)
+    torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [24, 300])
+def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
+    results = []
+    for own in (True, False):
+        x = noise(2, channels, 3, 16)
+        x = channels_last(x) if last else x
+        out = torch.full_like(x, torch.nan) if own else x
+        with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
+            results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
+    assert torch.equal(*results)
+
+
+def test_a_divergent_program_is_refused() -> None:
+    program = shim().DeviceProgram(1)
+    with pytest.raises(KeyError, match="no kernel"):
+        program.add_launch("ltxk::no_such_kernel", (1, 1, 1), 32, 0, 1, False, b"", [])
+    with pytest.raises(ValueError, match="bytes of parameters"):
+        program.add_launch("ltxk::group_norm_finalize", (1, 1, 1), 32, 0, 1, False, bytes(8), [])
+    with pytest.raises(TypeError, match="takes 1 tensors"):
+        program(torch.zeros(1), torch.zeros(1))

@@ -1,0 +1,136 @@
+"""Calls around every op, over the table: outputs, empty tensors, equal bits on repeat, opcheck, tracing, refused gradients."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltxkern import dispatch
+from tests.ops.contract import assert_same, compiled, transposed
+from tests.ops.op_cases import BF16, CASES, F32, MAIN, OpCase, Size
+from tests.serving import backends_of, serving
+
+# What opcheck and the tracer see of a variant that they do not see of the main case.
+TRACED = [
+    *MAIN,
+    *(case for case in CASES if case.variant in ("channels_last", "rows", "three", "3_heads_interleaved", "unmasked")),
+    *(case for case in CASES if case.variant in ("raw_noise", "reference") and case.op != "res2s_advance"),
+]
+
+
+def over(cases: Sequence[OpCase]) -> Callable[[Any], Any]:
+    """Parametrises a test over cases and the backends that run here."""
+    pairs = [(case, backend) for case in cases for backend in backends_of(case.op)]
+    marked = pytest.mark.parametrize(("case", "backend"), pairs, ids=str)
+    return lambda test: pytest.mark.usefixtures("backend_device")(marked(test))
+
+
+@over(CASES)
+def test_out(case: OpCase, backend: str) -> None:
+    """Every element is written, with the bits of the call without `out`; other arguments stay as they were."""
+    for dtype in case.dtypes:
+        tensors = case.tensors(dtype)
+        kept = {name: value.clone() for name, value in tensors.items()}
+        with serving(backend):
+            fresh = case.run(tensors)
+            if case.in_place:
+                first = next(iter(tensors))
+                assert fresh[0] is tensors[first]
+                assert not torch.equal(fresh[0].float(), kept.pop(first).float())
+            else:
+                outputs = [torch.full_like(value, torch.nan) for value in fresh]
+                assert all(one is other for one, other in zip(case.run(tensors, outputs), outputs, strict=True))
+                assert_same(outputs, fresh)
+        assert_same([tensors[name] for name in kept], list(kept.values()))
+
+
+@over([*MAIN, *(case for case in CASES if case.variant == "rows")])
+@pytest.mark.parametrize("size", [Size(0, 3, 4), Size(2, 0, 4), Size(2, 3, 0)], ids=str)
+def test_empty(case: OpCase, backend: str, size: Size) -> None:
+    tensors = case.tensors(F32, size)
+    with serving("torch"):
+        wanted = [value.clone() for value in case.run(tensors)]
+    with serving(backend):
+        for result, expected in zip(case.run(tensors), wanted, strict=True):
+            torch.testing.assert_close(result, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@over([case for case in CASES if not case.in_place])
+def test_equal_bits_on_repeat_for_any_threads(case: OpCase, backend: str) -> None:
+    tensors = case.tensors(BF16, Size(2, 61, 300))
+    before = torch.get_num_threads()
+    with serving(backend):
+        expected = case.run(tensors)
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert_same(case.run(tensors), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+class HandedOverError(Exception):
+    """In the place of an op's call."""
+
+
+def arguments_of(case: OpCase, tensors: dict[str, Tensor]) -> list[Any]:
+    """What the public function hands to the op."""
+    handed: list[Any] = []
+
+    def take(op: dispatch.Op, args: Any, out: Any = None) -> None:
+        handed.extend(args)
+        raise HandedOverError
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(HandedOverError):
+        patch.setattr(dispatch.Op, "__call__", take)
+        case.run(tensors)
+    return handed
+
+
+@over(TRACED)
+def test_opcheck(case: OpCase, backend: str) -> None:
+    op = dispatch._registry[case.op]
+    plain = case.tensors(F32, Size(2, 5, 4))
+    first = next(iter(plain))
+    views = [plain] if case.last else [plain, {**plain, first: transposed(plain[first])}]
+    with serving(backend):
+        for tensors in views:
+            args = arguments_of(case, tensors)
+            # The schema test of torch cannot hold a list of dtypes; test_out stands in for it.
+            dtypes = any(isinstance(value, list) and isinstance(value[0], torch.dtype) for value in args)
+            tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+            check = {"test_utils": tests} if dtypes else {}
+            torch.library.opcheck(op._functional, tuple(args), **check)
+            if op.allocate is not None:
+                made = op.allocate(*args)
+                outputs = [made] if isinstance(made, Tensor) else list(made)
+                torch.library.opcheck(op._into, (*args, *(outputs if op._out_count else [outputs])), **check)
+        if op.differentiable:
+            wanted = {**plain, first: plain[first].clone().requires_grad_()}
+            torch.library.opcheck(op._functional, tuple(arguments_of(case, wanted)))
+
+
+@over(TRACED)
+def test_compile(case: OpCase, backend: str) -> None:
+    """Traced whole, behind and before other ops, for any number of tokens."""
+
+    def call(**tensors: Tensor) -> list[Tensor]:
+        return [value + 1 for value in case.run({name: value + 0 for name, value in tensors.items()})]
+
+    with serving(backend):
+        function = compiled(call)
+        for tokens in (5, 8):
+            tensors = case.tensors(F32, Size(2, tokens, 4))
+            assert_same(function(**tensors), call(**tensors))
+
+
+@pytest.mark.parametrize("case", [case for case in MAIN if not dispatch._registry[case.op].differentiable], ids=str)
+def test_a_wanted_gradient_is_an_error(case: OpCase) -> None:
+    tensors = case.tensors()
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            with pytest.raises(RuntimeError, match=f"ltxkern.{case.op} .*has no backward"):
+                case.run({**tensors, name: value.clone().requires_grad_()})

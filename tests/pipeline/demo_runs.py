@@ -1,0 +1,43 @@
+"""Small runs of the demo model, and what the tests ask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ltxkern.pipeline.generator import HQTwoStagePipeline
+
+SMALL: dict[str, Any] = {"height": 64, "width": 128, "num_frames": 9, "steps": 2}
+
+
+def make(preset: str = "hq", dtype: torch.dtype = torch.float32, **settings: Any) -> HQTwoStagePipeline:
+    return HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=dtype, preset=preset, **settings)
+
+
+def latents(pipe: HQTwoStagePipeline, prompt: Any = "a kite", **changes: Any) -> dict[str, torch.Tensor]:
+    return pipe(prompt, **{**SMALL, "output_type": "latents", **changes}).latents
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def count_forwards(pipe: HQTwoStagePipeline, **changes: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    stage = "stage 1"
+
+    def count(*_: Any) -> None:
+        counts[stage] = counts.get(stage, 0) + 1
+
+    def follow(name: str, *_: Any) -> None:
+        nonlocal stage
+        if name.startswith("stage"):
+            stage = name
+
+    handle = pipe.components.transformer.register_forward_pre_hook(count)
+    try:
+        latents(pipe, progress=follow, **changes)
+    finally:
+        handle.remove()
+    return counts

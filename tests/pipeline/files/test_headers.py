@@ -1,0 +1,48 @@
+"""Headers of safetensors files: what is read of them, and files that are none or are cut off."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ltxkern.pipeline.files.checkpoint import CheckpointError, load_component, load_lora
+from ltxkern.pipeline.files.headers import StoredTensor, listed, read_header
+
+
+def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:
+    whole = official["checkpoint"].read_bytes()
+    cases = {
+        "cut": (whole[: len(whole) // 2], r"truncated, expected \d+ bytes, got \d+"),
+        "header": (whole[:1000], "cut off in its header"),
+        "empty": (b"", "not a safetensors file"),
+        "text": (b"this is a text file, not weights" * 9, "not a safetensors file"),
+        "json": ((16).to_bytes(8, "little") + b'["no", "object"]', "not a safetensors file"),
+    }
+    for name, (content, message) in cases.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_header(path)
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            load_component(path, "vocoder")
+        with pytest.raises(CheckpointError, match=message):
+            load_lora(path)
+
+
+def test_what_a_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"b": torch.zeros(2, 3, dtype=torch.bfloat16), "a": torch.zeros(4, dtype=torch.uint8)}
+    save_file(tensors, path, {"config": '{"depth": 2}', "note": "not {json"})
+    header = read_header(path)
+    assert list(header.tensors) == ["a", "b"]
+    assert header.tensors["b"] == StoredTensor(path, "b", "BF16", (2, 3))
+    assert [tensor.nbytes for tensor in header.tensors.values()] == [4, 12]
+    assert header.config == {"depth": 2}
+    assert header.metadata["note"] == "not {json"
+
+
+def test_long_lists_of_keys_are_cut() -> None:
+    assert listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert listed(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"

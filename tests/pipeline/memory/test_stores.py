@@ -1,0 +1,163 @@
+"""What each mode merges, keeps and takes at a switch, and where "inplace" gives up."""
+
+import itertools
+
+import pytest
+from safetensors.torch import save_file
+
+from ltxkern.pipeline.files.lora import NO_LORA, TWO_STAGE_STRENGTHS, LoRAPhase, lora_phases
+from ltxkern.pipeline.memory import stores
+from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
+from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.modes import MODES
+from ltxkern.pipeline.memory.table import CheckpointPristine, LoRAPhaseError
+from ltxkern.pipeline.planning.meta_trace import AllocationTrace
+from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_and_empty_phases_are_free(model, mode, monkeypatch):
+    lora = random_lora("distilled", model, seed=1)
+    merges = []
+    for name in ("merge_phase", "merge_phase_beside"):
+        monkeypatch.setattr(stores, name, lambda *args, **kwargs: merges.append(1))
+    with TwoStageDeviceManager(mode) as manager:
+        manager.attach(model)
+        manager.prepare(NO_LORA, LoRAPhase(((lora, 0.0),)))
+        manager.switch_lora_phase(NO_LORA)
+        assert merges == []
+        manager.switch_lora_phase(LoRAPhase(((lora, 0.5),)))
+        assert len(merges) >= len(lora.factors)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_peak_extra_memory_of_a_switch(mode):
+    block = 2 * 256 * 512 * 2
+    # The trace holds the weights from the start: a switch that replaces them frees what it replaces.
+    with AllocationTrace() as trace, TwoStageDeviceManager(mode) as manager:
+        model = small_model(width=256, hidden=512, blocks=6)
+        phases = lora_phases([], random_lora("distilled", model, seed=1, rank=2))
+        weights = sum(w.nbytes for w in linear_weights(model).values())
+        manager.attach(model)
+        manager.prepare(*phases)
+        # What the manager keeps beside one copy, on the device: a second copy, two blocks, a correction, nothing.
+        kept = {"resident": weights, "snapshot": 2 * block, "inplace": weights, "original": 0}[mode]
+        assert manager.store.extra_device_bytes <= kept
+        limit = {"resident": 0, "snapshot": 0, "inplace": 2 * block, "original": block}[mode]
+        for phase in (phases[1], phases[0], phases[1]):
+            before = trace.peak = trace.live
+            manager.switch_lora_phase(phase)
+            assert trace.peak - before <= limit + 64 * 1024
+            # And a switch leaves nothing behind; both ways take the same.
+            assert trace.live == before
+        if mode == "inplace":
+            assert manager.store.host_bytes == 0
+
+
+def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(model, monkeypatch):
+    lora = random_lora("distilled", model, seed=1)
+    calls = []
+
+    def counted(real):
+        return lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+
+    for name in ("merge_phase", "phase_deltas"):
+        monkeypatch.setattr(stores, name, counted(getattr(stores, name)))
+    for strengths, products in (((0.25, 0.5), 1), ((0.3, 0.7), 2), ((0.5, -0.125), 1)):
+        phases = lora_phases([], lora, strengths)
+        expected = fresh_merges(linear_weights(model), phases)
+        with TwoStageDeviceManager("inplace") as manager:
+            manager.attach(model)
+            manager.prepare(*phases)
+            calls.clear()
+            manager.switch_lora_phase(phases[1])
+            assert len(calls) == products * len(lora.factors)
+            assert_weights(model, expected[phases[1]])
+
+
+def test_inplace_takes_two_products_where_one_does_not_give_the_bits(model, phases, expected, monkeypatch):
+    with TwoStageDeviceManager("inplace") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        monkeypatch.setattr(stores, "binary_ratio", lambda *_: 1.0)
+        for phase in (phases[1], phases[0]):
+            manager.switch_lora_phase(phase)
+            assert_weights(model, expected[phase])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_preparing_the_same_phases_again_merges_nothing(model, phases, mode, monkeypatch):
+    with TwoStageDeviceManager(mode) as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+
+        def refuse(*_, **__):
+            raise AssertionError("merged again")
+
+        with monkeypatch.context() as patch:
+            for name in ("merge_phase", "merge_phase_beside", "merge_phase_pair", "phase_deltas"):
+                patch.setattr(stores, name, refuse)
+            manager.prepare(*phases)
+            if mode in ("resident", "snapshot"):
+                manager.switch_lora_phase(phases[1])
+                manager.prepare(*phases)
+        assert manager.phase == phases[0]
+
+
+def test_inplace_falls_back_where_the_correction_would_be_too_large(model, pristine):
+    lora = random_lora("violent", model, seed=1, size=2000.0)
+    phases = lora_phases([], lora)
+    expected = fresh_merges(pristine, phases)
+    with TwoStageDeviceManager("inplace") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.mode == "snapshot"
+        assert "bytes per weight" in manager.describe()
+        for phase in (phases[1], phases[0]):
+            manager.switch_lora_phase(phase)
+            assert_weights(model, expected[phase])
+    assert_weights(model, pristine)
+
+
+def test_inplace_falls_back_where_the_product_is_not_repeatable(model, pristine, phases, expected, monkeypatch):
+    calls = itertools.count()
+    real = stores.merge_phase
+
+    def unstable(weight, module, phase, **kwargs):
+        real(weight, module, phase, **kwargs)
+        if kwargs.get("sign") == -1 and next(calls) % 2:
+            bit_pattern(weight)[3] += 1
+        return weight
+
+    monkeypatch.setattr(stores, "merge_phase", unstable)
+    with TwoStageDeviceManager("inplace") as manager:
+        manager.attach(model)
+        manager.prepare(*phases)
+        assert manager.mode == "snapshot"
+        assert "not repeatable" in manager.describe()
+        assert_weights(model, expected[phases[0]])
+    assert_weights(model, pristine)
+
+
+@pytest.mark.parametrize("rounding", ["reference", "single"])
+def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(
+    model, pristine, rounding, tmp_path, monkeypatch
+):
+    """Strengths 0 and 1: nothing is read from the files, and one pass makes the second copy."""
+    save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+    lora, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
+    phases = lora_phases([], lora, TWO_STAGE_STRENGTHS)
+    third = LoRAPhase(((user, 0.7),))
+    expected = fresh_merges(pristine, [*phases, third], rounding)
+    with TwoStageDeviceManager("resident", rounding=rounding) as manager:
+        manager.attach(model, pristine=tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointPristine, "fetch", lambda *_: pytest.fail("read again"))
+            manager.prepare(*phases)
+            for phase in (phases[1], phases[0], third):
+                manager.switch_lora_phase(phase)
+                assert_weights(model, expected[phase])
+        manager.switch_lora_phase(NO_LORA)
+        model.proj_in.weight[3, 4] += 1
+        with pytest.raises(LoRAPhaseError, match=r"proj_in\.weight does not have the bits"):
+            manager.switch_lora_phase(phases[1])
