@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 MOST_FILES, MOST_LINES = 16, 400
 SOURCES = {".py", ".cuh", ".cu", ".cpp", ".h"}
@@ -38,11 +36,3 @@ def test_every_module_of_the_pipeline_has_its_test() -> None:
     assert len(rooms) > 40
     expected = [ROOT / "tests" / "pipeline" / path.parent.name / f"test_{path.stem}.py" for path in rooms]
     assert [str(path.relative_to(ROOT)) for path in expected if not path.is_file()] == []
-
-
-@pytest.mark.parametrize("tier", ["compiled", "triton"])
-def test_launchers_know_ops_by_type_only(tier: str) -> None:
-    grimp = pytest.importorskip("grimp")
-    graph = grimp.build_graph("ltxkern", exclude_type_checking_imports=True, cache_dir=None)
-    assert f"ltxkern.{tier}.dual_add" in graph.modules
-    assert graph.find_shortest_chains(f"ltxkern.{tier}", "ltxkern.ops") == set()
