@@ -197,6 +197,7 @@ class Op:
         self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
+        self.differentiable = differentiable
         self.receipts: set[str] = set()
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
