@@ -193,7 +193,7 @@ def main() -> None:
         moved = type(guidance)(*(scale_blocks(scales, geometry.blocks) for scales in (guidance.video, guidance.audio)))
         policy = MultiModalPolicy.build(moved, contexts(0, given.device), contexts(1, given.device))
         size = {"height": given.height, "width": given.width, "num_frames": given.num_frames}
-        plans = GenerationRequest("x", preset=find_preset(preset), **size).plan(geometry)
+        plans = GenerationRequest("x", preset=find_preset(preset), **size).stages(geometry)
         first = measure(plans[0], policy, given.device, given.repeats)
         alone = SingleBranchPolicy(policy.branches[:1])
         second = measure(plans[1], alone, given.device, given.repeats)
