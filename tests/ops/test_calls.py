@@ -102,14 +102,14 @@ def test_opcheck(case: OpCase, backend: str) -> None:
             dtypes = any(isinstance(value, list) and isinstance(value[0], torch.dtype) for value in args)
             tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
             check = {"test_utils": tests} if dtypes else {}
-            torch.library.opcheck(op._functional, tuple(args), **check)
+            torch.library.opcheck(op._torch_op.call, tuple(args), **check)
             if op.allocate is not None:
                 made = op.allocate(op.arguments(*args))
                 outputs = [made] if isinstance(made, Tensor) else list(made)
-                torch.library.opcheck(op._into, (*args, *(outputs if op._out_count else [outputs])), **check)
+                torch.library.opcheck(op._torch_op.into, (*args, *(outputs if op._torch_op.outputs else [outputs])), **check)
         if op.differentiable:
             wanted = {**plain, first: plain[first].clone().requires_grad_()}
-            torch.library.opcheck(op._functional, tuple(arguments_of(case, wanted)))
+            torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)))
 
 
 @over(TRACED)
