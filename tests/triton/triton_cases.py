@@ -9,7 +9,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import reference
-from ltxkern.ops.row_index import taken
+from ltxkern.ops.rms_norm_modulate import taken
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:
