@@ -155,7 +155,7 @@ def half_step_cases(
     name: str, shapes: list[tuple[int, ...]], *, step: int, masked: bool, raw: bool, compute: torch.dtype
 ) -> list[Case]:
     """Both half-steps for one or several modalities."""
-    plan = STEPS[step]
+    taken = STEPS[step]
 
     def columns(parts: list[Modality], *names: str) -> list[list[Tensor | None]]:
         return [[getattr(part, name) for part in parts] for name in names]
@@ -163,7 +163,7 @@ def half_step_cases(
     def midpoint(device: str, dtype: torch.dtype) -> Problem:
         draw = Draw(device, dtype)
         parts = [_modality(draw, shape, masked, raw) for shape in shapes]
-        c, (a, b, s) = plan.contraction, plan.substep
+        c, (a, b, s) = taken.contraction, taken.substep
 
         def exact() -> list[Tensor]:
             mids, anchors = [], []
@@ -171,7 +171,7 @@ def half_step_cases(
                 x, d = part.state.double(), part.masked(part.x0.double())
                 moved = part.masked(a * x + b * (x + c * (d - x)) + s * part.ready())
                 mids.append(moved)
-                anchors.append((moved - c * d) / (1 - c) if plan.refine else x)
+                anchors.append((moved - c * d) / (1 - c) if taken.refine else x)
             return mids + anchors
 
         given = columns(parts, "state", "x0", "noise", "mask", "clean", "stats")
@@ -179,19 +179,19 @@ def half_step_cases(
         count = len(parts)
         return Problem(
             lambda out: ltxkern.res2s_midpoint(
-                latent, x0, noise, plan, mask=mask, clean=clean, noise_stats=stats, compute_dtype=compute,
+                latent, x0, noise, taken, mask=mask, clean=clean, noise_stats=stats, compute_dtype=compute,
                 out=(out[:count], out[count:]),
             ),
             [*latent, *(state.to(compute) for state in latent)],
             exact,
-            lambda: reference.res2s_midpoint(*given, [c, a, b, s], plan.refine, compute),
+            lambda: reference.res2s_midpoint(*given, [c, a, b, s], taken.refine, compute),
         )  # fmt: skip
 
     def advance(device: str, dtype: torch.dtype) -> Problem:
         draw = Draw(device, dtype)
         parts = [_modality(draw, shape, masked, raw) for shape in shapes]
         parts = [replace(part, state=draw(*shape, dtype=compute)) for part, shape in zip(parts, shapes, strict=True)]
-        hb1, hb2, (a, b, s) = plan.h * plan.b1, plan.h * plan.b2, plan.advance
+        hb1, hb2, (a, b, s) = taken.h * taken.b1, taken.h * taken.b2, taken.advance
 
         def exact() -> list[Tensor]:
             results = []
@@ -206,7 +206,7 @@ def half_step_cases(
         anchor, x0, second, noise, mask, clean, stats = given
         return Problem(
             lambda out: ltxkern.res2s_advance(
-                anchor, x0, second, noise, plan, mask=mask, clean=clean, noise_stats=stats, model_dtype=dtype, out=out
+                anchor, x0, second, noise, taken, mask=mask, clean=clean, noise_stats=stats, model_dtype=dtype, out=out
             ),
             x0,
             exact,
