@@ -210,11 +210,11 @@ def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
     from ltxkern.commands.batch_items import Outcome, digest
-    from ltxkern.pipeline.parallel.ranks import Launch
+    from ltxkern.pipeline.parallel.ranks import Started
 
-    launch = Launch.from_environment()
-    if launch.size > 1:
-        raise ValueError(f"ray starts its own workers, and torchrun started {launch.size} ranks: use one of them")
+    started = Started.from_environment()
+    if started.size > 1:
+        raise ValueError(f"ray starts its own workers, and torchrun started {started.size} ranks: use one of them")
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -222,7 +222,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
     from ltxkern.commands.batch_ray import require_capacity, run_with_ray
 
     size = arguments.cfg_parallel_size or 1
-    parallel.check_options(arguments, Launch(size=size))
+    parallel.check_options(arguments, Started(size=size))
     if not todo:
         return
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=arguments.verbose)

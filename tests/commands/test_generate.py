@@ -71,7 +71,7 @@ def test_backend_is_honoured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert "cannot run here" in refused(capsys, "--backend", "cuda", "-o", str(tmp_path / "o.mp4"))
 
 
-def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["generate", "--prompt", "a", "--height", "1088", "--width", "1920", "--num-frames", "121", "--dry-run"])
         == 0
