@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.ops.checks import check_finite_number
 from ltxkern.ops.res2s_step import SUBSTEP_ETA
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
+from ltxkern.pipeline.run.presets import PRESETS, Preset, find_preset
 from ltxkern.pipeline.sampling.guidance import (
-    HQ_GUIDANCE,
-    TWO_STAGE_GUIDANCE,
     GuidanceRequest,
     GuidanceScales,
     MultiModalPolicy,
@@ -29,7 +29,19 @@ from ltxkern.pipeline.sampling.latents import (
     VideoLatentShape,
     require_frame_count,
 )
-from ltxkern.pipeline.sampling.schedule import DISTILLED_SIGMAS, STAGE_2_SIGMAS, ltx2_sigmas
+from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
+
+__all__ = [
+    "DEFAULT_NEGATIVE_PROMPT",
+    "PRESETS",
+    "GenerationRequest",
+    "Preset",
+    "Stage",
+    "find_device",
+    "find_preset",
+    "require_strength",
+    "scale_blocks",
+]
 
 # The five leading tags are the published pipeline's (the model knows them); the rest covers the same ground in our words.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -39,55 +51,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "warped face, waxy skin, stiff motion, frozen frame, watermark, logo, text overlay, silence, muffled sound, "
     "distorted or robotic voice, echo, hiss, sound out of sync, unwanted speech, cartoon filter, generation artefacts"
 )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What distinguishes the generators that share this code.
-
-    sampler: "res2s", "euler" or "euler-ancestral", the last in stage 1 only; stages: 1 or 2; distilled_strengths: of the distilled
-    LoRA in stage 1 and 2; sigmas: the fixed schedule of stage 1 of a distilled checkpoint; eta: noise share of a step;
-    audio_source: the stage whose audio is decoded.
-    """
-
-    name: str
-    sampler: str
-    stages: int
-    steps: int
-    guidance: GuidanceRequest
-    distilled_strengths: tuple[float, float]
-    sigmas: tuple[float, ...] | None = None
-    eta: float = 0.5
-    audio_source: str = "stage1"
-
-    @property
-    def for_distilled(self) -> bool:
-        """Whether it is made for a checkpoint that is distilled itself: fixed schedule, no guidance."""
-        return self.sigmas is not None
-
-
-PRESETS = {
-    "hq": Preset("hq", "res2s", 2, 15, HQ_GUIDANCE, (0.25, 0.5)),
-    "two-stage": Preset("two-stage", "euler", 2, 30, TWO_STAGE_GUIDANCE, (0.0, 1.0)),
-    "one-stage": Preset("one-stage", "euler", 1, 30, TWO_STAGE_GUIDANCE, (0.0, 0.0)),
-    "distilled": Preset(
-        "distilled", "euler-ancestral", 2, 8, GuidanceRequest(), (0.0, 0.0), DISTILLED_SIGMAS, 1.0, "stage2"
-    ),
-    "one-stage-distilled": Preset(
-        "one-stage-distilled", "euler-ancestral", 1, 8, GuidanceRequest(), (0.0, 0.0), DISTILLED_SIGMAS, 1.0
-    ),
-}
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of this name.
-
-    Raises:
-        ValueError: unknown name; the known ones are listed.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"pipeline must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -169,7 +132,7 @@ class GenerationRequest:
         for name in ("stage1_sigmas", "stage2_sigmas"):
             sigmas = getattr(self, name)
             object.__setattr__(self, name, None if sigmas is None else _floats(sigmas))
-        if not isinstance(self.seed, int) and isinstance(self.seed, Sequence):
+        if isinstance(self.seed, Sequence) and not isinstance(self.seed, str):
             object.__setattr__(self, "seed", tuple(self.seed))
 
     @property
@@ -189,7 +152,8 @@ class GenerationRequest:
 
     def seeds(self) -> list[int]:
         """The seeds, one per video."""
-        return [self.seed] * self.batch if isinstance(self.seed, int) else list(self.seed)
+        seeds = list(self.seed) if isinstance(self.seed, Sequence) else [self.seed]
+        return seeds * self.batch if len(seeds) == 1 else seeds
 
     @property
     def noise_share(self) -> float:
@@ -220,8 +184,9 @@ class GenerationRequest:
         if self.sounds_from == "stage2" and self.preset.stages == 1:
             raise ValueError('audio_source "stage2" needs a pipeline of two stages: use "stage1"')
         for name, share in (("eta", self.noise_share), ("substep_eta", self.substep_eta)):
-            if not (math.isfinite(share) and 0 <= share <= 1):
-                raise ValueError(f"{name} must be between 0 and 1, got {share}: use {min(max(share, 0), 1) or 0:g}")
+            check_finite_number(name, share)
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}: use {0 if share < 0 else 1}")
         if _whole("max_batch_size", self.max_batch_size) < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}: use 1")
         if self.audio_shape(geometry).frames < 1:
@@ -237,11 +202,10 @@ class GenerationRequest:
         validate_image_conditions(self.images, self.num_frames, check_files=check_files)
 
     def _require_seeds(self) -> None:
-        seeds = [_whole("seed", seed) for seed in ([self.seed] if isinstance(self.seed, int) else self.seeds())]
-        if len(seeds) not in {1, self.batch}:
-            raise ValueError(f"seed must be one, or one per prompt: {self.batch} prompts, {len(seeds)} given")
-        for seed in seeds:
-            if not -(2**63) <= seed < 2**64:
+        if len(self.seeds()) != self.batch:
+            raise ValueError(f"seed must be one, or one per prompt: {self.batch} prompts, {len(self.seeds())} given")
+        for seed in self.seeds():
+            if not -(2**63) <= _whole("seed", seed) < 2**64:
                 raise ValueError(f"seed must be between -2^63 and 2^64 - 1, got {seed}")
 
     def _require_steps(self) -> None:

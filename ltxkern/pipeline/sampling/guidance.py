@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import repeat
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -219,16 +220,17 @@ class MultiModalPolicy(CFGPolicy):
             if name not in cond:
                 continue
             branches = (cond[name], *(other.get(name) for other in others))
-            given = {
-                "cfg_scale": scales.cfg,
-                "stg_scale": scales.stg if PERTURBED in ran else 0.0,
-                "modality_scale": scales.modality if MODALITY in ran else 1.0,
-                "rescale_scale": scales.rescale,
-            }
+            combine = partial(
+                combine_guidance,
+                cfg_scale=scales.cfg,
+                stg_scale=scales.stg if PERTURBED in ran else 0.0,
+                modality_scale=scales.modality if MODALITY in ran else 1.0,
+                rescale_scale=scales.rescale,
+            )
             # The op's deviations are over its whole tensor; videos that share a call must not share them.
             parts = len(cond[name]) if scales.rescale else 1
             samples = zip(*(repeat(None) if b is None else b.chunk(parts) for b in branches), strict=False)
-            each = [combine_guidance(*sample, **given) for sample in samples]
+            each = [combine(*sample) for sample in samples]
             combined[name] = each[0] if len(each) == 1 else torch.cat(each)
         return combined
 
