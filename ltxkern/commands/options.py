@@ -50,9 +50,12 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-frames", type=int, help="8k+1 (default 121; demo 25)")
     group.add_argument("--frame-rate", type=float, default=24.0, help="frames per second (default 24)")
     group.add_argument("--seed", type=int, default=10, help="seed of the initial noise (default 10)")
-    group.add_argument("--steps", type=int, help="stage-1 steps (default 15 for hq, else 30)")
-    group.add_argument("--eta", type=float, default=0.5, help="noise share of a res2s step (default 0.5)")
-    group.add_argument("--audio-source", default="stage1", help="stage1 (as published, default) or stage2")
+    group.add_argument("--steps", type=int, help="stage-1 steps (default 15 for hq, 30 if guided; else 8, fixed)")
+    group.add_argument("--eta", type=float, help="noise share of a step of hq (default 0.5) or distilled (default 1)")
+    group.add_argument("--substep-eta", type=float, help="noise share of a res2s midpoint (default 0.5)")
+    group.add_argument(
+        "--audio-source", help="stage1 or stage2 (default as published: stage2 for distilled, else stage1)"
+    )
     scales = parser.add_argument_group("guidance of stage 1 (defaults: the pipeline's preset)")
     for modality in ("video", "audio"):
         for name, text in GUIDANCE.items():
@@ -69,7 +72,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", default="demo", help='"demo", an official file, a diffusers folder or a hub id (default demo)'
     )
-    group.add_argument("--pipeline", default="hq", help="hq (default), two-stage or one-stage")
+    group.add_argument(
+        "--pipeline", default="hq", help="hq (default), two-stage, one-stage, distilled or one-stage-distilled"
+    )
     group.add_argument("--upsampler", metavar="PATH", help="latent upsampler, where it does not lie with the model")
     group.add_argument("--text-encoder", metavar="PATH", help="Gemma 3 folder, where it does not lie with the model")
     group.add_argument(
@@ -77,11 +82,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="user LoRA; repeatable")
     group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demo brings its own)")
+    group.add_argument("--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, else 0")
     group.add_argument(
-        "--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, 0 for two-stage"
-    )
-    group.add_argument(
-        "--distilled-strength-stage-2", type=float, metavar="F", help="default 0.5 for hq, 1 for two-stage"
+        "--distilled-strength-stage-2", type=float, metavar="F", help="default 0.5 for hq, 1 for two-stage, else 0"
     )
     group = parser.add_argument_group("device")
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: the first CUDA device, else cpu)")
@@ -162,6 +165,7 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
+    from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
 
     preset = find_preset(arguments.pipeline)
@@ -185,6 +189,7 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     with _backend_choice(backends):
         pass  # refuses a backend that cannot run here
     model = FoundModel.of(arguments.model, upsampler=arguments.upsampler, text_encoder=arguments.text_encoder)
+    warn_if_unfit(preset, model, (first, second))
     device = find_device(arguments.device)
     found = ModelOptions(
         model=model,

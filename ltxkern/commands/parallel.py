@@ -145,8 +145,12 @@ def check_options(arguments: argparse.Namespace, started: Started) -> None:
         )
     if arguments.stage2_parallel == "ulysses" and ranks == 1:
         raise ValueError("stage2-parallel ulysses needs several ranks: start them with torchrun, or use none")
-    if arguments.stage2_parallel == "ulysses" and arguments.pipeline == "one-stage":
-        raise ValueError("stage2-parallel ulysses needs a stage 2, and pipeline one-stage has none: use none")
+    from ltxkern.pipeline.run.presets import find_preset
+
+    if arguments.stage2_parallel == "ulysses" and find_preset(arguments.pipeline).stages == 1:
+        raise ValueError(
+            f"stage2-parallel ulysses needs a stage 2, and pipeline {arguments.pipeline} has none: use none"
+        )
     if wanted is not None and wanted < 1:
         raise ValueError(f"cfg-parallel-size must be at least 1, got {wanted}: use 1")
     if wanted is not None and wanted != ranks:

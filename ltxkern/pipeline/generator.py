@@ -23,6 +23,7 @@ from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -101,7 +102,7 @@ class HQTwoStagePipeline:
             path_or_id: "demo" (tiny random weights: its pictures are noise), a path, a hub id, or what was found already.
             device: where to compute; None for the first CUDA device, else the CPU.
             dtype: of weights and activations; the vocoder stays fp32.
-            preset: "hq", "two-stage" or "one-stage".
+            preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             loras: user LoRA files with strengths (1.0 where none is given), merged before the distilled one in both stages.
             distilled_lora: the distilled LoRA file; the demo brings its own.
@@ -121,6 +122,8 @@ class HQTwoStagePipeline:
         for name, strength in [*((str(path), s) for path, s in pairs), *(("distilled LoRA", s) for s in strengths)]:
             require_strength(name, strength)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder)
+        if model is not path_or_id:  # what was found already was checked where it was found
+            warn_if_unfit(chosen, model, strengths)
         distilled: LoRA | None = None
         if distilled_lora is not None:
             distilled = LoRA.from_file(distilled_lora)
@@ -189,7 +192,7 @@ class HQTwoStagePipeline:
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] | None = None,
         images: Sequence[Any] = (),
-        seed: int = 10,
+        seed: int | Sequence[int] = 10,
         height: int = 1088,
         width: int = 1920,
         num_frames: int = 121,
