@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,11 +38,12 @@ class ImageCondition:
 
 
 def parse_image_condition(text: str) -> ImageCondition:
-    """Read "PATH[:FRAME[:STRENGTH]]"; a path may itself contain colons, and an existing file wins over a suffix.
+    """Read "PATH[:FRAME[:STRENGTH]]"; a path may begin with ~ and contain colons, and an existing file wins over a suffix.
 
     Raises:
         ValueError: an empty path, or a last part that is a number but no frame index.
     """
+    text = os.path.expanduser(text)
     parts = text.rsplit(":", 2)
     if Path(text).is_file() or len(parts) == 1:
         return _condition(text, text)

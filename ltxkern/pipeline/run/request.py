@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
+from ltxkern.pipeline.results.media import frame_rate
 from ltxkern.pipeline.sampling.guidance import (
     HQ_GUIDANCE,
     TWO_STAGE_GUIDANCE,
@@ -116,7 +118,7 @@ class GenerationRequest:
         seed: of the initial noise; the sampler's own noise has fixed seeds, as published.
         height, width: of the result, multiples of 64 (32 for one stage).
         num_frames: 8k+1.
-        frame_rate: frames per second.
+        frame_rate: frames per second; also a fraction such as "24000/1001".
         steps: of stage 1; None for the preset's (15 in HQ).
         video_guidance, audio_guidance: scales of stage 1; None for the preset's.
         distilled_strengths: of the distilled LoRA in stage 1 and 2; None for the pipeline's.
@@ -146,6 +148,8 @@ class GenerationRequest:
     max_batch_size: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.frame_rate, (str, Fraction)):
+            object.__setattr__(self, "frame_rate", float(frame_rate(self.frame_rate)))
         object.__setattr__(self, "images", tuple(_image_condition(item) for item in self.images))
         for name in ("stage1_sigmas", "stage2_sigmas"):
             sigmas = getattr(self, name)

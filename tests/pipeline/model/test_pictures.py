@@ -140,9 +140,6 @@ COLOUR_16 = np.repeat(RAMP_16[:, :, None], 3, axis=2)
         (lambda path: write_png16(path, COLOUR_16[:, :, :2]), 255 * RAMP**2),
         (lambda path: write_png16(path, np.dstack((COLOUR_16, RAMP_16))), 255 * RAMP**2),
     ],
-    ids=[
-        *"f32 f32-inverted f32-to-255 u16 u16-inverted i16 i32 pgm pfm png16 png16-key rgb16 rgb16-key la16 rgba16".split()
-    ],
 )
 def test_every_depth_is_shown_in_its_range(tmp_path: Path, write: object, expected: np.ndarray) -> None:
     write(tmp_path / "a")
