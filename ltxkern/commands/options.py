@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -48,7 +47,12 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="multiple of 64 (default 1088; demo 128)")
     group.add_argument("--width", type=int, help="multiple of 64 (default 1920; demo 192)")
     group.add_argument("--num-frames", type=int, help="8k+1 (default 121; demo 25)")
-    group.add_argument("--frame-rate", type=float, default=24.0, help="frames per second (default 24)")
+    group.add_argument(
+        "--frame-rate",
+        type=_frame_rate,
+        default=24.0,
+        help="frames per second, or a fraction such as 24000/1001 (default 24)",
+    )
     group.add_argument("--seed", type=int, default=10, help="seed of the initial noise (default 10)")
     group.add_argument("--steps", type=int, help="stage-1 steps (default 15 for hq, 30 if guided; else 8, fixed)")
     group.add_argument("--eta", type=float, help="noise share of a step of hq (default 0.5) or distilled (default 1)")
@@ -66,11 +70,26 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         scales.add_argument(f"--{modality}-stg-blocks", metavar="N,N", help=f"{modality}: blocks that STG perturbs")
 
 
+def _frame_rate(text: str) -> float:
+    from ltxkern.pipeline.results.media import frame_rate
+
+    try:
+        return float(frame_rate(text))
+    except ValueError as error:
+        try:
+            return float(text)  # what is a number is judged with the rest of the request
+        except ValueError:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where it computes, and how."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="demo", help='"demo", an official file, a diffusers folder or a hub id (default demo)'
+        "--model",
+        default="demo",
+        metavar="PATH",
+        help='"demo", an official file, a diffusers folder or a hub id (default demo)',
     )
     group.add_argument(
         "--pipeline", default="hq", help="hq (default), two-stage, one-stage, distilled or one-stage-distilled"
@@ -294,57 +313,3 @@ def _backend_choice(names: tuple[str, ...]) -> contextlib.AbstractContextManager
     from ltxkern.dispatch import use_backend
 
     return use_backend(*names) if names else contextlib.nullcontext()
-
-
-def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Values of a YAML file as defaults of a command's options; dashes and underscores are alike.
-
-    Raises:
-        ValueError: the file is missing, is no mapping, names an unknown option, or has a value of the wrong type.
-    """
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"config: there is no file {path}")
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config {path}: expected a mapping of options to values, got {type(content).__name__}")
-    actions = {action.dest: action for action in parser._actions}
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in actions or name in ("help", "config"):
-            close = difflib.get_close_matches(name, actions, n=1)
-            hint = f": did you mean {close[0].replace('_', '-')}?" if close else ""
-            raise ValueError(f"config {path}: unknown option {key}{hint}")
-        values[name] = _config_value(actions[name], key, value, path)
-    return values
-
-
-def _config_value(action: argparse.Action, key: str, value: Any, path: str) -> Any:
-    """A YAML value as the option takes it; numbers, texts and switches are not turned into one another."""
-    if isinstance(action.default, list):
-        items = value if isinstance(value, list) else [value]
-        return [_typed(str, key, item, path) for item in items]
-    if isinstance(action, argparse._StoreTrueAction):
-        return _typed(bool, key, value, path)
-    if value is None:
-        return None
-    if isinstance(value, list) and action.type is None:
-        return ",".join(str(_typed(int, key, item, path)) for item in value)
-    if action.type not in (None, int, float):
-        return str(value)  # argparse reads a default that is a text as it reads the command line
-    if action.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return _typed(str if action.type is None else action.type, key, value, path)
-
-
-def _typed(kind: Any, key: str, value: Any, path: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"config {path}: {key} must be {names[kind]}, got {value!r}")
-    return value

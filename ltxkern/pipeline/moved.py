@@ -59,6 +59,7 @@ MOVED = {
     for room, stems in _ROOMS.items()
     for old, new in stems.items()
 }
+MOVED[f"{_PACKAGE}.batch"] = "ltxkern.commands.batch_items"  # by name alone: nothing here imports a command
 
 
 class _Forwarding(MetaPathFinder, Loader):

@@ -48,7 +48,7 @@ class HQOutput:
         kind = output_kind(path)
         if kind == "latents":
             media.write_latents(path, self.latents["video"], self.latents["audio"])
-            return Path(path)
+            return Path(path).expanduser()
         if self.video is None:
             raise ValueError(
                 f'{path}: this output holds latents only: save to .safetensors, or use output_type="video"'
@@ -60,4 +60,4 @@ class HQOutput:
             media.write_mp4(path, chunks, self.audio, self.frame_rate, self.sample_rate, progress=progress)
         else:
             media.write_frames(path, chunks, self.audio, self.sample_rate, progress=progress)
-        return Path(path)
+        return Path(path).expanduser()

@@ -106,7 +106,9 @@ def test_opcheck(case: OpCase, backend: str) -> None:
             if op.allocate is not None:
                 made = op.allocate(op.arguments(*args))
                 outputs = [made] if isinstance(made, Tensor) else list(made)
-                torch.library.opcheck(op._torch_op.into, (*args, *(outputs if op._torch_op.outputs else [outputs])), **check)
+                torch.library.opcheck(
+                    op._torch_op.into, (*args, *(outputs if op._torch_op.outputs else [outputs])), **check
+                )
         if op.differentiable:
             wanted = {**plain, first: plain[first].clone().requires_grad_()}
             torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)))

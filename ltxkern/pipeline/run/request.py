@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ltxkern.ops.checks import check_finite_number
 from ltxkern.ops.res2s_step import SUBSTEP_ETA
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
+from ltxkern.pipeline.results.media import frame_rate
 from ltxkern.pipeline.run.presets import PRESETS, Preset, find_preset
 from ltxkern.pipeline.sampling.guidance import (
     GuidanceRequest,
@@ -95,7 +97,7 @@ class GenerationRequest:
             each of which draws what it would draw in a call of its own, or one per video.
         height, width: of the result, multiples of 64 (32 for one stage).
         num_frames: 8k+1.
-        frame_rate: frames per second.
+        frame_rate: frames per second; also a fraction such as "24000/1001".
         steps: of stage 1; None for the preset's (15 in HQ).
         video_guidance, audio_guidance: scales of stage 1; None for the preset's.
         distilled_strengths: of the distilled LoRA in stage 1 and 2; None for the pipeline's.
@@ -128,6 +130,8 @@ class GenerationRequest:
     max_batch_size: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.frame_rate, (str, Fraction)):
+            object.__setattr__(self, "frame_rate", float(frame_rate(self.frame_rate)))
         object.__setattr__(self, "images", tuple(_image_condition(item) for item in self.images))
         for name in ("stage1_sigmas", "stage2_sigmas"):
             sigmas = getattr(self, name)
