@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltxkern.pipeline.files.official_names import component_of
+
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 ITEM_BYTES = {
@@ -58,6 +60,15 @@ class Header:
     metadata: Mapping[str, Any]
     offsets: Mapping[str, int]
 
+    @functools.cached_property
+    def components(self) -> Mapping[str, list[str]]:
+        """Keys of an official file by the component they belong to."""
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            if (component := component_of(key)) is not None:
+                found.setdefault(component, []).append(key)
+        return found
+
     @property
     def config(self) -> Mapping[str, Any]:
         """The official configuration, empty where the file carries none."""
@@ -96,7 +107,9 @@ def _read_header(path: Path, size: int, _changed: int) -> Header:
             tensor = StoredTensor(path, key, info["dtype"], tuple(info["shape"]))
             first, last = info["data_offsets"]
             if tensor.dtype in ITEM_BYTES and last - first != tensor.nbytes:
-                raise CheckpointError(f"{path}: damaged, {key} {tensor.shape} in {last - first} bytes; download it again")
+                raise CheckpointError(
+                    f"{path}: damaged, {key} {tensor.shape} in {last - first} bytes; download it again"
+                )
             tensors[key], offsets[key], end = tensor, 8 + length + first, max(end, last)
         decoded = {key: _decoded(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:

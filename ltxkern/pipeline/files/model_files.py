@@ -158,9 +158,9 @@ def _weight_sets(folder: Path) -> dict[tuple[str, str], _Set]:
     """Index and files of each set of weights in a folder, by stem and variant ("" for plain)."""
     found: dict[tuple[str, str], _Set] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        index, weights = _INDEX.match(path.name), _WEIGHTS.match(path.name)
-        if index is not None:
-            key = (index["stem"], index["variant"] or "")
+        described, weights = _INDEX.match(path.name), _WEIGHTS.match(path.name)
+        if described is not None:
+            key = (described["stem"], described["variant"] or "")
             found[key] = (path, found.get(key, (None, []))[1])
         elif weights is not None:
             found.setdefault((weights["stem"], weights["variant"] or ""), (None, []))[1].append(path)
@@ -186,7 +186,11 @@ def _indexed(index: Path) -> list[Path]:
 
 def _complete(folder: Path, files: list[Path]) -> list[Path]:
     """Shards without an index, when none is missing; a single file as it is."""
-    numbers = {int(match["number"]): int(match["count"]) for file in files if (match := _WEIGHTS.match(file.name)) and match["number"]}
+    numbers = {
+        int(match["number"]): int(match["count"])
+        for file in files
+        if (match := _WEIGHTS.match(file.name)) and match["number"]
+    }
     whole = [file for file in files if "-of-" not in file.name]
     if whole:
         return whole[:1]

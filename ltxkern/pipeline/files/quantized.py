@@ -60,7 +60,9 @@ def with_scales(
     headers = list(headers)
     foreign = _foreign_quantisation(tensors, headers)
     if foreign is not None:
-        raise CheckpointError(f"{path}: its weights are quantised as {foreign}, which is not read here: take a bf16 or an fp8 file")
+        raise CheckpointError(
+            f"{path}: its weights are quantised as {foreign}, which is not read here: take a bf16 or an fp8 file"
+        )
     ignored = Counter(match[0].rpartition(".")[2] for name in tensors if (match := _IGNORED.search(name)))
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
@@ -75,7 +77,9 @@ def with_scales(
     announced = _announced_blocks([config.get("quantization_config"), *(_without_config(header) for header in headers)])
     for owner, scales in owners.items():
         if len(scales) > 1:
-            raise CheckpointError(f"{path}: {kept[owner].key} has {len(scales)} scales, {listed(sorted(scales))}: one was expected")
+            raise CheckpointError(
+                f"{path}: {kept[owner].key} has {len(scales)} scales, {listed(sorted(scales))}: one was expected"
+            )
         scale = kept.pop(scales[0])
         kept[owner] = replace(kept[owner], scale=scale, blocks=_blocks(path, kept[owner], scale, announced))
     return kept
@@ -90,15 +94,15 @@ def _foreign_quantisation(tensors: Mapping[str, StoredTensor], headers: Iterable
         layers = header.metadata.get("_quantization_metadata")
         layers = layers.get("layers") if isinstance(layers, dict) else None
         for layer in layers.values() if isinstance(layers, dict) else ():
-            name = layer.get("format") if isinstance(layer, dict) else layer
-            if isinstance(name, str) and not _is_float8(name):
-                return name
+            announced = layer.get("format") if isinstance(layer, dict) else layer
+            if isinstance(announced, str) and not _is_float8(announced):
+                return announced
         for key, tensor in header.tensors.items():
             weight = header.tensors.get(key.removesuffix("comfy_quant") + "weight")
             if weight is not None and key.endswith("comfy_quant") and weight.dtype not in FLOATS:
-                name = _format_in(read_bytes(header, tensor))
-                if name is not None and not _is_float8(name):
-                    return name
+                announced = _format_in(read_bytes(header, tensor))
+                if announced is not None and not _is_float8(announced):
+                    return announced
     for name, tensor in tensors.items():
         if name.endswith(".weight") and len(tensor.shape) > 1 and tensor.dtype in _FOREIGN_DTYPES:
             return _FOREIGN_DTYPES[tensor.dtype]
@@ -185,7 +189,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
-def dequantised(value: torch.Tensor, scale: torch.Tensor | None, blocks: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+def dequantised(
+    value: torch.Tensor, scale: torch.Tensor | None, blocks: tuple[int, int] | None, dtype: torch.dtype
+) -> torch.Tensor:
     """A stored weight in the dtype it runs in: scale times value in fp32, rounded once.
 
     Args:

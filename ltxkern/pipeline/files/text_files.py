@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ltxkern.pipeline.files.model_files import weight_files
 from ltxkern.pipeline.files.quantized import read_tensor, with_scales
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_VOCABULARY = re.compile(r'"vocab"\s*:\s*')
 _EMBEDDING = "embed_tokens.weight"
 # Gemma 3 12B, which LTX-2.3 was trained on, for a single file that carries no configuration.
 _PUBLISHED = {
@@ -98,7 +100,9 @@ def text_encoder_files(text_encoder: Path | None, folder: Path | None, variant: 
     """
     base = text_encoder or folder
     if base is None:
-        raise CheckpointError("text_encoder: expected a folder with Gemma 3 and its tokenizer (text_encoder=...), got none")
+        raise CheckpointError(
+            "text_encoder: expected a folder with Gemma 3 and its tokenizer (text_encoder=...), got none"
+        )
     place = base / "text_encoder" if (base / "text_encoder").is_dir() else base
     try:
         paths = [place] if place.is_file() else weight_files(place, variant)
@@ -185,13 +189,13 @@ def load_text_encoder(files: TextFiles, handles: Mapping[Path, Any], dtype: torc
     return model.eval().requires_grad_(False)
 
 
-def find_tokenizer(text_encoder: Path | None, folder: Path | None, rows: int) -> Path:
+def find_tokenizer(text_encoder: Path | None, folder: Path | None, rows: Callable[[], int]) -> Path:
     """The folder of the tokenizer that belongs to a text encoder.
 
     Args:
         text_encoder: folder or single file of the text encoder, where it does not lie in `folder`.
         folder: of the diffusers model, where there is one.
-        rows: of the token embedding.
+        rows: gives the rows of the token embedding; asked once the files are found.
 
     Raises:
         CheckpointError: no tokenizer's files are there, with the names of those to fetch; or they are of another model.
@@ -200,16 +204,18 @@ def find_tokenizer(text_encoder: Path | None, folder: Path | None, rows: int) ->
     found = next((place for place in places if (place / TOKENIZER_FILES[0]).is_file()), None)
     if found is None:
         if not places:
-            raise CheckpointError("tokenizer: expected a folder with Gemma 3 and its tokenizer (text_encoder=...), got none")
+            raise CheckpointError(
+                "tokenizer: expected a folder with Gemma 3 and its tokenizer (text_encoder=...), got none"
+            )
         wanted = f"fetch {TOKENIZER_FILES[0]} and {TOKENIZER_FILES[1]} of the text encoder's model and put them there"
         if any((place / "tokenizer.model").is_file() for place in places):
             wanted += " (tokenizer.model alone is not read)"
         raise CheckpointError(f"{places[0]}: not a readable tokenizer, {TOKENIZER_FILES[0]} is not there: {wanted}")
     path = found / TOKENIZER_FILES[0]
-    entries = _entries(path, read_json(path))
-    if not rows - _PADDED < entries <= rows:
+    entries, length = _entries(path), rows()
+    if not length - _PADDED < entries <= length:
         raise CheckpointError(
-            f"{path}: a vocabulary of {entries} entries, and the text encoder's embedding has {rows} rows: "
+            f"{path}: a vocabulary of {entries} entries, and the text encoder's embedding has {length} rows: "
             f"fetch {TOKENIZER_FILES[0]} and {TOKENIZER_FILES[1]} of the text encoder's own model"
         )
     for name in TOKENIZER_FILES[1:]:
@@ -228,10 +234,18 @@ def _tokenizer_places(text_encoder: Path | None, folder: Path | None) -> Iterato
                 yield place
 
 
-def _entries(path: Path, content: Mapping[str, Any]) -> int:
-    """How many rows of an embedding the tokens of a tokenizer.json need."""
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+def _entries(path: Path) -> int:
+    """How many rows of an embedding the tokens of a tokenizer.json need; its merges, most of the file, are not parsed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        start = _VOCABULARY.search(text)
+        vocabulary = (
+            json.JSONDecoder().raw_decode(text, start.end())[0] if start and text.rstrip().endswith("}") else None
+        )
+    except (OSError, ValueError):
+        vocabulary = None
+    if vocabulary is None:
+        read_json(path)  # says what the file is, where it is no JSON
     if isinstance(vocabulary, dict):
         numbers = [number for number in vocabulary.values() if isinstance(number, int)]
     elif isinstance(vocabulary, list):

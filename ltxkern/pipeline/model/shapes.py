@@ -161,12 +161,10 @@ def _video_vae(config: Mapping[str, Any]) -> Shapes:
     middle, *layers = config["decoder_layers_per_block"][::-1]
     _weighted(shapes, "decoder.conv_in.conv", widths[0], latent, 3, 3, 3)
     _convolutions(shapes, "decoder.mid_block", middle, widths[0])
-    levels = zip(layers, widths, factors, config["upsample_type"], strict=True)
-    for index, (count, wider, factor, kind) in enumerate(levels):
+    upwards = zip(layers, widths, factors, config["upsample_type"], strict=True)
+    for index, (count, wider, factor, kind) in enumerate(upwards):
         block, width = f"decoder.up_blocks.{index}", wider // factor
-        _weighted(
-            shapes, f"{block}.upsamplers.0.conv.conv", wider * _STRIDES[kind] // factor, wider, 3, 3, 3
-        )
+        _weighted(shapes, f"{block}.upsamplers.0.conv.conv", wider * _STRIDES[kind] // factor, wider, 3, 3, 3)
         _convolutions(shapes, block, count, width)
     _weighted(shapes, "decoder.conv_out.conv", config["out_channels"] * pixels, width, 3, 3, 3)
     return shapes
