@@ -33,6 +33,13 @@ def expected_shapes(component: str, config: Mapping[str, Any]) -> Shapes:
         raise ValueError(f"the configuration of the {component} has a value of the wrong kind ({error})") from error
 
 
+class _NamedLinear(nn.Linear):
+    """A Linear for its name and shape: nothing is drawn."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 def linear_skeleton(config: Mapping[str, Any]) -> nn.Module:
     """A transformer's Linears on the meta device under their names, for checks that need no forward."""
     root = nn.Module()
@@ -46,7 +53,7 @@ def linear_skeleton(config: Mapping[str, Any]) -> nn.Module:
             if parent not in place._modules:
                 place.add_module(parent, nn.Module())
             place = place.get_submodule(parent)
-        place.add_module(leaf, nn.Linear(shape[1], shape[0], bias=f"{path}.bias" in name, device="meta"))
+        place.add_module(leaf, _NamedLinear(shape[1], shape[0], bias=f"{path}.bias" in name, device="meta"))
     return root
 
 
