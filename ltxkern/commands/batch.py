@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ltxkern.commands import options, parallel
+from ltxkern.commands import admission, options, parallel
 from ltxkern.commands.text_files import home_in_paths
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Generator:
     def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
         self._arguments, self._job = arguments, job
         self.shared: CFGParallel | None = None
-        self._chosen = options.read_model_options(arguments)
+        self._chosen = admission.read_model_options(arguments)
         self._stack = contextlib.ExitStack()
         self._pipeline = self._stack.enter_context(self._chosen.open())
 
@@ -172,7 +172,7 @@ class Generator:
         """Generate an item and write it beside the others; only the lead writes."""
         from ltxkern.pipeline.results.atomic import writable_output
 
-        request = options.read_request(item_arguments(self._arguments, item.options), self._chosen)
+        request = admission.read_request(item_arguments(self._arguments, item.options), self._chosen)
         if not request.prompts()[0].strip():
             raise ValueError("prompt is missing")
         if self._job.ranks is not None and self._pipeline.denoiser_factory is None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxkern.commands import options, parallel
+from ltxkern.commands import admission, options, parallel
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.run.request import GenerationRequest
@@ -54,8 +54,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
 
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
-    chosen = options.read_model_options(arguments)
-    request = options.read_request(arguments, chosen)
+    chosen, request = admission.read_options(arguments)
     if arguments.dry_run:
         if job.leads:
             print(describe(request, chosen.model.geometry))

@@ -15,10 +15,21 @@ if TYPE_CHECKING:
 
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.generator import HQTwoStagePipeline
+    from ltxkern.pipeline.planning.admission import Admission
     from ltxkern.pipeline.planning.plan import Plan
     from ltxkern.pipeline.run.request import GenerationRequest, Preset
 
 DEMO_SIZES = {"height": 128, "width": 192, "num_frames": 25}
+# Parts of a model that may be downloaded by themselves.
+PARTS = {
+    "transformer": "transformer",
+    "video_vae": "video VAE",
+    "audio_vae": "audio VAE",
+    "vocoder": "vocoder",
+    "connectors": "text connectors",
+    "upsampler": "latent upsampler",
+    "text_encoder": "Gemma 3 with its tokenizer",
+}
 GUIDANCE = {
     "cfg": "classifier-free guidance; 1 switches it off",
     "stg": "spatio-temporal guidance; 0 switches it off",
@@ -94,8 +105,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline", default="hq", help="hq (default), two-stage, one-stage, distilled or one-stage-distilled"
     )
-    group.add_argument("--upsampler", metavar="PATH", help="latent upsampler, where it does not lie with the model")
-    group.add_argument("--text-encoder", metavar="PATH", help="Gemma 3 folder, where it does not lie with the model")
+    for name, what in PARTS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="PATH",
+            help=f"{what}: file, folder or hub id, where it does not lie with the model",
+        )
+    group.add_argument(
+        "--variant", metavar="NAME", help="of the weights in a diffusers folder, such as fp16 (default: the plain ones)"
+    )
     group.add_argument(
         "--embedding-cache", metavar="DIR", help="keeps prompt embeddings (default: the user's cache; off: none)"
     )
@@ -175,7 +193,12 @@ class ModelOptions:
             yield pipeline
 
 
-def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
+def spelled(name: str) -> str:
+    """A parameter as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def find_model_options(arguments: argparse.Namespace) -> ModelOptions:
     """Find the model and resolve everything beside it.
 
     Raises:
@@ -197,20 +220,20 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         require_strength("distilled LoRA", strength)
     for path, strength in loras:
         require_strength(f"lora {path}", strength)
-    for name in ("upsampler", "text_encoder"):
-        part = getattr(arguments, name)
-        if part is not None and "/" not in part.strip("./") and not Path(part).expanduser().exists():
-            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {part}")
+    parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
+    for name, part in parts.items():
+        if "/" not in part.strip("./") and not Path(part).expanduser().exists():
+            raise ValueError(f"{spelled(name)}: there is no file or folder {part}")
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     backends = tuple(backend_names(arguments.backend, "backend")) if arguments.backend else ()
     with _backend_choice(backends):
         pass  # refuses a backend that cannot run here
-    model = FoundModel.of(arguments.model, upsampler=arguments.upsampler, text_encoder=arguments.text_encoder)
+    model = FoundModel.of(arguments.model, variant=arguments.variant, **parts)
     warn_if_unfit(preset, model, (first, second))
     device = find_device(arguments.device)
-    found = ModelOptions(
+    return ModelOptions(
         model=model,
         preset=preset,
         device=device,
@@ -222,16 +245,15 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         distilled_strengths=(first, second),
         embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
     )
-    _check_loras(found)
-    return found
 
 
-def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> GenerationRequest:
-    """What to generate, checked against the model.
+def make_request(arguments: argparse.Namespace, chosen: ModelOptions, admission: Admission) -> GenerationRequest:
+    """What to generate; each picture is checked by itself into `admission`, the rest here.
 
     Raises:
-        ValueError, TypeError: the first option that cannot be served.
+        ValueError, TypeError: an option that cannot be served.
     """
+    from ltxkern.pipeline.planning.admission import admit_images
     from ltxkern.pipeline.run.request import GenerationRequest
 
     # Options that bear a field's name; what was not given keeps the request's default.
@@ -241,12 +263,13 @@ def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> Generat
     request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**sizes, **given})
     if arguments.image_crf is not None:
         request = replace(request, images=[replace(image, crf=arguments.image_crf) for image in request.images])
+    admit_images(admission, request.images, request.num_frames)
     scales = request.guidance(chosen.model.geometry)
     for modality in ("video", "audio"):
         changes = _guidance_changes(arguments, modality)
         if changes:
             request = replace(request, **{f"{modality}_guidance": replace(getattr(scales, modality), **changes)})
-    request.validate(chosen.model.geometry)
+    replace(request, images=()).validate(chosen.model.geometry)
     return request
 
 
@@ -283,22 +306,6 @@ def _with_strength(text: str) -> tuple[str, float]:
         return path, float(strength)
     except ValueError:
         return text, 1.0
-
-
-def _check_loras(chosen: ModelOptions) -> None:
-    """Refuse, from headers alone, LoRA files that do not exist or fit nothing of the model."""
-    from ltxkern.pipeline.files.lora_file import check_lora_file
-    from ltxkern.pipeline.model.components import build
-
-    for path in chosen.lora_files:
-        if not Path(path).expanduser().is_file():
-            name = "distilled-lora" if path == chosen.distilled_lora else "lora"
-            raise ValueError(f"{name}: there is no file {path}")
-    if chosen.lora_files:
-        config = chosen.model.config("transformer")
-        transformer = None if config is None else build("transformer", config)
-        for path in chosen.lora_files:
-            check_lora_file(path, transformer=transformer)
 
 
 def expected_errors() -> tuple[type[BaseException], ...]:

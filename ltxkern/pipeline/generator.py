@@ -15,11 +15,13 @@ from ltxkern.patch import Patched, patch
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
+from ltxkern.pipeline.files.model_files import ModelFiles
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
+from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
@@ -58,7 +60,7 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         geometry: Geometry | None = None,
-        pristine: str | Path | None = None,
+        pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
         keep_text_encoder: bool = False,
     ) -> None:
@@ -95,6 +97,8 @@ class HQTwoStagePipeline:
         text_encoder: str | Path | None = None,
         embedding_cache: str | Path | bool = True,
         keep_text_encoder: bool = False,
+        variant: str | None = None,
+        **parts: str | Path | None,
     ) -> HQTwoStagePipeline:
         """Open a model: the built-in "demo", an official single file, a diffusers folder, or a hub id.
 
@@ -111,6 +115,8 @@ class HQTwoStagePipeline:
             embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for the
                 demo), False for none. A prompt found there needs no text encoder.
             keep_text_encoder: keep it in memory after encoding; otherwise it is let go and read again when needed.
+            variant: of the weights in a diffusers folder, such as "fp16"; None for the plain ones.
+            parts: transformer, video_vae, audio_vae, vocoder, connectors that do not lie with the model.
         Raises:
             CheckpointError: a file that is missing, truncated or does not fit; with keys and file.
             ValueError: unknown preset or mode, a strength that is negative or not finite.
@@ -121,8 +127,13 @@ class HQTwoStagePipeline:
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
         for name, strength in [*((str(path), s) for path, s in pairs), *(("distilled LoRA", s) for s in strengths)]:
             require_strength(name, strength)
-        model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder)
-        if model is not path_or_id:  # what was found already was checked where it was found
+        model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
+        if model is not path_or_id:  # who found it has checked it
+            admission = Admission()
+            files = [("loras", path) for path, _ in pairs]
+            files += [] if distilled_lora is None else [("distilled_lora", distilled_lora)]
+            admit_model(admission, model, stages=chosen.stages, loras=files, required=False)
+            admission.close()
             warn_if_unfit(chosen, model, strengths)
         distilled: LoRA | None = None
         if distilled_lora is not None:
@@ -144,7 +155,7 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             geometry=model.geometry if model.is_here else None,
-            pristine=model.path,
+            pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
             keep_text_encoder=keep_text_encoder,
         )
