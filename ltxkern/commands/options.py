@@ -75,7 +75,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--embedding-cache", metavar="DIR", help="keeps prompt embeddings (default: the user's cache; off: none)"
     )
-    group.add_argument("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="user LoRA; repeatable")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="user LoRA, or owner/name[/file] of the hub; a strength below 0 turns it round; repeatable",
+    )
     group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demo brings its own)")
     group.add_argument(
         "--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, 0 for two-stage"
@@ -173,7 +179,7 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     for strength in (first, second):
         require_strength("distilled LoRA", strength)
     for path, strength in loras:
-        require_strength(f"lora {path}", strength)
+        require_strength(f"lora {path}", strength, signed=True)
     for name in ("upsampler", "text_encoder"):
         part = getattr(arguments, name)
         if part is not None and "/" not in part.strip("./") and not Path(part).expanduser().exists():
@@ -251,9 +257,9 @@ def _find_dtype(name: str) -> torch.dtype:
 
 
 def _with_strength(text: str) -> tuple[str, float]:
-    """ "PATH[:STRENGTH]" as path and strength; an existing file wins over a suffix."""
+    """ "PATH[:STRENGTH]" as path and strength, with a sign or without; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
-    if Path(text).exists() or not colon:
+    if Path(text).expanduser().exists() or not colon:
         return text, 1.0
     try:
         return path, float(strength)
@@ -263,18 +269,15 @@ def _with_strength(text: str) -> tuple[str, float]:
 
 def _check_loras(chosen: ModelOptions) -> None:
     """Refuse, from headers alone, LoRA files that do not exist or fit nothing of the model."""
+    from ltxkern.pipeline.files.headers import CheckpointError
     from ltxkern.pipeline.files.lora_file import check_lora_file
-    from ltxkern.pipeline.model.components import build
 
     for path in chosen.lora_files:
-        if not Path(path).expanduser().is_file():
+        try:
+            check_lora_file(path, transformer=chosen.model.transformer_shapes)
+        except CheckpointError as error:
             name = "distilled-lora" if path == chosen.distilled_lora else "lora"
-            raise ValueError(f"{name}: there is no file {path}")
-    if chosen.lora_files:
-        config = chosen.model.config("transformer")
-        transformer = None if config is None else build("transformer", config)
-        for path in chosen.lora_files:
-            check_lora_file(path, transformer=transformer)
+            raise ValueError(f"{name}: {error}") from error
 
 
 def expected_errors() -> tuple[type[BaseException], ...]:
