@@ -273,10 +273,12 @@ def _check_loras(chosen: ModelOptions) -> None:
     from ltxkern.pipeline.files.lora_file import check_lora_file
 
     for path in chosen.lora_files:
+        name = "distilled-lora" if path == chosen.distilled_lora else "lora"
+        if "/" not in path.strip("./") and not Path(path).expanduser().exists():
+            raise ValueError(f"{name}: there is no file {path}")
         try:
             check_lora_file(path, transformer=chosen.model.transformer_shapes)
         except CheckpointError as error:
-            name = "distilled-lora" if path == chosen.distilled_lora else "lora"
             raise ValueError(f"{name}: {error}") from error
 
 

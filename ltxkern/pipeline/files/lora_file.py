@@ -212,7 +212,7 @@ def read_changes(path: str | Path, *, transformer: Transformer | None = None) ->
     found = check_lora_file(path, transformer=transformer)
     if found.left_out:
         logger.warning(
-            "%s: %d keys of the text connectors are left out, as the official merge does",
+            "%s: %d keys of the text connectors or a text encoder are left out, as the official merge does",
             found.path,
             len(found.left_out),
         )

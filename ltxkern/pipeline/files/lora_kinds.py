@@ -92,6 +92,18 @@ class LoRAFactors(Change):
         return tensors[0], tensors[1]
 
 
+class WholeChange(Change):
+    """A change that is computed as a whole difference, alpha / rank included, in fp32 at least."""
+
+    def scale(self, strength: float) -> float:
+        return strength
+
+    @property
+    def ratio(self) -> float:
+        """alpha / rank, or 1."""
+        return super().scale(1.0)
+
+
 def _whole(delta: Tensor, weight: Tensor) -> Factors:
     """Factors of a whole difference: (1, delta). Their product is exact in every dtype that holds the delta."""
     dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.bfloat16
@@ -104,7 +116,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Difference(Change):
+class Difference(WholeChange):
     """A plain difference, `.diff` of a weight or `.diff_b` of a bias: W += strength * delta.
 
     Args:
@@ -147,9 +159,12 @@ class ScaledDifference(Difference):
     def rank(self) -> int | None:
         return self.of_rank
 
+    def factors(self, tensors: tuple[Tensor, ...], weight: Tensor) -> Factors:
+        return _whole(_wide(tensors[0]).reshape(weight.shape) * self.ratio, weight)
+
 
 @dataclass(frozen=True, eq=False)
-class HadamardProduct(Change):
+class HadamardProduct(WholeChange):
     """LoHa: W += scale * (b1 @ a1) * (b2 @ a2), elementwise.
 
     Args:
@@ -180,11 +195,11 @@ class HadamardProduct(Change):
 
     def factors(self, tensors: tuple[Tensor, ...], weight: Tensor) -> Factors:
         b1, a1, b2, a2 = map(_wide, tensors)
-        return _whole(torch.mm(b1, a1).mul_(torch.mm(b2, a2)), weight)
+        return _whole(torch.mm(b1, a1).mul_(torch.mm(b2, a2)).mul_(self.ratio), weight)
 
 
 @dataclass(frozen=True, eq=False)
-class KroneckerProduct(Change):
+class KroneckerProduct(WholeChange):
     """LoKr: W += scale * kron(w1, w2), each of them whole or the product of two factors.
 
     Args:
@@ -225,11 +240,11 @@ class KroneckerProduct(Change):
     def factors(self, tensors: tuple[Tensor, ...], weight: Tensor) -> Factors:
         wide = [_wide(tensor) for tensor in tensors]
         one, two = (functools.reduce(torch.mm, parts) for parts in (wide[: len(self.w1)], wide[len(self.w1) :]))
-        return _whole(torch.kron(one.contiguous(), two.contiguous()), weight)
+        return _whole(torch.kron(one.contiguous(), two.contiguous()).mul_(self.ratio), weight)
 
 
 @dataclass(frozen=True, eq=False)
-class Decomposed(Change):
+class Decomposed(WholeChange):
     """DoRA: W += strength * (m * V / |V| - W) with V = W + scale * change, W pristine.
 
     Args:
@@ -265,7 +280,7 @@ class Decomposed(Change):
         magnitude = _wide(tensors[-1])
         magnitude = magnitude[:, None] if magnitude.dim() == 1 else magnitude
         pristine = _wide(weight)
-        changed = torch.addmm(pristine, _wide(b), _wide(a), alpha=self.inner.scale(1.0))
+        changed = torch.addmm(pristine, b.to(pristine.dtype), a.to(pristine.dtype), alpha=self.inner.scale(1.0))
         norms = torch.linalg.vector_norm(changed, dim=1 if magnitude.shape[1] == 1 else 0, keepdim=True)
         # A row of zeros has no direction: it stays one.
         changed.mul_(magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny))

@@ -72,9 +72,10 @@ def statements(header: Header) -> list[Statement]:
         beside = header.path.with_name(name)
         if beside.is_file():
             try:
-                found += _said(json.loads(beside.read_text(encoding="utf-8-sig")), f"{name} beside it")
+                content = json.loads(beside.read_text(encoding="utf-8-sig"))
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{beside}: not a readable configuration of the LoRA beside it") from error
+                raise CheckpointError(f"{name} beside it is no readable configuration ({error})") from error
+            found += _said(content, f"{name} beside it")
     return found
 
 
@@ -138,7 +139,11 @@ def _statement(group: Mapping[str, Any], where: str, path: str) -> Iterator[Stat
                 f"{where} says {name} {group[name]}: its factors belong to base weights that its training changed; "
                 "convert it to a plain LoRA first"
             )
-    plain = not path or _ABOUT_LORA.search(path) is not None or any(name in group for name in (*_ALPHAS, *_RANKS))
+    plain = (
+        not path
+        or _ABOUT_LORA.search(path) is not None
+        or any(name in group for name in (*_ALPHAS, *_RANKS, *_PATTERNS))
+    )
     alphas = [(name, _number(group.get(name))) for name in (*_ALPHAS, *(("alpha",) if plain else ()))]
     ranks = [(name, _number(group.get(name))) for name in (*_RANKS, *(_PLAIN_RANKS if plain else ()))]
     patterns = [
