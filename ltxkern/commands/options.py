@@ -117,7 +117,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--embedding-cache", metavar="DIR", help="keeps prompt embeddings (default: the user's cache; off: none)"
     )
-    group.add_argument("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="user LoRA; repeatable")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="user LoRA, or owner/name[/file] of the hub; a strength below 0 turns it round; repeatable",
+    )
     group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demo brings its own)")
     group.add_argument("--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, else 0")
     group.add_argument(
@@ -219,7 +225,7 @@ def find_model_options(arguments: argparse.Namespace) -> ModelOptions:
     for strength in (first, second):
         require_strength("distilled LoRA", strength)
     for path, strength in loras:
-        require_strength(f"lora {path}", strength)
+        require_strength(f"lora {path}", strength, signed=True)
     parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
     for name, part in parts.items():
         if "/" not in part.strip("./") and not Path(part).expanduser().exists():
@@ -298,9 +304,9 @@ def _find_dtype(name: str) -> torch.dtype:
 
 
 def _with_strength(text: str) -> tuple[str, float]:
-    """ "PATH[:STRENGTH]" as path and strength; an existing file wins over a suffix."""
+    """ "PATH[:STRENGTH]" as path and strength, with a sign or without; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
-    if Path(text).exists() or not colon:
+    if Path(text).expanduser().exists() or not colon:
         return text, 1.0
     try:
         return path, float(strength)

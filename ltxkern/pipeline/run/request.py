@@ -320,15 +320,18 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def require_strength(name: str, strength: float) -> None:
-    """A LoRA strength is a finite number that is not negative.
+def require_strength(name: str, strength: float, *, signed: bool = False) -> None:
+    """A LoRA strength is a finite number; that of the distilled LoRA is not negative, that of others may be (`signed`).
 
     Raises:
         ValueError: it is not.
     """
+    if signed and isinstance(strength, (int, float)) and math.isfinite(strength):
+        return
     if not (isinstance(strength, (int, float)) and 0 <= strength < float("inf")):
         raise ValueError(
-            f"{name}: the strength must be a finite number of at least 0, got {strength}: use 0 to switch it off"
+            f"{name}: the strength must be a finite number{'' if signed else ' of at least 0'}, got {strength}: "
+            "use 0 to switch it off"
         )
 
 
