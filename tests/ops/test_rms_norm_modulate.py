@@ -140,8 +140,6 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"scale": torch.zeros(2, 3, 1)}, ValueError, "scale must broadcast to x's shape .* have its last dim"),
         ({"shift": torch.zeros(3, 3, 4)}, ValueError, r"shift must broadcast .* got \(3, 3, 4\)"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight must have shape \(4,\), got \(3,\)"),
-        ({"eps": -1.0}, ValueError, "eps must be at least 0.0, got -1.0: use 0.0"),
-        ({"eps": math.nan}, ValueError, "eps must be finite, got nan"),
         ({"eps": "1"}, TypeError, "eps must be a number, got str"),
     ]
 
