@@ -13,8 +13,6 @@ from tests.ops.contract import (
     assert_same,
     doubles,
     noise,
-    strided,
-    transposed,
 )
 from tests.serving import over_backends, serving
 
@@ -105,17 +103,6 @@ def test_rescale_far_from_zero(backend: str) -> None:
     with serving(backend):
         out = ltxkern.combine_guidance(*given, **SCALES["all"])
     assert_as_close(out, composition(*given, **SCALES["all"]), composition(*doubles(given), **SCALES["all"]))
-
-
-@over_backends("combine_guidance")
-def test_layouts(backend: str) -> None:
-    given = branches(2, 9, 6)
-    with serving(backend):
-        expected = ltxkern.combine_guidance(*given, **SCALES["all"])
-        for view in (strided, transposed):
-            out = ltxkern.combine_guidance(*(view(branch) for branch in given), **SCALES["all"])
-            assert out.is_contiguous()
-            torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

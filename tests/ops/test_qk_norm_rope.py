@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, noise, strided, transposed
+from tests.ops.contract import ACTIVATIONS, assert_as_close, noise
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
@@ -96,20 +96,6 @@ def test_no_rotation_is_the_norm(backend: str) -> None:
         out = ltxkern.qk_norm_rope(q, k, q_weight, k_weight, torch.ones_like(cos), torch.zeros_like(sin), eps=0.5)
     torch.testing.assert_close(out[0], normed(q, q_weight, 0.5), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(out[1], normed(k, k_weight, 0.5), atol=1e-6, rtol=1e-6)
-
-
-@over_backends("qk_norm_rope")
-@LAYOUTS
-@pytest.mark.parametrize("view", [strided, transposed])
-def test_layouts_in_memory(backend: str, layout: str, view: Any) -> None:
-    given = inputs((2, 7, 3, 4))
-    q, k, q_weight, k_weight, cos, sin = given
-    with serving(backend):
-        out = ltxkern.qk_norm_rope(view(q), view(k), q_weight, k_weight, view(cos), view(sin), layout=layout)
-        expected = ltxkern.qk_norm_rope(*given, layout=layout)
-    for ours, theirs in zip(out, expected, strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
 
 
 @over_backends("qk_norm_rope")

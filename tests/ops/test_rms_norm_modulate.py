@@ -14,8 +14,6 @@ from tests.ops.contract import (
     assert_same,
     doubles,
     noise,
-    strided,
-    transposed,
 )
 from tests.serving import over_backends, serving
 
@@ -98,20 +96,6 @@ def test_eps_and_wider_rows(backend: str) -> None:
         out = ltxkern.rms_norm_modulate(x, scale, shift, eps=0.25)
     exact = norm(x.double(), scale.double(), shift.double(), 0.25)
     assert_as_close(out, exact.bfloat16(), exact)
-
-
-@over_backends("rms_norm_modulate")
-@pytest.mark.parametrize("view", [strided, transposed])
-def test_layouts(backend: str, view: Any) -> None:
-    x, y, scale, shift, gate = (noise(2, 9, 6, seed=k) for k in range(5))
-    with serving(backend):
-        assert_same(
-            ltxkern.rms_norm_modulate(view(x), view(scale), view(shift)), ltxkern.rms_norm_modulate(x, scale, shift)
-        )
-        assert_same(
-            ltxkern.gated_residual_rms_norm_modulate(view(x), view(y), view(gate), view(scale), view(shift)),
-            ltxkern.gated_residual_rms_norm_modulate(x, y, gate, scale, shift),
-        )
 
 
 @over_backends("rms_norm_modulate")
