@@ -201,21 +201,6 @@ def test_a_wrong_index_on_the_host_is_refused_before_anything_is_written(backend
     assert torch.equal(tensors["x"], kept)
 
 
-@over_backends("rms_norm_modulate")
-def test_compile(backend: str) -> None:
-    def chain(x: Tensor, y: Tensor, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        normed = ltxkern.rms_norm_modulate(x, table, table, rows=rows)
-        summed, normed = ltxkern.gated_residual_rms_norm_modulate(x, normed, table, table, table, rows=rows)
-        return ltxkern.gated_residual(summed, y, table, rows=rows), normed
-
-    with serving(backend):
-        function = compiled(chain)
-        for tokens in (5, 8):
-            given = noise(2, tokens, 4), noise(2, tokens, 4, seed=1), noise(3, 4, seed=2)
-            rows = indices("mixed", (2, tokens), 3)
-            assert_same(function(*given, rows), chain(*given, rows))
-
-
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_a_wrong_index_is_refused_in_a_compiled_caller(backend: str) -> None:
     table, rows = noise(3, 4), torch.tensor([0, 3])
