@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Sequence
 from types import NoneType, UnionType
-from typing import Any, ForwardRef, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,20 +23,9 @@ def _kind(annotation: Any) -> str:
     return _kind(parts[0]) + ("[]" if origin is Sequence else "?")
 
 
-@functools.cache
-def _meant(text: str, module: str) -> Any:
-    """An annotation that is text. The same few stand in all ops, and to compile each anew would be half the time of an import."""
-    return eval(text, dict(vars(sys.modules[module])))
-
-
-@functools.cache
 def kinds(arguments: type[Any]) -> dict[str, str]:
     """Schema type of each argument: "Tensor?", "float[]", "ScalarType"."""
-    found = arguments.__annotations__.items()
-    return {
-        name: _kind(_meant(a.__forward_arg__, arguments.__module__) if isinstance(a, ForwardRef) else a)
-        for name, a in found
-    }
+    return {name: _kind(annotation) for name, annotation in get_type_hints(arguments).items()}
 
 
 def text(arguments: type[Any], *, in_place: bool) -> str:
