@@ -26,11 +26,13 @@ def threads() -> Iterator[None]:
 
 
 def test_a_request_and_its_keywords_are_one_call(pipeline: HQTwoStagePipeline) -> None:
-    request = GenerationRequest(prompt="a kite", seed=11, eta=0.25, distilled_strengths=(0.25, 1.0), **SMALL)
+    changes = {"seed": 11, "eta": 0.25, "substep_eta": 0.125, "distilled_strengths": (0.25, 1.0)}
+    request = GenerationRequest(prompt="a kite", **changes, **SMALL)
     by_request = pipeline.generate(request, output_type="latents").latents
-    by_keywords = latents(pipeline, seed=11, eta=0.25, distilled_strengths=(0.25, 1.0))
-    assert same(by_request, by_keywords)
-    assert not torch.equal(by_request["video"], latents(pipeline, seed=11, eta=0.25)["video"])
+    assert same(by_request, latents(pipeline, **changes))
+    for name in changes:
+        others = {key: value for key, value in changes.items() if key != name}
+        assert not torch.equal(by_request["video"], latents(pipeline, **others)["video"]), name
 
 
 def test_a_request_for_another_preset_is_refused(pipeline: HQTwoStagePipeline) -> None:
@@ -177,6 +179,23 @@ def test_official_and_diffusers_files_give_the_same_video(pipeline: HQTwoStagePi
             assert pipe.geometry == pipeline.geometry
             for name, tensor in latents(pipe).items():
                 torch.testing.assert_close(tensor, base[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_distilled_checkpoint_needs_no_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    official = write_official_demo(tmp_path, build_demo())
+    parts = {"upsampler": official["upsampler"], "text_encoder": official["text_encoder"]}
+    named = tmp_path / "ltx-2.3-distilled.safetensors"
+    official["checkpoint"].rename(named)
+    with HQTwoStagePipeline.from_pretrained(
+        named, device="cpu", dtype=torch.float32, preset="distilled", embedding_cache=False, **parts
+    ) as pipe:
+        video = latents(pipe, steps=None)["video"]
+    assert not caplog.messages
+    with make("distilled") as pipe:
+        torch.testing.assert_close(video, latents(pipe, steps=None)["video"], atol=1e-4, rtol=1e-4)
+    HQTwoStagePipeline.from_pretrained(named, device="cpu", preset="one-stage", embedding_cache=False, **parts)
+    assert len(caplog.messages) == 1
+    assert "use pipeline distilled or one-stage-distilled" in caplog.text
 
 
 def test_a_two_stage_model_without_its_lora_is_refused(tmp_path: Path) -> None:
