@@ -88,6 +88,9 @@ _FUSED = {
     "kv_proj": "kv",
 }
 
+# Modules whose names have no dot: they are no underscored ones.
+_OUTER = ("proj_in", "proj_out", "audio_proj_in", "audio_proj_out")
+
 
 class Part(NamedTuple):
     """What a key says: module as it is named there, part of the change, adapter ("" where none is named)."""
@@ -157,7 +160,7 @@ class ModuleNames:
             name = start[2]
         known = self.shapes if self.shapes is not None else {}
         dotted = _dotted(name)
-        if dotted in known or "." in dotted:
+        if dotted in known or dotted in _OUTER or "." in dotted:
             return dotted if dotted in known or not dotted.endswith(".to_out") else f"{dotted}.0"
         found = {target for rest in _without_starts(name) for target in self._underscored.get(rest, ())}
         if len(found) == 1:
@@ -175,7 +178,7 @@ class ModuleNames:
     @functools.cached_property
     def _underscored(self) -> dict[str, set[str]]:
         """Targets by their names with underscores for dots."""
-        targets = self.shapes if self.shapes is not None else _published_targets()
+        targets = self.shapes if self.shapes is not None else published_shapes()
         parents = {target.removesuffix(".to_k") for target in targets if target.endswith(".to_k")}
         fused = [f"{parent}.{name}" for parent in parents for name in _FUSED]
         table: dict[str, set[str]] = {}
@@ -188,6 +191,32 @@ class ModuleNames:
 def _dotted(name: str) -> str:
     # The dot keeps the renames that are anchored at a module boundary ("adaln_single.") in force.
     return (diffusers_name("transformer", f"{name}.") or name).removesuffix(".")
+
+
+def spellings(target: str) -> dict[str, tuple[str, ...]]:
+    """How tools may write a module, by the `names` of a `Layout`."""
+    official = _official(target)
+    flat = official.replace(".", "_"), target.replace(".", "_")
+    return {"official": (official,), "diffusers": (target,), "underscored": flat}
+
+
+def layouts_of(written: Mapping[str, str], keys: Iterable[str]) -> list[Layout]:
+    """The layouts of the table that a file may be in.
+
+    Args:
+        written: a module's name as the file has it, by target.
+        keys: of the file.
+    """
+    keys = set(keys)
+    return [
+        layout
+        for layout in LAYOUTS
+        if all(
+            f"{name}{layout.a}" in keys
+            and name in [layout.module.format(spelling) for spelling in spellings(target)[layout.names]]
+            for target, name in written.items()
+        )
+    ]
 
 
 def _official(target: str) -> str:
@@ -204,7 +233,8 @@ def _without_starts(name: str) -> Iterable[str]:
 
 
 @functools.cache
-def _published_targets() -> tuple[str, ...]:
+def published_shapes() -> Mapping[str, Shape]:
+    """`parameter_shapes` of the published transformer; imports its code."""
     from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build
 
-    return tuple(parameter_shapes(build("transformer", PRODUCTION_CONFIGS["transformer"])))
+    return parameter_shapes(build("transformer", PRODUCTION_CONFIGS["transformer"]))

@@ -84,6 +84,14 @@ def test_every_layout_of_the_table_merges_to_the_same_bits(tmp_path, layout, kno
     assert_merges_alike(tmp_path / "lora.safetensors", expected, SHAPES if known else None)
 
 
+def test_the_documentation_lists_every_layout():
+    page = (Path(__file__).parents[3] / "docs" / "files.md").read_text()
+    for layout in LAYOUTS:
+        keys = f"`{layout.module.format('<module>')}{layout.a}`, `{layout.b}`"
+        assert f"| {layout.writer} | {layout.names} | {keys} | {f'`{layout.alpha}`' if layout.alpha else ''} |" in page
+    assert all(f"`{start}." in page or f"`{start}_" in page for start in STARTS)
+
+
 HALVES = (
     ("lora_A", "lora_B"),
     ("lora_down", "lora_up"),
