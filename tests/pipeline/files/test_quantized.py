@@ -62,8 +62,10 @@ def test_any_block_is_scale_times_value_rounded_once(
 
 def scale_of(layout: str, rows: int, columns: int) -> torch.Tensor:
     shapes = {
-        "tensor": (), "tensor of one": (1,), "matrix of one": (1, 1), "row": (rows,), "row, 1": (rows, 1), "column": (1, columns),
-        "block 16": (rows // 16, columns // 16), "group 16": (rows, columns // 16, 1), "broadcast": (rows // 16, 1, columns // 16, 1),
+        "tensor": (), "tensor of one": (1,), "matrix of one": (1, 1), "row": (rows,), "row, 1": (rows, 1),
+        "column": (1, columns),
+        "block 16": (rows // 16, columns // 16), "group 16": (rows, columns // 16, 1),
+        "broadcast": (rows // 16, 1, columns // 16, 1),
     }  # fmt: skip
     return torch.rand(shapes[layout], generator=torch.Generator().manual_seed(7)) + 0.1
 
@@ -165,7 +167,7 @@ def test_marks_of_fp8_in_the_metadata_are_understood(tmp_path: Path) -> None:
     (found,) = attached(header).values()
     assert found.blocks == (64, 8)
     header = header_of(tmp_path / "r.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="blocks of the scale a.weight_scale .* cannot be told"):
+    with pytest.raises(CheckpointError, match=r"blocks of the scale a\.weight_scale .* cannot be told"):
         attached(header)  # 48 or 64
     (found,) = attached(header, {"quantization_config": {"weight_block_size": [48, 8]}}).values()
     assert found.blocks == (48, 8)
