@@ -84,9 +84,10 @@ def admit_model(
     files = None if model.is_demo else _files_here(admission, model, fetch=fetch)
     if files is not None:
         own = {*files.parts, *(name for name in ("upsampler", "text_encoder") if getattr(model, name) is not None)}
+        failed = set(admission.failed)
         for name in [*names, "text_encoder", "tokenizer"]:
             place = "text_encoder" if name == "tokenizer" else name
-            if place in admission.failed or (place in own and not is_present(files, name)):
+            if place in failed or (place in own and not is_present(files, name)):
                 continue  # said already, or not to be fetched
             if is_present(files, name):
                 problem = component_problem(files, name)
