@@ -20,7 +20,7 @@ def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, G
         ValueError: everything that cannot be served, in one list.
     """
     admission = _admission()
-    chosen = options.find_model_options(arguments)
+    chosen = options.find_model_options(arguments, admission)
     _admit_files(admission, chosen, arguments)
     request = admission.attempt("", lambda: options.make_request(arguments, chosen, admission))
     admission.close()
@@ -35,7 +35,7 @@ def read_model_options(arguments: argparse.Namespace) -> options.ModelOptions:
         ValueError: an option that cannot be served; every file that cannot, in one list.
     """
     admission = _admission()
-    chosen = options.find_model_options(arguments)
+    chosen = options.find_model_options(arguments, admission)
     _admit_files(admission, chosen, arguments)
     admission.close()
     return chosen

@@ -204,8 +204,8 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def find_model_options(arguments: argparse.Namespace) -> ModelOptions:
-    """Find the model and resolve everything beside it.
+def find_model_options(arguments: argparse.Namespace, admission: Admission) -> ModelOptions:
+    """Find the model and resolve everything beside it; parts that are not there are noted in `admission`.
 
     Raises:
         ValueError: the first option that cannot be served.
@@ -227,9 +227,11 @@ def find_model_options(arguments: argparse.Namespace) -> ModelOptions:
     for path, strength in loras:
         require_strength(f"lora {path}", strength, signed=True)
     parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
-    for name, part in parts.items():
-        if "/" not in part.strip("./") and not Path(part).expanduser().exists():
-            raise ValueError(f"{spelled(name)}: there is no file or folder {part}")
+    for name, part in list(parts.items()):
+        place = Path(part).expanduser()
+        if not place.exists() and ("/" not in part.strip("./") or place.is_absolute() or part.startswith(".")):
+            admission.add(name, f"there is no file or folder {part}")
+            del parts[name]
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")

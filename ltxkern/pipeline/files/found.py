@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,12 @@ import torch
 from ltxkern.pipeline.files.checkpoint import (
     ModelFiles,
     component_config,
-    component_problem,
     component_shapes,
     find_model,
-    is_present,
     load_components,
 )
 from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.model_files import require_parts
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.sampling.latents import Geometry
 
@@ -65,6 +64,7 @@ class FoundModel:
         if isinstance(model, FoundModel):
             return model
         name = str(model)
+        require_parts(parts)
         given = {part: path for part, path in parts.items() if path is not None}
         if name == "demo" and given:
             here = ModelFiles(variant=variant).with_parts(None, None, **given)
@@ -118,13 +118,6 @@ class FoundModel:
 
             return DEMO_CONFIGS[component]
         return None if self.own is None else component_config(self.own, component)
-
-    def problems(self, names: Iterable[str]) -> dict[str, str]:
-        """What speaks against each of these components, from headers and configurations alone; absent ones are not judged."""
-        if self.is_demo:
-            return {}
-        there = [name for name in names if is_present(self.files, name)]
-        return {name: problem for name in there if (problem := component_problem(self.files, name)) is not None}
 
     def components(self, dtype: torch.dtype) -> Components:
         """The components, each loaded when it is first read."""

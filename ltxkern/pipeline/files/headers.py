@@ -172,7 +172,8 @@ def _other_file(path: Path) -> str:
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")) or b"<html" in text:
         return "an HTML page in place of the file (a download that asked for a login?): download it again"
-    if path.stat().st_size < len(start) and text.isascii() and text.replace(b"\n", b"").decode().isprintable():
+    is_short_text = path.stat().st_size == len(start) and not text.startswith((b"{", b"["))
+    if is_short_text and text.isascii() and text.replace(b"\n", b"").decode().isprintable():
         return f"a text that begins {start.decode().strip().splitlines()[0][:60]!r}"
     return ""
 

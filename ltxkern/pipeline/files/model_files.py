@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[\w-]+))?
 _WEIGHTS = re.compile(
     r"(?P<stem>[^.]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.safetensors$"
 )
+_NOT_READ = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -48,6 +49,7 @@ class ModelFiles:
         self, upsampler: str | Path | None, text_encoder: str | Path | None, **parts: str | Path | None
     ) -> ModelFiles:
         """With parts from elsewhere in place of those that lie with the model; None changes nothing."""
+        require_parts(parts)
         given = {name: local_path(path) for name, path in parts.items() if path is not None}
         return replace(
             self,
@@ -69,6 +71,16 @@ class ModelFiles:
         """Single files that may hold several components: the checkpoint first, then the parts."""
         given = [self.checkpoint, *self.parts.values(), self.text_encoder]
         return list(dict.fromkeys(path for path in given if path is not None and path.is_file()))
+
+
+def require_parts(names: Iterable[str]) -> None:
+    """Refuses names that are no part of a model.
+
+    Raises:
+        TypeError: with the names there are.
+    """
+    if unknown := sorted(set(names) - set(PARTS)):
+        raise TypeError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
 
 
 def find_model(
@@ -136,7 +148,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         wanted = ""
     if not any(name == wanted for _, name in found):
         if len(variants) != 1:
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in _NOT_READ)
             what = f"found the variants {', '.join(variants)}: name one" if variants else "found 0"
+            what += f" (files such as {others[0]} are not read)" if others and not variants else ""
             raise CheckpointError(f"{folder}: expected one .safetensors file or an index of several, {what}")
         wanted = variants[0]
         logger.info("%s: the only weights there are of variant %s", folder, wanted)

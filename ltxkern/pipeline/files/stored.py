@@ -167,16 +167,23 @@ def _readings(header: Header, component: str) -> Iterator[dict[str, StoredTensor
     keys = header.tensors if component == "upsampler" else header.components.get(component, ())
     yield official({key: key for key in keys})
     for start in _STARTS:
-        bare = {key.removeprefix(start): key for key in header.tensors if key.startswith(start)}
-        if bare:
+        if any(key.startswith(start) for key in header.tensors):
+            bare = {key.removeprefix(start): key for key in header.tensors}
             yield {
                 name: header.tensors[key]
                 for name, key in bare.items()
                 if name in _published_shapes(component)
                 or component_of(official_name(component, name)) in (None, component)
             }
-            for official_start in _OFFICIAL_STARTS[component]:
-                yield official({official_start + name: key for name, key in bare.items()})
+            full = {
+                name: [f"{official_start}{name}" for official_start in _OFFICIAL_STARTS[component]] for name in bare
+            }
+            yield official(
+                {
+                    next((n for n in names if component_of(n) == component), names[0]): bare[name]
+                    for name, names in full.items()
+                }
+            )
 
 
 def _diffusers(folder: Path, component: str, variant: str | None) -> Stored:

@@ -43,7 +43,8 @@ class _NamedLinear(nn.Linear):
 def linear_skeleton(config: Mapping[str, Any]) -> nn.Module:
     """A transformer's Linears on the meta device under their names, for checks that need no forward."""
     root = nn.Module()
-    for name, shape in expected_shapes("transformer", config).items():
+    shapes = expected_shapes("transformer", config)
+    for name, shape in shapes.items():
         path, _, kind = name.rpartition(".")
         if kind != "weight" or len(shape) != 2:
             continue
@@ -53,7 +54,7 @@ def linear_skeleton(config: Mapping[str, Any]) -> nn.Module:
             if parent not in place._modules:
                 place.add_module(parent, nn.Module())
             place = place.get_submodule(parent)
-        place.add_module(leaf, _NamedLinear(shape[1], shape[0], bias=f"{path}.bias" in name, device="meta"))
+        place.add_module(leaf, _NamedLinear(shape[1], shape[0], bias=f"{path}.bias" in shapes, device="meta"))
     return root
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ltxkern.pipeline.files.checkpoint import is_present
+from ltxkern.pipeline.files.checkpoint import component_config, component_problem, is_present
 from ltxkern.pipeline.files.headers import CheckpointError
 from ltxkern.pipeline.files.hub import local_path
 from ltxkern.pipeline.files.lora_file import check_lora_file
+from ltxkern.pipeline.files.model_files import ModelFiles, find_model
 from ltxkern.pipeline.model.components import BUILDABLE
 from ltxkern.pipeline.model.shapes import linear_skeleton
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ltxkern.pipeline.files.found import FoundModel
 
 T = TypeVar("T")
-_TEXT = ("text_encoder", "tokenizer")
 
 
 class Admission:
@@ -31,10 +30,12 @@ class Admission:
     def __init__(self, spell: Callable[[str], str] = str) -> None:
         self._spell = spell
         self.problems: list[str] = []
+        self.failed: set[str] = set()
 
     def add(self, name: str, sentence: str) -> None:
         """One problem of a parameter; what another check found already is not said again."""
         text = sentence.strip()
+        self.failed.add(name)
         if not any(text in problem for problem in self.problems):
             spelled = self._spell(name)
             text = text.removeprefix(f"{name}: ").removeprefix(f"{name.replace('_', '-')}: ") if name else text
@@ -80,35 +81,48 @@ def admit_model(
         required: every component that a run needs must be there.
     """
     names = [name for name in BUILDABLE if stages > 1 or name != "upsampler"]
-    given = {name: path for name in ("upsampler", "text_encoder") if (path := getattr(model, name)) is not None}
-    whole = not model.is_demo and (fetch or model.is_here)
-    if not model.is_demo:
-        for name, path in given.items():
-            if fetch or _is_here(path):
-                whole = admission.attempt(name, lambda path=path: local_path(path)) is not None and whole  # type: ignore[misc]
-            else:
-                whole = False
-    if whole and admission.attempt("model", lambda: model.files) is not None:
-        own = {*given, *model.files.parts}
-        for name, sentence in model.problems([*names, *_TEXT]).items():
-            place = "text_encoder" if name in _TEXT else name
-            admission.add(place if place in own else "model", sentence)
-        for name in [*names, "text_encoder"] if required else ():
-            if not is_present(model.files, name):
-                admission.add(name, f"none lies with the model {model.name}: name its file or folder")
+    files = None if model.is_demo else _files_here(admission, model, fetch=fetch)
+    if files is not None:
+        own = {*files.parts, *(name for name in ("upsampler", "text_encoder") if getattr(model, name) is not None)}
+        failed = set(admission.failed)
+        for name in [*names, "text_encoder", "tokenizer"]:
+            place = "text_encoder" if name == "tokenizer" else name
+            if place in failed or (place in own and not is_present(files, name)):
+                continue  # said already, or not to be fetched
+            if is_present(files, name):
+                problem = component_problem(files, name)
+                if problem is not None:
+                    admission.add(place if place in own else "model", problem)
+            elif required and name != "tokenizer":
+                admission.add(name, f"the model {model.name} has no {name.replace('_', ' ')}: name its file or folder")
     transformer = None
     loras = list(loras)
     if loras:
-        config = admission.attempt("model", lambda: model.config("transformer"))
+        config = admission.attempt("model", lambda: _transformer_config(model, files))
         transformer = None if config is None else admission.attempt("model", lambda: linear_skeleton(config))
     for name, path in loras:
         admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]
 
 
+def _files_here(admission: Admission, model: FoundModel, *, fetch: bool) -> ModelFiles | None:
+    """Where the components lie, as far as that can be told; parts that cannot be found are noted."""
+    files = model.own
+    if files is None and fetch:
+        files = admission.attempt("model", lambda: find_model(model.name, variant=model.variant, **model.parts))
+    parts: dict[str, Path | None] = {"upsampler": None, "text_encoder": None}
+    for name in parts:
+        path = getattr(model, name)
+        if path is not None and (fetch or _is_here(path)):
+            parts[name] = admission.attempt(name, lambda path=path: local_path(path))  # type: ignore[misc]
+    return None if files is None else files.with_parts(**parts)
+
+
+def _transformer_config(model: FoundModel, files: ModelFiles | None) -> Mapping[str, Any] | None:
+    return model.config("transformer") if files is None else component_config(files, "transformer")
+
+
 def _is_here(path: str | Path) -> bool:
     """Whether looking a path up downloads nothing: it exists, or it cannot be the name of something on the hub."""
-    from pathlib import Path
-
     return Path(path).expanduser().exists() or "/" not in str(path).strip("./")
 
 

@@ -43,7 +43,8 @@ def names(folder: Path, variant: str | None = None) -> list[str]:
         (["PLAIN", "consolidated"], None, ["PLAIN"]),
         (["anything"], None, ["anything"]),
         (["PLAIN-00001-of-00002", "PLAIN-00002-of-00002", "PLAIN.fp16"], None, ["PLAIN-00001-of-00002", "PLAIN-00002-of-00002"]),
-        (["PLAIN", "PLAIN.fp16-00001-of-00002", "PLAIN.fp16-00002-of-00002"], "fp16", ["PLAIN.fp16-00001-of-00002", "PLAIN.fp16-00002-of-00002"]),
+        (["PLAIN", "PLAIN.fp16-00001-of-00001"], "fp16", ["PLAIN.fp16-00001-of-00001"]),
+        (["model.gguf"], None, "found 0 (files such as model.gguf are not read)"),
         ([], None, "expected one .safetensors file or an index of several, found 0"),
         (["one", "other"], None, "found 2 (one.safetensors, other.safetensors)"),
         (["PLAIN.fp16", "PLAIN.bf16"], None, "found the variants bf16, fp16: name one"),
@@ -55,7 +56,7 @@ def test_the_weights_of_a_folder(
     tmp_path: Path, there: list[str], variant: str | None, wanted: list[str] | str
 ) -> None:
     for name in there:
-        (tmp_path / f"{name.replace('PLAIN', PLAIN)}.safetensors").touch()
+        (tmp_path / (name if "gguf" in name else f"{name.replace('PLAIN', PLAIN)}.safetensors")).touch()
     if isinstance(wanted, str):
         with pytest.raises(CheckpointError) as error:
             names(tmp_path, variant)
@@ -180,7 +181,7 @@ def test_a_model_of_parts_in_any_naming(
     paths = split(official["checkpoint"], tmp_path, RENAMES[naming], metadata=True)
     found = FoundModel.of("demo", upsampler=official["upsampler"], text_encoder=official["text_encoder"], **paths)
     assert not found.is_demo
-    assert found.problems([*BUILDABLE, "text_encoder", "tokenizer"]) == {}
+    assert [component_problem(found.files, name) for name in (*BUILDABLE, "text_encoder", "tokenizer")] == [None] * 8
     same_model(found.components(torch.float32), demo)
     assert CheckpointPristine(found.files, torch.float32).fetch("proj_in").shape == (64, 16)
 

@@ -60,21 +60,43 @@ def test_any_block_is_scale_times_value_rounded_once(
     assert torch.equal(dequantised(value, scale, blocks, wanted), by_loops(value, scale, blocks, wanted))
 
 
+# Layout of a scale, as the documentation writes it, with blocks of 16.
+LAYOUTS = {
+    "tensor": "()",
+    "tensor of one": "(1,)",
+    "matrix of one": "(1, 1)",
+    "row": "(R,)",
+    "row, 1": "(R, 1)",
+    "column": "(1, C)",
+    "block 16": "(R/b, C/b)",
+    "group 16": "(R, C/b, 1)",
+    "broadcast": "(R/b, 1, C/b, 1)",
+}
+
+
 def scale_of(layout: str, rows: int, columns: int) -> torch.Tensor:
-    shapes = {
-        "tensor": (), "tensor of one": (1,), "matrix of one": (1, 1), "row": (rows,), "row, 1": (rows, 1), "column": (1, columns),
-        "block 16": (rows // 16, columns // 16), "group 16": (rows, columns // 16, 1), "broadcast": (rows // 16, 1, columns // 16, 1),
-    }  # fmt: skip
-    return torch.rand(shapes[layout], generator=torch.Generator().manual_seed(7)) + 0.1
+    sizes = {"R": rows, "C": columns, "R/b": rows // 16, "C/b": columns // 16, "1": 1}
+    shape = [sizes[side] for side in LAYOUTS[layout].strip("(),").split(", ") if side]
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)) + 0.1
 
 
-LAYOUTS = ("tensor", "tensor of one", "matrix of one", "row", "row, 1", "column", "block 16", "group 16", "broadcast")
+def documented(section: str) -> str:
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    return page.split(f"<!-- {section} -->\n")[1].split("\n<!-- end -->")[0]
+
+
+def test_the_documentation_lists_the_layouts_and_names_that_are_tested() -> None:
+    rows = [f"| {layout} | {shape} |" for layout, shape in {"plain cast": "none", **LAYOUTS}.items()]
+    assert documented("scales").splitlines()[2:] == rows
+    assert documented("refused").split("; ") == list(dict.fromkeys(name for _, _, name in REFUSED))
+    page = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    assert all(f"`x.{spelling}`" in page for spelling in SPELLINGS)
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)))
 def test_every_layout_of_a_file(official: dict[str, Path], tmp_path: Path, number: int) -> None:
     """Weights of one block in a layout and a spelling, beside marks that are not needed; the pristine source reads the same."""
-    layout, spelling, stored = LAYOUTS[number], SPELLINGS[number % len(SPELLINGS)], (E4M3, E5M2)[number % 2]
+    layout, spelling, stored = list(LAYOUTS)[number], SPELLINGS[number % len(SPELLINGS)], (E4M3, E5M2)[number % 2]
     tensors, wanted = load_file(official["checkpoint"]), {}
     for key in [key for key in tensors if ".transformer_blocks.0." in key and key.startswith(TRANSFORMER_PREFIX)]:
         value = tensors[key]
@@ -129,23 +151,23 @@ def described(content: dict[str, Any]) -> torch.Tensor:
 INTEGERS = torch.ones(8, 8, dtype=torch.int8)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "metadata", "name"),
-    [
-        ({"a.weight": INTEGERS, "a.weight_scale": torch.ones(1)}, {}, "int8"),
-        ({"a.weight": INTEGERS, "a.SCB": torch.ones(8)}, {}, "int8 (bitsandbytes)"),
-        ({"a.weight": INTEGERS, "a.comfy_quant": described({"format": "int8_tensorwise"})}, {}, "int8_tensorwise"),
-        ({"a.weight": INTEGERS.byte(), "a.weight.quant_state.bitsandbytes__nf4": INTEGERS.byte()}, {}, "nf4 (bitsandbytes)"),
-        ({"a.weight": INTEGERS.byte(), "a.weight.absmax": torch.ones(8)}, {}, "4 bit (bitsandbytes)"),
-        ({"a.weight": INTEGERS.byte(), "a.weight_scale": torch.ones(1), "a.weight_scale_2": torch.ones(1)}, {}, "nvfp4"),
-        ({"a.qweight": INTEGERS.int(), "a.scales": torch.ones(8)}, {}, "GPTQ or AWQ"),
-        ({"a.qweight": INTEGERS, "a.wscales": torch.ones(8)}, {}, "SVDQuant (nunchaku)"),
-        ({"a.weight._data": INTEGERS, "a.weight._scale": torch.ones(8)}, {}, "quanto"),
-        ({"a.weight": torch.ones(8, 8)}, {"_quantization_metadata": '{"layers": {"a": {"format": "nvfp4"}}}'}, "nvfp4"),
-        ({"a.weight": torch.ones(8, 8)}, {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, "mxfp8"),
-        ({"a.weight": torch.ones(8, 8).to(E4M3), "a.weight_scale": torch.ones(8, 1).to(torch.float8_e8m0fnu)}, {}, "mxfp8"),
-    ],
-)  # fmt: skip
+REFUSED: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    ({"a.weight": INTEGERS, "a.weight_scale": torch.ones(1)}, {}, "int8"),
+    ({"a.weight": INTEGERS, "a.SCB": torch.ones(8)}, {}, "int8 (bitsandbytes)"),
+    ({"a.weight": INTEGERS, "a.comfy_quant": described({"format": "int8_tensorwise"})}, {}, "int8_tensorwise"),
+    ({"a.weight": INTEGERS.byte(), "a.weight.quant_state.bitsandbytes__nf4": INTEGERS.byte()}, {}, "nf4 (bitsandbytes)"),
+    ({"a.weight": INTEGERS.byte(), "a.weight.absmax": torch.ones(8)}, {}, "4 bit (bitsandbytes)"),
+    ({"a.weight": INTEGERS.byte(), "a.weight_scale": torch.ones(1), "a.weight_scale_2": torch.ones(1)}, {}, "nvfp4"),
+    ({"a.qweight": INTEGERS.int(), "a.scales": torch.ones(8)}, {}, "GPTQ or AWQ"),
+    ({"a.qweight": INTEGERS, "a.wscales": torch.ones(8)}, {}, "SVDQuant (nunchaku)"),
+    ({"a.weight._data": INTEGERS, "a.weight._scale": torch.ones(8)}, {}, "quanto"),
+    ({"a.weight": torch.ones(8, 8)}, {"_quantization_metadata": '{"layers": {"a": {"format": "nvfp4"}}}'}, "nvfp4"),
+    ({"a.weight": torch.ones(8, 8)}, {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, "mxfp8"),
+    ({"a.weight": torch.ones(8, 8).to(E4M3), "a.weight_scale": torch.ones(8, 1).to(torch.float8_e8m0fnu)}, {}, "mxfp8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "name"), REFUSED)
 def test_another_quantisation_is_named(
     tmp_path: Path, tensors: dict[str, Any], metadata: dict[str, str], name: str
 ) -> None:
@@ -165,7 +187,7 @@ def test_marks_of_fp8_in_the_metadata_are_understood(tmp_path: Path) -> None:
     (found,) = attached(header).values()
     assert found.blocks == (64, 8)
     header = header_of(tmp_path / "r.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="blocks of the scale a.weight_scale .* cannot be told"):
+    with pytest.raises(CheckpointError, match=r"blocks of the scale a\.weight_scale .* cannot be told"):
         attached(header)  # 48 or 64
     (found,) = attached(header, {"quantization_config": {"weight_block_size": [48, 8]}}).values()
     assert found.blocks == (48, 8)
