@@ -204,6 +204,12 @@ def spelled(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def names_no_place(text: str) -> bool:
+    """Whether nothing lies at this path and it cannot be the name of something on the hub either."""
+    place = Path(text).expanduser()
+    return not place.exists() and ("/" not in text.strip("./") or place.is_absolute() or text.startswith("."))
+
+
 def find_model_options(arguments: argparse.Namespace, admission: Admission) -> ModelOptions:
     """Find the model and resolve everything beside it; parts that are not there are noted in `admission`.
 
@@ -228,8 +234,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         require_strength(f"lora {path}", strength, signed=True)
     parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
     for name, part in list(parts.items()):
-        place = Path(part).expanduser()
-        if not place.exists() and ("/" not in part.strip("./") or place.is_absolute() or part.startswith(".")):
+        if names_no_place(part):
             admission.add(name, f"there is no file or folder {part}")
             del parts[name]
     modes = ("auto", *MODES)
