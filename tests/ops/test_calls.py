@@ -1,4 +1,4 @@
-"""Calls around every op, over the table: outputs, layouts, no elements, equal bits on repeat, opcheck, tracing, refused gradients."""
+"""Calls around every op, over the table: outputs, layouts, nothing, equal bits on repeat, opcheck, tracing, gradients refused."""
 
 import contextlib
 from collections.abc import Callable, Sequence
