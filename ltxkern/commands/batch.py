@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ltxkern.commands.batch_items import Item, Manifest, Outcome
     from ltxkern.commands.batch_ray import Placement
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
+    from ltxkern.pipeline.run.request import GenerationRequest
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": "/"}
 # What no result depends on; a CFG group gives the bits of one process.
@@ -84,7 +85,8 @@ def _run_on_ranks(arguments: argparse.Namespace, job: parallel.Job) -> int:
         job.ranks.compare({"items to do": [item.name for item in todo]})
     if todo:
         with Generator(arguments, job) as generator:
-            for item in todo:
+            # What cannot be served is said before the first weight is read.
+            for item in sorted(todo, key=generator.accepts):
                 outcome = generator.outcome(item)
                 if job.leads:
                     _note(arguments, manifest, outcome)
@@ -161,6 +163,20 @@ class Generator:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def accepts(self, item: Item) -> bool:
+        """Whether an item's options and pictures can be served; `outcome` says why not."""
+        try:
+            self._request(item)
+        except options.expected_errors():
+            return False
+        return True
+
+    def _request(self, item: Item) -> GenerationRequest:
+        request = admission.read_request(item_arguments(self._arguments, item.options), self._chosen)
+        if not request.prompts()[0].strip():
+            raise ValueError("prompt is missing")
+        return request
+
     def outcome(self, item: Item) -> Outcome:
         """What became of an item; an error that concerns it alone is its outcome."""
         from ltxkern.commands.batch_items import attempt, digest
@@ -172,9 +188,7 @@ class Generator:
         """Generate an item and write it beside the others; only the lead writes."""
         from ltxkern.pipeline.results.atomic import writable_output
 
-        request = admission.read_request(item_arguments(self._arguments, item.options), self._chosen)
-        if not request.prompts()[0].strip():
-            raise ValueError("prompt is missing")
+        request = self._request(item)
         if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
             # All ranks of the job take part in every item; those beyond its branches idle.
             self.shared = self._job.share(self._pipeline, request, self._job.size, self._arguments.stage2_parallel)

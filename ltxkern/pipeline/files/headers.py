@@ -98,8 +98,9 @@ def _read_header(path: Path, size: int, _changed: int) -> Header:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if length > size - 8 or size < 8:
-                what = _other_file(path) or f"cut off in its header ({size} bytes)"
-                raise CheckpointError(f"{path}: not a safetensors file, or {what}")
+                what = _other_file(path)
+                reason = f"but {what}" if what else f"or cut off in its header ({size} bytes)"
+                raise CheckpointError(f"{path}: not a safetensors file, {reason}")
             content = json.loads(file.read(length))
         metadata = content.pop("__metadata__", None) or {}
         tensors, offsets, end = {}, {}, 0

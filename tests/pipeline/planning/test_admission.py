@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ltxkern.cli import main
 from ltxkern.pipeline import HQTwoStagePipeline
+from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.files.headers import CheckpointError
 from ltxkern.pipeline.files.official_names import official_name
@@ -149,6 +150,53 @@ def test_what_a_run_needs_and_nobody_named(
         )
         == 0
     )
+
+
+def test_parts_in_place_of_a_model(
+    demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "generate",
+        "--prompt",
+        "a",
+        *SIZE,
+        "--quiet",
+        "--embedding-cache",
+        "off",
+        "-o",
+        str(tmp_path / "o.safetensors"),
+    ]
+    parts = [f"--transformer={demo_files['checkpoint']}", *options(demo_files)[2:]]
+    assert main([*given, *parts]) == 0
+    latents = load_file(tmp_path / "o.safetensors")
+    assert main([*given, *options(demo_files)]) == 0
+    assert all(torch.equal(tensor, latents[name]) for name, tensor in load_file(tmp_path / "o.safetensors").items())
+    capsys.readouterr()
+    assert main([*given, *parts, "--video-vae", "/nowhere/v.safetensors", "--vocoder", str(demo_files["lora"])]) == 2
+    found = sentences(capsys)
+    assert found[0] == "--video-vae: there is no file or folder /nowhere/v.safetensors"
+    assert found[1].startswith(f"--vocoder: {demo_files['lora']}: holds no tensors of the vocoder")
+    assert len(found) == 2
+    with pytest.raises(TypeError, match=r"parts: expected some of transformer, .*, got devise"):
+        HQTwoStagePipeline.from_pretrained("demo", devise="cpu")
+
+
+def test_a_batch_refuses_its_bad_lines_before_the_first_weight_is_read(
+    demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = checkpoint.load_component
+
+    def load(*arguments: Any, **keywords: Any) -> Any:
+        read.append(len(capsys.readouterr().err.split("image 'none.png' does not exist")))
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint, "load_component", load)
+    prompts = write(tmp_path, {"prompt": "a", "name": "good"}, {"prompt": "b", "image": "none.png", "name": "bad"})
+    settings = [*options(demo_files), *SIZE, "--format", "latents", "--embedding-cache", "off"]
+    assert main(["batch", str(prompts), "-o", str(tmp_path / "results"), *settings]) == 2
+    assert read[0] == 2, "the bad line's sentence was written before"
+    assert (tmp_path / "results" / "good.safetensors").exists()
 
 
 def test_the_pipeline_s_own_door_is_guarded_too(demo_files: dict[str, Path], tmp_path: Path) -> None:
