@@ -59,7 +59,8 @@ MOVED = {
     for room, stems in _ROOMS.items()
     for old, new in stems.items()
 }
-MOVED[f"{_PACKAGE}.batch"] = "ltxkern.commands.batch_items"  # by name alone: nothing here imports a command
+# By name alone: nothing here imports a command.
+MOVED |= {f"{_PACKAGE}.batch{end}": f"ltxkern.commands.batch{end or '_items'}" for end in ("", "_ray")}
 
 
 class _Forwarding(MetaPathFinder, Loader):

@@ -45,11 +45,11 @@ def parse_image_condition(text: str) -> ImageCondition:
     """
     text = os.path.expanduser(text)
     parts = text.rsplit(":", 2)
-    if Path(text).is_file() or len(parts) == 1:
+    if os.path.isfile(text) or len(parts) == 1:
         return _condition(text, text)
     path, last = text.rsplit(":", 1)
     frame_follows = _is_integer(last)
-    if len(parts) == 3 and _is_integer(parts[1]) and _is_number(last) and not (frame_follows and Path(path).is_file()):
+    if len(parts) == 3 and _is_integer(parts[1]) and _is_number(last) and not (frame_follows and os.path.isfile(path)):
         return _condition(text, parts[0], int(parts[1]), float(last))
     if frame_follows:
         return _condition(text, path, int(last))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -65,8 +66,8 @@ def read_picture(path: str | Path) -> Image.Image:
             values without a known range.
     """
     file, name = Path(path).expanduser(), f"image {str(path)!r}"
-    if not file.exists():
-        raise ValueError(f"{name} " + ("is a link to nothing" if file.is_symlink() else "does not exist"))
+    if not os.path.exists(file):  # of pathlib's, some raise where a name is too long
+        raise ValueError(f"{name} " + ("is a link to nothing" if os.path.islink(file) else "does not exist"))
     if not file.is_file():
         raise ValueError(f"{name} is not a file")
     try:

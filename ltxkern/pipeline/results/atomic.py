@@ -36,7 +36,7 @@ def output_kind(path: str | Path) -> OutputKind:
     file = Path(path).expanduser()
     if file.name.lower() in (".mp4", ".safetensors"):
         raise ValueError(f"output {str(path)!r} has no name before the suffix: {_LEGAL}")
-    if file.is_dir() or str(path).endswith(("/", os.sep)) or not file.suffix:
+    if os.path.isdir(file) or str(path).endswith(("/", os.sep)) or not file.suffix:
         return "frames"
     suffix = file.suffix.lower()
     if suffix == ".mp4":

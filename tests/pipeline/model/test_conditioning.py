@@ -38,6 +38,9 @@ def vae() -> AutoencoderKLLTX2Video:
         ("C:\\pictures\\a.png:8", ImageCondition("C:\\pictures\\a.png", 8)),
         ("with:colon.png:8:0.5", ImageCondition("with:colon.png", 8, 0.5)),
         ("take:3:b.png", ImageCondition("take:3:b.png")),
+        ("C:\\pictures\\a.png:8:0.5", ImageCondition("C:\\pictures\\a.png", 8, 0.5)),
+        ("take:3:b.png:8", ImageCondition("take:3:b.png", 8)),
+        ("~nobody-of-this-name/a.png:8", ImageCondition("~nobody-of-this-name/a.png", 8)),
     ],
 )
 def test_parse(text: str, expected: ImageCondition) -> None:
@@ -48,6 +51,18 @@ def test_parse_prefers_a_file_of_that_name(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", picture(4, 4)).rename(tmp_path / "a.png:8")
     assert parse_image_condition(str(path)) == ImageCondition(str(path))
     assert parse_image_condition(f"{path}:3").frame == 3
+
+
+def test_parse_knows_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("~/a.png", "~/a.png:8", "~/a.png:8:0.5"):
+        assert parse_image_condition(text).path == f"{tmp_path}/a.png"
+    save(tmp_path / "a.png", picture(4, 4))
+    (tmp_path / "link.png").symlink_to("a.png")
+    (tmp_path / "away.png").symlink_to("nowhere.png")
+    validate_image_conditions([ImageCondition("~/a.png"), ImageCondition(tmp_path / "link.png")], 9)
+    with pytest.raises(ValueError, match=r"away\.png' is a link to nothing"):
+        validate_image_conditions([ImageCondition("~/away.png")], 9)
 
 
 def test_parse_refuses_a_strength_without_frame() -> None:
@@ -70,6 +85,8 @@ def test_parse_refuses_a_strength_without_frame() -> None:
         ({"crf": 52}, "crf 52 is outside"),
         ({"path": "/nowhere/x.png"}, "does not exist"),
         ({"path": "/"}, "is not a file"),
+        ({"path": "/dev/zero"}, "is not a file"),
+        ({"path": "x" * 300}, "does not exist"),
     ],
 )
 def test_validation(tmp_path: Path, changes: dict[str, object], words: str) -> None:
