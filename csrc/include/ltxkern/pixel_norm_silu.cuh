@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
         Pack<T, V> pack = load<T, V>(kept + c * width + lane * V);
         float weight = load_param(p.weight, p.weight_type, c, 1.0f);
 #pragma unroll
-        for (int k = 0; k < V; ++k) pack.value[k] = round_to<T>(silu(to_float(pack.value[k]) * scale[k] * weight));
+        for (int k = 0; k < V; ++k) pack.value[k] = round_to<T>(silu<T>(to_float(pack.value[k]) * scale[k] * weight * kSiluFactor<T>));
         store_streaming<T, V>(out + c * p.positions, pack);
     }
 }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(256, 3) pixel_norm_columns(PixelNormLanes p) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
             float weight = load_param(p.weight, p.weight_type, c + k, 1.0f);
-            pack.value[k] = round_to<T>(silu(to_float(pack.value[k]) * scale * weight));
+            pack.value[k] = round_to<T>(silu<T>(to_float(pack.value[k]) * scale * weight * kSiluFactor<T>));
         }
         store_streaming<T, V>(out + c, pack);
     };
