@@ -213,6 +213,24 @@ LTXK_DEVICE Pack<T, V> rounded(const float (&values)[V]) {
     return both.pack;
 }
 
+// Parameters [index, index + V) of a type known at launch; for V > 1 the address is a multiple of min(16, V elements).
+template <int V>
+LTXK_DEVICE void load_params(const void* base, i64 type, i64 index, float (&values)[V]) {
+    if (type == kF32) {
+        constexpr int kPart = V < 4 ? V : 4;
+#pragma unroll
+        for (int k = 0; k < V; k += kPart) {
+            Pack<float, kPart> part = load<float, kPart>(static_cast<const float*>(base) + index + k);
+#pragma unroll
+            for (int i = 0; i < kPart; ++i) values[k + i] = part.value[i];
+        }
+    } else if (type == kF16) {
+        unpack(load<f16, V>(static_cast<const f16*>(base) + index), values);
+    } else {
+        unpack(load<bf16, V>(static_cast<const bf16*>(base) + index), values);
+    }
+}
+
 // Load or store of data that is not used again soon: it leaves the L2 cache first.
 template <class T, int V>
 LTXK_DEVICE Pack<T, V> load_streaming(const T* address) {
