@@ -29,6 +29,8 @@ ARGUMENTS = 3
 STATIC_SHARED = 9 << 10
 # Of a channel's weight in shared memory.
 WEIGHT_BYTES = 4
+# Blocks from which on a channels-last thread takes more than one position: two waves of a large card.
+WALKING = 1024
 
 
 class Case(NamedTuple):
@@ -63,9 +65,9 @@ def _bits(at_most: int) -> int:
     return max(at_most, 1).bit_length() - 1
 
 
-def _launch_parameters(case: Case, lane_bits: int, tiles: int = 1) -> dict[str, Parameter]:
-    lanes = {"lane_bits": lane_bits, "tiles": tiles, "by_tiles": divider(tiles), "per_channel": 1 / case.channels}
-    return {**_parameters(case), **lanes}
+def _launch_parameters(case: Case, lane_bits: int, tiles: int = 1, walk: int = 1) -> dict[str, Parameter]:
+    lanes = {"lane_bits": lane_bits, "tiles": tiles, "by_tiles": divider(tiles), "walk": walk}
+    return {**_parameters(case), **lanes, "per_channel": 1 / case.channels}
 
 
 def rows(case: Case, shared_bytes: int, threads: int = THREADS) -> Launch:
@@ -96,11 +98,13 @@ def columns(case: Case, threads: int = THREADS) -> Launch:
     vector = case.vector(case.channels)
     held = 8 if case.dtype == torch.float32 and vector > 1 else 4
     lane_bits = min((ceil_div(case.channels, vector * held) - 1).bit_length(), 5)
+    sets = ceil_div(case.samples * case.positions, threads >> lane_bits)
+    walk = min(4, max(1, sets // WALKING))
     return Launch(
         f"ltxk::pixel_norm_columns<{CUDA_NAMES[case.dtype]}, {vector}, {held}>",
-        (ceil_div(case.samples * case.positions, threads >> lane_bits),),
+        (ceil_div(sets, walk),),
         threads,
-        _launch_parameters(case, lane_bits),
+        _launch_parameters(case, lane_bits, walk=walk),
     )
 
 

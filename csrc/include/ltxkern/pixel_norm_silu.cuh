@@ -12,6 +12,7 @@ namespace ltxk {
 struct PixelNormLanes : PixelNormSilu {
     i64 lane_bits;        // 1 << lane_bits threads lie along positions (contiguous) or along channels (channels-last): up to 32
     i64 tiles, by_tiles;  // contiguous: blocks of one sample, and what divides by them
+    i64 walk;             // channels-last: positions that a thread takes one after the other
     double per_channel;   // 1 / channels
 };
 
@@ -123,55 +124,59 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
 }
 
 // Channels-last. The lanes of one position hold up to HELD accesses each in registers and read the rest again; a warp has as many
-// positions as there is room for.
+// positions as there is room for, and `walk` such sets one after the other.
 template <class T, int V, int HELD>
-__global__ void __launch_bounds__(256, 3) pixel_norm_columns(PixelNormLanes p) {
+__global__ void __launch_bounds__(256, HELD > 4 ? 2 : 3) pixel_norm_columns(PixelNormLanes p) {
     u32 bits = static_cast<u32>(p.lane_bits), lane = threadIdx.x & ((1u << bits) - 1), channels = static_cast<u32>(p.channels);
-    u32 step = V << bits, first = lane * V;
-    i64 position = static_cast<i64>(blockIdx.x) * (blockDim.x >> bits) + (threadIdx.x >> bits), all = p.samples * p.positions;
-    // Lanes past the end join the shuffles on the last position and store nothing.
-    bool active = position < all;
-    i64 base = (active ? position : all - 1) * p.channels;
-    const T* x = static_cast<const T*>(p.x) + base;
-    T* out = static_cast<T*>(p.out) + base;
-    Pack<T, V> held[HELD];
-    float sum = 0.0f;
-    auto add = [&](const Pack<T, V>& pack) {
-        float part = 0.0f, values[V];
-        unpack(pack, values);
+    u32 step = V << bits, first = lane * V, together = blockDim.x >> bits, walk = static_cast<u32>(p.walk);
+    i64 position = static_cast<i64>(blockIdx.x) * together * walk + (threadIdx.x >> bits), all = p.samples * p.positions;
+    const T* x = static_cast<const T*>(p.x) + position * channels + first;
+    T* out = static_cast<T*>(p.out) + position * channels + first;
+    i64 stride = static_cast<i64>(together) * channels;
+    u32 mine = channels > first ? channels - first : 0;
+    auto over_positions = [&](auto finish) {
+        for (u32 i = 0; i < walk; ++i, position += together, x += stride, out += stride) {
+            // Lanes past the end join the shuffles and store nothing.
+            u32 here = position < all ? mine : 0;
+            Pack<T, V> held[HELD];
+            float sum = 0.0f;
+            auto add = [&](const Pack<T, V>& pack) {
+                float part = 0.0f, values[V];
+                unpack(pack, values);
 #pragma unroll
-        for (int k = 0; k < V; ++k) part = fused(values[k], values[k], part);
-        sum += part;
-    };
+                for (int k = 0; k < V; ++k) part = fused(values[k], values[k], part);
+                sum += part;
+            };
 #pragma unroll
-    for (int h = 0; h < HELD; ++h) held[h] = first + h * step < channels ? load_streaming<T, V>(x + (first + h * step)) : Pack<T, V>{};
+            for (int h = 0; h < HELD; ++h)
+                if (h * step < here) held[h] = load_streaming<T, V>(x + h * step);
 #pragma unroll
-    for (int h = 0; h < HELD; ++h) add(held[h]);
-    for (u32 c = first + HELD * step; c < channels; c += step) add(load<T, V>(x + c));
-    for (u32 apart = 1u << bits >> 1; apart > 0; apart >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-    if (!active) return;
-    float scale = inverse_root_mean_square<T>(p, sum, p.per_channel);
-    auto emit = [&](auto finish) {
-        auto one = [&](const Pack<T, V>& pack, u32 c) {
-            float values[V];
-            unpack(pack, values);
-            finish(values, c);
-            store_streaming<T, V>(out + c, rounded<T, V>(values));
-        };
+            for (int h = 0; h < HELD; ++h)
+                if (h * step < here) add(held[h]);
+            for (u32 c = HELD * step; c < here; c += step) add(load<T, V>(x + c));
+            for (u32 apart = 1u << bits >> 1; apart > 0; apart >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+            float scale = inverse_root_mean_square<T>(p, sum, p.per_channel);
+            auto emit = [&](const Pack<T, V>& pack, u32 c) {
+                float values[V];
+                unpack(pack, values);
+                finish(values, scale, first + c);
+                store_streaming<T, V>(out + c, rounded<T, V>(values));
+            };
 #pragma unroll
-        for (int h = 0; h < HELD; ++h)
-            if (first + h * step < channels) one(held[h], first + h * step);
-        for (u32 c = first + HELD * step; c < channels; c += step) one(load<T, V>(x + c), c);
+            for (int h = 0; h < HELD; ++h)
+                if (h * step < here) emit(held[h], h * step);
+            for (u32 c = HELD * step; c < here; c += step) emit(load<T, V>(x + c), c);
+        }
     };
     if (p.weight) {
-        emit([&](float (&values)[V], u32 c) {
+        over_positions([&](float (&values)[V], float scale, u32 c) {
             float weights[V];
             load_params(p.weight, p.weight_type, c, weights);
 #pragma unroll
             for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale * weights[k]);
         });
     } else {
-        emit([&](float (&values)[V], u32) {
+        over_positions([&](float (&values)[V], float scale, u32) {
 #pragma unroll
             for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale);
         });
