@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Order of the tensors in every call of a program.
 OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
 ARGUMENTS = 7
+# What the pipeline loses to blocks that wait for their team, as a factor.
+WAITING = 1.1
 # Upper bound of the on-chip kernels' static shared memory.
 STATIC_SHARED = 1024
 
@@ -217,28 +219,39 @@ def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
     return next(teams for teams in range(most, 0, -1) if groups % teams == 0)
 
 
+def _two_pass_units(case: Case, limits: DeviceLimits) -> float:
+    """Passes over the activation that two passes cost memory: half of L2 still holds its tail when the second begins with it."""
+    total = case.samples * case.groups * case.group_length * case.itemsize
+    return 3 - min(1.0, limits.l2_bytes / 2 / total)
+
+
+def _pipeline_units(case: Case, limits: DeviceLimits, slot_bytes: int, teams: int) -> float:
+    """The same of `pipeline`: what of two groups a team is not on chip comes from half of L2, and from memory beyond that."""
+    group_bytes = case.group_length * case.itemsize
+    blocks = 2 * limits.multiprocessors // teams
+    spilled = max(0, group_bytes - blocks * slot_bytes)
+    missed = max(0.0, spilled - limits.l2_bytes / 2 / (2 * teams))
+    return 2 + missed / group_bytes
+
+
 def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
-    """The launches that move the fewest bytes on this device.
+    """The launches that move the fewest bytes on this device, as predicted.
 
     A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
-    L2. Larger ones take the pipeline, which keeps two groups on chip, where L2 holds what shared memory does not.
+    L2. Larger ones take the pipeline, which keeps two groups on chip, where that moves less than two passes.
     `threads=` of a block, in place of a kernel's own number where the workspace does not depend on it.
     """
     if case.channels_last:
-        return columns(case, 8 * limits.multiprocessors)
+        return columns(case, 4 * limits.multiprocessors)
     if (cluster := _cluster_size(case, limits)) is not None:
         return resident(case, cluster, **threads)
-    total, group_bytes = (
-        case.samples * case.groups * case.group_length * case.itemsize,
-        case.group_length * case.itemsize,
-    )
     blocks = 2 * limits.multiprocessors
     slot = (((limits.shared_bytes + 1024) // 2 - 1024 - STATIC_SHARED - _table_bytes(case)) // 2) // 16 * 16
     vectors = case.aligned and case.positions % case.vector == 0 and case.group_length < 1 << 31
-    spilled = max(0, group_bytes - blocks * slot)
-    if vectors and slot > 0 and total > limits.l2_bytes // 2 and 2 * spilled < limits.l2_bytes * 3 // 4:
+    if vectors and slot > 0:
         teams = _team_count(case, blocks, slot)
-        return pipeline(case, blocks // teams, teams, slot, **threads)
+        if WAITING * _pipeline_units(case, limits, slot, teams) < _two_pass_units(case, limits):
+            return pipeline(case, blocks // teams, teams, slot, **threads)
     return two_pass(case, **threads)
 
 
