@@ -9,6 +9,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import pixel_norm_silu as pixel_norm
 from ltxkern.compiled.steps import Launch, Step
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
@@ -135,6 +136,19 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
         ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
     exact = exact_pixel_norm(x, 1e-6, weight)
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 67])
+@pytest.mark.parametrize("channels", [8, 24, 300])
+def test_pixel_norm_walks_over_positions(channels: int, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal to a thread for each position, and the last of a walk may not be there."""
+    results = []
+    for walking in (1, 1 << 20):
+        monkeypatch.setattr(pixel_norm, "WALKING", walking)
+        x = channels_last(noise(1, channels, positions, 3, dtype=torch.bfloat16))
+        with on_shim(32, seed=3), ltxkern.use_backend("cpu"):
+            results.append(ltxkern.pixel_norm_silu(x, 1e-6, weight=noise(channels), out=torch.full_like(x, torch.nan)))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
