@@ -26,9 +26,15 @@ LTXK_DEVICE bf16 round_bf16(float v) {
     if (v != v) return {0x7fc0};
     return {static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
+LTXK_DEVICE u32 round_two(bf16, float low, float high) {
+    return round_bf16(low).bits | static_cast<u32>(round_bf16(high).bits) << 16;
+}
+LTXK_DEVICE u32 round_two(f16, float low, float high) { return round_f16(low).bits | static_cast<u32>(round_f16(high).bits) << 16; }
 LTXK_DEVICE float fast_exp2(float v) { return __builtin_exp2f(v); }
 LTXK_DEVICE float fast_reciprocal(float v) { return 1.0f / v; }
 LTXK_DEVICE float fast_rsqrt(float v) { return 1.0f / sqrtf(v); }
+LTXK_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+LTXK_DEVICE u32 high_product(u32 a, u32 b) { return static_cast<u32>(static_cast<u64>(a) * b >> 32); }
 
 #else
 
@@ -49,6 +55,17 @@ LTXK_DEVICE bf16 round_bf16(float v) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
     return result;
 }
+// Two values side by side, `low` at the lower address.
+LTXK_DEVICE u32 round_two(bf16, float low, float high) {
+    u32 result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+LTXK_DEVICE u32 round_two(f16, float low, float high) {
+    u32 result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
 LTXK_DEVICE float fast_exp2(float v) {
     float result;
     asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
@@ -64,6 +81,8 @@ LTXK_DEVICE float fast_rsqrt(float v) {
     asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
     return result;
 }
+LTXK_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LTXK_DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 
 #endif
 
@@ -98,6 +117,18 @@ LTXK_DEVICE T round_to(float v) {
 
 // v * sigmoid(v) = v / (1 + exp(-v)).
 LTXK_DEVICE float silu(float v) { return v * fast_reciprocal(1.0f + fast_exp2(v * -1.4426950408889634f)); }
+
+// n / d without a division, n below 2^31; `by` is what launches make of d (divider in steps.py).
+LTXK_DEVICE u32 divide(u32 n, i64 by) { return (high_product(n, static_cast<u32>(by)) + n) >> static_cast<u32>(by >> 32); }
+
+// A result in one Newton step nearer than `quick`, or `quick` where that step is not finite.
+LTXK_DEVICE float nearer(float quick, float refined) { return refined == refined ? refined : quick; }
+
+// 1 / sqrt(v) within an ulp, for what a whole row is multiplied by.
+LTXK_DEVICE float inverse_root(float v) {
+    float quick = fast_rsqrt(v);
+    return nearer(quick, fused(0.5f * quick, fused(-v * quick, quick, 1.0f), quick));
+}
 
 // Codes of parameter dtypes that are looked at once per channel, where a template would only multiply the binary.
 enum ParamType : i64 { kF32 = 0, kF16 = 1, kBF16 = 2, kF64 = 3 };
