@@ -2,7 +2,6 @@
 #include "ltxkern/gated_residual.cuh"
 #include "registry.h"
 
-LTXK_KERNEL(ltxk::gated_residual_rows<8>)
 LTXK_KERNEL(ltxk::gated_residual_rows<4>)
 LTXK_KERNEL(ltxk::gated_residual_rows<1>)
 

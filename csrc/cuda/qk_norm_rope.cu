@@ -2,7 +2,6 @@
 #include "ltxkern/qk_norm_rope.cuh"
 #include "registry.h"
 
-LTXK_KERNEL(ltxk::qk_norm_rope<8>)
 LTXK_KERNEL(ltxk::qk_norm_rope<4>)
 LTXK_KERNEL(ltxk::qk_norm_rope<1>)
 

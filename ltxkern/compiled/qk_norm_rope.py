@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.rows import WARP_PACKS, dense_rows, type_names, vector_of
+from ltxkern.compiled.rows import WARP_PACKS, WIDEST, dense_rows, type_names, vector_of
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
 from ltxkern.compiled.tensors import param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
@@ -92,9 +92,10 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """q and k of a token in neighbouring blocks, whole in their registers or of no more threads than a token has packs."""
     if packed := _packed(case, threads):
         return [packed]
-    block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, case.vector), 32)))
+    vector = min(case.vector, WIDEST)
+    block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, vector), 32)))
     grid = (2 * case.batch * case.tokens,)
-    return [Launch(f"ltxk::qk_norm_rope<{case.vector}>", grid, block, _parameters(case))]
+    return [Launch(f"ltxk::qk_norm_rope<{vector}>", grid, block, _parameters(case))]
 
 
 def cpu_calls(case: Case) -> list[Call]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Packs of 16 bytes of x that a warp has of a row in the kernels that know their dtypes, 4 a thread: rows of whole warps go there.
 WARP_PACKS = 128
+# Elements of one access of the kernels that look at dtypes as they run, at most: more would not fit the registers.
+WIDEST = 4
 _NAMES = {code: CUDA_NAMES[dtype] for dtype, code in PARAM_CODES.items()}
 _FP32 = PARAM_CODES[torch.float32]
 
@@ -145,8 +147,9 @@ def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
         parameters |= {"by_inner": divider(case.inner), "inverse_width": 1.0 / case.width}
         gated = "false" if case.operands[1] is None else "true"
         return [Launch(f"ltxk::rms_norm_modulate_packs<{names}, {gated}>", (case.rows,), block, parameters)]
-    block = min(threads, max(32, round_up(ceil_div(case.width, case.vector), 32)))
-    return [Launch(f"ltxk::rms_norm_modulate_rows<{case.vector}>", (case.rows,), block, _norm_parameters(case))]
+    vector = min(case.vector, WIDEST)
+    block = min(threads, max(32, round_up(ceil_div(case.width, vector), 32)))
+    return [Launch(f"ltxk::rms_norm_modulate_rows<{vector}>", (case.rows,), block, _norm_parameters(case))]
 
 
 def norm_calls(case: Case) -> list[Call]:
@@ -306,11 +309,12 @@ def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Short rows share a block, long ones take several side by side; rows of whole warps know no blocks."""
     if packed := _packed_gate(case, threads):
         return [packed]
-    row_threads = min(threads, power_of_two(ceil_div(case.width, case.vector)))
-    tiles = ceil_div(case.width, row_threads * case.vector)
+    vector = min(case.vector, WIDEST)
+    row_threads = min(threads, power_of_two(ceil_div(case.width, vector)))
+    tiles = ceil_div(case.width, row_threads * vector)
     groups = ceil_div(case.rows, threads // row_threads)
     parameters = {**_gate_parameters(case), "row_threads": row_threads, "tiles": tiles}
-    return [Launch(f"ltxk::gated_residual_rows<{case.vector}>", (groups * tiles,), threads, parameters)]
+    return [Launch(f"ltxk::gated_residual_rows<{vector}>", (groups * tiles,), threads, parameters)]
 
 
 def gate_calls(case: Case) -> list[Call]:

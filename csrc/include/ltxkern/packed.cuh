@@ -28,6 +28,13 @@ LTXK_DEVICE Raw<V> load_pack(const char* first, int j) {
     load_words<sizeof(T) * V / 4>(first + j * static_cast<int>(32 * sizeof(T) * V), raw);
     return raw;
 }
+// The i-th 16 bytes of a pack that has more of them.
+template <int V>
+LTXK_DEVICE Raw<V> load_part(const char* pack, int i) {
+    Raw<V> raw;
+    load_words<4>(pack + 16 * i, raw);
+    return raw;
+}
 template <class T, int V>
 LTXK_DEVICE void store_pack(char* first, int j, const Raw<V>& raw) {
     store_words<sizeof(T) * V / 4>(first + j * static_cast<int>(32 * sizeof(T) * V), raw);

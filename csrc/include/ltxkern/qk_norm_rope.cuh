@@ -58,7 +58,7 @@ struct QkNormRopePacks : QkNormRope {
 // The kernel above for split pairs, a token whole in its block's registers: x is read once. Activations and weights are T, tables M.
 template <class T, class M>
 __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
-    constexpr int V = kVector<T>, kPairs = kPacks / 2;
+    constexpr int V = kVector<T>, kPairs = kPacks / 2, kPart = kVector<M>;
     LTXK_SHARED(RowSum, scratch);
     const QkTensor& t = p.tensor[blockIdx.x % 2];
     u32 row = blockIdx.x / 2, batch = divide(row, p.by_tokens), token = row - batch * static_cast<u32>(p.tokens);
@@ -76,10 +76,6 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
     u32 table = batch * static_cast<u32>(p.table_batch) + token * static_cast<u32>(p.table_token) +
                 head * static_cast<u32>(p.table_head) + (pack & (half - 1));
     u32 table_step = static_cast<u32>(p.table_head) << (5 - static_cast<u32>(p.pairs_log2));
-    const char *weight_left = pack_address<T, V>(t.weight, left), *weight_right = pack_address<T, V>(t.weight, left + half);
-    Raw<V> cosine[kPairs], sine[kPairs];
-    cosine[0] = load_pack<M, V>(pack_address<M, V>(p.cos, table), 0);
-    sine[0] = load_pack<M, V>(pack_address<M, V>(p.sin, table), 0);
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -95,18 +91,20 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
     char *out_left = pack_address<T, V>(t.out, out), *out_right = pack_address<T, V>(t.out, out + half);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-        if (j > 0) {
-            table += table_step;
-            cosine[j] = load_pack<M, V>(pack_address<M, V>(p.cos, table), 0);
-            sine[j] = load_pack<M, V>(pack_address<M, V>(p.sin, table), 0);
-        }
-        Raw<V> first_weight = load_pack<T, V>(weight_left, 2 * j), second_weight = load_pack<T, V>(weight_right, 2 * j);
+        const char *cos_at = pack_address<M, V>(p.cos, table + j * table_step), *sin_at = pack_address<M, V>(p.sin, table + j * table_step);
+        Raw<V> first_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left), 2 * j);
+        Raw<V> second_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left + half), 2 * j);
         float lefts[V], rights[V];
+        Raw<V> cosine, sine;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
+            if (k % kPart == 0) {
+                cosine = load_part<V>(cos_at, k / kPart);
+                sine = load_part<V>(sin_at, k / kPart);
+            }
             float a = element<T>(first[j], k) * (rstd * element<T>(first_weight, k));
             float b = element<T>(second[j], k) * (rstd * element<T>(second_weight, k));
-            float c = element<M>(cosine[j], k), s = element<M>(sine[j], k);
+            float c = element<M>(cosine, k % kPart), s = element<M>(sine, k % kPart);
             lefts[k] = a * c - b * s;
             rights[k] = b * c + a * s;
         }

@@ -22,7 +22,7 @@ LTXK_DEVICE void gated_sum(const RmsNormModulate& p, i64 x_row, i64 y_row, i64 g
 
 // Block = one row; a thread meets the same columns in both passes, so it reads back only what it wrote itself.
 template <int V>
-__global__ void __launch_bounds__(256) rms_norm_modulate_rows(RmsNormModulate p) {
+__global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate p) {
     LTXK_SHARED(RowSum, scratch);
     i64 row = blockIdx.x, outer = row / p.inner, inner = row - outer * p.inner, dense = row * p.width;
     i64 x_row = p.x.row(outer, inner), step = static_cast<i64>(blockDim.x) * V, start = static_cast<i64>(threadIdx.x) * V;
