@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("op", test_row_index.OPS)
 @pytest.mark.parametrize("dtype", test_row_index.ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("width", [16, 13])
+@pytest.mark.parametrize("width", [16, 13, 1024])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_a_row_whose_index_is_out_of_range_is_nan(op: str, dtype: torch.dtype, width: int, index: torch.dtype) -> None:
     """Nothing outside the tables is read for it, and the other rows are as they were."""

@@ -10,7 +10,7 @@ import ltxkern
 from tests.ops.contract import ACTIVATIONS, assert_as_close, noise
 from tests.serving import over_backends, serving
 
-SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 4, 16)]
+SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 4, 16), (2, 8, 2, 1024)]
 
 
 def gate_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

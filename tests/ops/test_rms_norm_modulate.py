@@ -17,7 +17,7 @@ from tests.ops.contract import (
 )
 from tests.serving import over_backends, serving
 
-SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 519), (16,)]
+SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 3, 2048), (2, 519), (16,)]
 
 
 def norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, weight: Tensor | None = None) -> Tensor:
