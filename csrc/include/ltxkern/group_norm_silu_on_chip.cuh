@@ -48,10 +48,9 @@ struct ChannelTables {
 };
 
 // Moments of elements [from, to) of the slice, which go into shared memory where they are KEPT. A vector never straddles two channels.
-template <class T, int V, bool KEPT, bool SHIFTED>
+template <class T, int V, bool KEPT, bool SHIFTED, int BATCH>
 LTXK_DEVICE void read_part(
     const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts, u32 from, u32 to, PairMoments& moments) {
-    constexpr int kBatch = 4;
     const T* x = static_cast<const T*>(p.x) + slice.start;
     u32 step = blockDim.x * V, i = from + threadIdx.x * V;
     auto read = [&](u32 at) {
@@ -65,13 +64,13 @@ LTXK_DEVICE void read_part(
         if constexpr (SHIFTED) return shifts[divide(slice.first + at, p.by_positions)];
         else return 0.0f;
     };
-    for (; i + (kBatch - 1) * step < to; i += kBatch * step) {
-        Pack<T, V> packs[kBatch];
-        float values[kBatch][V];
+    for (; i + (BATCH - 1) * step < to; i += BATCH * step) {
+        Pack<T, V> packs[BATCH];
+        float values[BATCH][V];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = read(i + b * step);
+        for (int b = 0; b < BATCH; ++b) packs[b] = read(i + b * step);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
+        for (int b = 0; b < BATCH; ++b) {
             keep(packs[b], i + b * step);
             unpack(packs[b], values[b]);
             float shift = shift_at(i + b * step);
@@ -82,7 +81,7 @@ LTXK_DEVICE void read_part(
                 for (int k = 0; k < V; ++k) values[b][k] += shift;
             }
         }
-        if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+        if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[BATCH * V]>(values));
     }
     for (; i < to; i += step) {
         Pack<T, V> pack = read(i);
@@ -97,13 +96,15 @@ LTXK_DEVICE void read_part(
 template <class T, int V, bool ALL>
 LTXK_DEVICE PairMoments read_slice(const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts) {
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
+    // Where a slice may be kept in part there are two loops, and with four loads in flight in each the registers would not do.
+    constexpr int kBatch = ALL ? 4 : 2;
     PairMoments moments;
     if (p.conv_bias) {
-        read_part<T, V, true, true>(p, slice, kept, shifts, 0, keep, moments);
-        if constexpr (!ALL) read_part<T, V, false, true>(p, slice, kept, shifts, keep, slice.count, moments);
+        read_part<T, V, true, true, kBatch>(p, slice, kept, shifts, 0, keep, moments);
+        if constexpr (!ALL) read_part<T, V, false, true, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
     } else {
-        read_part<T, V, true, false>(p, slice, kept, shifts, 0, keep, moments);
-        if constexpr (!ALL) read_part<T, V, false, false>(p, slice, kept, shifts, keep, slice.count, moments);
+        read_part<T, V, true, false, kBatch>(p, slice, kept, shifts, 0, keep, moments);
+        if constexpr (!ALL) read_part<T, V, false, false, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
     }
     return moments;
 }
