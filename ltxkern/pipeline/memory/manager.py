@@ -369,6 +369,8 @@ class TwoStageDeviceManager(ComponentDevice):
         """
         super().close()
         if self._table is None:
+            if self._hooks is not None:
+                self._hooks.remove()
             return
         assert self._home is not None
         # An interruption from here on leaves it in no phase: then no forward runs.
@@ -394,8 +396,8 @@ class TwoStageDeviceManager(ComponentDevice):
         elif self._home is not None:
             self._home.restore(self.device)
         self._factors.keep_only(())
+        self._is_placed, self._phases = False, ()
+        self._table = self._source = self._store = self._phase = self._home = None
+        # Last: as long as the books say that something is attached, no forward may run unseen.
         if self._hooks is not None:
             self._hooks.remove()
-        self._is_placed = False
-        self._table = self._source = self._store = self._phase = self._hooks = self._home = None
-        self._phases = ()
