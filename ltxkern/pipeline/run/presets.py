@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Words of a file's name or header that tell what it is; no key for it is published, and LTX-2.3's model_version is "2.3.0" in both.
+# Words of a file's name or header that tell what it is: no key for it is published, and a model_version "2.3.0" tells nothing.
 _DISTILLED = re.compile(r"distill", re.IGNORECASE)
 _UNDISTILLED = re.compile(r"(?<![a-z])(dev|base|undistilled)(?![a-z])", re.IGNORECASE)
 _FIXED_STEPS = "allowed_inference_steps"
