@@ -31,7 +31,8 @@ _WHOLE_RANGES = (255, 65535)
 _SAMPLE_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, RuntimeError)
+_BROKEN += (struct.error, zlib.error)
 
 
 def load_image(
@@ -128,6 +129,8 @@ def _decoded(opened: Image.Image, name: str) -> Image.Image:
     opened.load()
     image = ImageOps.exif_transpose(opened)
     opacity = _opacity(image)
+    if opacity is not None and image.mode == "P":
+        image = image.convert("RGBA")  # to RGB at once, Pillow warns
     if image.mode.startswith(("I", "F")):
         image = _of_bytes(image, tags, name)
     colour = _to_srgb(image, name)

@@ -362,6 +362,15 @@ def _require_texts(prompts: list[str], negatives: list[str]) -> None:
         wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
         if wrong:
             raise TypeError(f"{name} must be a text or a list of texts, got {wrong[0]}")
+        for text in texts:
+            try:
+                text.encode()
+            except (
+                UnicodeEncodeError
+            ) as error:  # bytes of another encoding on the command line, or half a character in JSON
+                raise ValueError(
+                    f"{name} must be Unicode text, got {text[error.start]!r} after {text[: error.start][-20:]!r}: write it in UTF-8"
+                ) from error
     if len(negatives) != len(prompts):
         raise ValueError(
             f"negative_prompt must be one text, or one per prompt: {len(prompts)} prompts, {len(negatives)} given"

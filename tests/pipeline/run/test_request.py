@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,15 @@ def test_refusals_come_before_any_forward(
     monkeypatch.setattr(pipeline.prompts, "encode", never)
     with pytest.raises((ValueError, TypeError), match=sentence):
         pipeline("a kite", **{**SMALL, **changes})
+
+
+def test_a_frame_rate_may_be_a_fraction() -> None:
+    for rate in ("24000/1001", "23.976", Fraction(24000, 1001)):
+        assert GenerationRequest(frame_rate=rate).frame_rate == 24000 / 1001
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9"), json.loads('"caf\\ud83d"')], ids=["latin-1", "half"])
+def test_a_prompt_in_another_encoding(text: str) -> None:
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(ValueError, match=f"{name} must be Unicode text, got .* after 'caf': write it in UTF-8"):
+            GenerationRequest(**{"prompt": "a", name: text}).validate()
