@@ -300,7 +300,10 @@ def _packed_gate(case: Case, threads: int) -> Launch | None:
         return None
     if y is None and _reach(case, gate) >= 1 << 32:
         return None
-    parameters = _gate_parameters(_in_packs(case, strided)) | {"by_inner": divider(case.inner), "by_share": divider(share)}
+    parameters = _gate_parameters(_in_packs(case, strided)) | {
+        "by_inner": divider(case.inner),
+        "by_share": divider(share),
+    }
     blocks = ceil_div(packs // WARP_PACKS, threads // 32)
     return Launch(f"ltxk::{kernel}_packs<{names}>", (blocks,), threads, parameters)
 

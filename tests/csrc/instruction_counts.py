@@ -12,7 +12,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ltxkern.compiled import nvrtc
@@ -204,5 +203,7 @@ def show(kernel: str, architecture: str, trips: int, without: str | None) -> str
     lines = [f"{kernel} {path.counts._asdict()}"]
     for i in path.blocks:
         lines.append(f"block {i}: {len(flow[i].instructions)} instructions, then {flow[i].follows}")
-        lines += [f"    {one.address:05x} {one.predicate or ''} {one.name} {one.operands}" for one in flow[i].instructions]
+        lines += [
+            f"    {one.address:05x} {one.predicate or ''} {one.name} {one.operands}" for one in flow[i].instructions
+        ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from ltxkern.pipeline.files.hub import local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
 from ltxkern.pipeline.files.model_files import ModelFiles, find_model
 from ltxkern.pipeline.files.quantized import read_tensor
-from ltxkern.pipeline.files.stored import Stored, read_stored
+from ltxkern.pipeline.files.stored import Stored, bare_tensors, read_stored
 from ltxkern.pipeline.files.text_files import (
     TextFiles,
     find_tokenizer,
@@ -52,8 +52,18 @@ __all__ = [
 
 
 def stored_tensors(files: ModelFiles | str | Path, component: str) -> Mapping[str, StoredTensor]:
-    """Where each tensor of a component lies, by diffusers name; what `files` may be, `load_component` says."""
-    return read_stored(_as_files(files, component), component).tensors
+    """Where each tensor of a component lies, by diffusers name.
+
+    Args:
+        files: of a model, a diffusers folder, or the component's own file or folder, which needs no configuration.
+        component: one of `BUILDABLE`.
+    """
+    if not isinstance(files, ModelFiles):
+        path = local_path(files)
+        if not (path / "model_index.json").is_file():
+            return bare_tensors(path, component)
+        files = find_model(path)
+    return read_stored(files, component).tensors
 
 
 def _as_files(files: ModelFiles | str | Path, component: str) -> ModelFiles:

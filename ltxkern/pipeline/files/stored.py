@@ -200,6 +200,15 @@ def _diffusers(folder: Path, component: str, variant: str | None) -> Stored:
     return Stored(_plain_config(component, folder / "config.json", config), tensors, folder)
 
 
+def bare_tensors(path: Path, component: str) -> dict[str, StoredTensor]:
+    """The tensors in a file or folder that was named for one component alone."""
+    headers = [read_header(file) for file in ([path] if path.is_file() else weight_files(path))]
+    named = {name: t for header in headers for name, t in _named(header, component, whole=True).items()}
+    if not named:
+        raise CheckpointError(f"{path}: holds no tensors of the {component}")
+    return with_scales(path, named, headers, {})
+
+
 def _plain_config(component: str, path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     name = config.get("_class_name")
     if name is not None and name not in CLASS_NAMES[component]:

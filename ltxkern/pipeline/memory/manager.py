@@ -7,13 +7,11 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ltxkern.pipeline.files.lora import NO_LORA, LoRAPhase
-from ltxkern.pipeline.files.model_files import ModelFiles
 from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.hooks import ForwardHooks
 from ltxkern.pipeline.memory.host_copy import HostCopy, module_tensors
@@ -28,6 +26,7 @@ from ltxkern.pipeline.memory.table import (
     OUTER_BLOCK,
     HostPristine,
     LoRAPhaseError,
+    PristinePlace,
     PristineSource,
     WeightTable,
     checkpoint_source,
@@ -92,9 +91,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self._upcoming: LoRAPhase | None = None
         self._choice = ModeChoice(mode)
 
-    def attach(
-        self, transformer: nn.Module, *, pristine: PristineSource | ModelFiles | str | Path | None = None
-    ) -> None:
+    def attach(self, transformer: nn.Module, *, pristine: PristineSource | PristinePlace | None = None) -> None:
         """Takes a transformer whose weights are pristine. They move to the device with the first `prepare`.
 
         Args:
@@ -109,7 +106,7 @@ class TwoStageDeviceManager(ComponentDevice):
             raise ValueError("transformer: one is attached already; close() first")
         if any(tensor.device.type == "meta" for tensor in module_tensors(transformer)):
             raise ValueError("transformer must have its weights loaded, got tensors on the meta device")
-        if isinstance(pristine, (str, Path, ModelFiles)):
+        if isinstance(pristine, PristinePlace):
             pristine = checkpoint_source(pristine, transformer)
         self._source = pristine
         self._table = WeightTable(transformer)

@@ -8,17 +8,16 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
 from ltxkern.pipeline.files.lora_layout import target_of
+from ltxkern.pipeline.files.model_files import ModelFiles
 
-if TYPE_CHECKING:
-    from ltxkern.pipeline.files.model_files import ModelFiles
-
+PristinePlace = ModelFiles | str | Path
 OUTER_BLOCK = "outer"
 _BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*blocks|layers)\.\d+(?=\.)")
 
@@ -93,7 +92,7 @@ class CheckpointPristine:
         dtype: dtype of the model.
     """
 
-    def __init__(self, path: ModelFiles | str | Path, dtype: torch.dtype) -> None:
+    def __init__(self, path: PristinePlace, dtype: torch.dtype) -> None:
         from ltxkern.pipeline.files.checkpoint import stored_tensors
 
         self._dtype = dtype
@@ -118,7 +117,7 @@ class CheckpointPristine:
         return 0
 
 
-def checkpoint_source(path: ModelFiles | str | Path, transformer: nn.Module) -> CheckpointPristine:
+def checkpoint_source(path: PristinePlace, transformer: nn.Module) -> CheckpointPristine:
     """The files of a transformer, read in the dtype of its weights."""
     dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.bfloat16)
     return CheckpointPristine(path, dtype)
