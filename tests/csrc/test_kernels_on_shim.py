@@ -44,14 +44,15 @@ def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
 
 
 # By op, the least width at which rows of each element size are whole warps; queries have 4 widths in two heads.
-WHOLE = {"qk_norm_rope": {2: 256, 4: 128}} | dict.fromkeys(
-    ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual", "head_gate"), {2: 1024, 4: 512}
-)
+WHOLE = {"qk_norm_rope": {2: 256, 4: 128}} | {
+    op: {2: 1024, 4: 512}
+    for op in ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual", "head_gate")
+}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in WHOLE], ids=str)
 def test_every_case_of_whole_warps(case: OpCase) -> None:
-    """In fresh memory and in place, several warps a row; the kernels are those that know their dtypes, but for what these leave out."""
+    """In fresh memory and in place, several warps a row; kernels that know their dtypes, but for what these leave out."""
     kernels: list[str] = []
 
     def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
@@ -80,7 +81,7 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
                 eps = torch.finfo(dtype).eps
                 near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.abs().max()))}
                 torch.testing.assert_close(
-                    one.double(), other.double(), msg=lambda text: f"{case} {dtype}: {text}", **near
+                    one.double(), other.double(), msg=lambda text, dtype=dtype: f"{case} {dtype}: {text}", **near
                 )
                 assert torch.equal(one, same)
 

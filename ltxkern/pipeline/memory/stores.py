@@ -13,6 +13,8 @@ from ltxkern.pipeline.files.lora import NO_LORA, PRISTINE_KEY, LoRAPhase, Weight
 from ltxkern.pipeline.memory.exact_subtraction import Correction, apply_correction, record_correction
 from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.merge import (
+    MAX_CORRECTION_BYTES,
+    CorrectionTooLargeError,
     as_matrix,
     binary_ratio,
     merge_phase,
@@ -24,12 +26,6 @@ from ltxkern.pipeline.memory.streams import StreamClock
 from ltxkern.pipeline.memory.table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
 logger = logging.getLogger(__name__)
-
-MAX_CORRECTION_BYTES = 1.0
-
-
-class CorrectionTooLargeError(RuntimeError):
-    """The exact corrections of "inplace" would exceed their limit, or the matrix product is not repeatable."""
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ltxkern.ops.checks import check_finite_number
 from ltxkern.ops.res2s_step import SUBSTEP_ETA
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
 from ltxkern.pipeline.results.media import frame_rate
+from ltxkern.pipeline.run.checks import (
+    find_device,
+    require_positive,
+    require_schedule,
+    require_side,
+    require_strength,
+    require_texts,
+    whole,
+)
 from ltxkern.pipeline.run.presets import PRESETS, Preset, find_preset
 from ltxkern.pipeline.sampling.guidance import (
     GuidanceRequest,
@@ -176,11 +182,11 @@ class GenerationRequest:
             ValueError, TypeError: the first parameter that is wrong, with the nearest legal value.
         """
         geometry = geometry or Geometry()
-        _require_texts(self.prompts(), self.negative_prompts())
-        _require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
-        _require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
-        require_frame_count(_whole("num_frames", self.num_frames), geometry.temporal_ratio)
-        _require_positive("frame_rate", self.frame_rate)
+        require_texts(self.prompts(), self.negative_prompts())
+        require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
+        require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
+        require_frame_count(whole("num_frames", self.num_frames), geometry.temporal_ratio)
+        require_positive("frame_rate", self.frame_rate)
         self._require_seeds()
         self._require_steps()
         if self.sounds_from not in ("stage1", "stage2"):
@@ -191,7 +197,7 @@ class GenerationRequest:
             check_finite_number(name, share)
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {share}: use {0 if share < 0 else 1}")
-        if _whole("max_batch_size", self.max_batch_size) < 1:
+        if whole("max_batch_size", self.max_batch_size) < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}: use 1")
         if self.audio_shape(geometry).frames < 1:
             raise ValueError(
@@ -199,7 +205,7 @@ class GenerationRequest:
             )
         for name, sigmas in (("stage1_sigmas", self.stage1_sigmas), ("stage2_sigmas", self.stage2_sigmas)):
             if sigmas is not None:
-                _require_schedule(name, list(_floats(sigmas)))
+                require_schedule(name, list(_floats(sigmas)))
         for strength in self.distilled_strengths or ():
             require_strength("distilled LoRA", strength)
         self._require_blocks(geometry)
@@ -209,13 +215,13 @@ class GenerationRequest:
         if len(self.seeds()) != self.batch:
             raise ValueError(f"seed must be one, or one per prompt: {self.batch} prompts, {len(self.seeds())} given")
         for seed in self.seeds():
-            if not -(2**63) <= _whole("seed", seed) < 2**64:
+            if not -(2**63) <= whole("seed", seed) < 2**64:
                 raise ValueError(f"seed must be between -2^63 and 2^64 - 1, got {seed}")
 
     def _require_steps(self) -> None:
         if self.steps is None or self.stage1_sigmas is not None:
             return
-        count = _whole("steps", self.steps)
+        count = whole("steps", self.steps)
         if self.preset.for_distilled and count != self.preset.steps:
             raise ValueError(
                 f"steps must be {self.preset.steps} with pipeline {self.preset.name}, whose noise levels are fixed, got {count}: "
@@ -299,42 +305,6 @@ class GenerationRequest:
         return self.stages(geometry)
 
 
-def find_device(name: str | torch.device | None) -> torch.device:
-    """The device that a name asks for; None is the first CUDA device, else the CPU.
-
-    Raises:
-        ValueError: not a CPU or CUDA device, or one that this machine does not have.
-    """
-    count = torch.cuda.device_count()
-    legal = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
-    if name is None:
-        return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one of {legal}, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be one of {legal}, got {str(name)!r}")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {str(name)!r} is not there: use one of {legal}")
-    return device
-
-
-def require_strength(name: str, strength: float, *, signed: bool = False) -> None:
-    """A LoRA strength is a finite number; that of the distilled LoRA is not negative, that of others may be (`signed`).
-
-    Raises:
-        ValueError: it is not.
-    """
-    if signed and isinstance(strength, (int, float)) and math.isfinite(strength):
-        return
-    if not (isinstance(strength, (int, float)) and 0 <= strength < float("inf")):
-        raise ValueError(
-            f"{name}: the strength must be a finite number{'' if signed else ' of at least 0'}, got {strength}: "
-            "use 0 to switch it off"
-        )
-
-
 def _floats(sigmas: Sequence[float] | Tensor) -> tuple[float, ...]:
     return tuple(float(sigma) for sigma in sigmas)
 
@@ -353,57 +323,6 @@ def scale_blocks(scales: GuidanceScales | None, blocks: int) -> GuidanceScales |
     if blocks == PRODUCTION_BLOCKS or scales is None or not scales.stg_blocks:
         return scales
     return replace(scales, stg_blocks=tuple(sorted({b * blocks // PRODUCTION_BLOCKS for b in scales.stg_blocks})))
-
-
-def _require_texts(prompts: list[str], negatives: list[str]) -> None:
-    if not prompts:
-        raise ValueError("prompt must hold at least one text, got none")
-    for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
-        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
-        if wrong:
-            raise TypeError(f"{name} must be a text or a list of texts, got {wrong[0]}")
-        for text in texts:
-            try:
-                text.encode()
-            except (
-                UnicodeEncodeError
-            ) as error:  # bytes of another encoding on the command line, or half a character in JSON
-                raise ValueError(
-                    f"{name} must be Unicode text, got {text[error.start]!r} after {text[: error.start][-20:]!r}: write it in UTF-8"
-                ) from error
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"negative_prompt must be one text, or one per prompt: {len(prompts)} prompts, {len(negatives)} given"
-        )
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return value
-
-
-def _require_side(name: str, value: int, multiple: int) -> None:
-    if _whole(name, value) >= multiple and value % multiple == 0:
-        return
-    below, above = value // multiple * multiple, -(-value // multiple) * multiple
-    if below < multiple:
-        raise ValueError(f"{name} {value} is not a positive multiple of {multiple}: use {multiple}")
-    nearest, other = (above, below) if above - value <= value - below else (below, above)
-    raise ValueError(f"{name} {value} is not a multiple of {multiple}: use {nearest} or {other}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def _require_schedule(name: str, sigmas: list[float]) -> None:
-    falling = all(later < earlier for earlier, later in pairwise(sigmas))
-    if len(sigmas) < 2 or not falling or not all(0 <= sigma <= 1 for sigma in sigmas):
-        raise ValueError(f"{name} must be at least two strictly falling numbers between 1 and 0, got {sigmas}")
 
 
 def __getattr__(name: str) -> Any:
