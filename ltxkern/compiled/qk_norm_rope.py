@@ -69,7 +69,9 @@ def _small(case: Case) -> bool:
     batch, tokens, width = case.batch, case.tokens, 2 * case.heads * case.pairs
     of_x = [(batch - 1) * x_batch + (tokens - 1) * x_token + width for x_batch, x_token in case.strides]
     extents = (batch, case.heads, tokens, 1)
-    of_table = sum((extent - 1) * stride for extent, stride in zip(extents, case.table_strides, strict=True)) + case.pairs
+    of_table = (
+        sum((extent - 1) * stride for extent, stride in zip(extents, case.table_strides, strict=True)) + case.pairs
+    )
     return batch * tokens < 1 << 30 and max(*of_x, of_table, batch * tokens * width) < 1 << 32
 
 

@@ -136,7 +136,7 @@ def _norm_parameters(case: Case) -> dict[str, Parameter]:
 
 
 def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """One block a row: with the whole of it in registers where it is whole warps, else of no more threads than the row has packs."""
+    """One block a row: the whole of it in registers where it fills warps, else of no more threads than the row has packs."""
     x, _, *modulation = case.operands
     assert x is not None
     names = type_names(x.code, [operand.code for operand in modulation if operand])
@@ -300,7 +300,10 @@ def _packed_gate(case: Case, threads: int) -> Launch | None:
         return None
     if y is None and _reach(case, gate) >= 1 << 32:
         return None
-    parameters = _gate_parameters(_in_packs(case, strided)) | {"by_inner": divider(case.inner), "by_share": divider(share)}
+    parameters = _gate_parameters(_in_packs(case, strided)) | {
+        "by_inner": divider(case.inner),
+        "by_share": divider(share),
+    }
     blocks = ceil_div(packs // WARP_PACKS, threads // 32)
     return Launch(f"ltxk::{kernel}_packs<{names}>", (blocks,), threads, parameters)
 

@@ -34,7 +34,9 @@ def program(*lines: str) -> list[Instruction]:
 
 
 def test_the_path_of_most_wide_accesses_is_taken() -> None:
-    early_exit = program("ISETP", "@P0 EXIT", "LDG.E.128 R0", "@P1 BRA 0x60", "MUFU.RCP", "CALL 0x200", "STG.E.128 R0", "EXIT")
+    early_exit = program(
+        "ISETP", "@P0 EXIT", "LDG.E.128 R0", "@P1 BRA 0x60", "MUFU.RCP", "CALL 0x200", "STG.E.128 R0", "EXIT"
+    )
     path = hot_path(early_exit)
     assert path.counts._asdict() == {"wide": 2, "issue": 6, "mufu": 0, "lsu": 2, "shared": 0}
     assert [block.follows for block in blocks(early_exit)] == [(None, 1), (3, 2), (3,), (None,)]

@@ -78,7 +78,9 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             for one, same, other in zip(results, in_place, wanted, strict=True):
                 eps = torch.finfo(dtype).eps
                 near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.abs().max()))}
-                torch.testing.assert_close(one.double(), other.double(), msg=lambda text: f"{case} {dtype}: {text}", **near)
+                torch.testing.assert_close(
+                    one.double(), other.double(), msg=lambda text: f"{case} {dtype}: {text}", **near
+                )
                 assert torch.equal(one, same)
 
 

@@ -12,7 +12,16 @@ from tests.ops.contract import ACTIVATIONS, assert_as_close, noise, strided, tra
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
-SIZES = [(1, 6, 2, 8), (2, 7, 3, 2), (1, 1, 1, 4), (3, 13, 4, 6), (1, 61, 2, 16), (2, 3, 9, 128), (1, 2, 7, 58), (2, 3, 4, 256)]
+SIZES = [
+    (1, 6, 2, 8),
+    (2, 7, 3, 2),
+    (1, 1, 1, 4),
+    (3, 13, 4, 6),
+    (1, 61, 2, 16),
+    (2, 3, 9, 128),
+    (1, 2, 7, 58),
+    (2, 3, 4, 256),
+]
 LAYOUTS = pytest.mark.parametrize("layout", ["split", "interleaved"])
 
 

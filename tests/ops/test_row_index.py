@@ -21,7 +21,18 @@ OPS: dict[str, Callable[..., Any]] = {
 }
 over_ops = pytest.mark.parametrize("op", OPS)
 TABLES = ("scale", "shift", "gate")
-SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 4, 16), (1, 3, 1040), (2, 3, 1024), (2, 519), (16,)]
+SHAPES = [
+    (1, 6, 8),
+    (2, 7, 13),
+    (3, 1, 1),
+    (5, 64),
+    (1, 127, 40),
+    (2, 3, 4, 16),
+    (1, 3, 1040),
+    (2, 3, 1024),
+    (2, 519),
+    (16,),
+]
 
 
 def drawn_tables(count: int, width: int, dtype: torch.dtype = torch.float32) -> Tensors:
