@@ -136,7 +136,7 @@ def _norm_parameters(case: Case) -> dict[str, Parameter]:
 
 
 def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """One block a row: the whole of it in registers where it is whole warps, else of no more threads than the row has packs."""
+    """One block a row: the whole of it in registers where it fills warps, else of no more threads than the row has packs."""
     x, _, *modulation = case.operands
     assert x is not None
     names = type_names(x.code, [operand.code for operand in modulation if operand])

@@ -1,21 +1,32 @@
 """Instructions that a CUDA kernel issues for 16 bytes of its result, counted in what NVRTC makes; no GPU, no nvcc.
 
-The hot path is the way from a kernel's entry to an EXIT that makes the most 16-byte accesses to global memory, and of these the one of
-fewest instructions. So it takes no early exit, no branch for operands that are absent or of a dtype read in smaller pieces, and no slow
-path of a division. A loop without jumps out of its middle counts as its hottest way round, `trips` times where it has 16-byte accesses
-and once where it has none. What the path has is divided by the packs of the result that a thread makes; what a row costs once is in it.
+The hot path is the way from a kernel's entry to an EXIT that makes the most 16-byte accesses to global memory, and of these the
+one of fewest instructions. So it takes no early exit, no branch for operands that are absent or of a dtype read in smaller
+pieces, and no slow path of a division. A loop without jumps out of its middle counts as its hottest way round, `trips` times
+where it has 16-byte accesses and once where it has none. What the path has is divided by the packs of the result that a thread
+makes; what a row costs once is in it.
+
+`python -m tests.csrc.instruction_counts` writes the baseline that test_instruction_counts.py holds the kernels of PACKS to.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ltxkern.compiled import nvrtc
+from tests.csrc import registered
 from tests.csrc.kernel_resources import cuobjdump
+
+BASELINE = Path(__file__).with_name("instruction_counts.json")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+# Packs of 16 bytes of activations for which a thread of these kernels makes results.
+PACKS = dict.fromkeys(("rms_norm_modulate_packs", "gated_residual_packs", "head_gate_packs", "qk_norm_rope_packs"), 4)
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _TARGET = re.compile(r"0x[0-9a-f]+")
@@ -60,7 +71,6 @@ class Instruction(NamedTuple):
         """What it adds to a path."""
         name = self.name.split(".")[0]
         wide = name in ("LDG", "STG", "LDGSTS") and "128" in self.name
-        # A load of 8 bytes that is aligned to them: an INT-like class of its own would say no more than issue.
         return Counts(int(wide), 1, int(name == "MUFU"), int(name in _MEMORY), int(name in (*_SHARED, "SHFL")))
 
 
@@ -181,17 +191,22 @@ def hot_path(instructions: Sequence[Instruction], trips: int = 1, without: str |
     return path
 
 
-def count(
-    kernels: Collection[str], packs: int, architecture: str = "sm_90", trips: int = 1
-) -> dict[str, dict[str, float]]:
-    """By kernel of one header: instructions for each of `packs` packs of 16 bytes that a thread makes, by class."""
-    names = list(kernels)
-    cubin, mangled = nvrtc.compile_cubin(names, architecture)
-    functions = disassemble(cubin)
-    rows = {}
-    for kernel, name in zip(names, mangled, strict=True):
-        path = hot_path(functions[name], trips)
-        rows[kernel] = {field: round(value / packs, 1) for field, value in path.counts._asdict().items()}
+def counted_kernels() -> dict[str, list[str]]:
+    """The kernels of PACKS by header."""
+    found: dict[str, list[str]] = {}
+    for kernel in sorted(registered.cuda_kernels()):
+        if kernel.split("<")[0].removeprefix("ltxk::") in PACKS:
+            found.setdefault(nvrtc.header_of(kernel), []).append(kernel)
+    return found
+
+
+def count(kernels: Sequence[str], architecture: str) -> dict[str, dict[str, float]]:
+    """By kernel of one header: instructions for 16 bytes, by class."""
+    cubin, mangled = nvrtc.compile_cubin(kernels, architecture)
+    functions, rows = disassemble(cubin), {}
+    for kernel, name in zip(kernels, mangled, strict=True):
+        packs = PACKS[kernel.split("<")[0].removeprefix("ltxk::")]
+        rows[kernel] = {field: value / packs for field, value in hot_path(functions[name]).counts._asdict().items()}
     return rows
 
 
@@ -207,3 +222,13 @@ def show(kernel: str, architecture: str, trips: int, without: str | None) -> str
             f"    {one.address:05x} {one.predicate or ''} {one.name} {one.operands}" for one in flow[i].instructions
         ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    counted = {
+        architecture: {
+            k: row for kernels in counted_kernels().values() for k, row in count(kernels, architecture).items()
+        }
+        for architecture in ARCHITECTURES
+    }
+    BASELINE.write_text(json.dumps(counted, indent=1) + "\n")
