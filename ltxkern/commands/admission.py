@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltxkern.commands import options
@@ -62,10 +61,10 @@ def _admit_files(admission: Admission, chosen: options.ModelOptions, arguments: 
             f"the {chosen.preset.name} pipeline needs the distilled LoRA: name its file, or set "
             "--distilled-strength-stage-1 and --distilled-strength-stage-2 to 0",
         )
-    for name, path in loras:
-        if not Path(path).expanduser().is_file():
-            admission.add(name, f"there is no file {path}")
-    loras = [(name, path) for name, path in loras if Path(path).expanduser().is_file()]
+    absent = [(name, path) for name, path in loras if options.names_no_place(path)]
+    for name, path in absent:
+        admission.add(name, f"there is no file {path}")
+    loras = [lora for lora in loras if lora not in absent]
     admit_model(admission, chosen.model, stages=chosen.preset.stages, loras=loras, fetch=not dry, required=runs)
 
 

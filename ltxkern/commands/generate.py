@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     options.add_request_options(parser)
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
-    parser.add_argument("-o", "--output", default="out.mp4", help=".mp4, .safetensors or a folder (default out.mp4)")
+    parser.add_argument(
+        "-o", "--output", default="out.mp4", metavar="PATH", help=".mp4, .safetensors or a folder (default out.mp4)"
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, tokens, evaluations and sigmas, then stop"

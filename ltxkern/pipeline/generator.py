@@ -25,6 +25,7 @@ from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -105,10 +106,11 @@ class HQTwoStagePipeline:
             path_or_id: "demo" (tiny random weights: its pictures are noise), a path, a hub id, or what was found already.
             device: where to compute; None for the first CUDA device, else the CPU.
             dtype: of weights and activations; the vocoder stays fp32.
-            preset: "hq", "two-stage" or "one-stage".
+            preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
-            loras: user LoRA files with strengths (1.0 where none is given), merged before the distilled one in both stages.
-            distilled_lora: the distilled LoRA file; the demo brings its own.
+            loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
+                one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
+            distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
             distilled_strengths: its strength in stage 1 and 2; None for the preset's (0.25, 0.5 in HQ).
             upsampler, text_encoder: files or folders of parts that do not lie with the model.
             embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for the
@@ -118,14 +120,16 @@ class HQTwoStagePipeline:
             parts: transformer, video_vae, audio_vae, vocoder, connectors that do not lie with the model.
         Raises:
             CheckpointError: a file that is missing, truncated or does not fit; with keys and file.
-            ValueError: unknown preset or mode, a strength that is negative or not finite.
+            ValueError: unknown preset or mode, a strength that is not finite, or a negative one of the distilled LoRA.
         """
         chosen = find_preset(preset)
         place = find_device(device)
         strengths = distilled_strengths or chosen.distilled_strengths
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
-        for name, strength in [*((str(path), s) for path, s in pairs), *(("distilled LoRA", s) for s in strengths)]:
-            require_strength(name, strength)
+        for path, strength in pairs:
+            require_strength(str(path), strength, signed=True)
+        for strength in strengths:
+            require_strength("distilled LoRA", strength)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
         if model is not path_or_id:  # who found it has checked it
             admission = Admission()
@@ -133,9 +137,10 @@ class HQTwoStagePipeline:
             files += [] if distilled_lora is None else [("distilled_lora", distilled_lora)]
             admit_model(admission, model, stages=chosen.stages, loras=files, required=False)
             admission.close()
+            warn_if_unfit(chosen, model, strengths)
         distilled: LoRA | None = None
         if distilled_lora is not None:
-            distilled = LoRA.from_file(distilled_lora)
+            distilled = LoRA.from_file(distilled_lora, model.transformer_shapes)
         elif model.is_demo:
             from ltxkern.pipeline.files.demo import demo_distilled_lora
 
@@ -148,7 +153,7 @@ class HQTwoStagePipeline:
             model.components(dtype),
             device=place,
             preset=preset,
-            loras=[(LoRA.from_file(path), strength) for path, strength in pairs],
+            loras=[(LoRA.from_file(path, model.transformer_shapes), strength) for path, strength in pairs],
             distilled_lora=distilled,
             distilled_strengths=strengths,
             device_mode=device_mode,
@@ -201,7 +206,7 @@ class HQTwoStagePipeline:
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] | None = None,
         images: Sequence[Any] = (),
-        seed: int = 10,
+        seed: int | Sequence[int] = 10,
         height: int = 1088,
         width: int = 1920,
         num_frames: int = 121,

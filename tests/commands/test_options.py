@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ltxkern.cli import main
+from ltxkern.commands import admission, options
 from tests.commands.typed import refused
 
 
@@ -51,8 +53,8 @@ def test_a_picture_on_the_command_line_replaces_the_file_s(tmp_path: Path, capsy
         Image.fromarray(np.full((64, 128, 3), 90, dtype=np.uint8)).save(tmp_path / name)
     config = tmp_path / "run.yaml"
     config.write_text(f"prompt: a\nimage: ['{tmp_path}/first.png']\n")
-    for options, wanted in (([], "first.png"), (["--image", f"{tmp_path}/second.png"], "second.png")):
-        assert main(["generate", "--config", str(config), *options, "--dry-run"]) == 0
+    for extra, wanted in (([], "first.png"), (["--image", f"{tmp_path}/second.png"], "second.png")):
+        assert main(["generate", "--config", str(config), *extra, "--dry-run"]) == 0
         shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
         assert len(shown) == 1
         assert wanted in shown[0]
@@ -107,6 +109,35 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_negative_lora_strength(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sentence = refused(capsys, "--lora", f"{bad_lora(tmp_path)}:-1", "-o", str(tmp_path / "out.mp4"))
-    assert "strength must be a finite number of at least 0" in sentence
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_a_lora_strength_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str) -> None:
+    sentence = refused(capsys, "--lora", f"{bad_lora(tmp_path)}:{strength}", "-o", str(tmp_path / "out.mp4"))
+    assert "strength must be a finite number, got" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "strength"), [("", 1.0), (":-1.5", -1.5), (":+2", 2.0), (":-.5", -0.5), (":1e-1", 0.1)]
+)
+def test_a_lora_strength_may_have_a_sign_and_a_path_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, strength: float
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "diffusion_model.transformer_blocks.0.attn1.to_k"
+    halves = {"A": torch.zeros(4, 64), "B": torch.zeros(64, 4)}
+    save_file(
+        {f"{name}.lora_{half}.weight": half_tensor for half, half_tensor in halves.items()}, tmp_path / "l.safetensors"
+    )
+    parser = argparse.ArgumentParser()
+    options.add_model_options(parser)
+    arguments = parser.parse_args([f"--lora=~/l.safetensors{text}"], argparse.Namespace(command="generate"))
+    chosen = admission.read_model_options(arguments)
+    assert chosen.loras == (("~/l.safetensors", strength),)
+
+
+def test_a_lora_of_the_hub_that_cannot_be_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for option in ("--lora", "--distilled-lora"):
+        sentence = refused(capsys, option, "owner/no-such-name/some.safetensors", "-o", str(tmp_path / "out.mp4"))
+        assert f"{option[2:]}: owner/no-such-name/some.safetensors: no such path here, and the hub" in sentence

@@ -41,6 +41,7 @@ __all__ = [
     "component_bytes",
     "component_config",
     "component_problem",
+    "component_shapes",
     "find_model",
     "load_component",
     "load_components",
@@ -264,6 +265,11 @@ def is_present(files: ModelFiles, component: str) -> bool:
 def component_config(files: ModelFiles, component: str) -> Mapping[str, Any]:
     """Constructor arguments of a component's diffusers class, from the header or config.json; loads no weights."""
     return read_stored(files, component).config
+
+
+def component_shapes(files: ModelFiles, component: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a component's tensors by diffusers name, from headers alone."""
+    return {name: tensor.shape for name, tensor in read_stored(files, component).tensors.items()}
 
 
 def component_bytes(files: ModelFiles, *, dtype: torch.dtype | None = None) -> dict[str, int]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ltxkern.pipeline.files.lora import LoRA
-from ltxkern.pipeline.files.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, lora_module, official_name
+from ltxkern.pipeline.files.lora_kinds import LoRAFactors
+from ltxkern.pipeline.files.lora_layout import ModuleNames, read_key
+from ltxkern.pipeline.files.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, official_name
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, Components, build, component_dtype
 
 _TEXT_WIDTH = 32
@@ -77,15 +79,15 @@ def demo_lora(seed: int = 0, *, rank: int = DEMO_LORA_RANK) -> dict[str, torch.T
     return lora
 
 
-def demo_distilled_lora() -> LoRA:
+def demo_distilled_lora(seed: int = 0, name: str = "demo distilled LoRA") -> LoRA:
     """`demo_lora` as the distilled LoRA of the demo model."""
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in demo_lora().items():
-        parts = lora_module(key)
-        assert parts is not None, key
-        halves.setdefault(parts[0], {})[parts[1]] = tensor
-    factors = {module: (pair["lora_A"], pair["lora_B"], None) for module, pair in halves.items()}
-    return LoRA.from_tensors("demo distilled LoRA", factors)
+    names = ModuleNames(None)
+    halves: dict[str | None, dict[str, torch.Tensor]] = {}
+    for key, tensor in demo_lora(seed).items():
+        part = read_key(key)
+        assert part is not None, key
+        halves.setdefault(names(part.module), {})[part.part] = tensor
+    return LoRA(name, {module: LoRAFactors(pair["a"], pair["b"]) for module, pair in halves.items() if module})
 
 
 def _normal(seed: int, name: str, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from ltxkern.pipeline.files.checkpoint import (
     ModelFiles,
     component_config,
+    component_shapes,
     find_model,
     load_components,
 )
@@ -98,6 +99,17 @@ class FoundModel:
     def geometry(self) -> Geometry:
         """How latents relate to pixels; LTX-2.3's where the model is not here."""
         return geometry_from_configs(self.config("transformer"), self.config("audio_vae"))
+
+    @cached_property
+    def transformer_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of the transformer's parameters by diffusers name, from headers; None where the model is not here."""
+        if self.is_demo:
+            from ltxkern.pipeline.files.demo import DEMO_CONFIGS
+            from ltxkern.pipeline.model.components import build
+
+            transformer = build("transformer", DEMO_CONFIGS["transformer"])
+            return {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+        return None if self.own is None else component_shapes(self.own, "transformer")
 
     def config(self, component: str) -> Mapping[str, Any] | None:
         """Constructor arguments of a component; None where the model is not here."""

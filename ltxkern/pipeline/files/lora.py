@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
-from ltxkern.pipeline.files.lora_file import dequantise, load_lora
+from ltxkern.pipeline.files.hub import local_lora
+from ltxkern.pipeline.files.lora_file import Transformer, dequantise, misfits, read_changes
+from ltxkern.pipeline.files.lora_kinds import Change, LoRAFactors
+from ltxkern.pipeline.files.lora_layout import parameter_shapes
 
 # Name and scale of every LoRA that touches one weight: weights with equal keys hold equal bits.
 WeightKey = tuple[tuple[str, float], ...]
@@ -23,51 +25,29 @@ TWO_STAGE_STRENGTHS = (0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class LoRAFactors:
-    """The two factors of one module: W += scale * (b @ a), with scale = strength, or strength * alpha / rank.
+class LoRA:
+    """One LoRA: a name that tells it from all others, and changes per module name of the transformer.
 
-    Args:
-        a: (rank, in).
-        b: (out, rank).
-        alpha: as the file carries it; None (the official files): the strength alone scales.
+    A change of another parameter than a module's weight stands under the parameter's whole name, as `proj_in.bias`.
     """
 
-    a: Tensor
-    b: Tensor
-    alpha: float | None = None
-
-    def scale(self, strength: float) -> float:
-        """What the product b @ a is multiplied by."""
-        rank = self.a.shape[0]
-        return strength if self.alpha is None or rank == 0 else strength * self.alpha / rank
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.a.nbytes + self.b.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class LoRA:
-    """One LoRA: a name that tells it from all others, and factors per module name of the transformer."""
-
     name: str
-    factors: Mapping[str, LoRAFactors]
+    factors: Mapping[str, Any]
 
     @classmethod
-    def from_file(cls, path: str | Path, transformer: torch.nn.Module | None = None) -> LoRA:
-        """Reads a LoRA file with official (or diffusers) key names.
+    def from_file(cls, path: str | Path, transformer: Transformer | None = None) -> LoRA:
+        """Reads a LoRA file in any layout that `load_lora` knows, with changes of every kind.
 
         Args:
-            path: safetensors file.
-            transformer: where given, modules and shapes are checked against it.
+            path: safetensors file, a folder with one, or a hub name `owner/name[/file]`.
+            transformer: where given, modules and shapes are checked against it, and underscored names looked up in it.
 
         Raises:
             CheckpointError: not a LoRA, halves missing, ranks that disagree, modules or shapes that do not fit; the
                 file and the keys are named.
         """
-        loaded = load_lora(path, transformer=transformer)
-        return cls.from_tensors(str(Path(path).absolute()), loaded)
+        local = local_lora(path)
+        return cls(str(local.absolute()), read_changes(local, transformer=transformer))
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, Sequence[Any]]) -> LoRA:
@@ -85,28 +65,10 @@ class LoRA:
         """Bytes of all factors."""
         return sum(factors.nbytes for factors in self.factors.values())
 
-    def check(self, transformer: torch.nn.Module) -> None:
+    def check(self, transformer: nn.Module) -> None:
         """Raises ValueError, with the LoRA and the modules named, unless every module and shape fits."""
-        linears = {
-            name: tuple(weight.shape)
-            for name, module in transformer.named_modules()
-            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2
-        }
-        unknown = sorted(set(self.factors) - set(linears))
-        wrong = sorted(
-            f"{name} (weight {linears[name]}, factors {tuple(f.b.shape)} @ {tuple(f.a.shape)})"
-            for name, f in self.factors.items()
-            if name in linears
-            and (
-                f.a.dim() != 2
-                or f.b.dim() != 2
-                or f.a.shape[0] != f.b.shape[1]
-                or (f.b.shape[0], f.a.shape[1]) != linears[name]
-            )
-        )
-        if unknown or wrong:
-            problems = [f"{len(unknown)} modules it does not have: {', '.join(unknown[:8])}"] if unknown else []
-            problems += [f"{len(wrong)} shapes that disagree: {', '.join(wrong[:8])}"] if wrong else []
+        problems = misfits(self.factors, parameter_shapes(transformer))
+        if problems:
             raise ValueError(f"LoRA {self.name} does not fit the transformer; {'; '.join(problems)}")
 
 
@@ -152,7 +114,7 @@ class LoRAPhase:
         found: dict[str, WeightKey] = {}
         for lora, strength in self.entries:
             for module, factors in lora.factors.items():
-                if factors.a.shape[0] > 0:
+                if factors.rank != 0:
                     found[module] = (*found.get(module, ()), (lora.name, factors.scale(strength)))
         return found
 
@@ -160,10 +122,15 @@ class LoRAPhase:
         """What this phase merges into one module's weight."""
         return self._keys.get(module, PRISTINE_KEY)
 
-    def factors(self, module: str) -> tuple[list[LoRAFactors], list[float]]:
-        """Factors and scales for one module, in merge order."""
+    def factors(self, module: str) -> tuple[list[Change], list[float]]:
+        """Changes and scales for one module, in merge order."""
         found = [(lora.factors[module], strength) for lora, strength in self.entries if module in lora.factors]
         return [factors for factors, _ in found], [factors.scale(strength) for factors, strength in found]
+
+    @functools.cached_property
+    def reads_weights(self) -> bool:
+        """Whether some change depends on the pristine weight itself."""
+        return any(change.reads_weight for lora, _ in self.entries for change in lora.factors.values())
 
     @property
     def nbytes(self) -> int:

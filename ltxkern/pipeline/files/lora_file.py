@@ -1,28 +1,48 @@
-"""Reads LoRA files with official key names and checks them against the transformer."""
+"""Reads LoRA files as the tools write them, and checks them against the transformer from their headers alone."""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from ltxkern.pipeline.files.headers import CheckpointError, StoredTensor, listed, read_header
-from ltxkern.pipeline.files.official_names import lora_module
+from ltxkern.pipeline.files.headers import CheckpointError, Header, StoredTensor, listed, read_header
+from ltxkern.pipeline.files.hub import local_lora
+from ltxkern.pipeline.files.lora_kinds import (
+    Change,
+    Decomposed,
+    KroneckerProduct,
+    LoRAFactors,
+    PartsMissingError,
+    ScaledDifference,
+    build_change,
+)
+from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key
+from ltxkern.pipeline.files.lora_scale import Statement, effective_alpha, statements
 
 logger = logging.getLogger(__name__)
 
-LoraWeights = dict[str, tuple[torch.Tensor, torch.Tensor, float | None]]
+LoraWeights = dict[str, tuple[Tensor, Tensor, float | None]]
+Transformer = nn.Module | Mapping[str, Shape]
 
 _FLOAT8 = tuple(
     getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if hasattr(torch, name)
 )
+# Parts whose rows are the rows of the weight: those of a fused projection can be cut.
+_ROWS = ("b", "diff", "diff_b", "bias", "hada_w1_a", "hada_w2_a", "magnitude")
+_BESIDE = ("alpha", "a_scale", "b_scale")
+_UNCUT = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
-def dequantise(factor: torch.Tensor, scale: torch.Tensor | float | None = None) -> torch.Tensor:
+def dequantise(factor: Tensor, scale: Tensor | float | None = None) -> Tensor:
     """A stored factor as a tensor that the merge can read.
 
     Args:
@@ -41,103 +61,278 @@ def dequantise(factor: torch.Tensor, scale: torch.Tensor | float | None = None) 
     return factor.to(torch.float32) * multiplier
 
 
-def load_lora(path: str | Path, *, transformer: torch.nn.Module | None = None) -> LoraWeights:
-    """Reads a LoRA file with official key names.
+class Stored(NamedTuple):
+    """A part of a change in the file, and which share of its rows: (which, of how many) equal ones."""
+
+    tensor: StoredTensor
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def shape(self) -> Shape:
+        """Of the share."""
+        shape = self.tensor.shape
+        return shape if self.share[1] == 1 or not shape else (shape[0] // self.share[1], *shape[1:])
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """What the header of a LoRA file says.
 
     Args:
-        path: safetensors file with `diffusion_model.<module>.lora_A.weight` (R, in) and `.lora_B.weight` (out, R).
-        transformer: where given, every module and shape is checked against it.
+        header: of the file.
+        targets: parts by the parameter they change, as `lora_layout.parameter_shapes` names it.
+        written: a module's name as the file writes it, by target.
+        said: about alpha and rank.
+        left_out: keys of the text connectors or a text encoder.
+    """
+
+    header: Header
+    targets: Mapping[str, Mapping[str, Stored]]
+    written: Mapping[str, str]
+    said: Sequence[Statement]
+    left_out: Sequence[str]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.header.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts that are merged."""
+        return sum({s.tensor.key: s.tensor.nbytes for p in self.targets.values() for s in p.values()}.values())
+
+    def changes(self, *, read: bool = False) -> dict[str, Change]:
+        """The change of each target with its alpha: its tensors read, or without memory.
+
+        Raises:
+            CheckpointError: parts that do not go together, or places that disagree about alpha or rank.
+        """
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return self._changes(file, read)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error})") from error
+
+    def _changes(self, file: Any, read: bool) -> dict[str, Change]:
+        found: dict[str, Change] = {}
+        halves: list[str] = []
+        pairs: list[str] = []
+        whole: dict[str, Tensor] = {}
+        for target, parts in sorted(self.targets.items()):
+            tensors = {
+                name: self._tensor(file if read else None, name, parts, whole) for name in parts if name not in _BESIDE
+            }
+            alpha = float(file.get_tensor(parts["alpha"].tensor.key)) if "alpha" in parts else None
+            try:
+                found |= self._change(target, tensors, alpha)
+            except ValueError as error:
+                if isinstance(error, CheckpointError):
+                    raise CheckpointError(f"{self.path}: {error}") from error
+                (halves if isinstance(error, PartsMissingError) else pairs).append(f"{target} {error}")
+        problems = [f"{len(halves)} modules without lora_A or lora_B: {listed(halves)}"] if halves else []
+        problems += [f"{len(pairs)} pairs that are not (R, in) and (out, R): {listed(pairs)}"] if pairs else []
+        if problems:
+            raise CheckpointError(f"{self.path} does not fit the transformer; {'; '.join(problems)}")
+        return found
+
+    def _change(self, target: str, tensors: dict[str, Tensor], alpha: float | None) -> dict[str, Change]:
+        bias = tensors.pop("bias", None)
+        change = build_change(tensors)
+        change.shape  # noqa: B018 - raises where the parts do not go together
+        inner = change.inner if isinstance(change, Decomposed) else change
+        told: float | None = None
+        names = (target, self.written[target])
+        if isinstance(inner, KroneckerProduct) and inner.is_whole:
+            # LyCORIS stores an alpha that means nothing here; PEFT scales by what its configuration says.
+            told = _whole_scale(self.said, names) if alpha is None else None
+        elif inner.rank is not None:
+            has_rank = not isinstance(inner, KroneckerProduct)
+            told = effective_alpha(inner.rank if has_rank else None, alpha, self.said, names)
+        if told is not None:
+            inner = replace(inner, alpha=told)  # type: ignore[type-var]
+            change = replace(change, inner=inner) if isinstance(change, Decomposed) else inner
+        found = {target: change}
+        if bias is not None:
+            found[f"{target}.bias"] = ScaledDifference(bias, told, inner.rank or 1)
+        return found
+
+    @staticmethod
+    def _tensor(file: Any, name: str, parts: Mapping[str, Stored], whole: dict[str, Tensor]) -> Tensor:
+        """One part in a dtype that can be computed with: fp8 times its scale where the file has one."""
+        stored = parts[name]
+        if file is None:
+            return torch.empty(stored.shape, device="meta")
+        key = stored.tensor.key
+        if key not in whole:
+            scale = parts.get(f"{name}_scale")
+            whole[key] = dequantise(file.get_tensor(key), None if scale is None else file.get_tensor(scale.tensor.key))
+        index, count = stored.share
+        return whole[key] if count == 1 else whole[key].chunk(count)[index].contiguous()
+
+
+def _whole_scale(said: Sequence[Statement], names: tuple[str, ...]) -> float | None:
+    for statement in said:
+        rank, alpha = statement.of(names)
+        if rank is not None and alpha is not None:
+            return alpha / rank
+    return None
+
+
+def load_lora(path: str | Path, *, transformer: Transformer | None = None) -> LoraWeights:
+    """Reads a LoRA file of low-rank factors, in any of the layouts of `lora_layout.LAYOUTS` and their like.
+
+    Args:
+        path: safetensors file, a folder with one, or a hub name `owner/name[/file]`.
+        transformer: where given (a module, or shapes by parameter name), every module and shape is checked against it.
 
     Returns:
         {diffusers module name: (lora_A, lora_B, alpha or None)}, tensors on the CPU in the dtype of the file, fp8
-        dequantised (`.lora_A.weight_scale` or `.scale_weight` beside it is its scale). The official merge ignores alpha.
+        dequantised (`.lora_A.weight_scale` or `.scale_weight` beside it is its scale). Alpha comes from the `.alpha`
+        tensors, the header's metadata, or a configuration beside the file, in this order; a rank-stabilised one is
+        given as the alpha for which alpha / rank is the scale. The published files have none.
 
     Raises:
-        CheckpointError: no LoRA keys at all, A without B, ranks that disagree, modules or shapes the transformer
-            does not have.
+        CheckpointError: no LoRA, halves missing, ranks that disagree, modules or shapes the transformer does not have,
+            places that disagree about alpha or rank, or changes of other kinds (for those: `LoRA.from_file`).
+    """
+    found: LoraWeights = {}
+    for target, change in read_changes(path, transformer=transformer).items():
+        if not isinstance(change, LoRAFactors):
+            raise CheckpointError(f"{path}: {target} has no low-rank factors; read it with LoRA.from_file")
+        found[target] = (change.a, change.b, change.alpha)
+    return found
+
+
+def read_changes(path: str | Path, *, transformer: Transformer | None = None) -> dict[str, Change]:
+    """Reads a LoRA file: the change of each parameter, by module name for weights, by whole name for others.
+
+    Args, Raises: as `load_lora`; changes of every kind that can be computed exactly are read.
     """
     found = check_lora_file(path, transformer=transformer)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {
-                module: (
-                    _factor(file, parts, "lora_A"),
-                    _factor(file, parts, "lora_B"),
-                    float(file.get_tensor(parts["alpha"].key)) if "alpha" in parts else None,
-                )
-                for module, parts in sorted(found.items())
-            }
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if found.left_out:
+        logger.warning(
+            "%s: %d keys of the text connectors or a text encoder are left out, as the official merge does",
+            found.path,
+            len(found.left_out),
+        )
+    return found.changes(read=True)
 
 
-def _factor(file: Any, parts: Mapping[str, StoredTensor], half: str) -> torch.Tensor:
-    """One factor in a dtype that can be computed with: fp8 times its scale where the file has one."""
-    scale = file.get_tensor(parts[f"{half}_scale"].key) if f"{half}_scale" in parts else None
-    return dequantise(file.get_tensor(parts[half].key), scale)
-
-
-def check_lora_file(
-    path: str | Path, *, transformer: torch.nn.Module | None = None
-) -> dict[str, dict[str, StoredTensor]]:
-    """Checks a LoRA file from its header alone; the stored tensors by module and half.
+def check_lora_file(path: str | Path, *, transformer: Transformer | None = None) -> LoRAFile:
+    """Checks a LoRA file from its header alone (and its alphas, of one number each).
 
     Args:
         path: as for `load_lora`.
-        transformer: where given (on the meta device will do), every module and shape is checked against it.
+        transformer: where given (on the meta device, or shapes by parameter name), every module and shape is checked
+            against it, and underscored names are looked up in it.
 
     Raises:
         CheckpointError: as `load_lora`.
     """
-    header = read_header(path)
-    found: dict[str, dict[str, StoredTensor]] = {}
-    foreign, unknown = [], []
-    for key, tensor in header.tensors.items():
-        parts = lora_module(key)
-        if parts is None:
-            unknown.append(key)
-        elif "embeddings_connector" in key or "text_embedding_projection" in key:
-            foreign.append(key)
-        else:
-            found.setdefault(parts[0], {})[parts[1]] = tensor
-    if foreign:
-        logger.warning(
-            "%s: %d keys of the text connectors are left out, as the official merge does", path, len(foreign)
-        )
-    if unknown or not found:
-        raise CheckpointError(
-            f"{path}: expected keys diffusion_model.<module>.lora_A.weight and .lora_B.weight, got {listed(unknown) or 'none'}"
-        )
-    _check_lora(Path(path), found, transformer)
+    found = describe_lora_file(path, transformer=transformer)
+    changes = found.changes()
+    if transformer is not None:
+        problems = misfits(changes, parameter_shapes(transformer))
+        if problems:
+            raise CheckpointError(f"{found.path} does not fit the transformer; {'; '.join(problems)}")
     return found
 
 
-def _check_lora(
-    path: Path, found: Mapping[str, Mapping[str, StoredTensor]], transformer: torch.nn.Module | None
+def misfits(changes: Mapping[str, Change], shapes: Mapping[str, Shape]) -> list[str]:
+    """What of these changes a transformer with these parameters does not have: one text for modules, one for shapes."""
+    unknown = sorted(set(changes) - set(shapes))
+    wrong = []
+    for target, change in sorted(changes.items()):
+        if target not in shapes:
+            continue
+        try:
+            if change.shape != shapes[target]:
+                wrong.append(f"{target} (expected {shapes[target]}, got {change.shape})")
+        except ValueError as error:
+            wrong.append(f"{target} {error}")
+    problems = [f"{len(unknown)} modules the transformer does not have: {listed(unknown)}"] if unknown else []
+    return problems + ([f"{len(wrong)} of the wrong shape: {listed(wrong)}"] if wrong else [])
+
+
+def describe_lora_file(path: str | Path, *, transformer: Transformer | None = None) -> LoRAFile:
+    """Sorts the keys of a LoRA file by what they change; nothing of their shapes is checked.
+
+    Raises:
+        CheckpointError: keys of no known kind, none at all, two for one part, several adapters, names that stand for no
+            module or for several.
+    """
+    header = read_header(local_lora(path))
+    names = ModuleNames(None if transformer is None else parameter_shapes(transformer))
+    targets: dict[str, dict[str, Stored]] = {}
+    written: dict[str, str] = {}
+    adapters: dict[str, str] = {}
+    left_out, unknown, nameless, twice = [], [], [], []
+    for key, tensor in header.tensors.items():
+        if is_foreign(key):
+            left_out.append(key)
+            continue
+        part = read_key(key)
+        if part is None:
+            unknown.append(key)
+            continue
+        adapters.setdefault(part.adapter, key)
+        target = names(part.module)
+        if target is None:
+            nameless.append(part.module)
+            continue
+        for one, name, stored in _targets_of(part, target, tensor, names):
+            if name in targets.setdefault(one, {}):
+                twice.append(f"{key} and {targets[one][name].tensor.key}")
+            targets[one][name] = stored
+            written[one] = part.module
+    _refuse_keys(header.path, targets, unknown, nameless, twice, {a: k for a, k in adapters.items() if a})
+    try:
+        said = statements(header)
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.path}: {error}") from error
+    return LoRAFile(header, targets, written, said, left_out)
+
+
+def _targets_of(part: Part, target: str, tensor: StoredTensor, names: ModuleNames) -> list[tuple[str, str, Stored]]:
+    """(parameter, part, where it lies) for a key: several where it is of a fused projection."""
+    split = names.split(target)
+    if part.part in _UNCUT or (part.part == "magnitude" and tensor.shape[:1] == (1,)):
+        # A Kronecker product and the norms of columns cannot be cut: a fused projection is then no module of the transformer.
+        split = (target,)
+    found = []
+    for index, one in enumerate(split):
+        cut = len(split) > 1 and part.part in _ROWS and bool(tensor.shape) and tensor.shape[0] % len(split) == 0
+        stored = Stored(tensor, (index, len(split)) if cut else (0, 1))
+        if part.part == "diff_b":
+            found.append((f"{one}.bias", "diff", stored))
+        else:
+            found.append((one, part.part, stored))
+    return found
+
+
+def _refuse_keys(
+    path: Path,
+    targets: Mapping[str, Mapping[str, Stored]],
+    unknown: list[str],
+    nameless: list[str],
+    twice: list[str],
+    adapters: Mapping[str, str],
 ) -> None:
-    problems = []
-    halves = [module for module, parts in sorted(found.items()) if not {"lora_A", "lora_B"} <= set(parts)]
-    if halves:
-        problems.append(f"{len(halves)} modules without lora_A or lora_B: {listed(halves)}")
-    pairs = {module: (parts["lora_A"], parts["lora_B"]) for module, parts in found.items() if module not in halves}
-    ranks = [
-        f"{module} (A {a.shape}, B {b.shape})"
-        for module, (a, b) in sorted(pairs.items())
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]
-    ]
-    if ranks:
-        problems.append(f"{len(ranks)} pairs that are not (R, in) and (out, R): {listed(ranks)}")
-    elif transformer is not None:
-        linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
-        foreign = sorted(set(found) - set(linears))
-        if foreign:
-            problems.append(f"{len(foreign)} modules the transformer does not have: {listed(foreign)}")
-        wrong = [
-            f"{module} (expected {tuple(linears[module].weight.shape)}, got ({b.shape[0]}, {a.shape[1]}))"
-            for module, (a, b) in sorted(pairs.items())
-            if module in linears and (b.shape[0], a.shape[1]) != tuple(linears[module].weight.shape)
-        ]
-        if wrong:
-            problems.append(f"{len(wrong)} of the wrong shape: {listed(wrong)}")
-    if problems:
-        raise CheckpointError(f"{path} does not fit the transformer; " + "; ".join(problems))
+    if unknown or not (targets or nameless):
+        raise CheckpointError(
+            f"{path}: expected keys diffusion_model.<module>.lora_A.weight and .lora_B.weight, or another layout that "
+            f"`ltxkern lora --layouts` lists, got {listed(unknown) or 'none'}"
+        )
+    if nameless:
+        count = len(set(nameless))
+        raise CheckpointError(
+            f"{path} does not fit the transformer; {count} names that stand for no module of it, or for several: "
+            f"{listed(sorted(set(nameless)))}"
+        )
+    if twice:
+        raise CheckpointError(f"{path}: {len(twice)} parts are there twice: {listed(twice)}")
+    if len(adapters) > 1:
+        raise CheckpointError(
+            f"{path}: expected one adapter, got {len(adapters)}: {listed(sorted(adapters))}; save one of them alone"
+        )

@@ -118,32 +118,3 @@ def official_name(component: str, name: str) -> str:
         if name.startswith(module):
             return official + name.removeprefix(module)
     return name
-
-
-_LORA_SUFFIXES = (
-    (".lora_A.weight", "lora_A"),
-    (".lora_B.weight", "lora_B"),
-    (".alpha", "alpha"),
-    (".lora_A.weight_scale", "lora_A_scale"),
-    (".lora_B.weight_scale", "lora_B_scale"),
-    (".lora_A.scale_weight", "lora_A_scale"),
-    (".lora_B.scale_weight", "lora_B_scale"),
-)
-
-
-def lora_module(key: str) -> tuple[str, str] | None:
-    """Splits a LoRA key into (diffusers module of the transformer, kind); None if it is none.
-
-    Kinds: "lora_A", "lora_B", "alpha", and of fp8 factors "lora_A_scale", "lora_B_scale".
-    Official keys are `diffusion_model.<module>.lora_A.weight`; keys of diffusers, `transformer.<module>...`, pass too.
-    """
-    for suffix, kind in _LORA_SUFFIXES:
-        if not key.endswith(suffix):
-            continue
-        if key.startswith("transformer."):
-            return key.removeprefix("transformer.").removesuffix(suffix), kind
-        # The dot keeps the renames that are anchored at a module boundary ("adaln_single.") in force.
-        module = key.removeprefix(LORA_PREFIX).removesuffix(suffix) + "."
-        name = diffusers_name("transformer", module)
-        return (name.removesuffix("."), kind) if name is not None else None
-    return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
+from ltxkern.pipeline.files.lora_kinds import Change
 from ltxkern.pipeline.memory.host_memory import HostBudget, HostBudgetError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ PIECE_BYTES = 256 << 20
 # Every copy begins on a boundary that any dtype and the copy engine are content with.
 _ALIGNMENT = 256
 
-Pair = tuple[Tensor, Tensor]
+Copies = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,10 @@ class _Piece:
     """A page-locked buffer with the copies of the factors that lie in it."""
 
     buffer: Tensor
-    copies: dict[LoRAFactors, Pair]
+    copies: dict[Change, Copies]
 
 
-def _factors_of(phases: Iterable[LoRAPhase]) -> dict[LoRA, list[LoRAFactors]]:
+def _factors_of(phases: Iterable[LoRAPhase]) -> dict[LoRA, list[Change]]:
     """The factors that phases merge, each LoRA once."""
     return {lora: list(lora.factors.values()) for phase in phases for lora, _ in phase.entries}
 
@@ -39,12 +40,12 @@ def _room(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _pieces(factors: Iterable[LoRAFactors]) -> Iterator[tuple[list[LoRAFactors], int]]:
+def _pieces(factors: Iterable[Change]) -> Iterator[tuple[list[Change], int]]:
     """Groups of factors with the bytes of each, PIECE_BYTES at most where one pair does not need more."""
-    group: list[LoRAFactors] = []
+    group: list[Change] = []
     nbytes = 0
     for pair in factors:
-        more = _room(pair.a) + _room(pair.b)
+        more = sum(map(_room, pair.tensors))
         if group and nbytes + more > PIECE_BYTES:
             yield group, nbytes
             group, nbytes = [], 0
@@ -66,12 +67,12 @@ class FactorCache:
         self.limit = limit
         self.nbytes = 0
         self._budget = budget
-        self._kept: dict[LoRAFactors, Pair] = {}
+        self._kept: dict[Change, Copies] = {}
         self._pieces: list[_Piece] = []
-        self._locked: dict[LoRAFactors, Pair] = {}
+        self._locked: dict[Change, Copies] = {}
 
-    def on(self, device: torch.device, factors: LoRAFactors) -> Pair:
-        """Both factors on a device."""
+    def on(self, device: torch.device, factors: Change) -> Copies:
+        """The tensors of a change on a device."""
         if factors in self._kept:
             if device.type == "cuda":
                 # Other streams than the one they came on read them: their memory is not given away before that.
@@ -79,12 +80,11 @@ class FactorCache:
                     tensor.record_stream(torch.cuda.current_stream(device))
             return self._kept[factors]
         if factors in self._locked:
-            a, b = self._locked[factors]
             # Read by the current stream alone: the host need not wait.
-            return a.to(device, non_blocking=True), b.to(device, non_blocking=True)
+            return tuple(tensor.to(device, non_blocking=True) for tensor in self._locked[factors])
         # Blocking copies: what is kept may be read by another stream than the one it came on.
-        pair = factors.a.to(device), factors.b.to(device)
-        if device != factors.a.device and self.nbytes + factors.nbytes <= self.limit:
+        pair = tuple(tensor.to(device) for tensor in factors.tensors)
+        if device != factors.tensors[0].device and self.nbytes + factors.nbytes <= self.limit:
             self._kept[factors] = pair
             self.nbytes += factors.nbytes
         return pair
@@ -114,11 +114,11 @@ class FactorCache:
         for lora, group in groups.items():
             staying = []
             for factors in group:
-                if factors in self._kept or factors in self._locked or device == factors.a.device:
+                if factors in self._kept or factors in self._locked or device == factors.tensors[0].device:
                     continue
                 if factors.nbytes <= room:
                     room -= factors.nbytes
-                elif not (factors.a.is_pinned() and factors.b.is_pinned()):
+                elif not all(tensor.is_pinned() for tensor in factors.tensors):
                     staying.append(factors)
             try:
                 for members, nbytes in _pieces(staying):
@@ -126,20 +126,20 @@ class FactorCache:
             except HostBudgetError as error:
                 logger.info("factors stay pageable: %s", error)
 
-    def _lock(self, name: str, members: list[LoRAFactors], nbytes: int) -> None:
+    def _lock(self, name: str, members: list[Change], nbytes: int) -> None:
         assert self._budget is not None
         piece = _Piece(self._budget.take(torch.Size([nbytes]), torch.uint8, f"factors of LoRA {name}"), {})
         self._pieces.append(piece)
         offset = 0
         for factors in members:
             copies = []
-            for tensor in (factors.a, factors.b):
+            for tensor in factors.tensors:
                 part = piece.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 copies.append(part.copy_(tensor))
                 offset += _room(tensor)
-            piece.copies[factors] = self._locked[factors] = (copies[0], copies[1])
+            piece.copies[factors] = self._locked[factors] = tuple(copies)
 
-    def _unlock_all_but(self, wanted: set[LoRAFactors]) -> None:
+    def _unlock_all_but(self, wanted: set[Change]) -> None:
         for piece in [piece for piece in self._pieces if wanted.isdisjoint(piece.copies)]:
             assert self._budget is not None
             self._pieces.remove(piece)

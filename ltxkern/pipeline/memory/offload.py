@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxkern.pipeline.files.lora import NO_LORA, LoRAPhase
+from ltxkern.pipeline.files.lora_layout import target_of
 from ltxkern.pipeline.memory.host_copy import HostCopy, bring_to, module_tensors
 from ltxkern.pipeline.memory.host_memory import HostBudget, HostBudgetError
 from ltxkern.pipeline.memory.stores import OriginalStore, StoreContext
@@ -79,8 +80,8 @@ class OffloadStore(OriginalStore):
                 self._away += away
                 _move((tensor, torch.device("cpu")) for tensor, _ in away)
                 self._copies.append(self._keep(module, budget))
-                weights = {id(m.weight): f"{name}.{n}" for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-                self._blocks[name] = [_Visitor(t, t.data, weights.get(id(t), "")) for t in module_tensors(module)]
+                targets = {id(p): target_of(f"{name}.{n}") for n, p in module.named_parameters()}
+                self._blocks[name] = [_Visitor(t, t.data, targets.get(id(t), "")) for t in module_tensors(module)]
         inside = {id(visitor.tensor) for block in self._blocks.values() for visitor in block}
         self._outer = [(t, _place(t)) for t in module_tensors(transformer) if id(t) not in inside]
         _move((tensor, self._device) for tensor, _ in self._outer)

@@ -12,7 +12,14 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import NO_LORA, PRISTINE_KEY, LoRAPhase, WeightKey
 from ltxkern.pipeline.memory.exact_subtraction import Correction, apply_correction, record_correction
 from ltxkern.pipeline.memory.factors import FactorCache
-from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_beside, merge_phase_pair, phase_deltas
+from ltxkern.pipeline.memory.merge import (
+    as_matrix,
+    binary_ratio,
+    merge_phase,
+    merge_phase_beside,
+    merge_phase_pair,
+    phase_deltas,
+)
 from ltxkern.pipeline.memory.streams import StreamClock
 from ltxkern.pipeline.memory.table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
@@ -253,6 +260,10 @@ class InplaceStore(PhaseStore):
         self._phase_of: dict[tuple[str, WeightKey], LoRAPhase] = {}
 
     def switch(self, phase: LoRAPhase) -> None:
+        if phase.reads_weights:
+            raise CorrectionTooLargeError(
+                "a LoRA with weight decomposition depends on the pristine weights, which inplace does not keep"
+            )
         for block, modules in self.stale(phase):
             if modules:
                 self.clock.note(f"merge {block}")
@@ -318,12 +329,13 @@ class InplaceStore(PhaseStore):
         live = self.table.live[module]
         assert live.key is not None
         entry = (module, live.key)
-        deltas = list(phase_deltas(tensor, module, self._phase_of[entry], self.factors))
+        present, matrix = as_matrix(live.tensor), as_matrix(tensor)
+        deltas = list(phase_deltas(matrix, module, self._phase_of[entry], self.factors))
         for delta, rows in deltas:
-            torch.sub(live.tensor[rows], delta, out=tensor[rows])
+            torch.sub(present[rows], delta, out=matrix[rows])
         apply_correction(tensor, self._corrections[entry])
         for delta, rows in deltas:
-            tensor[rows].add_(delta, alpha=ratio)
+            matrix[rows].add_(delta, alpha=ratio)
 
     def _by_two_products(self, built: Mapping[str, Tensor], phase: LoRAPhase) -> None:
         """Back to pristine, then the merge, for weights of one block."""

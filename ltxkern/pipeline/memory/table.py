@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
+from ltxkern.pipeline.files.lora_layout import target_of
 from ltxkern.pipeline.files.model_files import ModelFiles
 
 PristinePlace = ModelFiles | str | Path
@@ -95,11 +96,7 @@ class CheckpointPristine:
         from ltxkern.pipeline.files.checkpoint import stored_tensors
 
         self._dtype = dtype
-        self._stored = {
-            name.removesuffix(".weight"): tensor
-            for name, tensor in stored_tensors(path, "transformer").items()
-            if name.endswith(".weight")
-        }
+        self._stored = {target_of(name): tensor for name, tensor in stored_tensors(path, "transformer").items()}
         self._open: dict[Path, Any] = {}
 
     def fetch(self, module: str) -> Tensor:
@@ -146,17 +143,20 @@ class WeightTable:
         self.live: dict[str, LiveWeight] = {}
         self.blocks: dict[str, tuple[str, ...]] = {}
         self.checksums: dict[tuple[str, WeightKey], tuple[int, ...]] = {}
-        self._owners: dict[str, nn.Module] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
         self._fitting: weakref.WeakSet[LoRA] = weakref.WeakSet()
 
     def parameter(self, module: str) -> nn.Parameter:
-        """The parameter that a module computes with."""
-        owner = self._owners.get(module)
-        if owner is None:
-            owner = self._owners[module] = self.transformer.get_submodule(module)
-        weight = owner.weight
+        """The parameter that a module computes with; the name may be that of a parameter beside the weights."""
+        if module not in self._owners:
+            parent, _, last = module.rpartition(".")
+            owner = self.transformer.get_submodule(parent)
+            inner = getattr(owner, last)
+            self._owners[module] = (inner, "weight") if isinstance(inner, nn.Module) else (owner, last)
+        owner, name = self._owners[module]
+        weight = getattr(owner, name)
         if not isinstance(weight, nn.Parameter):
-            raise TypeError(f"{module}.weight must be a parameter, got {type(weight).__name__}")
+            raise TypeError(f"{module} must have a parameter, got {type(weight).__name__}")
         return weight
 
     def new_modules(self, phases: Iterable[LoRAPhase]) -> list[str]:

@@ -13,9 +13,9 @@ from torch import nn
 from ltxkern.pipeline.files.checkpoint import component_bytes, component_config
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.geometry import geometry_from_configs
-from ltxkern.pipeline.files.headers import read_header
 from ltxkern.pipeline.files.lora import LoRA
-from ltxkern.pipeline.files.official_names import lora_module
+from ltxkern.pipeline.files.lora_file import describe_lora_file
+from ltxkern.pipeline.files.lora_layout import target_of
 from ltxkern.pipeline.memory.host_copy import module_tensors
 from ltxkern.pipeline.memory.modes import WeightSizes, weight_sizes
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build, component_dtype
@@ -123,21 +123,21 @@ def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]]
 def _transformer_sizes(
     transformer: nn.Module, loras: Sequence[str | Path | LoRA] | None, assumed_rank: int
 ) -> WeightSizes:
-    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     if loras is None:
-        factors = assumed_rank * sum(sum(module.weight.shape) for module in linears.values())
+        patched = {name: m.weight for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+        factors = assumed_rank * sum(sum(weight.shape) for weight in patched.values())
         factors *= next(transformer.parameters()).dtype.itemsize
-        patched = linears
     else:
-        described = [_lora_modules(lora) for lora in loras]
+        # A weight is named by its module, other parameters by their whole name.
+        parameters = {target_of(name): parameter for name, parameter in transformer.named_parameters()}
+        described = [_lora_targets(lora, transformer) for lora in loras]
         factors = sum(nbytes for _, nbytes in described)
-        patched = {name: linears[name] for modules, _ in described for name in modules if name in linears}
-    return weight_sizes(module_tensors(transformer), {name: m.weight for name, m in patched.items()}, factors)
+        patched = {name: parameters[name] for targets, _ in described for name in targets if name in parameters}
+    return weight_sizes(module_tensors(transformer), patched, factors)
 
 
-def _lora_modules(lora: str | Path | LoRA) -> tuple[list[str], int]:
+def _lora_targets(lora: str | Path | LoRA, transformer: nn.Module) -> tuple[list[str], int]:
     if isinstance(lora, LoRA):
         return list(lora.factors), lora.nbytes
-    tensors = read_header(lora).tensors
-    parts = [lora_module(key) for key in tensors]
-    return [part[0] for part in parts if part is not None], sum(tensor.nbytes for tensor in tensors.values())
+    found = describe_lora_file(lora, transformer=transformer)
+    return list(found.targets), found.nbytes

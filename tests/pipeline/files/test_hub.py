@@ -12,7 +12,7 @@ import torch
 
 from ltxkern.pipeline.files.checkpoint import CheckpointError, load_components
 from ltxkern.pipeline.files.demo import build_demo
-from ltxkern.pipeline.files.hub import local_path
+from ltxkern.pipeline.files.hub import local_lora, local_path
 from tests.official_files import write_diffusers_demo
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -62,13 +62,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(json.dumps(about).encode(), body)
             return
         name = "/".join(parts[4:])
-        content = (self.server.root / parts[0] / parts[1] / name).read_bytes()
+        file = self.server.root / parts[0] / parts[1] / name
+        if not file.is_file():
+            self.send(b"", body, 404)
+            return
+        content = file.read_bytes()
         if body:
             self.server.sent.append(name)
         self.send(content, body)
 
-    def send(self, content: bytes, body: bool) -> None:
-        self.send_response(200)
+    def send(self, content: bytes, body: bool, status: int = 200) -> None:
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
@@ -142,3 +148,44 @@ def test_offline_and_never_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as e:
         load_components("nobody/no-such-model")
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "wanted"),
+    [
+        (["lora.safetensors", "README.md"], "owner/lora", "lora.safetensors"),
+        (
+            ["adapter_model.safetensors", "adapter_config.json", "old.safetensors"],
+            "owner/lora",
+            "adapter_model.safetensors",
+        ),
+        (
+            ["a.safetensors", "b/adapter_config.json", "b/c.safetensors"],
+            "owner/lora/b/c.safetensors",
+            "b/c.safetensors",
+        ),
+    ],
+)
+def test_a_lora_by_its_hub_name_with_its_configuration(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, files: list[str], name: str, wanted: str
+) -> None:
+    hub.add("owner/lora", *files)
+    beside = str(Path(wanted).with_name("adapter_config.json"))
+    path = local_lora(name)
+    assert path.read_bytes() == wanted.encode()
+    assert hub.sent == [wanted, *([beside] if beside in files else [])]
+    assert path.with_name("adapter_config.json").exists() == (beside in files)
+    offline(monkeypatch)
+    assert local_lora(name) == path
+
+
+def test_a_lora_that_is_one_of_several_is_refused_by_name(hub: Hub, tmp_path: Path) -> None:
+    hub.add("owner/lora", "a.safetensors", "b.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"owner/lora: expected one \.safetensors file, found a.*, b.*; name the file"
+    ):
+        local_lora("owner/lora")
+    with pytest.raises(CheckpointError, match=r"expected one \.safetensors file, found none"):
+        local_lora(tmp_path)
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    assert local_lora(tmp_path) == tmp_path / "mine.safetensors"

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from ltxkern.compiled.merge_lora import cpu_has_bfloat16_products
-from ltxkern.pipeline.files.demo import build_demo, demo_lora
+from ltxkern.pipeline.files.demo import build_demo, demo_distilled_lora
 from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, lora_phases
-from ltxkern.pipeline.files.official_names import lora_module
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError
@@ -19,14 +18,7 @@ from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, line
 
 def demo_with_lora(dtype, seed=0):
     transformer = build_demo(dtype=dtype).transformer
-    loras = []
-    for number in (seed, seed + 1):
-        factors = {}
-        for key, tensor in demo_lora(number).items():
-            module, kind = lora_module(key)
-            factors.setdefault(module, {})[kind] = tensor
-        loras.append(LoRA(f"demo {number}", {m: LoRAFactors(f["lora_A"], f["lora_B"]) for m, f in factors.items()}))
-    return transformer, loras
+    return transformer, [demo_distilled_lora(number, f"demo {number}") for number in (seed, seed + 1)]
 
 
 def four_phases(distilled, user):
