@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ltxkern.dispatch import served
 from ltxkern.patch import Patched, patch
-from ltxkern.pipeline.files.found import FoundModel
-from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
+from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
-from ltxkern.pipeline.files.model_files import ModelFiles
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video

@@ -44,7 +44,7 @@ _ROOMS = {
             for stem in ("checkpoint", "hub", "official_names", "official_config", "lora", "lora_file", "demo")
         },
         "weights_file": "headers",
-        "model_geometry": "geometry",
+        "model_geometry": "found",
     },
     "results": {"media": "media", "output_file": "atomic", "embedding_cache": "embedding_cache"},
     "parallel": {

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, Header, StoredTensor, listed, read_header
-from ltxkern.pipeline.files.hub import local_path
+from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
-from ltxkern.pipeline.files.model_files import ModelFiles, find_model
 from ltxkern.pipeline.files.quantized import read_tensor
 from ltxkern.pipeline.files.stored import Stored, bare_tensors, read_stored
 from ltxkern.pipeline.files.text_files import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from ltxkern.pipeline.files.checkpoint import (
     find_model,
     load_components,
 )
-from ltxkern.pipeline.files.geometry import geometry_from_configs
-from ltxkern.pipeline.files.model_files import require_parts
+from ltxkern.pipeline.files.hub import require_parts
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.sampling.latents import Geometry
 
@@ -122,3 +121,22 @@ class FoundModel:
     def components(self, dtype: torch.dtype) -> Components:
         """The components, each loaded when it is first read."""
         return load_components("demo" if self.is_demo else self.files, dtype=dtype)
+
+
+def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:
+    """Geometry that the modules' configurations describe; LTX-2.3's where one is not given."""
+    geometry = Geometry()
+    if transformer is not None:
+        ratios = transformer.get("vae_scale_factors", (geometry.temporal_ratio, geometry.spatial_ratio))
+        geometry = replace(
+            geometry,
+            temporal_ratio=ratios[0],
+            spatial_ratio=ratios[1],
+            video_channels=transformer["in_channels"],
+            audio_channels=max(1, transformer["audio_in_channels"] // geometry.mel_bins),
+            blocks=transformer["num_layers"],
+        )
+    if audio_vae is not None:
+        # The audio VAE halves the mel axis twice.
+        geometry = replace(geometry, audio_channels=audio_vae["latent_channels"], mel_bins=audio_vae["mel_bins"] // 4)
+    return geometry

@@ -9,7 +9,7 @@ from typing import Any
 
 from ltxkern.pipeline.files import official_config
 from ltxkern.pipeline.files.headers import CheckpointError, Header, StoredTensor, listed, read_header, read_json
-from ltxkern.pipeline.files.model_files import FOLDERS, ModelFiles, weight_files
+from ltxkern.pipeline.files.hub import FOLDERS, ModelFiles, weight_files
 from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
 from ltxkern.pipeline.files.quantized import with_scales
 from ltxkern.pipeline.model.components import CLASS_NAMES, PRODUCTION_CONFIGS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, StoredTensor, listed, read_header, read_json
-from ltxkern.pipeline.files.model_files import weight_files
+from ltxkern.pipeline.files.hub import weight_files
 from ltxkern.pipeline.files.quantized import read_tensor, with_scales
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
 from ltxkern.pipeline.files.lora_layout import target_of
-from ltxkern.pipeline.files.model_files import ModelFiles
 
 PristinePlace = ModelFiles | str | Path
 OUTER_BLOCK = "outer"

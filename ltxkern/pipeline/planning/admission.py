@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ltxkern.pipeline.files.checkpoint import component_config, component_problem, is_present
 from ltxkern.pipeline.files.headers import CheckpointError
-from ltxkern.pipeline.files.hub import local_path
+from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import check_lora_file
-from ltxkern.pipeline.files.model_files import ModelFiles, find_model
 from ltxkern.pipeline.model.components import BUILDABLE
 from ltxkern.pipeline.model.shapes import linear_skeleton
 

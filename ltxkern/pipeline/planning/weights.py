@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ltxkern.pipeline.files.checkpoint import component_bytes, component_config
-from ltxkern.pipeline.files.found import FoundModel
-from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA
 from ltxkern.pipeline.files.lora_file import describe_lora_file
 from ltxkern.pipeline.files.lora_layout import target_of

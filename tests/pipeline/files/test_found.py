@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern.pipeline.files.found import FoundModel
+from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.headers import CheckpointError
+from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS
 from ltxkern.pipeline.sampling.latents import Geometry
 
 DEMO = Geometry(video_channels=16, audio_channels=2, blocks=2)
@@ -38,3 +39,9 @@ def test_parts_from_elsewhere_are_looked_up_when_files_are_read(official: dict[s
         found.files  # noqa: B018 (reading it is what looks the parts up)
     whole = FoundModel.of(official["checkpoint"], upsampler=official["upsampler"]).files
     assert (whole.checkpoint, whole.upsampler) == (official["checkpoint"], official["upsampler"])
+
+
+def test_the_published_configurations_give_the_defaults() -> None:
+    transformer, audio_vae = PRODUCTION_CONFIGS["transformer"], PRODUCTION_CONFIGS["audio_vae"]
+    for given in ((transformer, audio_vae), (transformer, None), (None, audio_vae), (None, None)):
+        assert geometry_from_configs(*given) == Geometry(32, 8, 128, 8, 16, 48)

@@ -16,7 +16,7 @@ from ltxkern.pipeline.files.checkpoint import (
     load_components,
 )
 from ltxkern.pipeline.files.found import FoundModel
-from ltxkern.pipeline.files.model_files import PARTS
+from ltxkern.pipeline.files.hub import PARTS
 from ltxkern.pipeline.files.official_names import component_of, diffusers_name
 from ltxkern.pipeline.memory.table import CheckpointPristine
 from ltxkern.pipeline.model.components import BUILDABLE, Components
