@@ -78,7 +78,7 @@ class BuildPy(build_py):
         target.mkdir(parents=True, exist_ok=True)
         for header in sorted((ROOT / "csrc" / "include" / "ltxkern").glob("*.cuh")):
             shutil.copy2(header, target / header.name)
-        digest = subprocess.check_output([sys.executable, str(ROOT / "ltxkern" / "compiled" / "sources.py")])
+        digest = subprocess.check_output([sys.executable, str(ROOT / "ltxkern" / "sources.py")])
         (target.parent / "sources.sha256").write_bytes(digest)
 
 

@@ -22,7 +22,7 @@ import tomllib
 
 SIZE_LIMIT = 8 << 20
 HEADERS = "csrc/include/ltxkern"
-SOURCES = "ltxkern/compiled/sources.py"
+SOURCES = "ltxkern/sources.py"
 # What the extension may ask of the system: no torch, no CUDA library, no driver.
 SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|libgomp|ld-linux-x86-64)\.so")
 BUILT = re.compile(r"\.(so|pyd|o|a|pyc|cubin)(\.|$)|__pycache__")

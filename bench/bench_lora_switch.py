@@ -162,7 +162,7 @@ def merge_both(weight: Tensor, other: Tensor, module: str, phases: tuple[LoRAPha
     merge_phase(other, module, phases[1])
 
 
-BOTH_PHASES = {"copy + two merges": merge_both, "ltxkern dual_add": merge_phase_pair}
+BOTH_PHASES = {"copy + two merges": merge_both, "ltxkern merge_phase_pair": merge_phase_pair}
 
 
 @torch.no_grad()

@@ -79,11 +79,11 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def states(plan: Stage, device: str) -> dict[str, LatentState]:
+def states(stage: Stage, device: str) -> dict[str, LatentState]:
     """Noised states of a stage."""
     generator = torch.Generator(device).manual_seed(0)
     place = {"fps": 24.0, "dtype": torch.float32, "device": device}
-    both = {"video": LatentState.create(plan.video, **place), "audio": LatentState.create(plan.audio, **place)}
+    both = {"video": LatentState.create(stage.video, **place), "audio": LatentState.create(stage.audio, **place)}
     return {name: state.noise(1.0, generator=generator) for name, state in both.items()}
 
 
@@ -94,9 +94,9 @@ def contexts(seed: int, device: str) -> dict[str, Tensor]:
     return {name: torch.randn(size, generator=generator, device=device) for name, size in sizes.items()}
 
 
-def measure(plan: Stage, policy: CFGPolicy, device: str, repeats: int) -> Costs:
+def measure(stage: Stage, policy: CFGPolicy, device: str, repeats: int) -> Costs:
     """The parts of one evaluation of a stage."""
-    given = states(plan, device)
+    given = states(stage, device)
     forward = BranchForward(build_demo(device=device).transformer, given, False)
     latents = {name: state.latent for name, state in given.items()}
     times = [seconds(lambda branch=branch: forward(latents, 0.7, branch), repeats) for branch in policy.branches]
@@ -114,7 +114,7 @@ def measure(plan: Stage, policy: CFGPolicy, device: str, repeats: int) -> Costs:
     return Costs([branch.name for branch in policy.branches], times, combine, seconds(pack, repeats), size)
 
 
-def simulate(first: Costs, second: Costs, plans: list[Stage], link: float) -> list[Row]:
+def simulate(first: Costs, second: Costs, stages: list[Stage], link: float) -> list[Row]:
     """One row per degree: the slowest rank's forwards, the collective, the serial combination; stage 2 on rank 0."""
     rows = []
     for ranks in RANKS:
@@ -124,8 +124,8 @@ def simulate(first: Costs, second: Costs, plans: list[Stage], link: float) -> li
         received = (ranks - 1) * (HEADER + slots * first.prediction)
         exchange = 0.0 if ranks == 1 else first.exchange + received / (link * 1e9)
         evaluation = slowest + first.combine + exchange
-        stage1 = plans[0].evaluations * evaluation
-        stage2 = plans[1].evaluations * (second.branches[0] + second.combine) if len(plans) > 1 else 0.0
+        stage1 = stages[0].evaluations * evaluation
+        stage2 = stages[1].evaluations * (second.branches[0] + second.combine) if len(stages) > 1 else 0.0
         rows.append(Row(ranks, evaluation, stage1, stage1 + stage2, received))
     return rows
 
@@ -193,14 +193,14 @@ def main() -> None:
         moved = type(guidance)(*(scale_blocks(scales, geometry.blocks) for scales in (guidance.video, guidance.audio)))
         policy = MultiModalPolicy.build(moved, contexts(0, given.device), contexts(1, given.device))
         size = {"height": given.height, "width": given.width, "num_frames": given.num_frames}
-        plans = GenerationRequest("x", preset=find_preset(preset), **size).stages(geometry)
-        first = measure(plans[0], policy, given.device, given.repeats)
+        stages = GenerationRequest("x", preset=find_preset(preset), **size).stages(geometry)
+        first = measure(stages[0], policy, given.device, given.repeats)
         alone = SingleBranchPolicy(policy.branches[:1])
-        second = measure(plans[1], alone, given.device, given.repeats)
-        rows = simulate(first, second, plans, given.link)
+        second = measure(stages[1], alone, given.device, given.repeats)
+        rows = simulate(first, second, stages, given.link)
         times = ", ".join(f"{n} {cost * 1e3:.1f}" for n, cost in zip(first.names, first.branches, strict=True))
         print(
-            f"{preset}: {plans[0].video.tokens} and {plans[1].video.tokens} video tokens, forwards in ms: {times}; "
+            f"{preset}: {stages[0].video.tokens} and {stages[1].video.tokens} video tokens, forwards in ms: {times}; "
             f"stage 2 {second.branches[0] * 1e3:.1f}; combine {first.combine * 1e3:.2f}, exchange {first.exchange * 1e3:.3f}"
         )
         print(table(rows))

@@ -66,11 +66,11 @@ def evaluations(given: argparse.Namespace) -> None:
     """Seconds of an evaluation of each stage, shared out and not."""
     geometry = FoundModel.of("demo").geometry
     request = GenerationRequest("x", height=given.height, width=given.width, num_frames=given.num_frames)
-    plans = request.stages(geometry)
+    stages = request.stages(geometry)
     transformer = build_demo(device=given.device).transformer
     guided = MultiModalPolicy.build(HQ_GUIDANCE, contexts(0, given.device), contexts(1, given.device))
     alone = SingleBranchPolicy(guided.branches[:1])
-    first, second = (states(plan, given.device) for plan in plans)
+    first, second = (states(stage, given.device) for stage in stages)
     forwards = [BranchForward(transformer, each, False) for each in (first, second)]
     share = CFGParallel()
     sequence = SequenceParallel()
@@ -86,7 +86,7 @@ def evaluations(given: argparse.Namespace) -> None:
         works["stage 2 undivided"] = lambda: forwards[1](latents[1], 0.7, alone.branches[0])
         works["stage 2 by tokens"] = lambda: by_tokens(latents[1], 0.7, alone.branches[0])
     found = medians(works, given.rounds)
-    say(f"{dist.get_world_size()} ranks, {plans[0].video.tokens} and {plans[1].video.tokens} video tokens")
+    say(f"{dist.get_world_size()} ranks, {stages[0].video.tokens} and {stages[1].video.tokens} video tokens")
     for name, seconds in found.items():
         base = found[name[:8] + "undivided"]
         say(f"| {name} | {seconds * 1e3:.3f} ms | {base / seconds:.3f} |")

@@ -33,10 +33,10 @@ def arrow(axes: plt.Axes, start: tuple[float, float], end: tuple[float, float], 
         )
 
 
-def stage_text(plan: Stage, sampler: str, note: str) -> str:
+def stage_text(stage: Stage, sampler: str, note: str) -> str:
     return (
-        f"{plan.name}: {plan.width}x{plan.height}\n{plan.video.tokens} video + {plan.audio.tokens} audio tokens\n"
-        f"{sampler}, {plan.evaluations} evaluations\nx {plan.branches} = {plan.forwards} forwards\n{note}"
+        f"{stage.name}: {stage.width}x{stage.height}\n{stage.video.tokens} video + {stage.audio.tokens} audio tokens\n"
+        f"{sampler}, {stage.evaluations} evaluations\nx {stage.branches} = {stage.forwards} forwards\n{note}"
     )
 
 
@@ -76,14 +76,14 @@ def draw_flow(request: GenerationRequest) -> None:
 def draw_schedule(request: GenerationRequest) -> None:
     """Noise levels of both stages, with every evaluation that the sampler makes."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, gridspec_kw={"width_ratios": [3, 1.3]})
-    for axes, plan in zip(panels, request.stages(), strict=True):
-        sigmas = [*plan.sigmas[:-1], 0.0011]
+    for axes, stage in zip(panels, request.stages(), strict=True):
+        sigmas = [*stage.sigmas[:-1], 0.0011]
         middles = [(a * b) ** 0.5 for a, b in pairwise(sigmas)]
         axes.plot(range(len(sigmas)), sigmas, "o-", color="#2b6ca3", markersize=4, linewidth=1, label="step")
         axes.plot(
             [i + 0.5 for i in range(len(middles))], middles, "s", color="#d07c1f", markersize=3.5, label="midpoint"
         )
-        axes.set_title(f"{plan.name}: {plan.evaluations} evaluations", fontsize=9)
+        axes.set_title(f"{stage.name}: {stage.evaluations} evaluations", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=7)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
 
-from ltxkern.commands.options import expected_errors, read_config
+from ltxkern.commands.options import expected_errors
+from ltxkern.commands.text_files import home_in_paths, read_config
 
 COMMANDS = ("generate", "batch", "plan", "lora", "compare", "doctor", "bench_env")
 INTERRUPTED = 130
@@ -23,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"ltxkern.commands.{name}").add_parser(subparsers)
+    for command in subparsers.choices.values():
+        home_in_paths(command)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that cannot be shown is no failure
     arguments = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr

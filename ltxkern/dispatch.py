@@ -18,8 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ class BackendError(RuntimeError):
     """No permitted backend can serve a call; the message gives the reason of each."""
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One implementation of an op.
 
     Args:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ltxkern.commands import options, parallel
+from ltxkern.commands import admission, options, parallel
+from ltxkern.commands.text_files import home_in_paths
 
 if TYPE_CHECKING:
     from ltxkern.commands.batch_items import Item, Manifest, Outcome
     from ltxkern.commands.batch_ray import Placement
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
+    from ltxkern.pipeline.run.request import GenerationRequest
 
-FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": ""}
+FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": "/"}
 # What no result depends on; a CFG group gives the bits of one process.
 _OUTPUT_ONLY = (*parallel.OWN_AFFAIR, "prompts", "ray", "workers", "cfg_parallel_size")
 
@@ -30,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
         description='Each line of the file is an object such as {"prompt": "...", "seed": 3, "name": "kite"}; any option under '
         '"what to generate" and "guidance" may stand there and wins over the command line. Run it again to go on where it stopped.',
     )
-    parser.add_argument("prompts", metavar="PROMPTS.jsonl", help="one JSON object per line")
+    parser.add_argument("prompts", metavar="FILE.jsonl", help="one JSON object per line")
     parser.add_argument("-o", "--output", default="batch", metavar="FOLDER", help="where results go (default batch)")
     parser.add_argument("--format", default="mp4", help="mp4 (default), latents or frames")
     parser.add_argument(
@@ -60,15 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _open(arguments: argparse.Namespace) -> tuple[list[Item], Manifest, list[Item]]:
     """The items, what is known of them, and those that need to run."""
     from ltxkern.commands.batch_items import Manifest, pending, read_items
+    from ltxkern.pipeline.results.atomic import output_target
 
     if arguments.format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {arguments.format!r}")
     if arguments.workers is not None and (arguments.workers < 1 or not arguments.ray):
         raise ValueError(f"workers must be at least 1 and needs --ray, got {arguments.workers}")
     items = read_items(arguments.prompts)
-    folder = Path(arguments.output).expanduser()
+    folder = output_target(arguments.output)
+    if folder.is_file():
+        raise ValueError(f"output {arguments.output!r} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(folder)
+    manifest = Manifest(arguments.output)
     return items, manifest, list(pending(items, manifest, settings(arguments)))
 
 
@@ -79,7 +85,8 @@ def _run_on_ranks(arguments: argparse.Namespace, job: parallel.Job) -> int:
         job.ranks.compare({"items to do": [item.name for item in todo]})
     if todo:
         with Generator(arguments, job) as generator:
-            for item in todo:
+            # What cannot be served is said before the first weight is read.
+            for item in sorted(todo, key=generator.accepts):
                 outcome = generator.outcome(item)
                 if job.leads:
                     _note(arguments, manifest, outcome)
@@ -104,13 +111,15 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def item_arguments(arguments: argparse.Namespace, given: Mapping[str, Any]) -> argparse.Namespace:
-    """The command's options with those of one line on top.
+    """The command's options with those of one line on top; null, as exported tables have it, is not given.
 
     Raises:
         ValueError: an unknown option, or a value that does not fit.
     """
+    given = {name: _without_nulls(value) for name, value in given.items() if value is not None}
     parser = _ItemParser(add_help=False, allow_abbrev=False)
     options.add_request_options(parser)
+    home_in_paths(parser)
     known = {action.dest for action in parser._actions}
     # Pictures of a line take the place of the command's; the action would append them.
     parser.set_defaults(
@@ -127,6 +136,10 @@ def item_arguments(arguments: argparse.Namespace, given: Mapping[str, Any]) -> a
     return parser.parse_args(line)
 
 
+def _without_nulls(value: Any) -> Any:
+    return [one for one in value if one is not None] if isinstance(value, list) else value
+
+
 class _ItemParser(argparse.ArgumentParser):
     """A parser of a line in a file: it raises where one of the command line would leave the program."""
 
@@ -140,7 +153,7 @@ class Generator:
     def __init__(self, arguments: argparse.Namespace, job: parallel.Job) -> None:
         self._arguments, self._job = arguments, job
         self.shared: CFGParallel | None = None
-        self._chosen = options.read_model_options(arguments)
+        self._chosen = admission.read_model_options(arguments)
         self._stack = contextlib.ExitStack()
         self._pipeline = self._stack.enter_context(self._chosen.open())
 
@@ -149,6 +162,20 @@ class Generator:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def accepts(self, item: Item) -> bool:
+        """Whether an item's options and pictures can be served; `outcome` says why not."""
+        try:
+            self._request(item)
+        except options.expected_errors():
+            return False
+        return True
+
+    def _request(self, item: Item) -> GenerationRequest:
+        request = admission.read_request(item_arguments(self._arguments, item.options), self._chosen)
+        if not request.prompts()[0].strip():
+            raise ValueError("prompt is missing")
+        return request
 
     def outcome(self, item: Item) -> Outcome:
         """What became of an item; an error that concerns it alone is its outcome."""
@@ -159,18 +186,20 @@ class Generator:
 
     def _generate(self, item: Item) -> Path:
         """Generate an item and write it beside the others; only the lead writes."""
-        request = options.read_request(item_arguments(self._arguments, item.options), self._chosen)
-        if not request.prompts()[0].strip():
-            raise ValueError("prompt is missing")
+        from ltxkern.pipeline.results.atomic import writable_output
+
+        request = self._request(item)
         if self._job.ranks is not None and self._pipeline.denoiser_factory is None:
             # All ranks of the job take part in every item; those beyond its branches idle.
             self.shared = self._job.share(self._pipeline, request, self._job.size, self._arguments.stage2_parallel)
         kind = self._arguments.format
-        output = Path(self._arguments.output).expanduser() / f"{item.name}{FORMATS[kind]}"
+        output = os.path.join(self._arguments.output, f"{item.name}{FORMATS[kind]}")
+        if self._job.ranks is None:  # others may not see the folder
+            writable_output(output)
         result = self._pipeline.generate(request, output_type="latents" if kind == "latents" else "stream")
         if self._job.leads:
             result.save(output)
-        return output
+        return Path(output)
 
 
 @dataclass(frozen=True)
@@ -210,11 +239,11 @@ def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
     from ltxkern.commands.batch_items import Outcome, digest
-    from ltxkern.pipeline.parallel.ranks import Launch
+    from ltxkern.pipeline.parallel.ranks import Started
 
-    launch = Launch.from_environment()
-    if launch.size > 1:
-        raise ValueError(f"ray starts its own workers, and torchrun started {launch.size} ranks: use one of them")
+    started = Started.from_environment()
+    if started.size > 1:
+        raise ValueError(f"ray starts its own workers, and torchrun started {started.size} ranks: use one of them")
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -222,7 +251,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
     from ltxkern.commands.batch_ray import require_capacity, run_with_ray
 
     size = arguments.cfg_parallel_size or 1
-    parallel.check_options(arguments, Launch(size=size))
+    parallel.check_options(arguments, Started(size=size))
     if not todo:
         return
     ray.init(ignore_reinit_error=True, logging_level="ERROR", log_to_driver=arguments.verbose)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ltxkern.commands.text_files import read_text
+
 MANIFEST = "manifest.jsonl"
 _LEGAL_NAME = re.compile(r"[\w][\w.-]*")
 
@@ -49,14 +51,13 @@ def read_items(path: str | Path) -> list[Item]:
     Empty lines are left out. A line that cannot be read becomes an item with its error, so that the others still run.
 
     Raises:
-        ValueError: there is no such file, or it holds no item.
+        ValueError: there is no such file, it is in another encoding than UTF-8 or UTF-16, or it holds no item.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"prompts: there is no file {path}")
     items: list[Item] = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if text.strip():
+    # Not splitlines: it also ends a line at U+2028 and its like, which a prompt may hold.
+    for number, line in enumerate(read_text(path, "prompts").split("\n"), 1):
+        text = line.lstrip("\ufeff").strip()  # files that were put together have marks within
+        if text:
             items.append(_item(text, number, {item.name for item in items}))
     if not items:
         raise ValueError(f'prompts: {path} is empty: write one {{"prompt": "..."}} per line')
@@ -71,7 +72,8 @@ def _item(text: str, line: int, taken: set[str]) -> Item:
         return Item(name, line, {}, f"line {line} is not JSON: {error.msg} at column {error.colno}")
     if not isinstance(content, dict):
         return Item(name, line, {}, f'line {line} must be an object such as {{"prompt": "..."}}')
-    given = content.pop("name", name)
+    given = content.pop("name", None)
+    given = name if given is None else given
     options = {str(key).replace("-", "_"): value for key, value in content.items()}
     if not isinstance(given, str) or not _LEGAL_NAME.fullmatch(given):
         return Item(name, line, options, f"line {line}: name must be letters, digits, dots and dashes, got {given!r}")
@@ -94,7 +96,7 @@ class Manifest:
         self.path = self.folder / MANIFEST
         self.outcomes: dict[str, Outcome] = {}
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8").split("\n"):
                 self._take(line)
 
     def _take(self, line: str) -> None:

@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
         help="score one output against another",
         description="PSNR and SSIM per frame, relative L2 and cosine of the sound, or of the latents of two .safetensors files.",
     )
-    parser.add_argument("a", help="reference: .mp4 or .safetensors")
-    parser.add_argument("b", help="of the same kind")
+    parser.add_argument("a", metavar="FILE", help="reference: .mp4 or .safetensors")
+    parser.add_argument("b", metavar="FILE", help="of the same kind")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON as well")
     parser.add_argument(
         "--no-perceptual", action="store_true", help="leave LPIPS and CLIP out even where they are installed"

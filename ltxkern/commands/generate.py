@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxkern.commands import options, parallel
+from ltxkern.commands import admission, options, parallel
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.run.request import GenerationRequest
@@ -30,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
     options.add_request_options(parser)
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
-    parser.add_argument("-o", "--output", default="out.mp4", help=".mp4, .safetensors or a folder (default out.mp4)")
+    parser.add_argument(
+        "-o", "--output", default="out.mp4", metavar="PATH", help=".mp4, .safetensors or a folder (default out.mp4)"
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, tokens, evaluations and sigmas, then stop"
@@ -52,8 +54,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
 
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
-    chosen = options.read_model_options(arguments)
-    request = options.read_request(arguments, chosen)
+    chosen, request = admission.read_options(arguments)
     if arguments.dry_run:
         if job.leads:
             print(describe(request, chosen.model.geometry))

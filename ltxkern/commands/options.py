@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -16,10 +15,21 @@ if TYPE_CHECKING:
 
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.generator import HQTwoStagePipeline
+    from ltxkern.pipeline.planning.admission import Admission
     from ltxkern.pipeline.planning.plan import Plan
     from ltxkern.pipeline.run.request import GenerationRequest, Preset
 
 DEMO_SIZES = {"height": 128, "width": 192, "num_frames": 25}
+# Parts of a model that may be downloaded by themselves.
+PARTS = {
+    "transformer": "transformer",
+    "video_vae": "video VAE",
+    "audio_vae": "audio VAE",
+    "vocoder": "vocoder",
+    "connectors": "text connectors",
+    "upsampler": "latent upsampler",
+    "text_encoder": "Gemma 3 with its tokenizer",
+}
 GUIDANCE = {
     "cfg": "classifier-free guidance; 1 switches it off",
     "stg": "spatio-temporal guidance; 0 switches it off",
@@ -48,11 +58,19 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--height", type=int, help="multiple of 64 (default 1088; demo 128)")
     group.add_argument("--width", type=int, help="multiple of 64 (default 1920; demo 192)")
     group.add_argument("--num-frames", type=int, help="8k+1 (default 121; demo 25)")
-    group.add_argument("--frame-rate", type=float, default=24.0, help="frames per second (default 24)")
+    group.add_argument(
+        "--frame-rate",
+        type=_frame_rate,
+        default=24.0,
+        help="frames per second, or a fraction such as 24000/1001 (default 24)",
+    )
     group.add_argument("--seed", type=int, default=10, help="seed of the initial noise (default 10)")
-    group.add_argument("--steps", type=int, help="stage-1 steps (default 15 for hq, else 30)")
-    group.add_argument("--eta", type=float, default=0.5, help="noise share of a res2s step (default 0.5)")
-    group.add_argument("--audio-source", default="stage1", help="stage1 (as published, default) or stage2")
+    group.add_argument("--steps", type=int, help="stage-1 steps (default 15 for hq, 30 if guided; else 8, fixed)")
+    group.add_argument("--eta", type=float, help="noise share of a step of hq (default 0.5) or distilled (default 1)")
+    group.add_argument("--substep-eta", type=float, help="noise share of a res2s midpoint (default 0.5)")
+    group.add_argument(
+        "--audio-source", help="stage1 or stage2 (default as published: stage2 for distilled, else stage1)"
+    )
     scales = parser.add_argument_group("guidance of stage 1 (defaults: the pipeline's preset)")
     for modality in ("video", "audio"):
         for name, text in GUIDANCE.items():
@@ -63,15 +81,39 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         scales.add_argument(f"--{modality}-stg-blocks", metavar="N,N", help=f"{modality}: blocks that STG perturbs")
 
 
+def _frame_rate(text: str) -> float:
+    from ltxkern.pipeline.results.media import frame_rate
+
+    try:
+        return float(frame_rate(text))
+    except ValueError as error:
+        try:
+            return float(text)  # what is a number is judged with the rest of the request
+        except ValueError:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, where it computes, and how."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="demo", help='"demo", an official file, a diffusers folder or a hub id (default demo)'
+        "--model",
+        default="demo",
+        metavar="PATH",
+        help='"demo", an official file, a diffusers folder or a hub id (default demo)',
     )
-    group.add_argument("--pipeline", default="hq", help="hq (default), two-stage or one-stage")
-    group.add_argument("--upsampler", metavar="PATH", help="latent upsampler, where it does not lie with the model")
-    group.add_argument("--text-encoder", metavar="PATH", help="Gemma 3 folder, where it does not lie with the model")
+    group.add_argument(
+        "--pipeline", default="hq", help="hq (default), two-stage, one-stage, distilled or one-stage-distilled"
+    )
+    for name, what in PARTS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="PATH",
+            help=f"{what}: file, folder or hub id, where it does not lie with the model",
+        )
+    group.add_argument(
+        "--variant", metavar="NAME", help="of the weights in a diffusers folder, such as fp16 (default: the plain ones)"
+    )
     group.add_argument(
         "--embedding-cache", metavar="DIR", help="keeps prompt embeddings (default: the user's cache; off: none)"
     )
@@ -83,11 +125,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="user LoRA, or owner/name[/file] of the hub; a strength below 0 turns it round; repeatable",
     )
     group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demo brings its own)")
+    group.add_argument("--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, else 0")
     group.add_argument(
-        "--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, 0 for two-stage"
-    )
-    group.add_argument(
-        "--distilled-strength-stage-2", type=float, metavar="F", help="default 0.5 for hq, 1 for two-stage"
+        "--distilled-strength-stage-2", type=float, metavar="F", help="default 0.5 for hq, 1 for two-stage, else 0"
     )
     group = parser.add_argument_group("device")
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: the first CUDA device, else cpu)")
@@ -159,8 +199,19 @@ class ModelOptions:
             yield pipeline
 
 
-def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
-    """Find the model and resolve everything beside it.
+def spelled(name: str) -> str:
+    """A parameter as the command line writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def names_no_place(text: str) -> bool:
+    """Whether nothing lies at this path and it cannot be the name of something on the hub either."""
+    place = Path(text).expanduser()
+    return not place.exists() and ("/" not in text.strip("./") or place.is_absolute() or text.startswith("."))
+
+
+def find_model_options(arguments: argparse.Namespace, admission: Admission) -> ModelOptions:
+    """Find the model and resolve everything beside it; parts that are not there are noted in `admission`.
 
     Raises:
         ValueError: the first option that cannot be served.
@@ -168,6 +219,7 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
+    from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
 
     preset = find_preset(arguments.pipeline)
@@ -180,19 +232,21 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         require_strength("distilled LoRA", strength)
     for path, strength in loras:
         require_strength(f"lora {path}", strength, signed=True)
-    for name in ("upsampler", "text_encoder"):
-        part = getattr(arguments, name)
-        if part is not None and "/" not in part.strip("./") and not Path(part).expanduser().exists():
-            raise ValueError(f"{name.replace('_', '-')}: there is no file or folder {part}")
+    parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
+    for name, part in list(parts.items()):
+        if names_no_place(part):
+            admission.add(name, f"there is no file or folder {part}")
+            del parts[name]
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     backends = tuple(backend_names(arguments.backend, "backend")) if arguments.backend else ()
     with _backend_choice(backends):
         pass  # refuses a backend that cannot run here
-    model = FoundModel.of(arguments.model, upsampler=arguments.upsampler, text_encoder=arguments.text_encoder)
+    model = FoundModel.of(arguments.model, variant=arguments.variant, **parts)
+    warn_if_unfit(preset, model, (first, second))
     device = find_device(arguments.device)
-    found = ModelOptions(
+    return ModelOptions(
         model=model,
         preset=preset,
         device=device,
@@ -204,16 +258,15 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
         distilled_strengths=(first, second),
         embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
     )
-    _check_loras(found)
-    return found
 
 
-def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> GenerationRequest:
-    """What to generate, checked against the model.
+def make_request(arguments: argparse.Namespace, chosen: ModelOptions, admission: Admission) -> GenerationRequest:
+    """What to generate; each picture is checked by itself into `admission`, the rest here.
 
     Raises:
-        ValueError, TypeError: the first option that cannot be served.
+        ValueError, TypeError: an option that cannot be served.
     """
+    from ltxkern.pipeline.planning.admission import admit_images
     from ltxkern.pipeline.run.request import GenerationRequest
 
     # Options that bear a field's name; what was not given keeps the request's default.
@@ -223,12 +276,13 @@ def read_request(arguments: argparse.Namespace, chosen: ModelOptions) -> Generat
     request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**sizes, **given})
     if arguments.image_crf is not None:
         request = replace(request, images=[replace(image, crf=arguments.image_crf) for image in request.images])
+    admit_images(admission, request.images, request.num_frames)
     scales = request.guidance(chosen.model.geometry)
     for modality in ("video", "audio"):
         changes = _guidance_changes(arguments, modality)
         if changes:
             request = replace(request, **{f"{modality}_guidance": replace(getattr(scales, modality), **changes)})
-    request.validate(chosen.model.geometry)
+    replace(request, images=()).validate(chosen.model.geometry)
     return request
 
 
@@ -267,21 +321,6 @@ def _with_strength(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _check_loras(chosen: ModelOptions) -> None:
-    """Refuse, from headers alone, LoRA files that do not exist or fit nothing of the model."""
-    from ltxkern.pipeline.files.headers import CheckpointError
-    from ltxkern.pipeline.files.lora_file import check_lora_file
-
-    for path in chosen.lora_files:
-        name = "distilled-lora" if path == chosen.distilled_lora else "lora"
-        if "/" not in path.strip("./") and not Path(path).expanduser().exists():
-            raise ValueError(f"{name}: there is no file {path}")
-        try:
-            check_lora_file(path, transformer=chosen.model.transformer_shapes)
-        except CheckpointError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-
 def expected_errors() -> tuple[type[BaseException], ...]:
     """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
     from ltxkern.dispatch import BackendError
@@ -294,57 +333,3 @@ def _backend_choice(names: tuple[str, ...]) -> contextlib.AbstractContextManager
     from ltxkern.dispatch import use_backend
 
     return use_backend(*names) if names else contextlib.nullcontext()
-
-
-def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Values of a YAML file as defaults of a command's options; dashes and underscores are alike.
-
-    Raises:
-        ValueError: the file is missing, is no mapping, names an unknown option, or has a value of the wrong type.
-    """
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"config: there is no file {path}")
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config {path}: expected a mapping of options to values, got {type(content).__name__}")
-    actions = {action.dest: action for action in parser._actions}
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in actions or name in ("help", "config"):
-            close = difflib.get_close_matches(name, actions, n=1)
-            hint = f": did you mean {close[0].replace('_', '-')}?" if close else ""
-            raise ValueError(f"config {path}: unknown option {key}{hint}")
-        values[name] = _config_value(actions[name], key, value, path)
-    return values
-
-
-def _config_value(action: argparse.Action, key: str, value: Any, path: str) -> Any:
-    """A YAML value as the option takes it; numbers, texts and switches are not turned into one another."""
-    if isinstance(action.default, list):
-        items = value if isinstance(value, list) else [value]
-        return [_typed(str, key, item, path) for item in items]
-    if isinstance(action, argparse._StoreTrueAction):
-        return _typed(bool, key, value, path)
-    if value is None:
-        return None
-    if isinstance(value, list) and action.type is None:
-        return ",".join(str(_typed(int, key, item, path)) for item in value)
-    if action.type not in (None, int, float):
-        return str(value)  # argparse reads a default that is a text as it reads the command line
-    if action.type is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return _typed(str if action.type is None else action.type, key, value, path)
-
-
-def _typed(kind: Any, key: str, value: Any, path: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"config {path}: {key} must be {names[kind]}, got {value!r}")
-    return value

@@ -16,7 +16,7 @@ from ltxkern.commands.options import expected_errors
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
-    from ltxkern.pipeline.parallel.ranks import Launch, Ranks
+    from ltxkern.pipeline.parallel.ranks import Ranks, Started
 
 OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
 STAGE2_PARALLEL = ("none", "ulysses")
@@ -94,30 +94,30 @@ def job(arguments: argparse.Namespace) -> Iterator[Job]:
         ValueError: options that contradict each other or the number of ranks.
         SystemExit: status 2, on every rank, where one of several failed.
     """
-    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, Launch, RankError, Ranks
+    from ltxkern.pipeline.parallel.ranks import EXIT_FAILED, RankError, Ranks, Started
 
-    launch = Launch.from_environment()
-    if launch.size == 1:
-        check_options(arguments, launch)
+    started = Started.from_environment()
+    if started.size == 1:
+        check_options(arguments, started)
         yield Job(None)
         return
-    if launch.rank != 0:
+    if started.rank != 0:
         logging.getLogger("ltxkern").setLevel(logging.ERROR)
     ranks: Ranks | None = None
     spoken: tuple[type[BaseException], ...] = (RankError, *expected_errors())
     try:
-        ranks = Ranks.meet(launch, backend=_claim_device(arguments, launch))
+        ranks = Ranks.meet(started, backend=_claim_device(arguments, started))
         try:
             with ranks:
                 ranks.compare(_facts(arguments))
-                check_options(arguments, launch)
-                yield Job(ranks, launch.size)
+                check_options(arguments, started)
+                yield Job(ranks, started.size)
         except KeyboardInterrupt as interrupt:
             ranks.require_person(interrupt)
             raise
         _close(ranks)
     except spoken as error:
-        logger.info("rank %d left", launch.rank, exc_info=True)
+        logger.info("rank %d left", started.rank, exc_info=True)
         if ranks is None or ranks.reports:
             print(f"ltxkern: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_FAILED) from error
@@ -132,21 +132,25 @@ def report_traffic(shared: CFGParallel | None) -> None:
         print(f"stage 2 on {shared.size} ranks: {shared.sequence.traffic}", file=sys.stderr)
 
 
-def check_options(arguments: argparse.Namespace, launch: Launch) -> None:
+def check_options(arguments: argparse.Namespace, started: Started) -> None:
     """Refuse parallel options that contradict each other, the model options or the number of ranks.
 
     Raises:
         ValueError: one sentence.
     """
-    wanted, ranks = arguments.cfg_parallel_size, launch.size
+    wanted, ranks = arguments.cfg_parallel_size, started.size
     if arguments.stage2_parallel not in STAGE2_PARALLEL:
         raise ValueError(
             f"stage2-parallel must be one of {', '.join(STAGE2_PARALLEL)}, got {arguments.stage2_parallel!r}"
         )
     if arguments.stage2_parallel == "ulysses" and ranks == 1:
         raise ValueError("stage2-parallel ulysses needs several ranks: start them with torchrun, or use none")
-    if arguments.stage2_parallel == "ulysses" and arguments.pipeline == "one-stage":
-        raise ValueError("stage2-parallel ulysses needs a stage 2, and pipeline one-stage has none: use none")
+    from ltxkern.pipeline.run.presets import find_preset
+
+    if arguments.stage2_parallel == "ulysses" and find_preset(arguments.pipeline).stages == 1:
+        raise ValueError(
+            f"stage2-parallel ulysses needs a stage 2, and pipeline {arguments.pipeline} has none: use none"
+        )
     if wanted is not None and wanted < 1:
         raise ValueError(f"cfg-parallel-size must be at least 1, got {wanted}: use 1")
     if wanted is not None and wanted != ranks:
@@ -163,18 +167,18 @@ def check_options(arguments: argparse.Namespace, launch: Launch) -> None:
         raise ValueError(f"device {arguments.device} would put {ranks} ranks on one device: use cuda or cpu")
 
 
-def _claim_device(arguments: argparse.Namespace, launch: Launch) -> str:
+def _claim_device(arguments: argparse.Namespace, started: Started) -> str:
     """Give the rank its own GPU; the process-group backend that goes with the device."""
     import torch
 
     if arguments.device == "cpu" or (arguments.device is None and not torch.cuda.is_available()):
         return "gloo"
     count = torch.cuda.device_count()
-    if launch.local_rank >= count:
+    if started.local_rank >= count:
         raise ValueError(
-            f"{launch.size} ranks started and this machine has {count} CUDA devices: start one rank per device"
+            f"{started.size} ranks started and this machine has {count} CUDA devices: start one rank per device"
         )
-    torch.cuda.set_device(launch.local_rank)
+    torch.cuda.set_device(started.local_rank)
     return "nccl"
 
 

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from ltxkern.commands import options
+from ltxkern.commands import admission, options
 
 TABLE_WIDTH = 120
 
@@ -41,9 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; status 2 with the nearest request that fits where this one does not."""
     from rich.console import Console
 
-    chosen = options.read_model_options(arguments)
+    chosen, request = admission.read_options(arguments)
     made = chosen.plan(
-        options.read_request(arguments, chosen),
+        request,
         device_free=arguments.device_free_gib,
         host_free=arguments.host_free_gib,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 TENSORS = {name: Argument(i) for i, name in enumerate(("x", "first", "second", "out_first", "out_second"))}
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launch depends on."""
 
     dtype: torch.dtype

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern import debug
-from ltxkern.compiled import sources
+from ltxkern import debug, sources
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")

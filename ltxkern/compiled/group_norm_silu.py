@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, limits_of, program, workspace
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, Step, Zero
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, Step, Zero, divider
 from ltxkern.compiled.tensors import (
     CPU_NAMES,
     CUDA_NAMES,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # Order of the tensors in every call of a program.
 OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
 ARGUMENTS = 7
-# Above this many partials a group, merging them at the head of every apply block costs more than a launch of its own.
-MERGE_IN_APPLY = 1024
+# What the pipeline loses to blocks that wait for their team, as a factor.
+WAITING = 1.1
 # Upper bound of the on-chip kernels' static shared memory.
 STATIC_SHARED = 1024
 
@@ -81,28 +81,40 @@ def _parameters(case: Case) -> dict[str, Parameter]:
     }
 
 
-def _two_pass_parameters(
-    case: Case, finals: Argument | None, chunk: int, chunks: int, lanes: int = 0, rows: int = 0
-) -> dict[str, Parameter]:
-    passes = {"chunk": chunk, "chunks": chunks, "lanes": lanes, "rows": rows}
-    return {**_parameters(case), "partials": WORKSPACE, "finals": finals, **passes}
+def _two_pass_parameters(case: Case, chunk: int, chunks: int, lanes: int = 1, rows: int = 1) -> dict[str, Parameter]:
+    partials = 8 * case.samples * case.channels * chunks
+    return {
+        **_parameters(case),
+        **{"partials": WORKSPACE, "affine": Argument(WORKSPACE.index, round_up(partials, 16)), "chunk": chunk},
+        **{"chunks": chunks, "by_chunks": divider(chunks)},
+        **{"by_groups": divider(case.groups), "lanes": lanes, "by_lanes": divider(lanes)},
+        **{"rows": rows, "by_rows": divider(rows)},
+    }
+
+
+def _two_pass_steps(
+    case: Case, parameters: dict[str, Parameter], grid: tuple[int, ...], threads: int, layout: str
+) -> tuple[tuple[Step, ...], int]:
+    """Statistics, finalise, apply, and the bytes of partials and channel tables."""
+    affine, chunks = parameters["affine"], parameters["chunks"]
+    assert isinstance(affine, Argument)
+    assert isinstance(chunks, int)
+    finalizing = min(512, round_up(ceil_div(case.group_channels * chunks, 8), 32))
+    steps = (
+        Launch(f"ltxk::group_norm_stats{layout}", grid, threads, parameters),
+        Launch("ltxk::group_norm_finalize", (case.samples * case.groups,), finalizing, parameters),
+        Launch(f"ltxk::group_norm_apply{layout}", grid, threads, parameters),
+    )
+    return steps, affine.offset + 16 * case.samples * case.channels
 
 
 def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
     """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
     chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
     chunks = ceil_div(case.positions, chunk)
-    rows, groups = case.samples * case.channels, case.samples * case.groups
-    tiles = rows * chunks
-    finals = Argument(WORKSPACE.index, 8 * tiles)
-    many = case.group_channels * chunks > MERGE_IN_APPLY
-    name = f"<{CUDA_NAMES[case.dtype]}, {case.vector}>"
-    parameters = _two_pass_parameters(case, finals if many else None, chunk, chunks)
-    steps: list[Step] = [Launch(f"ltxk::group_norm_stats{name}", (tiles,), threads, parameters)]
-    if many:
-        steps.append(Launch("ltxk::group_norm_finalize", (groups,), threads, parameters))
-    steps.append(Launch(f"ltxk::group_norm_apply{name}", (tiles,), threads, parameters))
-    return tuple(steps), 8 * (tiles + groups)
+    parameters = _two_pass_parameters(case, chunk, chunks)
+    grid = (case.samples * case.channels * chunks,)
+    return _two_pass_steps(case, parameters, grid, threads, f"<{CUDA_NAMES[case.dtype]}, {case.vector}>")
 
 
 def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
@@ -114,17 +126,9 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     per_block = ceil_div(case.samples * case.positions * across, blocks)
     chunk = min(max(per_block, 8 * rows), max(case.positions, 1))
     chunks = ceil_div(case.positions, chunk)
-    tiles, groups = case.samples * chunks, case.samples * case.groups
-    partial_bytes = 8 * tiles * case.channels
-    finals = Argument(WORKSPACE.index, partial_bytes)
-    name = f"<{CUDA_NAMES[case.dtype]}, {vector}>"
-    parameters = _two_pass_parameters(case, finals, chunk, chunks, lanes, rows)
-    steps = (
-        Launch(f"ltxk::group_norm_stats_columns{name}", (tiles, across), threads, parameters),
-        Launch("ltxk::group_norm_finalize", (groups,), THREADS, parameters),
-        Launch(f"ltxk::group_norm_apply_columns{name}", (tiles, across), threads, parameters),
-    )
-    return steps, partial_bytes + 8 * groups
+    parameters = _two_pass_parameters(case, chunk, chunks, lanes, rows)
+    grid = (case.samples * chunks, across)
+    return _two_pass_steps(case, parameters, grid, threads, f"_columns<{CUDA_NAMES[case.dtype]}, {vector}>")
 
 
 def _on_chip_vector(case: Case) -> int:
@@ -134,12 +138,17 @@ def _on_chip_vector(case: Case) -> int:
 def _on_chip_parameters(
     case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
 ) -> dict[str, Parameter]:
-    sizes = {"groups": case.samples * case.groups, "blocks": blocks, "slice": part, "kept": kept}
-    return {**_parameters(case), **sizes, "partials": partials, "arrived": arrived}
+    return {
+        **_parameters(case),
+        **{"groups": case.samples * case.groups, "by_groups": divider(case.groups), "blocks": blocks},
+        **{"by_blocks": divider(blocks), "slice": part, "kept": kept, "by_positions": divider(case.positions)},
+        **{"partials": partials, "arrived": arrived},
+    }
 
 
-def _affine_bytes(case: Case) -> int:
-    return 12 * case.group_channels
+def _table_bytes(case: Case) -> int:
+    """What every channel of a group does to its elements, and its conv_bias."""
+    return 20 * case.group_channels
 
 
 def _resident_threads(part: int, vector: int) -> int:
@@ -152,7 +161,7 @@ def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tupl
     vector = _on_chip_vector(case)
     part = round_up(ceil_div(case.group_length, cluster), vector)
     threads = threads or _resident_threads(part, vector)
-    shared = round_up(part * case.itemsize, 16) + _affine_bytes(case)
+    shared = round_up(part * case.itemsize, 16) + _table_bytes(case)
     launch = Launch(
         f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",
         (case.samples * case.groups * cluster,),
@@ -175,10 +184,10 @@ def pipeline(case: Case, team: int, teams: int, kept_bytes: int, threads: int = 
         (team * teams,),
         threads,
         _on_chip_parameters(case, team, part, kept, Argument(WORKSPACE.index, counters), WORKSPACE),
-        shared_bytes=2 * round_up(kept * case.itemsize, 16) + _affine_bytes(case),
+        shared_bytes=2 * round_up(kept * case.itemsize, 16) + _table_bytes(case),
         cooperative=True,
     )
-    return (Zero(WORKSPACE, counters), launch), counters + 8 * groups * team
+    return (Zero(WORKSPACE, counters), launch), counters + 16 * groups * team
 
 
 def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
@@ -193,7 +202,7 @@ def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
         # A cluster costs two barriers of its own: no block of one is left with less than an access a thread.
         if size > 1 and part * case.itemsize < 16 * 512:
             break
-        shared = round_up(part * case.itemsize, 16) + 16 + _affine_bytes(case)
+        shared = round_up(part * case.itemsize, 16) + 16 + _table_bytes(case)
         if size <= limits.cluster_blocks and shared + STATIC_SHARED <= limits.shared_bytes:
             # Registers let 1024 threads in: see the kernel's launch bounds.
             by_threads = 1024 // _resident_threads(part, vector)
@@ -210,28 +219,39 @@ def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
     return next(teams for teams in range(most, 0, -1) if groups % teams == 0)
 
 
+def _two_pass_units(case: Case, limits: DeviceLimits) -> float:
+    """Passes over the activation that two passes cost memory: half of L2 still holds its tail when the second begins with it."""
+    total = case.samples * case.groups * case.group_length * case.itemsize
+    return 3 - min(1.0, limits.l2_bytes / 2 / total)
+
+
+def _pipeline_units(case: Case, limits: DeviceLimits, slot_bytes: int, teams: int) -> float:
+    """The same of `pipeline`: what of two groups a team is not on chip comes from half of L2, and from memory beyond that."""
+    group_bytes = case.group_length * case.itemsize
+    blocks = 2 * limits.multiprocessors // teams
+    spilled = max(0, group_bytes - blocks * slot_bytes)
+    missed = max(0.0, spilled - limits.l2_bytes / 2 / (2 * teams))
+    return 2 + missed / group_bytes
+
+
 def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
-    """The launches that move the fewest bytes on this device.
+    """The launches that move the fewest bytes on this device, as predicted.
 
     A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
-    L2. Larger ones take the pipeline, which keeps two groups on chip, where L2 holds what shared memory does not.
+    L2. Larger ones take the pipeline, which keeps two groups on chip, where that moves less than two passes.
     `threads=` of a block, in place of a kernel's own number where the workspace does not depend on it.
     """
     if case.channels_last:
-        return columns(case, 8 * limits.multiprocessors)
+        return columns(case, 4 * limits.multiprocessors)
     if (cluster := _cluster_size(case, limits)) is not None:
         return resident(case, cluster, **threads)
-    total, group_bytes = (
-        case.samples * case.groups * case.group_length * case.itemsize,
-        case.group_length * case.itemsize,
-    )
     blocks = 2 * limits.multiprocessors
-    slot = (((limits.shared_bytes + 1024) // 2 - 1024 - STATIC_SHARED - _affine_bytes(case)) // 2) // 16 * 16
+    slot = (((limits.shared_bytes + 1024) // 2 - 1024 - STATIC_SHARED - _table_bytes(case)) // 2) // 16 * 16
     vectors = case.aligned and case.positions % case.vector == 0 and case.group_length < 1 << 31
-    spilled = max(0, group_bytes - blocks * slot)
-    if vectors and slot > 0 and total > limits.l2_bytes // 2 and 2 * spilled < limits.l2_bytes * 3 // 4:
+    if vectors and slot > 0:
         teams = _team_count(case, blocks, slot)
-        return pipeline(case, blocks // teams, teams, slot, **threads)
+        if WAITING * _pipeline_units(case, limits, slot, teams) < _two_pass_units(case, limits):
+            return pipeline(case, blocks // teams, teams, slot, **threads)
     return two_pass(case, **threads)
 
 
@@ -251,8 +271,8 @@ def device_steps(case: Case, **threads: int) -> tuple[Step, ...]:
     return _chosen(case, **threads)[0]
 
 
-def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -> Case:
-    """The case of a call whose x, out and residual share a dense layout."""
+def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None) -> Case:
+    """The case of a call whose x, out and residual share a dense layout; without limits it is one of the CPU (any alignment)."""
     x = args.x
     samples, channels = x.shape[:2]
     return Case(
@@ -263,7 +283,7 @@ def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -
         groups=args.num_groups,
         eps=float(args.eps),
         channels_last=not x.is_contiguous(),
-        aligned=aligned16(out, x, args.residual),
+        aligned=limits is None or aligned16(out, x, args.residual),
         weight_code=param_code(args.weight),
         bias_code=param_code(args.bias),
         conv_bias_code=param_code(args.conv_bias),

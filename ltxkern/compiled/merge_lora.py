@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -38,8 +37,7 @@ HALF_NAMES = {CODES[half]: CUDA_NAMES[half] for half in HALVES}
 Composition = Callable[..., None]
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Everything of a call that its launch depends on; one entry of codes, ranks and scales a LoRA."""
 
     type_code: int

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.compiled import sources
+from ltxkern import sources
 from ltxkern.compiled.steps import Launch, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")

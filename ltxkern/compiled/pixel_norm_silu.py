@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, limits_of, program
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider
 from ltxkern.compiled.tensors import (
     CPU_NAMES,
     CUDA_NAMES,
@@ -27,6 +27,10 @@ OUT, X, WEIGHT = (Argument(i) for i in range(3))
 ARGUMENTS = 3
 # The sums of squares of pixel_norm_rows, and room to spare.
 STATIC_SHARED = 9 << 10
+# Of a channel's weight in shared memory.
+WEIGHT_BYTES = 4
+# Blocks from which on a channels-last thread takes more than one position: two waves of a large card.
+WALKING = 1024
 
 
 class Case(NamedTuple):
@@ -56,41 +60,51 @@ def _parameters(case: Case) -> dict[str, Parameter]:
     }
 
 
-def _power_of_two(at_most: int) -> int:
-    return 1 << (max(at_most, 1).bit_length() - 1)
+def _bits(at_most: int) -> int:
+    """Of the largest power of two."""
+    return max(at_most, 1).bit_length() - 1
+
+
+def _launch_parameters(case: Case, lane_bits: int, tiles: int = 1, walk: int = 1) -> dict[str, Parameter]:
+    lanes = {"lane_bits": lane_bits, "tiles": tiles, "by_tiles": divider(tiles), "walk": walk}
+    return {**_parameters(case), **lanes, "per_channel": 1 / case.channels}
 
 
 def rows(case: Case, shared_bytes: int, threads: int = THREADS) -> Launch:
     """Contiguous: the widest tile of positions whose channels fit half of a multiprocessor's shared memory, or all of it."""
     vector = case.vector(case.positions)
     per_lane = case.channels * vector * case.dtype.itemsize
-    budget = shared_bytes // 2 if shared_bytes // 2 >= 4 * per_lane else shared_bytes
-    lanes = min(_power_of_two((budget - STATIC_SHARED) // per_lane), 32, threads)
-    width = lanes * vector
+    room = shared_bytes - STATIC_SHARED - WEIGHT_BYTES * case.channels
+    half = room - shared_bytes // 2
+    lane_bits = min(_bits((half if half >= 4 * per_lane else room) // per_lane), 5)
+    width = vector << lane_bits
+    tiles = ceil_div(case.positions, width)
     return Launch(
         f"ltxk::pixel_norm_rows<{CUDA_NAMES[case.dtype]}, {vector}>",
-        (case.samples * ceil_div(case.positions, width),),
+        (case.samples * tiles,),
         threads,
-        {**_parameters(case), "lanes": lanes},
-        shared_bytes=lanes * per_lane,
+        _launch_parameters(case, lane_bits, tiles),
+        shared_bytes=(per_lane << lane_bits) + WEIGHT_BYTES * case.channels,
     )
 
 
 def most_channels(shared_bytes: int) -> int:
     """Channels whose 16-byte accesses a block's shared memory holds."""
-    return (shared_bytes - STATIC_SHARED) // 16
+    return (shared_bytes - STATIC_SHARED) // (16 + WEIGHT_BYTES)
 
 
 def columns(case: Case, threads: int = THREADS) -> Launch:
-    """Channels-last: as many lanes of a warp per position as its channels fill."""
+    """Channels-last: as few lanes of a warp per position as hold its channels in registers."""
     vector = case.vector(case.channels)
-    lanes = min(32, _power_of_two(ceil_div(case.channels, vector)))
     held = 8 if case.dtype == torch.float32 and vector > 1 else 4
+    lane_bits = min((ceil_div(case.channels, vector * held) - 1).bit_length(), 5)
+    sets = ceil_div(case.samples * case.positions, threads >> lane_bits)
+    walk = min(4, max(1, sets // WALKING))
     return Launch(
         f"ltxk::pixel_norm_columns<{CUDA_NAMES[case.dtype]}, {vector}, {held}>",
-        (ceil_div(case.samples * case.positions, threads // lanes),),
+        (ceil_div(sets, walk),),
         threads,
-        {**_parameters(case), "lanes": lanes},
+        _launch_parameters(case, lane_bits, walk=walk),
     )
 
 
@@ -107,15 +121,15 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     return [rows(case, case.limits.shared_bytes, threads)]
 
 
-def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None = None) -> Case:
-    """The case of a call whose x and out share a dense layout."""
+def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None) -> Case:
+    """The case of a call whose x and out share a dense layout; without limits it is one of the CPU, which takes any alignment."""
     x = args.x
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     # A tensor of single positions is both; its channels lie side by side, which the channels-last kernel reads in full lines.
     last = positions == 1 or not x.is_contiguous()
-    sizes = (samples, channels, positions)
-    return Case(x.dtype, *sizes, float(args.eps), last, aligned16(out, x), param_code(args.weight), limits)
+    aligned = limits is None or aligned16(out, x, args.weight)
+    return Case(x.dtype, samples, channels, positions, float(args.eps), last, aligned, param_code(args.weight), limits)
 
 
 def run(tier: str, out: Tensor, args: Arguments) -> None:

@@ -41,6 +41,9 @@ def limits_of(tier: str, x: Tensor) -> DeviceLimits | None:
 def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
     """Why a tier cannot serve tensors where these lie, or None."""
     for value in args:
+        # Most optional arguments are absent, and no check is as quick as this one.
+        if value is None:
+            continue
         if isinstance(value, Tensor):
             if tier != "cpu":
                 return refuse_device(value)

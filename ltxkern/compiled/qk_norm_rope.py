@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.rows import dense_rows, vector_of
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
+from ltxkern.compiled.rows import WARP_PACKS, WIDEST, dense_rows, type_names, vector_of
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
 from ltxkern.compiled.tensors import param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
 
@@ -52,11 +52,52 @@ def _parameters(case: Case) -> dict[str, Parameter]:
     }
 
 
+def _in_packs(case: Case) -> Case:
+    """The case with strides and pairs in packs."""
+    vector = case.vector
+    (q_batch, q_token), (k_batch, k_token) = case.strides
+    batch, head, token, pair = case.table_strides
+    return case._replace(
+        strides=((q_batch // vector, q_token // vector), (k_batch // vector, k_token // vector)),
+        table_strides=(batch // vector, head // vector, token // vector, pair),
+        pairs=case.pairs // vector,
+    )
+
+
+def _small(case: Case) -> bool:
+    """Whether 32 bits count the tokens, and the packs of every tensor; a case in packs."""
+    batch, tokens, width = case.batch, case.tokens, 2 * case.heads * case.pairs
+    of_x = [(batch - 1) * x_batch + (tokens - 1) * x_token + width for x_batch, x_token in case.strides]
+    extents = (batch, case.heads, tokens, 1)
+    of_table = (
+        sum((extent - 1) * stride for extent, stride in zip(extents, case.table_strides, strict=True)) + case.pairs
+    )
+    return batch * tokens < 1 << 30 and max(*of_x, of_table, batch * tokens * width) < 1 << 32
+
+
+def _packed(case: Case, threads: int) -> Launch | None:
+    """The launch of the kernel that knows its dtypes, for tokens of whole warps and heads that fill a warp; None for others."""
+    names = type_names(case.type_code, [case.table_code])
+    if case.vector == 1 or names is None or case.weight_codes != (case.type_code, case.type_code):
+        return None
+    packs = _in_packs(case)
+    width = 2 * packs.heads * packs.pairs
+    block = width // WARP_PACKS * 32
+    if 32 % packs.pairs or width % WARP_PACKS or not 0 < block <= threads or not _small(packs):
+        return None
+    parameters = _parameters(packs) | {"by_tokens": divider(case.tokens), "pairs_log2": packs.pairs.bit_length() - 1}
+    parameters |= {"inverse_width": 1.0 / (2 * case.heads * case.pairs)}
+    return Launch(f"ltxk::qk_norm_rope_packs<{names}>", (2 * case.batch * case.tokens,), block, parameters)
+
+
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """q and k of a token in neighbouring blocks, of no more threads than a token has packs."""
-    block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, case.vector), 32)))
+    """q and k of a token in neighbouring blocks, whole in their registers or of no more threads than a token has packs."""
+    if packed := _packed(case, threads):
+        return [packed]
+    vector = min(case.vector, WIDEST)
+    block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, vector), 32)))
     grid = (2 * case.batch * case.tokens,)
-    return [Launch(f"ltxk::qk_norm_rope<{case.vector}>", grid, block, _parameters(case))]
+    return [Launch(f"ltxk::qk_norm_rope<{vector}>", grid, block, _parameters(case))]
 
 
 def cpu_calls(case: Case) -> list[Call]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, nested
-from ltxkern.compiled.tensors import aligned16, param_code
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, round_up, row_view, with_tables
 
 if TYPE_CHECKING:
     from ltxkern.ops.gated_residual import HeadGateArguments, ResidualArguments
     from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments
+
+
+# Packs of 16 bytes of x that a warp has of a row in the kernels that know their dtypes, 4 a thread: rows of whole warps go there.
+WARP_PACKS = 128
+# Elements of one access of the kernels that look at dtypes as they run, at most: more would not fit the registers.
+WIDEST = 4
+_NAMES = {code: CUDA_NAMES[dtype] for dtype, code in PARAM_CODES.items()}
+_FP32 = PARAM_CODES[torch.float32]
 
 
 class Operand(NamedTuple):
@@ -51,9 +59,14 @@ class Case(NamedTuple):
     width: int
     vector: int
     eps: float = 0.0
-    weight_code: int = 0
+    weight_code: int | None = None
     column: int = 0
     row_index: RowIndex | None = None
+
+    @property
+    def packs(self) -> int:
+        """Of a row."""
+        return self.width // self.vector
 
 
 def _fields(case: Case, names: Sequence[str], index: Argument) -> dict[str, Parameter]:
@@ -75,6 +88,40 @@ def vector_of(itemsize: int, width: int, tensors: Sequence[Tensor | None], strid
     return vector if fits else 1
 
 
+def type_names(activation: int, others: Iterable[int]) -> str | None:
+    """Template arguments of a kernel that knows its dtypes, where there is one: all others of x's dtype, or all in fp32."""
+    (other, *different) = set(others)
+    return None if different or other not in (activation, _FP32) else f"{_NAMES[activation]}, {_NAMES[other]}"
+
+
+def _reach(case: Case, operand: Operand | None, is_table: bool = False) -> int:
+    """Elements from an operand's first to behind its last."""
+    if operand is None:
+        return 0
+    outer, inner = case.rows // case.inner, case.inner
+    if is_table and case.row_index is not None:
+        outer, inner = 1, case.row_index.table_rows
+    return (outer - 1) * operand.outer + (inner - 1) * operand.inner + case.width
+
+
+def _small(case: Case, tables: int) -> bool:
+    """Whether 32 bits count all rows, indices, and packs of operands; those from the `tables`-th on may be tables."""
+    index = case.row_index
+    indices = 0 if index is None else _reach(case, Operand(0, index.outer, index.inner))
+    reach = max(_reach(case, operand, at >= tables) for at, operand in enumerate(case.operands))
+    packs = max(reach // case.vector, case.rows * case.packs)
+    return max(packs, indices) < 1 << 32 and case.rows < 1 << 31
+
+
+def _in_packs(case: Case, strided: int) -> Case:
+    """The case with the width and the strides of its first `strided` operands in packs."""
+    operands = [
+        operand and Operand(operand.code, operand.outer // case.vector, operand.inner // case.vector)
+        for operand in case.operands[:strided]
+    ]
+    return case._replace(operands=(*operands, *case.operands[strided:]), width=case.packs)
+
+
 # Order of the tensors of rms_norm_modulate: operands, weight, sum, out, index.
 WEIGHT, SUMMED, NORM_OUT, NORM_INDEX = (Argument(i) for i in range(5, 9))
 NORM_ARGUMENTS = 9
@@ -83,15 +130,26 @@ NORM_ARGUMENTS = 9
 def _norm_parameters(case: Case) -> dict[str, Parameter]:
     return {
         **_fields(case, ("x", "y", "scale", "shift", "gate"), NORM_INDEX),
-        **{"weight": WEIGHT, "weight_type": case.weight_code, "summed": SUMMED, "out": NORM_OUT},
+        **{"weight": WEIGHT, "weight_type": case.weight_code or 0, "summed": SUMMED, "out": NORM_OUT},
         **{"rows": case.rows, "inner": case.inner, "width": case.width, "eps": case.eps},
     }
 
 
 def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """One block a row, of no more threads than the row has packs."""
-    block = min(threads, max(32, round_up(ceil_div(case.width, case.vector), 32)))
-    return [Launch(f"ltxk::rms_norm_modulate_rows<{case.vector}>", (case.rows,), block, _norm_parameters(case))]
+    """One block a row: the whole of it in registers where it fills warps, else of no more threads than the row has packs."""
+    x, _, *modulation = case.operands
+    assert x is not None
+    names = type_names(x.code, [operand.code for operand in modulation if operand])
+    block, rest = divmod(case.packs * 32, WARP_PACKS)
+    whole = case.vector > 1 and rest == 0 and block % 32 == 0 and block <= threads and case.weight_code is None
+    if whole and names and _small(case, tables=2):
+        parameters = _norm_parameters(_in_packs(case, len(case.operands)))
+        parameters |= {"by_inner": divider(case.inner), "inverse_width": 1.0 / case.width}
+        gated = "false" if case.operands[1] is None else "true"
+        return [Launch(f"ltxk::rms_norm_modulate_packs<{names}, {gated}>", (case.rows,), block, parameters)]
+    vector = min(case.vector, WIDEST)
+    block = min(threads, max(32, round_up(ceil_div(case.width, vector), 32)))
+    return [Launch(f"ltxk::rms_norm_modulate_rows<{vector}>", (case.rows,), block, _norm_parameters(case))]
 
 
 def norm_calls(case: Case) -> list[Call]:
@@ -200,7 +258,8 @@ def _run_norm(
     strides = [stride for pair in view.strides for stride in pair]
     vector = vector_of(x.element_size(), x.shape[-1], [*given, weight, *targets], strides)
     sizes = (view.outer * view.inner, view.inner, x.shape[-1], vector)
-    case = Case(operands, *sizes, args.eps, param_code(weight), row_index=row_index)
+    weight_code = None if weight is None else param_code(weight)
+    case = Case(operands, *sizes, args.eps, weight_code, row_index=row_index)
     tensors = (*given, weight, None if summed is None else targets[1], targets[0], index)
     program(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)(*tensors)
     hand_back(outputs, targets)
@@ -228,13 +287,37 @@ def _gate_parameters(case: Case) -> dict[str, Parameter]:
     }
 
 
+def _packed_gate(case: Case, threads: int) -> Launch | None:
+    """The launch of a kernel that knows its dtypes, or None where there is none: rows of whole warps, or whole warps of heads."""
+    x, y, gate = case.operands
+    assert x is not None
+    assert gate is not None
+    names, packs = type_names(x.code, [gate.code]), case.rows * case.packs
+    # A head has one gate, so only what lies over x is counted in packs.
+    kernel, share, strided = ("gated_residual", case.packs // WARP_PACKS, 3) if y else ("head_gate", case.packs, 2)
+    whole = case.vector > 1 and (case.packs if y else packs) % WARP_PACKS == 0 and case.column == (1 if y else 0)
+    if not whole or names is None or packs >= 1 << 31 or not _small(case, tables=2):
+        return None
+    if y is None and _reach(case, gate) >= 1 << 32:
+        return None
+    parameters = _gate_parameters(_in_packs(case, strided)) | {
+        "by_inner": divider(case.inner),
+        "by_share": divider(share),
+    }
+    blocks = ceil_div(packs // WARP_PACKS, threads // 32)
+    return Launch(f"ltxk::{kernel}_packs<{names}>", (blocks,), threads, parameters)
+
+
 def gate_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """Short rows share a block, long ones take several side by side."""
-    row_threads = min(threads, power_of_two(ceil_div(case.width, case.vector)))
-    tiles = ceil_div(case.width, row_threads * case.vector)
+    """Short rows share a block, long ones take several side by side; rows of whole warps know no blocks."""
+    if packed := _packed_gate(case, threads):
+        return [packed]
+    vector = min(case.vector, WIDEST)
+    row_threads = min(threads, power_of_two(ceil_div(case.width, vector)))
+    tiles = ceil_div(case.width, row_threads * vector)
     groups = ceil_div(case.rows, threads // row_threads)
     parameters = {**_gate_parameters(case), "row_threads": row_threads, "tiles": tiles}
-    return [Launch(f"ltxk::gated_residual_rows<{case.vector}>", (groups * tiles,), threads, parameters)]
+    return [Launch(f"ltxk::gated_residual_rows<{vector}>", (groups * tiles,), threads, parameters)]
 
 
 def gate_calls(case: Case) -> list[Call]:

@@ -79,6 +79,12 @@ def nested(name: str, **fields: Parameter) -> dict[str, Parameter]:
     return {f"{name}.{field}": value for field, value in fields.items()}
 
 
+def divider(by: int) -> int:
+    """The parameter with which kernels divide numbers below 2^31 by `by` without a division: a factor, and above it a shift."""
+    shift = (by - 1).bit_length()
+    return shift << 32 | (((1 << shift) - by << 32) // by + 1)
+
+
 def pack(parameters: Mapping[str, Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:
     """The parameter struct as bytes, and where addresses go into it: (slot, argument, offset)."""
     packed = bytearray()

@@ -6,7 +6,7 @@ The right argument takes the shortest way through: sentences are made when there
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -84,6 +84,26 @@ def check_vector(name: str, value: Any, length: int, device: torch.device) -> No
     check_tensor(name, value, dtypes=ACTIVATION_DTYPES)
     check_shape(name, value, (length,))
     check_device(name, value, device)
+
+
+def check_indexed(x: Tensor, rows: Tensor, tables: Mapping[str, Tensor]) -> None:
+    """`rows` has one index per row of x, and the tables are (N, D) of one N."""
+    check_integer_tensor("rows", rows)
+    check_device("rows", rows, x.device)
+    if x.dim() == 0:
+        raise ValueError("x must have at least 1 dimensions with rows, got shape ()")
+    check_shape("rows", rows, x.shape[:-1])
+    first = ""
+    for name, table in tables.items():
+        check_tensor(name, table, dtypes=ACTIVATION_DTYPES)
+        check_device(name, table, x.device)
+        if table.dim() != 2 or table.shape[-1] != x.shape[-1]:
+            raise ValueError(f"{name} must have shape (N, {x.shape[-1]}) with rows, got {tuple(table.shape)}")
+        if first and table.shape[0] != tables[first].shape[0]:
+            raise ValueError(
+                f"{name} must have as many rows as {first}, {tables[first].shape[0]}, got {tuple(table.shape)}"
+            )
+        first = first or name
 
 
 def check_finite_number(name: str, value: Any, *, low: float | None = None, high: float | None = None) -> None:

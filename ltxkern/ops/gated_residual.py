@@ -15,12 +15,13 @@ from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
     check_device,
+    check_indexed,
     check_like,
     check_out,
     check_shape,
     check_tensor,
 )
-from ltxkern.ops.row_index import check_indexed, taken
+from ltxkern.ops.rms_norm_modulate import taken
 
 
 class ResidualArguments(NamedTuple):

@@ -115,7 +115,8 @@ def group_norm_silu(
         TypeError, ValueError: see the checks; each names the parameter.
 
     Contract: rounded. Statistics in fp32 from per-chunk (mean, M2) merged by Chan's rule; one rounding at the end. The torch
-    composition rounds between GroupNorm, add and SiLU.
+    composition rounds between GroupNorm, add and SiLU. On GPUs results below 1e-36 may be zero: exponentials and reciprocals
+    below 1.2e-38 are.
     Bytes: read x, write out (2 units), plus one unit for residual; a third unit where a group does not fit on the chip.
     Source: Wu and He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of moments).
     """

@@ -89,7 +89,8 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-8, *, weight: Tensor | None = Non
     Raises:
         TypeError, ValueError: see the checks; each names the parameter.
 
-    Contract: rounded. fp32 arithmetic, one rounding at the end.
+    Contract: rounded. fp32 arithmetic, one rounding at the end. On GPUs results below 1e-36 may be zero: exponentials and
+    reciprocals below 1.2e-38 are.
     Bytes: read x, write out (2 units) where a position's channels fit in registers.
     Source: Karras et al. 2018 (PixelNorm).
     """

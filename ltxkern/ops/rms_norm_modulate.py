@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltxkern.compiled import rows as launch
@@ -16,13 +17,13 @@ from ltxkern.ops.checks import (
     broadcasts,
     check_device,
     check_finite_number,
+    check_indexed,
     check_like,
     check_out,
     check_outs,
     check_tensor,
     check_vector,
 )
-from ltxkern.ops.row_index import check_indexed, taken
 
 
 class Arguments(NamedTuple):
@@ -47,6 +48,18 @@ class GatedArguments(NamedTuple):
     eps: float
     weight: Tensor | None
     rows: Tensor | None
+
+
+def taken(rows: Tensor | None, *tables: Tensor) -> tuple[Tensor, ...]:
+    """Each modulation table (N, D) as (..., D) by `rows (...)`: what the kernels take without writing it. Unchanged without rows.
+
+    Raises:
+        ValueError: an index on the host that is no row of the tables.
+    """
+    if rows is None:
+        return tables
+    launch.check_range(rows, tables[0].shape[0])
+    return tuple(F.embedding(rows, table) for table in tables)
 
 
 def reference(

@@ -15,14 +15,17 @@ from ltxkern.patch import Patched, patch
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.geometry import geometry_from_configs
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
+from ltxkern.pipeline.files.model_files import ModelFiles
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
+from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -57,7 +60,7 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         geometry: Geometry | None = None,
-        pristine: str | Path | None = None,
+        pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
         keep_text_encoder: bool = False,
     ) -> None:
@@ -94,6 +97,8 @@ class HQTwoStagePipeline:
         text_encoder: str | Path | None = None,
         embedding_cache: str | Path | bool = True,
         keep_text_encoder: bool = False,
+        variant: str | None = None,
+        **parts: str | Path | None,
     ) -> HQTwoStagePipeline:
         """Open a model: the built-in "demo", an official single file, a diffusers folder, or a hub id.
 
@@ -101,7 +106,7 @@ class HQTwoStagePipeline:
             path_or_id: "demo" (tiny random weights: its pictures are noise), a path, a hub id, or what was found already.
             device: where to compute; None for the first CUDA device, else the CPU.
             dtype: of weights and activations; the vocoder stays fp32.
-            preset: "hq", "two-stage" or "one-stage".
+            preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
@@ -111,6 +116,8 @@ class HQTwoStagePipeline:
             embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for the
                 demo), False for none. A prompt found there needs no text encoder.
             keep_text_encoder: keep it in memory after encoding; otherwise it is let go and read again when needed.
+            variant: of the weights in a diffusers folder, such as "fp16"; None for the plain ones.
+            parts: transformer, video_vae, audio_vae, vocoder, connectors that do not lie with the model.
         Raises:
             CheckpointError: a file that is missing, truncated or does not fit; with keys and file.
             ValueError: unknown preset or mode, a strength that is not finite, or a negative one of the distilled LoRA.
@@ -123,7 +130,14 @@ class HQTwoStagePipeline:
             require_strength(str(path), strength, signed=True)
         for strength in strengths:
             require_strength("distilled LoRA", strength)
-        model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder)
+        model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
+        if model is not path_or_id:  # who found it has checked it
+            admission = Admission()
+            files = [("loras", path) for path, _ in pairs]
+            files += [] if distilled_lora is None else [("distilled_lora", distilled_lora)]
+            admit_model(admission, model, stages=chosen.stages, loras=files, required=False)
+            admission.close()
+            warn_if_unfit(chosen, model, strengths)
         distilled: LoRA | None = None
         if distilled_lora is not None:
             distilled = LoRA.from_file(distilled_lora, model.transformer_shapes)
@@ -144,7 +158,7 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             geometry=model.geometry if model.is_here else None,
-            pristine=model.path,
+            pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
             keep_text_encoder=keep_text_encoder,
         )
@@ -192,7 +206,7 @@ class HQTwoStagePipeline:
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] | None = None,
         images: Sequence[Any] = (),
-        seed: int = 10,
+        seed: int | Sequence[int] = 10,
         height: int = 1088,
         width: int = 1920,
         num_frames: int = 121,

@@ -59,6 +59,8 @@ MOVED = {
     for room, stems in _ROOMS.items()
     for old, new in stems.items()
 }
+# By name alone: nothing here imports a command.
+MOVED |= {f"{_PACKAGE}.batch{end}": f"ltxkern.commands.batch{end or '_items'}" for end in ("", "_ray")}
 
 
 class _Forwarding(MetaPathFinder, Loader):

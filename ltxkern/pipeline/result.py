@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class HQOutput:
         latents: "video" (B, C, F, h, w) and "audio" (B, C, T, M), the ones that are decoded; and what lies before them:
             "stage1_video", "stage1_audio", and with two stages "upsampled_video" and "stage2_audio".
         frame_rate, sample_rate: of video and audio.
-        seed: the seed that was used.
+        seed: the seed of all videos, or theirs in order.
         stages: sizes, schedule and forwards of each.
         backends: which backend served each op.
     """
@@ -34,7 +34,7 @@ class HQOutput:
     latents: dict[str, Tensor]
     frame_rate: float
     sample_rate: int
-    seed: int
+    seed: int | Sequence[int]
     stages: list[Stage]
     backends: dict[str, list[str]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class HQOutput:
         kind = output_kind(path)
         if kind == "latents":
             media.write_latents(path, self.latents["video"], self.latents["audio"])
-            return Path(path)
+            return Path(path).expanduser()
         if self.video is None:
             raise ValueError(
                 f'{path}: this output holds latents only: save to .safetensors, or use output_type="video"'
@@ -60,4 +60,4 @@ class HQOutput:
             media.write_mp4(path, chunks, self.audio, self.frame_rate, self.sample_rate, progress=progress)
         else:
             media.write_frames(path, chunks, self.audio, self.sample_rate, progress=progress)
-        return Path(path)
+        return Path(path).expanduser()

@@ -46,6 +46,19 @@ def test_an_item_equals_the_same_generate(tmp_path: Path) -> None:
     assert (folder / "rain.safetensors").read_bytes() == alone.read_bytes()
 
 
+def test_names_and_places(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is a link to none yet, under ~; names with dots for folders of frames; a name too long, before any work."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to("disk")
+    path = write(tmp_path, {"prompt": "a", "name": "kite.mp4"}, {"prompt": "b", "name": "x" * 300})
+    assert main(["batch", str(path), "-o", "~/link", *BATCH[:-1], "frames"]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert len(list((tmp_path / "disk" / "kite.mp4").glob("*.png"))) == 9
+    assert (tmp_path / "link").is_symlink()
+    assert main(["batch", str(path), "-o", str(path)]) == 2
+    assert "is a file: name a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -1,10 +1,15 @@
 """Batches: reading items, resuming, per-item errors, the command in one process, and Ray workers on a CPU."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from ltxkern.commands.batch import item_arguments
 from ltxkern.commands.batch_items import MANIFEST, Item, Manifest, Outcome, attempt, digest, pending, read_items
 from tests.commands.typed import write
 
@@ -38,6 +43,39 @@ def test_files_without_items(tmp_path: Path) -> None:
         read_items(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="is empty"):
         read_items(write(tmp_path, "", " "))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@given(prompts=st.lists(st.text(), min_size=1, max_size=5), end=st.sampled_from(["\n", "\r\n"]))
+@example(prompts=["first\u2028second", "one\u2029two", "a\u0085b", "\ufeff"], end="\n")
+@settings(deadline=None)
+def test_any_prompt_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, encoding: str, prompts: list[str], end: str
+) -> None:
+    """A line ends at a newline only; marks at the start of the file, and of a file behind another, are no text."""
+    path = tmp_path_factory.mktemp("items") / "p.jsonl"
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + end for prompt in prompts)
+    path.write_bytes((text + "\ufeff" + text).encode(encoding))
+    assert [item.options.get("prompt") for item in read_items(path)] == prompts * 2
+
+
+def test_null_is_not_given(tmp_path: Path) -> None:
+    line = {"prompt": "a", "name": None, "seed": None, "negative_prompt": None, "image": None, "colour": None}
+    (item,) = read_items(write(tmp_path, line))
+    assert (item.name, item.error) == ("00001", None)
+    given = item_arguments(argparse.Namespace(seed=3, image=["kept.png"]), item.options)
+    assert (given.seed, given.image, given.negative_prompt, given.prompt) == (3, ["kept.png"], None, "a")
+    assert item_arguments(argparse.Namespace(image=["kept.png"]), {"image": [None]}).image == []
+
+
+def test_a_line_knows_home_and_fractions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/at/home")
+    options = {"image": ["~/a.png:8:0.5", "~/b.png"], "frame_rate": "30000/1001"}
+    given = item_arguments(argparse.Namespace(image=[]), options)
+    assert given.image == ["/at/home/a.png:8:0.5", "/at/home/b.png"]
+    assert given.frame_rate == 30000 / 1001
+    with pytest.raises(ValueError, match="such as 24000/1001, got 24:1"):
+        item_arguments(argparse.Namespace(image=[]), {"frame_rate": "24:1"})
 
 
 def done(item: Item, folder: Path, content: str = "result") -> Outcome:

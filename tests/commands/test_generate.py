@@ -18,7 +18,7 @@ from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.results.media import probe_mp4
 from tests.commands.typed import refused, run
-from tests.official_files import write_diffusers_demo
+from tests.official_files import write_diffusers_demo, write_official_demo
 
 
 def test_mp4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +55,7 @@ def test_options_reach_the_run(tmp_path: Path) -> None:
         ["--video-stg-scale", "1", "--video-stg-blocks", "0,1"],
         ["--distilled-strength-stage-2", "0.75"],
         ["--eta", "0.25"],
+        ["--substep-eta", "0"],
         ["--dtype", "bf16"],
     ):
         assert run("-o", str(changed), *options) == 0
@@ -71,7 +72,7 @@ def test_backend_is_honoured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert "cannot run here" in refused(capsys, "--backend", "cuda", "-o", str(tmp_path / "o.mp4"))
 
 
-def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["generate", "--prompt", "a", "--height", "1088", "--width", "1920", "--num-frames", "121", "--dry-run"])
         == 0
@@ -82,6 +83,44 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "31 evaluations x 3 branches = 93 forwards" in text
     assert "7 evaluations x 1 branches = 7 forwards" in text
     assert "0.909375 0.725 0.421875 0" in text
+
+
+def test_the_distilled_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--quiet"]
+    for pipeline, samplers in (
+        ("distilled", ["euler-ancestral, 8", "euler, 3"]),
+        ("one-stage-distilled", ["euler-ancestral, 8"]),
+    ):
+        assert main(["generate", "--pipeline", pipeline, *size, "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        assert [line for line in text.splitlines() if line.startswith("stage")] == [
+            f"stage {number}: {side}x{2 * side}, {sampler} steps"
+            for number, (side, sampler) in enumerate(zip((64 // len(samplers), 64), samplers, strict=False), 1)
+        ]
+        assert "8 evaluations x 1 branches = 8 forwards" in text
+        output = tmp_path / f"{pipeline}.safetensors"
+        assert main(["generate", "--pipeline", pipeline, *size, "--device", "cpu", "-o", str(output)]) == 0
+        assert load_file(output)["video"].isfinite().all()
+    capsys.readouterr()
+    assert "steps must be 8 with pipeline distilled" in refused(capsys, "--pipeline", "distilled")
+
+
+def test_a_checkpoint_that_does_not_fit_its_pipeline_is_told_early(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint_file = write_official_demo(tmp_path, build_demo())["checkpoint"]
+    for name, pipeline, warned in (
+        ("dev", "distilled", True),
+        ("distilled", "hq", True),
+        ("distilled", "distilled", False),
+    ):
+        checkpoint_file = checkpoint_file.rename(tmp_path / f"ltx-2.3-{name}.safetensors")
+        caplog.clear()
+        assert (
+            main(["generate", "--prompt", "a", "--model", str(checkpoint_file), "--pipeline", pipeline, "--dry-run"])
+            == 0
+        )
+        assert len(caplog.messages) == warned
 
 
 def test_a_model_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ltxkern.cli import main
-from ltxkern.commands import options
+from ltxkern.commands import admission, options
 from tests.commands.typed import refused
 
 
@@ -129,7 +129,8 @@ def test_a_lora_strength_may_have_a_sign_and_a_path_a_tilde(
     )
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)
-    chosen = options.read_model_options(parser.parse_args([f"--lora=~/l.safetensors{text}"]))
+    arguments = parser.parse_args([f"--lora=~/l.safetensors{text}"], argparse.Namespace(command="generate"))
+    chosen = admission.read_model_options(arguments)
     assert chosen.loras == (("~/l.safetensors", strength),)
 
 

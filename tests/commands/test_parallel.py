@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ltxkern.commands import parallel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
-from ltxkern.pipeline.parallel.ranks import Launch
+from ltxkern.pipeline.parallel.ranks import Started
 from tests.commands.typed import SMALL
 from tests.pipeline.parallel.jobs import ENVIRONMENT, ROOT, arguments
 
@@ -59,12 +59,12 @@ def test_one_process_opens_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_contradictions_are_refused(size: int, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        parallel.check_options(arguments(**changes), Launch(0, 0, size))
+        parallel.check_options(arguments(**changes), Started(0, 0, size))
 
 
 def test_options_that_fit() -> None:
-    parallel.check_options(arguments(cfg_parallel_size=5, device="cuda"), Launch(0, 0, 5))
-    parallel.check_options(arguments(max_batch_size=4, device="cuda:1"), Launch())
+    parallel.check_options(arguments(cfg_parallel_size=5, device="cuda"), Started(0, 0, 5))
+    parallel.check_options(arguments(max_batch_size=4, device="cuda:1"), Started())
 
 
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import pixel_norm_silu as pixel_norm
 from ltxkern.compiled.steps import Launch, Step
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
@@ -23,7 +25,7 @@ from tests.csrc.kernel_runs import (
 from tests.csrc.on_shim import on_shim, run_step
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
-from tests.ops.op_cases import CASES, OpCase, Size, held_to_torch
+from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
 
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 
@@ -39,6 +41,49 @@ def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
             for others in results[1:]:
                 for one, other in zip(results[0], others, strict=True):
                     assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+# By op, the least width at which rows of each element size are whole warps; queries have 4 widths in two heads.
+WHOLE = {"qk_norm_rope": {2: 256, 4: 128}} | {
+    op: {2: 1024, 4: 512}
+    for op in ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual", "head_gate")
+}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in WHOLE], ids=str)
+def test_every_case_of_whole_warps(case: OpCase) -> None:
+    """In fresh memory and in place, several warps a row; kernels that know their dtypes, but for what these leave out."""
+    kernels: list[str] = []
+
+    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+        for step in steps:
+            assert isinstance(step, Launch)
+            kernels.append(step.kernel)
+            run_step(step, tensors)
+
+    for dtype in case.dtypes:
+        # Three warps share a row, or one has it alone; heads of 32 packs of pairs are the longest.
+        for warps in (1, 3) if case.op != "qk_norm_rope" else (1,):
+            tensors = case.tensors(dtype, Size(2, 5, warps * WHOLE[case.op][dtype.itemsize]))
+            changed: dict[str, Any] = {"weight": None} if "weight" in tensors else {}
+            with ltxkern.use_backend("torch"):
+                wanted = case.run(tensors, **changed)
+            kernels.clear()
+            with on_shim(seed=warps, run=run), ltxkern.use_backend("cpu"):
+                results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
+                kept = {name: value.clone() for name, value in tensors.items()}
+                outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
+                in_place = case.run(kept, outputs, **changed)
+            mixed = case.variant == "vectors" and dtype != F32
+            general = mixed or case.variant == "column" or "heads" in case.variant
+            assert all(("_packs<" in kernel) != general for kernel in kernels), kernels
+            for one, same, other in zip(results, in_place, wanted, strict=True):
+                eps = torch.finfo(dtype).eps
+                near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.abs().max()))}
+                torch.testing.assert_close(
+                    one.double(), other.double(), msg=lambda text, dtype=dtype: f"{case} {dtype}: {text}", **near
+                )
+                assert torch.equal(one, same)
 
 
 def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, shuffle: bool = True) -> Tensor:
@@ -135,6 +180,19 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
         ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
     exact = exact_pixel_norm(x, 1e-6, weight)
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 67])
+@pytest.mark.parametrize("channels", [8, 24, 300])
+def test_pixel_norm_walks_over_positions(channels: int, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal to a thread for each position, and the last of a walk may not be there."""
+    results = []
+    for walking in (1, 1 << 20):
+        monkeypatch.setattr(pixel_norm, "WALKING", walking)
+        x = channels_last(noise(1, channels, positions, 3, dtype=torch.bfloat16))
+        with on_shim(32, seed=3), ltxkern.use_backend("cpu"):
+            results.append(ltxkern.pixel_norm_silu(x, 1e-6, weight=noise(channels), out=torch.full_like(x, torch.nan)))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

@@ -23,7 +23,7 @@ import ltxkern
 from ltxkern.compiled import combine_guidance, extension, normalize_noise
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
-from ltxkern.layout import ceil_div
+from ltxkern.layout import ceil_div, round_up
 from ltxkern.ops.float8 import stochastic_e4m3
 from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced
 from tests.csrc.on_shim import last_blocks, on_shim, run_step
@@ -258,7 +258,8 @@ def test_group_norm(last: bool) -> None:
         wanted = x[0, -1, (chunks - 1) * chunk :].double()
         exact = torch.stack([wanted.mean(), (wanted - wanted.mean()).square().sum()])
         torch.testing.assert_close(partials[-1, -1].double(), exact, rtol=1e-4, atol=1e-6)
-        tensors[-1][cut:].view(F32)[:] = torch.tensor([0.25, 2.0])
+        # Every channel's mean, scale and offset, and what fills 16 bytes.
+        tensors[-1][round_up(cut, 16) :].view(F32).view(channels, 4)[:] = torch.tensor([0.25, 2.0, 0.0, torch.nan])
         # Its blocks begin with what was read last.
         run_step(apply, tensors, 0, 1)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ READ = (
     rf'"({NAME})" (?:not )?in os\.environ',
     # A launcher's, read in a loop over their names.
     r'"(RANK|WORLD_SIZE|LOCAL_RANK)"',
+    # torch's, which a docstring names.
+    r"\b(MASTER_(?:ADDR|PORT))\b",
 )
 SOURCES = (
     "ltxkern/**/*.py",
@@ -92,3 +95,12 @@ def test_paths_that_a_document_names_exist(path: Path) -> None:
     named = {name for name in PATH.findall(path.read_text()) if not name.startswith(MADE)}
     absent = [name for name in sorted(named) if not any((ROOT / root / name).exists() for root in ROOTS)]
     assert [name for name in absent if "scaled_add" not in name] == []
+
+
+def test_docstrings_reach_the_site_in_sections() -> None:
+    page = runpy.run_path(str(ROOT / "docs/sections.py"))
+    given = "Sum.\n\nArgs:\n    x, y: shape\n        and dtype.\nReturns:\n    (N,)."
+    expected = (
+        "Sum.\n\nArgs:\n" + "".join(f"    {n}: shape\n        and dtype.\n" for n in "xy") + "\nReturns:\n    (N,)."
+    )
+    assert page["apart"](page["spaced"](given)) == expected

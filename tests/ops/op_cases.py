@@ -197,11 +197,16 @@ CASES = [
     *family(
         OpCase("rms_norm_modulate", "x scale: B T W; shift: B 1 W; weight: W", "x", **NORM),
         vectors={"arguments": "x: B T W; scale: B 1 W; shift: W", "fixed": {"scale": F32}},
+        wide={"optional": "", "arguments": "x scale: B T W; shift: B 1 W", "fixed": {"scale": F32, "shift": F32}},
         rows={"arguments": "x: B T W; scale shift: 3 W; rows: B T"},
     ),
     *family(
         OpCase("gated_residual_rms_norm_modulate", "x y gate scale shift: B T W; weight: W", "x y; x y", **NORM),
         vectors={"arguments": "x y: B T W; gate scale: B 1 W; shift: W", "fixed": {"scale": F32}},
+        wide={
+            **{"optional": "", "arguments": "x y gate scale: B T W; shift: B 1 W"},
+            "fixed": {"gate": F32, "scale": F32, "shift": F32},
+        },
         rows={"arguments": "x y: B T W; gate scale shift: 3 W; rows: B T"},
     ),
     *family(
@@ -217,9 +222,10 @@ CASES = [
         # An odd number of elements, of several blocks of registers.
         flat={"arguments": "x first second: N"},
     ),
-    OpCase("head_gate", "x: B T 4 W; logits: B T 4", "x", **BY_ROW),
+    *family(OpCase("head_gate", "x: B T 4 W; logits: B T 4", "x", **BY_ROW), wide={"fixed": {"logits": F32}}),
     *family(
         OpCase("qk_norm_rope", "q k: B T 4W; q_weight k_weight: 4W; cos sin: B 2 T W", "q; k"),
+        wide={"fixed": {"cos": F32, "sin": F32}},
         **rotated(),
     ),
     OpCase("normalize_noise", "noise: B 8T W", "noise", dtypes=SAMPLER),

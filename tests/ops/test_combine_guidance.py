@@ -1,6 +1,5 @@
 """combine_guidance: four branches, rescale, void scales, and the calls around it."""
 
-import math
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from tests.ops.contract import (
     assert_same,
     doubles,
     noise,
-    strided,
-    transposed,
 )
 from tests.serving import over_backends, serving
 
@@ -108,25 +105,12 @@ def test_rescale_far_from_zero(backend: str) -> None:
     assert_as_close(out, composition(*given, **SCALES["all"]), composition(*doubles(given), **SCALES["all"]))
 
 
-@over_backends("combine_guidance")
-def test_layouts(backend: str) -> None:
-    given = branches(2, 9, 6)
-    with serving(backend):
-        expected = ltxkern.combine_guidance(*given, **SCALES["all"])
-        for view in (strided, transposed):
-            out = ltxkern.combine_guidance(*(view(branch) for branch in given), **SCALES["all"])
-            assert out.is_contiguous()
-            torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("scales", "words"),
     [
         ({"cfg_scale": 3.0}, "cfg_scale is 3.0, so uncond is needed: give it, or use cfg_scale=1"),
         ({"stg_scale": 1.0}, "stg_scale is 1.0, so perturbed is needed: give it, or use stg_scale=0"),
         ({"modality_scale": 2.0}, "modality_scale is 2.0, so isolated is needed: give it, or use modality_scale=1"),
-        ({"cfg_scale": math.nan}, "cfg_scale must be finite, got nan"),
-        ({"rescale_scale": math.inf}, "rescale_scale must be finite, got inf"),
     ],
 )
 def test_scales_that_do_not_fit(scales: dict[str, float], words: str) -> None:

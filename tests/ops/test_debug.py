@@ -29,7 +29,7 @@ say("# compiled"); torch.compile(ltxkern.gated_residual, backend="eager", fullgr
 say("# in place"); ltxkern.merge_lora_(torch.ones(4, 4), torch.ones(2, 4), torch.ones(4, 2), 0.5)
 with ltxkern.use_backend("torch"):
     say("# torch"); ltxkern.gated_residual(x, x, gate)
-say("# copies"); ltxkern.dual_add(x.transpose(1, 2), x.transpose(1, 2), x.transpose(1, 2))
+say("# copies"); y = x.mT; ltxkern.gated_residual(y, y, y)
 """
 
 
@@ -103,27 +103,25 @@ def test_level_2_adds_the_steps() -> None:
 def test_copies_around_a_kernel_are_steps() -> None:
     first, *steps = lines("2")["copies"]
     assert "x bfloat16 1x8x3 strides 24x1x8, " in first
-    assert steps[-1] == "  dual_add<bf16>"
+    assert steps[-1] == "  gated_residual_rows"
     assert set(steps[:-1]) == {"  torch clone"}
 
 
 @needs_extension
 def test_triton_launches_note_themselves() -> None:
     pytest.importorskip("triton")
-    script = (
-        "import torch, ltxkern\nx = torch.ones(1, 3, 8)\nwith ltxkern.use_backend('triton'): ltxkern.dual_add(x, x, x)"
-    )
+    script = "import torch, ltxkern\nwith ltxkern.use_backend('triton'): ltxkern.pixel_norm_silu(torch.ones(1, 3, 8))"
     first, step = ran("2", script, TRITON_INTERPRET="1").stderr.splitlines()
-    assert " by triton: 1 call, 96 bytes read, 192 bytes written" in first
-    assert step == "ltxkern:   _dual_add_kernel, grid 1"
+    assert " by triton: 1 call, 96 bytes read, 96 bytes written" in first
+    assert step == "ltxkern:   _pixel_norm_kernel, grid 1"
 
 
 def test_steps_in_words() -> None:
-    launch = Launch("ltxk::dual_add<float, 4>", (7, 2), 256, {}, 1024)
-    assert str(launch) == "ltxk::dual_add<float, 4>, grid 7x2, block 256, shared 1024 bytes"
+    launch = Launch("ltxk::kernel<float, 4>", (7, 2), 256, {}, 1024)
+    assert str(launch) == "ltxk::kernel<float, 4>, grid 7x2, block 256, shared 1024 bytes"
     assert str(Launch("k", (1,), 32, {}, cluster=4, cooperative=True)).endswith("bytes, cluster 4, cooperative")
     assert str(Zero(Argument(0), 24)) == "zero 24 bytes"
-    assert str(Call("dual_add<f32>", {})) == "dual_add<f32>"
+    assert str(Call("kernel<f32>", {})) == "kernel<f32>"
 
 
 @pytest.mark.parametrize("level", [None, "0"])

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ltxkern
-from ltxkern import dispatch
-from ltxkern.compiled import extension, sources
+from ltxkern import dispatch, sources
+from ltxkern.compiled import extension
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Argument, pack
 from ltxkern.ops.group_norm_silu import Arguments

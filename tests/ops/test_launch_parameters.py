@@ -23,8 +23,8 @@ DEVICES = [
     SimpleNamespace(**ROOMY, shared_memory_per_block_optin=shared << 10, L2_cache_size=l2)
     for shared, l2 in ((227, 50 << 20), (6, 50 << 20), (6, 4))
 ]
-# With whole vectors in every row, and without.
-SIZES = (Size(1, 16, 64), Size(1, 3, 7))
+# With whole vectors in every row, and without; with rows of whole warps, and with tokens of them.
+SIZES = (Size(1, 16, 64), Size(1, 3, 7), Size(1, 2, 1024), Size(1, 2, 256), Size(1, 2, 128))
 Steps = dict[str, list[Launch | Call]]
 
 

@@ -14,8 +14,6 @@ from tests.ops.contract import (
     assert_as_close,
     assert_same,
     noise,
-    strided,
-    transposed,
 )
 from tests.serving import over_backends, serving
 
@@ -117,17 +115,6 @@ def test_a_value_that_is_not_finite(name: str, backend: str, value: float, dtype
     assert torch.equal(out.isnan(), OPS[name](x).isnan())
     assert bool(out[2].isnan().all())
     assert bool(out.isnan().all()) == (name == "normalize_noise")
-
-
-@over_ops
-def test_layouts(name: str, backend: str) -> None:
-    x = noise(2, 9, 6, dtype=torch.float64)
-    for view in (strided(x), transposed(x), x[:, 1:, 2:]):
-        with serving(backend):
-            out = op(name)(view)
-            fresh = op(name)(view.contiguous())
-        assert out.stride() == torch.empty_like(view).stride()
-        torch.testing.assert_close(out, fresh, atol=1e-14, rtol=1e-14)
 
 
 @over_backends("noise_statistics")

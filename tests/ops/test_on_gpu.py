@@ -20,6 +20,7 @@ from ltxkern.ops.float8 import to_e4m3
 from tests.csrc import kernel_runs
 from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, noise
 from tests.ops.op_cases import BF16, CASES, STEP, OpCase, Size, held_to_torch
+from tests.serving import serving
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,12 +96,12 @@ CALLS: dict[str, Callable[[], Call]] = {str(case): (lambda case=case: of_case(ca
 over_calls = pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
 
 
-@over_tiers
+@over_backends
 @over_calls
-def test_no_wait_and_equal_bits(tier: str, make: Callable[[], Call]) -> None:
-    use(tier)
+def test_no_wait_and_equal_bits(backend: str, make: Callable[[], Call]) -> None:
+    use(backend)
     call = make()
-    with ltxkern.use_backend(tier):
+    with serving(backend):
         expected = call()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -111,12 +112,12 @@ def test_no_wait_and_equal_bits(tier: str, make: Callable[[], Call]) -> None:
     assert_same(again, expected)
 
 
-@over_tiers
+@over_backends
 @over_calls
-def test_capture_and_replay(tier: str, make: Callable[[], Call]) -> None:
-    use(tier)
+def test_capture_and_replay(backend: str, make: Callable[[], Call]) -> None:
+    use(backend)
     call = make()
-    with ltxkern.use_backend(tier):
+    with serving(backend):
         expected = call()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

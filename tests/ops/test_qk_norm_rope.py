@@ -1,6 +1,5 @@
 """qk_norm_rope: both layouts against fp64, tables shared by the batch, calls around it, errors."""
 
-import math
 from typing import Any
 
 import pytest
@@ -8,11 +7,20 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, noise, strided, transposed
+from tests.ops.contract import ACTIVATIONS, assert_as_close, noise
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
-SIZES = [(1, 6, 2, 8), (2, 7, 3, 2), (1, 1, 1, 4), (3, 13, 4, 6), (1, 61, 2, 16), (2, 3, 9, 128), (1, 2, 7, 58)]
+SIZES = [
+    (1, 6, 2, 8),
+    (2, 7, 3, 2),
+    (1, 1, 1, 4),
+    (3, 13, 4, 6),
+    (1, 61, 2, 16),
+    (2, 3, 9, 128),
+    (1, 2, 7, 58),
+    (2, 3, 4, 256),
+]
 LAYOUTS = pytest.mark.parametrize("layout", ["split", "interleaved"])
 
 
@@ -101,20 +109,6 @@ def test_no_rotation_is_the_norm(backend: str) -> None:
 
 @over_backends("qk_norm_rope")
 @LAYOUTS
-@pytest.mark.parametrize("view", [strided, transposed])
-def test_layouts_in_memory(backend: str, layout: str, view: Any) -> None:
-    given = inputs((2, 7, 3, 4))
-    q, k, q_weight, k_weight, cos, sin = given
-    with serving(backend):
-        out = ltxkern.qk_norm_rope(view(q), view(k), q_weight, k_weight, view(cos), view(sin), layout=layout)
-        expected = ltxkern.qk_norm_rope(*given, layout=layout)
-    for ours, theirs in zip(out, expected, strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
-
-
-@over_backends("qk_norm_rope")
-@LAYOUTS
 def test_gradients(backend: str, layout: str) -> None:
     given = inputs((2, 3, 2, 4))
     ours = [value.clone().requires_grad_() for value in given]
@@ -152,7 +146,6 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"cos": tables[0]}, ValueError, r"cos must be \(1 or 2, heads, 3, d/2\)"),
         ({"sin": tables[:1]}, ValueError, r"sin must have shape \(2, 2, 3, 2\), got \(1, 2, 3, 2\)"),
         ({"sin": tables.half()}, TypeError, "sin must be torch.float32, got torch.float16"),
-        ({"eps": math.inf}, ValueError, "eps must be finite, got inf"),
         ({"out": (torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))}, ValueError, r"out\[1\] must have shape \(2, 3, 8\)"),
     ]
 

@@ -63,18 +63,6 @@ def test_a_terminal_step_returns_denoised(backend: str, options: dict[str, Any])
     assert_same((out, into), (d, d))
 
 
-@over_backends("res2s_sde_step")
-def test_sde_step_out(backend: str) -> None:
-    x, d, n = (noise(1, 6, 4, seed=k) for k in range(3))
-    with serving(backend):
-        expected = ltxkern.res2s_sde_step(x, d, 0.9, 0.7, n)
-        for target in (poisoned(d), d.clone(), x.clone()):
-            source = target if torch.equal(target, x) else x
-            other = target if torch.equal(target, d) else d
-            assert ltxkern.res2s_sde_step(source, other, 0.9, 0.7, n, out=target) is target
-            assert_same(target, expected)
-
-
 def test_errors() -> None:
     x = torch.zeros(1, 6, 4)
     with pytest.raises(ValueError, match=r"sigma and sigma_next must differ, got 0.5 for both"):

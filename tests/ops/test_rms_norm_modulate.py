@@ -14,12 +14,10 @@ from tests.ops.contract import (
     assert_same,
     doubles,
     noise,
-    strided,
-    transposed,
 )
 from tests.serving import over_backends, serving
 
-SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 519), (16,)]
+SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 3, 2048), (2, 519), (16,)]
 
 
 def norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, weight: Tensor | None = None) -> Tensor:
@@ -101,20 +99,6 @@ def test_eps_and_wider_rows(backend: str) -> None:
 
 
 @over_backends("rms_norm_modulate")
-@pytest.mark.parametrize("view", [strided, transposed])
-def test_layouts(backend: str, view: Any) -> None:
-    x, y, scale, shift, gate = (noise(2, 9, 6, seed=k) for k in range(5))
-    with serving(backend):
-        assert_same(
-            ltxkern.rms_norm_modulate(view(x), view(scale), view(shift)), ltxkern.rms_norm_modulate(x, scale, shift)
-        )
-        assert_same(
-            ltxkern.gated_residual_rms_norm_modulate(view(x), view(y), view(gate), view(scale), view(shift)),
-            ltxkern.gated_residual_rms_norm_modulate(x, y, gate, scale, shift),
-        )
-
-
-@over_backends("rms_norm_modulate")
 def test_gradients(backend: str) -> None:
     names = ("x", "y", "gate", "scale", "shift", "weight")
     ours = {name: noise(*((6,) if name == "weight" else (2, 3, 6)), seed=k) for k, name in enumerate(names)}
@@ -140,8 +124,6 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"scale": torch.zeros(2, 3, 1)}, ValueError, "scale must broadcast to x's shape .* have its last dim"),
         ({"shift": torch.zeros(3, 3, 4)}, ValueError, r"shift must broadcast .* got \(3, 3, 4\)"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight must have shape \(4,\), got \(3,\)"),
-        ({"eps": -1.0}, ValueError, "eps must be at least 0.0, got -1.0: use 0.0"),
-        ({"eps": math.nan}, ValueError, "eps must be finite, got nan"),
         ({"eps": "1"}, TypeError, "eps must be a number, got str"),
     ]
 

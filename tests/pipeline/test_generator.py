@@ -13,6 +13,7 @@ from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.results.media import probe_mp4
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
+from ltxkern.pipeline.sampling.schedule import DISTILLED_SIGMAS, STAGE_2_SIGMAS
 from tests.official_files import write_diffusers_demo, write_official_demo
 from tests.pipeline.demo_runs import SMALL, count_forwards, latents, make, same
 
@@ -25,11 +26,13 @@ def threads() -> Iterator[None]:
 
 
 def test_a_request_and_its_keywords_are_one_call(pipeline: HQTwoStagePipeline) -> None:
-    request = GenerationRequest(prompt="a kite", seed=11, eta=0.25, distilled_strengths=(0.25, 1.0), **SMALL)
+    changes = {"seed": 11, "eta": 0.25, "substep_eta": 0.125, "distilled_strengths": (0.25, 1.0)}
+    request = GenerationRequest(prompt="a kite", **changes, **SMALL)
     by_request = pipeline.generate(request, output_type="latents").latents
-    by_keywords = latents(pipeline, seed=11, eta=0.25, distilled_strengths=(0.25, 1.0))
-    assert same(by_request, by_keywords)
-    assert not torch.equal(by_request["video"], latents(pipeline, seed=11, eta=0.25)["video"])
+    assert same(by_request, latents(pipeline, **changes))
+    for name in changes:
+        others = {key: value for key, value in changes.items() if key != name}
+        assert not torch.equal(by_request["video"], latents(pipeline, **others)["video"]), name
 
 
 def test_a_request_for_another_preset_is_refused(pipeline: HQTwoStagePipeline) -> None:
@@ -74,6 +77,50 @@ def test_other_presets(preset: str, tmp_path: Path) -> None:
         assert counts == ({"stage 1": 3 * 4, "stage 2": 3} if preset == "two-stage" else {"stage 1": 3 * 4})
         output = pipe("a kite", **SMALL)
     assert probe_mp4(output.save(tmp_path / "out.mp4")).frames == 9
+
+
+@pytest.mark.parametrize("preset", ["distilled", "one-stage-distilled"])
+def test_distilled_presets(preset: str) -> None:
+    """The published numbers of evaluations, one forward each, no negative prompt, and the published stage's audio."""
+    with make(preset) as pipe:
+        counts = count_forwards(pipe, steps=None)
+        assert counts == ({"stage 1": 8, "stage 2": 3} if preset == "distilled" else {"stage 1": 8})
+        base = latents(pipe, steps=None)
+        assert same(base, latents(pipe, steps=8, negative_prompt="rain", substep_eta=0.0))
+        assert torch.equal(base["audio"], base.get("stage2_audio", base["stage1_audio"]))
+        assert not torch.equal(base["video"], latents(pipe, steps=None, eta=0.0)["video"])
+        assert not torch.equal(base["stage1_video"], latents(pipe, steps=None, seed=11)["stage1_video"])
+
+
+def test_the_distilled_stages_by_hand() -> None:
+    """Stage 1 ancestral with noise of seed + 10000, stage 2 plain: the run equals its samplers with the noise drawn here."""
+    with make("distilled") as pipe:
+        first, second = GenerationRequest(prompt="a", preset=pipe.preset, **{**SMALL, "steps": None}).stages(
+            pipe.geometry
+        )
+        assert (first.sampler, second.sampler) == ("euler-ancestral", "euler")
+        assert (first.sigmas, second.sigmas) == (DISTILLED_SIGMAS, STAGE_2_SIGMAS)
+        generator = torch.Generator().manual_seed(10_010)
+        noise: dict[str, list[torch.Tensor]] = {"video": [], "audio": []}
+        for _ in range(7):
+            for name, tokens, width in (("video", first.video.tokens, 16), ("audio", first.audio.tokens, 32)):
+                noise[name].append(torch.randn(1, tokens, width, generator=generator))
+        replayed = latents(pipe, steps=None, sde_noise=[noise, {}])
+        assert same(replayed, latents(pipe, steps=None))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_videos_of_one_call_are_those_of_calls_one_by_one(preset: str) -> None:
+    """Prompts and seeds of their own, in one call: nothing of one video reaches another, up to rounding of the GEMMs."""
+    short = {} if PRESETS[preset].for_distilled else {"steps": 2}
+    prompts = ["a kite", "a red boat in fog", "a kite"]
+    with make(preset) as pipe:
+        for seed in (10, [10, 11, 12]):
+            together = latents(pipe, prompts, seed=seed, **{"steps": None, **short})
+            for index, prompt in enumerate(prompts[:2] if seed == 10 else prompts):
+                own = seed if isinstance(seed, int) else seed[index]
+                for name, alone in latents(pipe, prompt, seed=own, **{"steps": None, **short}).items():
+                    torch.testing.assert_close(together[name][index : index + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["resident", "snapshot", "inplace", "original"])
@@ -132,6 +179,23 @@ def test_official_and_diffusers_files_give_the_same_video(pipeline: HQTwoStagePi
             assert pipe.geometry == pipeline.geometry
             for name, tensor in latents(pipe).items():
                 torch.testing.assert_close(tensor, base[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_distilled_checkpoint_needs_no_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    official = write_official_demo(tmp_path, build_demo())
+    parts = {"upsampler": official["upsampler"], "text_encoder": official["text_encoder"]}
+    named = tmp_path / "ltx-2.3-distilled.safetensors"
+    official["checkpoint"].rename(named)
+    with HQTwoStagePipeline.from_pretrained(
+        named, device="cpu", dtype=torch.float32, preset="distilled", embedding_cache=False, **parts
+    ) as pipe:
+        video = latents(pipe, steps=None)["video"]
+    assert not caplog.messages
+    with make("distilled") as pipe:
+        torch.testing.assert_close(video, latents(pipe, steps=None)["video"], atol=1e-4, rtol=1e-4)
+    HQTwoStagePipeline.from_pretrained(named, device="cpu", preset="one-stage", embedding_cache=False, **parts)
+    assert len(caplog.messages) == 1
+    assert "use pipeline distilled or one-stage-distilled" in caplog.text
 
 
 def test_a_two_stage_model_without_its_lora_is_refused(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
-"""Compiles what the small cases would launch, for one architecture: odd sizes and ones are specialised as on a device.
+"""Compiles calls of op_cases.py for one architecture: odd sizes and ones are specialised as on a device.
 
-Run as a script, without TRITON_INTERPRET: `python compile_small_cases.py ARCH [dtype ...]`; prints the number of kernels.
+Run without TRITON_INTERPRET: `python -m tests.triton.compile_small_cases ARCH [dtype ...]`; prints the number of kernels.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
-from aot_compile import compiled, target
-from triton_cases import SMALL_CASES
+
+from ltxkern import BackendError
+from tests.ops.op_cases import CASES, Size
+from tests.triton.aot_compile import compiled, target
+
+SIZES = [Size(2, 5, 7), Size(1, 1, 16)]
 
 
 def main() -> None:
@@ -17,13 +22,15 @@ def main() -> None:
     dtypes = [getattr(torch, name) for name in names] or [torch.bfloat16]
     target(int(arch))
     count = 0
-    for case, dtype in ((case, dtype) for case in SMALL_CASES for dtype in dtypes if dtype in case.dtypes):
+    for case, dtype, size in ((case, dtype, size) for case in CASES for dtype in dtypes for size in SIZES):
         try:
-            kernels = list(compiled(case, "cpu", dtype))
+            kernels = compiled(partial(case.run, case.tensors(dtype, size)))
+        except BackendError:
+            continue
         except Exception as error:
-            raise RuntimeError(f"{case} in {dtype} does not compile for sm_{arch}") from error
+            raise RuntimeError(f"{case} in {dtype} of {size} does not compile for sm_{arch}") from error
         if not kernels:
-            raise RuntimeError(f"{case} in {dtype} launched nothing")
+            raise RuntimeError(f"{case} in {dtype} of {size} launched nothing")
         count += len(kernels)
     print(count)
 

@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for sm_80, 90, 100 and 120, and needs no more than the recorded registers and stack.
 
-The baseline is written anew by `python tests/triton/aot_compile.py tests/triton/aot_baseline.json`; look at what changed first.
+The baseline is written anew by `python -m tests.triton.aot_compile tests/triton/aot_baseline.json`; look at what changed first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ HERE = Path(__file__).resolve().parent
 REGISTER_SLACK = 16
 
 
-def _run(script: str, *arguments: str) -> str:
+def _run(module: str, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / script), *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    command = [sys.executable, "-m", f"tests.triton.{module}", *arguments]
+    run = subprocess.run(
+        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-8000:]
     return run.stdout
 
@@ -31,7 +33,7 @@ def _run(script: str, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     path = tmp_path_factory.mktemp("aot") / "report.json"
-    _run("aot_compile.py", str(path))
+    _run("aot_compile", str(path))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -52,4 +54,4 @@ def test_resources_stay_within_the_baseline(name: str, measured: dict[str, dict[
 
 
 def test_small_cases_compile_as_a_device_would_specialise_them() -> None:
-    assert int(_run("compile_small_cases.py", "90")) >= 60
+    assert int(_run("compile_small_cases", "90")) >= 60

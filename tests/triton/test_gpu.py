@@ -1,22 +1,16 @@
-"""The Triton kernels on a device: against fp64, on streams, in CUDA graphs, bit for bit on repeat, beyond 2^31 elements."""
+"""The Triton kernels on a device: against fp64, and beyond 2^31 elements. The rest is in tests/ops/test_on_gpu.py."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from problems import Case, Problem, run
-from triton_cases import MIDDLE_CASES, SMALL_CASES
 
 import ltxkern
 from ltxkern import reference, use_backend
+from tests.ops.op_cases import CASES, OpCase, Size
+from tests.triton.exact import hold
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
 ]
 
-CASES = SMALL_CASES + MIDDLE_CASES
 ROWS = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in CASES for dtype in case.dtypes]
 
 
@@ -34,43 +27,12 @@ def triton_backend():
         yield
 
 
-def called(problem: Problem) -> list[Tensor]:
-    out = problem.outputs()
-    problem.call(out)
-    return out
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(
-        torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) and torch.equal(a.isnan(), b.isnan())
-        for a, b in zip(first, second, strict=True)
-    )
-
-
 @pytest.mark.parametrize(("case", "dtype"), ROWS)
-def test_against_fp64_and_on_repeat(case: Case, dtype: torch.dtype) -> None:
-    assert same(run(case, "cuda", dtype), run(case, "cuda", dtype)), "two runs differ"
-
-
-@pytest.mark.parametrize("case", MIDDLE_CASES, ids=str)
-def test_on_a_side_stream_and_in_a_graph(case: Case) -> None:
-    problem = case.make("cuda", torch.bfloat16)
-    expected = called(problem)
-    out = problem.outputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        problem.call(out)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert same(out, expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        problem.call(out)
-    for _ in range(2):
-        for value in out:
-            value.fill_(float("nan"))
-        graph.replay()
-        assert same(out, expected)
+@pytest.mark.parametrize("size", [Size(2, 5, 13), Size(1, 513, 1024)], ids=str)
+def test_against_fp64(case: OpCase, dtype: torch.dtype, size: Size) -> None:
+    with torch.device("cuda"):
+        tensors = case.tensors(dtype, size)
+    hold(case, tensors)
 
 
 def test_one_bad_value_makes_all_noise_nan() -> None:

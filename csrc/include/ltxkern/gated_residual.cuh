@@ -48,4 +48,77 @@ __global__ void __launch_bounds__(256) gated_residual_rows(GatedResidualTiles p)
     store_typed(p.out, p.x.type, row * p.width + column, x);
 }
 
+// What a launch of whole packs adds: strides of rows and the width are counted in packs.
+struct GatedResidualPacks : GatedResidual {
+    i64 by_inner, by_share;  // divide a row by `inner`, and a warp by those that share a row
+};
+
+// A warp has its share of one row. Activations are T, the gate of stride 1 along a row is M.
+template <class T, class M>
+__global__ void __launch_bounds__(256, 4) gated_residual_packs(GatedResidualPacks p) {
+    constexpr int V = kVector<T>, kTogether = kPacks * sizeof(T) / sizeof(M);
+    u32 width = static_cast<u32>(p.width), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    u32 row = divide(warp, p.by_share), column = warp * kWarpPacks - row * width + threadIdx.x % 32;
+    if (row >= static_cast<u32>(p.rows)) return;
+    u32 outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
+    const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
+    const char* y_at = pack_address<T, V>(p.y.data, packed_row(p.y, outer, inner) + column);
+    char* out = pack_address<T, V>(p.out, row * width + column);
+    Raw<V> x[kPacks], y[kPacks], gate[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        x[j] = load_pack<T, V>(x_at, j);
+        y[j] = load_pack<T, V>(y_at, j);
+    }
+    if (!find_row(p.index, outer, inner)) {
+#pragma unroll
+        for (int j = 0; j < kPacks; ++j) store_pack<T>(out, j, nan_pack<T, V>());
+        return;
+    }
+    const char* gate_at = pack_address<M, V>(p.gate.data, packed_row(p.gate, outer, inner) + column);
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        if (j % kTogether == 0) {
+#pragma unroll
+            for (int next = j; next < j + kTogether; ++next) gate[next] = load_pack<M, V>(gate_at, next);
+        }
+        float values[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) + product(element<T>(y[j], k), element<M>(gate[j], k));
+        store_pack<T>(out, j, rounded_pack<T>(values));
+    }
+}
+
+// 2 sigmoid(logit) for a result in T: 16 bits do not see what the quick functions lose.
+template <class T>
+LTXK_DEVICE float doubled_sigmoid(float logit) {
+    if constexpr (sizeof(T) == 4) return 2.0f / (1.0f + expf(-logit));
+    else return 2.0f * fast_reciprocal(1.0f + fast_exp2(logit * -1.4426950408889634f));
+}
+
+// A warp has neighbouring packs of heads that lie row behind row in the result. Activations are T, logits are M.
+template <class T, class M>
+__global__ void __launch_bounds__(256, 4) head_gate_packs(GatedResidualPacks p) {
+    constexpr int V = kVector<T>;
+    u32 width = static_cast<u32>(p.width), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    u32 first = warp * kWarpPacks + threadIdx.x % 32;
+    if (first >= static_cast<u32>(p.rows) * width) return;
+    char* out = pack_address<T, V>(p.out, first);
+    Raw<V> x[kPacks];
+    float logit[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        u32 at = first + 32 * j, row = divide(at, p.by_share), outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
+        x[j] = load_pack<T, V>(pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + at - row * width), 0);
+        logit[j] = to_float(static_cast<const M*>(p.gate.data)[packed_row(p.gate, outer, inner)]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        float factor = doubled_sigmoid<T>(logit[j]), values[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) * factor;
+        store_pack<T>(out, j, rounded_pack<T>(values));
+    }
+}
+
 }  // namespace ltxk

@@ -1,8 +1,8 @@
 // GroupNorm + SiLU in two passes over the activation: statistics per tile, then normalise, scale, add, SiLU.
 //
-// A partial is the (mean, M2) of one channel over one chunk of positions, of known count; conv_bias shifts its mean, so the
-// convolution's bias costs nothing. Partials of a group are merged in a fixed order, at the head of the apply pass where they are
-// few, by a finalise kernel where they are many: no atomics, nothing to reset between replays of a graph.
+// A partial is the (mean, M2) of one channel over one chunk of positions, of known count. Between the passes a small kernel merges the
+// partials of each group in a fixed order, their means shifted by conv_bias, so that the convolution's bias costs nothing, and writes
+// what every channel does to its elements: no atomics, nothing to reset between replays of a graph.
 #pragma once
 
 #include "ltxkern/moments.cuh"
@@ -15,45 +15,79 @@ struct alignas(8) Partial {
     float mean, m2;
 };
 
-#include "ltxkern/group_norm_silu_parameters.cuh"
-
-// What the launches of two passes add.
-struct GroupNormTwoPass : GroupNormSilu {
-    Partial* partials;  // [n][channel][chunk]
-    Partial* finals;    // [n][group]: mean and 1 / sqrt(var + eps); null: each block merges the partials itself
-    i64 chunk;          // positions per partial
-    i64 chunks;         // partials per channel: ceil(positions / chunk)
-    i64 lanes, rows;    // channels-last: threads of a block along the channels, the others take further positions
-};
-
 // What one channel does to its elements: silu((v - mean) * scale + offset + residual).
-struct ChannelAffine {
+struct alignas(16) ChannelAffine {
     float mean, scale, offset;
 
-    LTXK_DEVICE float apply(float v, float residual) const { return silu((v - mean) * scale + offset + residual); }
+    // With the factor that T's silu asks for in scale and offset.
+    template <class T>
+    LTXK_DEVICE ChannelAffine scaled() const {
+        return {mean, scale * kSiluFactor<T>, offset * kSiluFactor<T>};
+    }
 };
 
-LTXK_DEVICE float inverse_deviation(float variance, float eps) { return fast_rsqrt(variance + eps); }
+#include "ltxkern/group_norm_silu_parameters.cuh"
 
-// The shift goes into the mean: (v + conv_bias) - mean = v - (mean - conv_bias).
-LTXK_DEVICE ChannelAffine channel_affine(const GroupNormSilu& p, i64 channel, float mean, float rstd) {
-    ChannelAffine affine;
-    affine.mean = mean - load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
-    affine.scale = load_param(p.weight, p.weight_type, channel, 1.0f) * rstd;
-    affine.offset = load_param(p.bias, p.bias_type, channel, 0.0f);
-    return affine;
+// What the launches of two passes add. by_x: what divides by x.
+struct GroupNormTwoPass : GroupNormSilu {
+    Partial* partials;      // [n][channel][chunk]
+    ChannelAffine* affine;  // [n][channel]
+    i64 chunk;              // positions per partial
+    i64 chunks, by_chunks;  // partials per channel: ceil(positions / chunk)
+    i64 by_groups;          // groups of one sample
+    i64 lanes, by_lanes, rows, by_rows;  // channels-last: threads of a block along the channels, the others take further positions
+};
+
+// Values of 16 bits have no mean that one float does not hold.
+template <class T>
+constexpr bool kWide = sizeof(T) > 2;
+
+// The shift goes into the mean: (v + conv_bias) - mean = v - (mean - conv_bias); what that loses goes into the offset.
+LTXK_DEVICE ChannelAffine channel_affine(const GroupNormSilu& p, i64 channel, const PairMoments& all, float rstd) {
+    float shift = load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
+    float scale = load_param(p.weight, p.weight_type, channel, 1.0f) * rstd;
+    Pair mean = exact_sum(all.mean, -shift);
+    return {mean.high, scale, fused(-(mean.low + all.low), scale, load_param(p.bias, p.bias_type, channel, 0.0f))};
 }
 
-// Mean and M2 of COUNT values held in registers, in two passes.
-template <int COUNT>
-LTXK_DEVICE void merge_values(Moments<float>& moments, const float (&values)[COUNT]) {
-    float sum = 0.0f;
+template <class T, bool RESIDUAL, int V>
+LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& residual, const ChannelAffine& scaled) {
+    float values[V], added[V];
+    unpack(pack, values);
+    if constexpr (RESIDUAL) unpack(residual, added);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) sum += values[i];
-    float mean = sum * (1.0f / COUNT), m2 = 0.0f;
+    for (int k = 0; k < V; ++k) {
+        float v = fused(values[k] - scaled.mean, scaled.scale, scaled.offset);
+        if constexpr (RESIDUAL) v = fused(added[k], kSiluFactor<T>, v);
+        values[k] = silu<T>(v);
+    }
+    return rounded<T, V>(values);
+}
+
+// Elements threadIdx.x * V, and on by the block's stride, of `count`, count a multiple of V: four loads are under way before the
+// first is used. `load_pack` gives a pack of x, `affine_at` its channel's numbers.
+template <class T, int V, bool RESIDUAL, class LoadPack, class AffineAt>
+LTXK_DEVICE void apply_all(T* out, const T* residual, u32 count, LoadPack load_pack, AffineAt affine_at) {
+    constexpr int kBatch = 4;
+    u32 step = blockDim.x * V, i = threadIdx.x * V;
+    for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
+        Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) m2 += (values[i] - mean) * (values[i] - mean);
-    moments.merge(COUNT, mean, m2);
+        for (int b = 0; b < kBatch; ++b) packs[b] = load_pack(i + b * step);
+        if constexpr (RESIDUAL) {
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(residual + (i + b * step));
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+            store_streaming<T, V>(
+                out + (i + b * step), normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * step)));
+    }
+    for (; i < count; i += step) {
+        Pack<T, V> added;
+        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
+        store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(load_pack(i), added, affine_at(i)));
+    }
 }
 
 // An interval of elements split into a 16-byte aligned body and its two ragged ends.
@@ -74,103 +108,98 @@ struct Span {
 
 // Moments of elements [span.begin, span.end) as seen by this thread.
 template <class T, int V>
-LTXK_DEVICE Moments<float> thread_moments(const T* x, const Span& span) {
+LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span) {
     constexpr int kBatch = 4;
-    Moments<float> moments;
-    i64 step = static_cast<i64>(blockDim.x) * V, i = span.body_begin + static_cast<i64>(threadIdx.x) * V;
-    for (; i + (kBatch - 1) * step < span.body_end; i += kBatch * step) {
+    PairMoments moments;
+    const T* body = x + span.body_begin;
+    u32 count = static_cast<u32>(span.body_end - span.body_begin), step = blockDim.x * V, i = threadIdx.x * V;
+    for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
         Pack<T, V> packs[kBatch];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(x + i + b * step);
-        float values[kBatch * V];
+        for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(body + (i + b * step));
+        float values[kBatch][V];
 #pragma unroll
-        for (int k = 0; k < kBatch * V; ++k) values[k] = to_float(packs[k / V].value[k % V]);
-        merge_values(moments, values);
+        for (int b = 0; b < kBatch; ++b) unpack(packs[b], values[b]);
+        moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
     }
-    for (; i < span.body_end; i += step) {
-        Pack<T, V> pack = load<T, V>(x + i);
+    for (; i < count; i += step) {
         float values[V];
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = to_float(pack.value[k]);
-        merge_values(moments, values);
+        unpack(load<T, V>(body + i), values);
+        moments.add<kWide<T>>(values);
     }
-    for (i64 k = threadIdx.x; k < span.ragged(); k += blockDim.x) moments.merge(1.0f, to_float(x[span.ragged_index(k)]), 0.0f);
+    for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x)
+        moments.merge<kWide<T>>(1.0f, to_float(x[span.ragged_index(k)]), 0.0f, 0.0f);
     return moments;
 }
 
-// Contiguous layout; block = one chunk of one channel of one sample.
+// Elements of a tile: one chunk of one channel of one sample.
+LTXK_DEVICE Span tile_span(const GroupNormTwoPass& p, u32 row, u32 chunk, int vector) {
+    i64 first = chunk * p.chunk, last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
+    return Span(row * p.positions + first, row * p.positions + last, vector);
+}
+
+// Contiguous layout; block = one tile.
 template <class T, int V>
 __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
-    LTXK_SHARED(BlockMoments<float>, scratch);
-    u32 tile = blockIdx.x, chunks = static_cast<u32>(p.chunks);
-    i64 row = tile / chunks, first = (tile % chunks) * p.chunk;
-    i64 last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
-    Moments<float> mine = thread_moments<T, V>(static_cast<const T*>(p.x), Span(row * p.positions + first, row * p.positions + last, V));
-    Moments<float> all = merge_block(mine, scratch);
-    if (threadIdx.x == 0) {
-        float shift = load_param(p.conv_bias, p.conv_bias_type, static_cast<u32>(row) % static_cast<u32>(p.channels), 0.0f);
-        p.partials[tile] = {all.mean + shift, all.m2};
-    }
+    LTXK_SHARED(WarpMoments, scratch);
+    u32 tile = blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
+    PairMoments all = merge_block(thread_moments<T, V>(static_cast<const T*>(p.x), tile_span(p, row, chunk, V)), scratch);
+    if (threadIdx.x == 0) p.partials[tile] = {all.mean, all.m2};
 }
 
-// Mean and inverse deviation of one group from its partials: Chan's rule for all of them at once, about the first one's mean.
-// `group`: of all samples.
-LTXK_DEVICE Partial merge_partials(const GroupNormTwoPass& p, i64 group, BlockSum<float>& scratch) {
-    const Partial* partials = p.partials + group * p.group_channels * p.chunks;
-    u32 chunks = static_cast<u32>(p.chunks), count = static_cast<u32>(p.group_channels) * chunks;
+// Block = one group of one sample: its mean and deviation from its partials, then what each of its channels does.
+__global__ void __launch_bounds__(512) group_norm_finalize(GroupNormTwoPass p) {
+    LTXK_SHARED(WarpMoments, scratch);
+    constexpr int kBatch = 8;
+    u32 group = blockIdx.x, chunks = static_cast<u32>(p.chunks), channels = static_cast<u32>(p.group_channels);
+    u32 first = group * channels, count = channels * chunks;
+    const Partial* partials = p.partials + static_cast<i64>(first) * chunks;
+    u32 channel = first - divide(group, p.by_groups) * static_cast<u32>(p.channels);
     float whole = static_cast<float>(p.chunk), rest = static_cast<float>(p.positions - (p.chunks - 1) * p.chunk);
-    float per_element = fast_reciprocal(static_cast<float>(p.group_channels * p.positions)), pivot = partials[0].mean, shifted = 0.0f;
-    for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
-        float weight = i % chunks == chunks - 1 ? rest : whole;
-        shifted += (partials[i].mean - pivot) * (weight * per_element);
-    }
-    float mean = pivot + sum_block(shifted, scratch), variance = 0.0f;
-    for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
-        float weight = i % chunks == chunks - 1 ? rest : whole;
-        float delta = partials[i].mean - mean;
-        variance += partials[i].m2 * per_element + delta * delta * (weight * per_element);
-    }
-    variance = sum_block(variance, scratch);
-    return {mean, inverse_deviation(variance, static_cast<float>(p.eps))};
-}
-
-// Block = one group of one sample.
-__global__ void __launch_bounds__(256) group_norm_finalize(GroupNormTwoPass p) {
-    LTXK_SHARED(BlockSum<float>, scratch);
-    i64 group = blockIdx.x;
-    Partial final = merge_partials(p, group, scratch);
-    if (threadIdx.x == 0) p.finals[group] = final;
-}
-
-template <class T, int V>
-LTXK_DEVICE void apply_pack(const T* x, T* out, const T* residual, const ChannelAffine& affine, i64 i) {
-    Pack<T, V> pack = load_streaming<T, V>(x + i), added = {};
-    if (residual) added = load_streaming<T, V>(residual + i);
+    PairMoments moments;
+    for (u32 i = threadIdx.x; i < count; i += kBatch * blockDim.x) {
+        Partial batch[kBatch];
 #pragma unroll
-    for (int k = 0; k < V; ++k)
-        pack.value[k] = round_to<T>(affine.apply(to_float(pack.value[k]), residual ? to_float(added.value[k]) : 0.0f));
-    store_streaming<T, V>(out + i, pack);
+        for (int b = 0; b < kBatch; ++b) batch[b] = partials[i + b * blockDim.x < count ? i + b * blockDim.x : i];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+            u32 at = i + b * blockDim.x, c = divide(at, p.by_chunks), chunk = at - c * chunks;
+            if (at >= count) continue;
+            Pair mean = exact_sum(batch[b].mean, load_param(p.conv_bias, p.conv_bias_type, channel + c, 0.0f));
+            moments.merge<true>(chunk == chunks - 1 ? rest : whole, mean.high, mean.low, batch[b].m2);
+        }
+    }
+    PairMoments all = merge_block(moments, scratch);
+    float rstd = inverse_deviation(all, static_cast<float>(p.eps));
+    for (u32 c = threadIdx.x; c < channels; c += blockDim.x) p.affine[first + c] = channel_affine(p, channel + c, all, rstd);
+}
+
+template <class T, int V, bool RESIDUAL>
+LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const ChannelAffine& scaled) {
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    auto same = [&](u32) { return scaled; };
+    const T* body = x + span.body_begin;
+    apply_all<T, V, RESIDUAL>(
+        out + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr, static_cast<u32>(span.body_end - span.body_begin),
+        [&](u32 i) { return load_streaming<T, V>(body + i); }, same);
+    for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
+        i64 at = span.ragged_index(k);
+        Pack<T, 1> added = {};
+        if constexpr (RESIDUAL) added = load<T, 1>(residual + at);
+        store<T, 1>(out + at, normalised<T, RESIDUAL>(load<T, 1>(x + at), added, scaled));
+    }
 }
 
 // Contiguous layout; blocks walk the activation backwards, so that they meet its tail while it is still in the L2 cache.
 template <class T, int V>
 __global__ void __launch_bounds__(256, 4) group_norm_apply(GroupNormTwoPass p) {
-    LTXK_SHARED(BlockSum<float>, scratch);
-    u32 tile = gridDim.x - 1 - blockIdx.x, chunks = static_cast<u32>(p.chunks), row = tile / chunks;
-    i64 first = (tile % chunks) * p.chunk, last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
-    u32 channel = row % static_cast<u32>(p.channels), group = row / static_cast<u32>(p.group_channels);
-    Partial final = p.finals ? p.finals[group]
-                             : merge_partials(p, group, scratch);
-    ChannelAffine affine = channel_affine(p, channel, final.mean, final.m2);
-    const T* x = static_cast<const T*>(p.x);
-    const T* residual = static_cast<const T*>(p.residual);
-    T* out = static_cast<T*>(p.out);
-    Span span(static_cast<i64>(row) * p.positions + first, static_cast<i64>(row) * p.positions + last, V);
-    i64 step = static_cast<i64>(blockDim.x) * V;
-#pragma unroll 2
-    for (i64 i = span.body_begin + static_cast<i64>(threadIdx.x) * V; i < span.body_end; i += step)
-        apply_pack<T, V>(x, out, residual, affine, i);
-    for (i64 k = threadIdx.x; k < span.ragged(); k += blockDim.x) apply_pack<T, 1>(x, out, residual, affine, span.ragged_index(k));
+    u32 tile = gridDim.x - 1 - blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
+    ChannelAffine scaled = p.affine[row].scaled<T>();
+    Span span = tile_span(p, row, chunk, V);
+    if (p.residual) apply_tile<T, V, true>(p, span, scaled);
+    else apply_tile<T, V, false>(p, span, scaled);
 }
 
 }  // namespace ltxk

@@ -8,20 +8,21 @@
 
 namespace ltxk {
 
-// Where a thread works: its first channel, its first position, and how many positions of the chunk there are.
+// Where a thread works: its first channel, its place among the rows, and how many positions of the chunk there are.
 struct ColumnThread {
-    u32 sample, chunk, lane, row;
-    i64 channel, first, count;
+    u32 sample, chunk, lane, row, channel, count;
+    i64 first;  // element of the chunk's first position and this thread's first channel
 
     LTXK_DEVICE ColumnThread(const GroupNormTwoPass& p, u32 tile, int vector) {
-        u32 chunks = static_cast<u32>(p.chunks), lanes = static_cast<u32>(p.lanes);
-        sample = tile / chunks;
-        chunk = tile % chunks;
-        lane = threadIdx.x % lanes;
-        row = threadIdx.x / lanes;
-        channel = (static_cast<i64>(blockIdx.y) * lanes + lane) * vector;
-        first = chunk * p.chunk;
-        count = p.positions - first < p.chunk ? p.positions - first : p.chunk;
+        u32 lanes = static_cast<u32>(p.lanes);
+        sample = divide(tile, p.by_chunks);
+        chunk = tile - sample * static_cast<u32>(p.chunks);
+        row = divide(threadIdx.x, p.by_lanes);
+        lane = threadIdx.x - row * lanes;
+        channel = (blockIdx.y * lanes + lane) * vector;
+        i64 position = chunk * p.chunk;
+        count = static_cast<u32>(p.positions - position < p.chunk ? p.positions - position : p.chunk);
+        first = (sample * p.positions + position) * p.channels + channel;
     }
 };
 
@@ -36,67 +37,110 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormTwoP
     LTXK_SHARED(ColumnScratch<V>, scratch);
     constexpr int kBatch = 8;
     ColumnThread at(p, blockIdx.x, V);
-    i64 rows = p.rows;
-    bool active = at.row < rows && at.channel < p.channels;
+    u32 rows = static_cast<u32>(p.rows), channels = static_cast<u32>(p.channels);
+    bool active = at.row < rows && at.channel < channels;
     float mean[V], m2[V], count = 0.0f;
 #pragma unroll
     for (int k = 0; k < V; ++k) mean[k] = m2[k] = 0.0f;
     if (active) {
-        const T* x = static_cast<const T*>(p.x) + (at.sample * p.positions + at.first) * p.channels + at.channel;
-        i64 i = at.row;
+        i64 stride = static_cast<i64>(rows) * channels;
+        const T* x = static_cast<const T*>(p.x) + at.first + static_cast<i64>(at.row) * channels;
+        u32 i = at.row;
         for (; i + (kBatch - 1) * rows < at.count; i += kBatch * rows) {
             Pack<T, V> packs[kBatch];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(x + (i + b * rows) * p.channels);
-            float share = kBatch * fast_reciprocal(count + kBatch);
+            for (int b = 0; b < kBatch; ++b, x += stride) packs[b] = load<T, V>(x);
+            float share = count == 0.0f ? 1.0f : kBatch * fast_reciprocal(count + kBatch), weight = count * share;
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-                float sum = 0.0f, squared = 0.0f;
+                float sum = 0.0f;
 #pragma unroll
                 for (int b = 0; b < kBatch; ++b) sum += to_float(packs[b].value[k]);
-                float batch_mean = sum * (1.0f / kBatch);
+                float centre = sum * (1.0f / kBatch), delta = centre - mean[k];
 #pragma unroll
                 for (int b = 0; b < kBatch; ++b) {
-                    float d = to_float(packs[b].value[k]) - batch_mean;
-                    squared += d * d;
+                    float d = to_float(packs[b].value[k]) - centre;
+                    m2[k] = fused(d, d, m2[k]);
                 }
-                float delta = batch_mean - mean[k];
-                mean[k] += delta * share;
-                m2[k] += squared + delta * delta * count * share;
+                mean[k] = fused(delta, share, mean[k]);
+                m2[k] = fused(delta * delta, weight, m2[k]);
             }
             count += kBatch;
         }
-        for (; i < at.count; i += rows) {
-            Pack<T, V> pack = load<T, V>(x + i * p.channels);
-            float share = fast_reciprocal(count + 1.0f);
+        for (; i < at.count; i += rows, x += stride) {
+            Pack<T, V> pack = load<T, V>(x);
+            float share = count == 0.0f ? 1.0f : fast_reciprocal(count + 1.0f), weight = count * share;
 #pragma unroll
             for (int k = 0; k < V; ++k) {
                 float delta = to_float(pack.value[k]) - mean[k];
-                mean[k] += delta * share;
-                m2[k] += delta * delta * count * share;
+                mean[k] = fused(delta, share, mean[k]);
+                m2[k] = fused(delta * delta, weight, m2[k]);
             }
             count += 1.0f;
         }
 #pragma unroll
-        for (int k = 0; k < V; ++k) scratch.partial[(at.row * p.lanes + at.lane) * V + k] = {mean[k], m2[k]};
+        for (int k = 0; k < V; ++k) scratch.partial[(at.row * static_cast<u32>(p.lanes) + at.lane) * V + k] = {mean[k], m2[k]};
     }
     __syncthreads();
-    u32 width = static_cast<u32>(p.lanes) * V;
+    u32 width = static_cast<u32>(p.lanes) * V, whole = divide(at.count, p.by_rows), rest = at.count - whole * rows;
+    auto taken = [&](u32 r) { return static_cast<float>(whole + (r < rest)); };
+    float per_element = fast_reciprocal(static_cast<float>(at.count));
     for (u32 c = threadIdx.x; c < width; c += blockDim.x) {
-        i64 channel = static_cast<i64>(blockIdx.y) * width + c;
-        if (channel >= p.channels) continue;
-        // Chan's rule for all rows at once, about the first one's mean.
-        auto taken = [&](u32 r) { return at.count > r ? static_cast<float>((at.count - r - 1) / static_cast<u32>(rows) + 1) : 0.0f; };
-        float per_element = fast_reciprocal(static_cast<float>(at.count)), pivot = scratch.partial[c].mean, shifted = 0.0f, sum = 0.0f;
+        u32 channel = blockIdx.y * width + c;
+        if (channel >= channels) continue;
+        // Chan's rule for all rows at once: about the first one's mean, which may lie far away, then about the mean of all.
+        float pivot = scratch.partial[c].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
+#pragma unroll 4
         for (u32 r = 1; r < rows; ++r) shifted += (scratch.partial[r * width + c].mean - pivot) * (taken(r) * per_element);
         float centre = pivot + shifted;
+#pragma unroll 4
         for (u32 r = 0; r < rows; ++r) {
             Partial partial = scratch.partial[r * width + c];
             float delta = partial.mean - centre;
-            sum += partial.m2 + delta * delta * taken(r);
+            low += delta * (taken(r) * per_element);
+            sum += fused(delta * delta, taken(r), partial.m2);
         }
-        float shift = load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
-        p.partials[(at.sample * p.channels + channel) * p.chunks + at.chunk] = {centre + shift, sum};
+        i64 slot = (static_cast<i64>(at.sample) * channels + channel) * p.chunks + at.chunk;
+        p.partials[slot] = {centre + low, sum};
+    }
+}
+
+template <class T, int V, bool RESIDUAL>
+LTXK_DEVICE void apply_column(const GroupNormTwoPass& p, const ColumnThread& at, const ChannelAffine (&scaled)[V]) {
+    constexpr int kBatch = 4;
+    u32 rows = static_cast<u32>(p.rows);
+    i64 stride = static_cast<i64>(rows) * p.channels, offset = at.first + static_cast<i64>(at.row) * p.channels;
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    auto apply = [&](const Pack<T, V>& pack, const Pack<T, V>& added, i64 to) {
+        float values[V], more[V];
+        unpack(pack, values);
+        if constexpr (RESIDUAL) unpack(added, more);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+            float v = fused(values[k] - scaled[k].mean, scaled[k].scale, scaled[k].offset);
+            if constexpr (RESIDUAL) v = fused(more[k], kSiluFactor<T>, v);
+            values[k] = silu<T>(v);
+        }
+        store_streaming<T, V>(out + to, rounded<T, V>(values));
+    };
+    u32 i = at.row;
+    for (; i + (kBatch - 1) * rows < at.count; i += kBatch * rows, offset += kBatch * stride) {
+        Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) packs[b] = load_streaming<T, V>(x + offset + b * stride);
+        if constexpr (RESIDUAL) {
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(residual + offset + b * stride);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) apply(packs[b], added[RESIDUAL ? b : 0], offset + b * stride);
+    }
+    for (; i < at.count; i += rows, offset += stride) {
+        Pack<T, V> added;
+        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + offset);
+        apply(load_streaming<T, V>(x + offset), added, offset);
     }
 }
 
@@ -104,28 +148,13 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormTwoP
 template <class T, int V>
 __global__ void __launch_bounds__(256, 2) group_norm_apply_columns(GroupNormTwoPass p) {
     ColumnThread at(p, gridDim.x - 1 - blockIdx.x, V);
-    if (at.row >= p.rows || at.channel >= p.channels) return;
-    ChannelAffine affine[V];
-    u32 group_channels = static_cast<u32>(p.group_channels), groups = static_cast<u32>(p.channels) / group_channels;
+    u32 channels = static_cast<u32>(p.channels);
+    if (at.row >= static_cast<u32>(p.rows) || at.channel >= channels) return;
+    ChannelAffine scaled[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-        u32 channel = static_cast<u32>(at.channel) + k;
-        Partial final = p.finals[at.sample * groups + channel / group_channels];
-        affine[k] = channel_affine(p, channel, final.mean, final.m2);
-    }
-    i64 base = (at.sample * p.positions + at.first) * p.channels + at.channel;
-    const T* x = static_cast<const T*>(p.x) + base;
-    const T* residual = p.residual ? static_cast<const T*>(p.residual) + base : nullptr;
-    T* out = static_cast<T*>(p.out) + base;
-    for (i64 i = at.row; i < at.count; i += p.rows) {
-        i64 offset = i * p.channels;
-        Pack<T, V> pack = load_streaming<T, V>(x + offset), added = {};
-        if (residual) added = load_streaming<T, V>(residual + offset);
-#pragma unroll
-        for (int k = 0; k < V; ++k)
-            pack.value[k] = round_to<T>(affine[k].apply(to_float(pack.value[k]), residual ? to_float(added.value[k]) : 0.0f));
-        store_streaming<T, V>(out + offset, pack);
-    }
+    for (int k = 0; k < V; ++k) scaled[k] = p.affine[static_cast<i64>(at.sample) * channels + at.channel + k].scaled<T>();
+    if (p.residual) apply_column<T, V, true>(p, at, scaled);
+    else apply_column<T, V, false>(p, at, scaled);
 }
 
 }  // namespace ltxk

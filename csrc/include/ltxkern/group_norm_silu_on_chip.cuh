@@ -9,14 +9,15 @@
 
 namespace ltxk {
 
-// What a launch adds.
+// What a launch adds. by_x: what divides by x.
 struct GroupNormOnChip : GroupNormSilu {
-    i64 groups;         // samples * groups per sample
-    i64 blocks;         // blocks that share a group: the cluster, or a team of the persistent grid
-    i64 slice;          // elements of a group per block, a multiple of the vector
-    i64 kept;           // of these, elements held in shared memory, a multiple of the vector
-    Partial* partials;  // pipeline only: [group][block of the team]
-    u32* arrived;       // pipeline only: [group], zero before the launch
+    i64 groups, by_groups;    // samples * groups per sample; by_groups: by those of one sample
+    i64 blocks, by_blocks;    // blocks that share a group: the cluster, or a team of the persistent grid
+    i64 slice;                // elements of a group per block, a multiple of the vector
+    i64 kept;                 // of these, elements held in shared memory, a multiple of the vector
+    i64 by_positions;
+    PairMoments* partials;    // pipeline only: [group][block of the team]
+    u32* arrived;             // pipeline only: [group], zero before the launch
 };
 
 // One block's part of one group.
@@ -24,89 +25,127 @@ struct Slice {
     i64 start;          // in the activation
     u32 first, count;   // in the group
     u32 group_channel;  // first channel of the group
-    i64 group_start;    // in the activation
 
-    LTXK_DEVICE Slice(const GroupNormOnChip& p, i64 group, u32 block) {
+    LTXK_DEVICE Slice(const GroupNormOnChip& p, u32 group, u32 block) {
         i64 length = p.group_channels * p.positions, from = p.slice * block;
         first = static_cast<u32>(from);
         count = from >= length ? 0u : static_cast<u32>(length - from < p.slice ? length - from : p.slice);
-        group_start = group * length;
-        start = group_start + from;
-        group_channel = static_cast<u32>(group) % static_cast<u32>(p.channels / p.group_channels) * static_cast<u32>(p.group_channels);
+        start = group * length + from;
+        u32 channels = static_cast<u32>(p.group_channels);
+        group_channel = group * channels - divide(group, p.by_groups) * static_cast<u32>(p.channels);
     }
 };
 
-// The group's first value, about which its moments are taken: means far from zero would else lose digits in every merge. Loaded with
-// the slice, since the result may replace it in memory.
-template <class T>
-LTXK_DEVICE float pivot_of(const GroupNormOnChip& p, const Slice& slice) {
-    return to_float(static_cast<const T*>(p.x)[slice.group_start]) + load_param(p.conv_bias, p.conv_bias_type, slice.group_channel, 0.0f);
+// The tables of one group's channels, at the end of shared memory.
+struct ChannelTables {
+    ChannelAffine* affine;
+    float* shift;  // conv_bias
+
+    LTXK_DEVICE ChannelTables(const GroupNormOnChip& p, unsigned char* memory) {
+        affine = reinterpret_cast<ChannelAffine*>(memory);
+        shift = reinterpret_cast<float*>(affine + p.group_channels);
+    }
+};
+
+// Moments of elements [from, to) of the slice, which go into shared memory where they are KEPT. A vector never straddles two channels.
+template <class T, int V, bool KEPT, bool SHIFTED, int BATCH>
+LTXK_DEVICE void read_part(
+    const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts, u32 from, u32 to, PairMoments& moments) {
+    const T* x = static_cast<const T*>(p.x) + slice.start;
+    u32 step = blockDim.x * V, i = from + threadIdx.x * V;
+    auto read = [&](u32 at) {
+        if constexpr (KEPT) return load_streaming<T, V>(x + at);
+        else return load<T, V>(x + at);
+    };
+    auto keep = [&](const Pack<T, V>& pack, u32 at) {
+        if constexpr (KEPT) store<T, V>(kept + at, pack);
+    };
+    auto shift_at = [&](u32 at) {
+        if constexpr (SHIFTED) return shifts[divide(slice.first + at, p.by_positions)];
+        else return 0.0f;
+    };
+    for (; i + (BATCH - 1) * step < to; i += BATCH * step) {
+        Pack<T, V> packs[BATCH];
+        float values[BATCH][V];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) packs[b] = read(i + b * step);
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            keep(packs[b], i + b * step);
+            unpack(packs[b], values[b]);
+            float shift = shift_at(i + b * step);
+            if constexpr (SHIFTED && kWide<T>) {
+                moments.add<true>(values[b], shift);
+            } else if constexpr (SHIFTED) {
+#pragma unroll
+                for (int k = 0; k < V; ++k) values[b][k] += shift;
+            }
+        }
+        if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[BATCH * V]>(values));
+    }
+    for (; i < to; i += step) {
+        Pack<T, V> pack = read(i);
+        float values[V];
+        keep(pack, i);
+        unpack(pack, values);
+        moments.add<true>(values, shift_at(i));
+    }
 }
 
-// Reads the slice once: its moments about the pivot, and its first p.kept elements into shared memory. A vector never straddles two
-// channels.
-template <class T, int V>
-LTXK_DEVICE Moments<float> read_slice(const GroupNormOnChip& p, const Slice& slice, float pivot, T* kept) {
-    constexpr int kBatch = 4;
-    const T* x = static_cast<const T*>(p.x) + slice.start;
-    u32 positions = static_cast<u32>(p.positions), keep = static_cast<u32>(p.kept), step = blockDim.x * V;
-    Moments<float> moments;
-    auto shift_at = [&](u32 i) {
-        if (p.conv_bias == nullptr) return -pivot;
-        return load_param(p.conv_bias, p.conv_bias_type, slice.group_channel + (slice.first + i) / positions, 0.0f) - pivot;
-    };
-    u32 i = threadIdx.x * V;
-    for (; i + (kBatch - 1) * step < slice.count; i += kBatch * step) {
-        Pack<T, V> packs[kBatch];
-        float values[kBatch * V];
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = i + b * step < keep ? load_streaming<T, V>(x + i + b * step) : load<T, V>(x + i + b * step);
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            if (i + b * step < keep) store<T, V>(kept + i + b * step, packs[b]);
-            float shift = shift_at(i + b * step);
-#pragma unroll
-            for (int k = 0; k < V; ++k) values[b * V + k] = to_float(packs[b].value[k]) + shift;
-        }
-        merge_values(moments, values);
-    }
-    for (; i < slice.count; i += step) {
-        Pack<T, V> pack = load<T, V>(x + i);
-        if (i < keep) store<T, V>(kept + i, pack);
-        float values[V], shift = shift_at(i);
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = to_float(pack.value[k]) + shift;
-        merge_values(moments, values);
+// Reads the slice once: its moments, and its first p.kept elements into shared memory.
+template <class T, int V, bool ALL>
+LTXK_DEVICE PairMoments read_slice(const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts) {
+    u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
+    // Where a slice may be kept in part there are two loops, and with four loads in flight in each the registers would not do.
+    constexpr int kBatch = ALL ? 4 : 2;
+    PairMoments moments;
+    if (p.conv_bias) {
+        read_part<T, V, true, true, kBatch>(p, slice, kept, shifts, 0, keep, moments);
+        if constexpr (!ALL) read_part<T, V, false, true, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
+    } else {
+        read_part<T, V, true, false, kBatch>(p, slice, kept, shifts, 0, keep, moments);
+        if constexpr (!ALL) read_part<T, V, false, false, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
     }
     return moments;
 }
 
-// Normalises the slice; each thread meets the elements that it read before, so that shared memory needs no barrier.
-template <class T, int V>
-LTXK_DEVICE void apply_slice(const GroupNormOnChip& p, const Slice& slice, const T* kept, const ChannelAffine* affine) {
+template <class T, int V, bool ALL, bool RESIDUAL>
+LTXK_DEVICE void apply_parts(const GroupNormOnChip& p, const Slice& slice, const T* kept, const ChannelAffine* affine) {
     const T* x = static_cast<const T*>(p.x) + slice.start;
-    const T* residual = p.residual ? static_cast<const T*>(p.residual) + slice.start : nullptr;
+    const T* residual = RESIDUAL ? static_cast<const T*>(p.residual) + slice.start : nullptr;
     T* out = static_cast<T*>(p.out) + slice.start;
-    u32 positions = static_cast<u32>(p.positions), keep = static_cast<u32>(p.kept), step = blockDim.x * V;
-#pragma unroll 2
-    for (u32 i = threadIdx.x * V; i < slice.count; i += step) {
-        Pack<T, V> pack = i < keep ? load<T, V>(kept + i) : load_streaming<T, V>(x + i), added = {};
-        if (residual) added = load_streaming<T, V>(residual + i);
-        ChannelAffine channel = affine[(slice.first + i) / positions];
-#pragma unroll
-        for (int k = 0; k < V; ++k)
-            pack.value[k] = round_to<T>(channel.apply(to_float(pack.value[k]), residual ? to_float(added.value[k]) : 0.0f));
-        store_streaming<T, V>(out + i, pack);
+    u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
+    apply_all<T, V, RESIDUAL>(
+        out, residual, keep, [&](u32 i) { return load<T, V>(kept + i); },
+        [&](u32 i) { return affine[divide(slice.first + i, p.by_positions)]; });
+    if constexpr (!ALL) {
+        apply_all<T, V, RESIDUAL>(
+            out + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep,
+            [&](u32 i) { return load_streaming<T, V>(x + (keep + i)); },
+            [&](u32 i) { return affine[divide(slice.first + keep + i, p.by_positions)]; });
     }
 }
 
-// `mean` counts from the pivot: it goes into the offset.
-LTXK_DEVICE void fill_affine(const GroupNormOnChip& p, const Slice& slice, ChannelAffine* affine, float pivot, float mean, float rstd) {
-    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x) {
-        ChannelAffine channel = channel_affine(p, slice.group_channel + c, pivot, rstd);
-        channel.offset -= mean * channel.scale;
-        affine[c] = channel;
-    }
+// Normalises the slice; each thread meets the elements that it read before, so that shared memory needs no barrier.
+template <class T, int V, bool ALL>
+LTXK_DEVICE void apply_slice(const GroupNormOnChip& p, const Slice& slice, const T* kept, const ChannelAffine* affine) {
+    if (p.residual) apply_parts<T, V, ALL, true>(p, slice, kept, affine);
+    else apply_parts<T, V, ALL, false>(p, slice, kept, affine);
+}
+
+// A barrier follows before they are used, where there is a conv_bias at all.
+LTXK_DEVICE void fill_shifts(const GroupNormOnChip& p, const Slice& slice, float* shifts) {
+    if (p.conv_bias == nullptr) return;
+    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x)
+        shifts[c] = load_param(p.conv_bias, p.conv_bias_type, slice.group_channel + c, 0.0f);
+    __syncthreads();
+}
+
+template <class T>
+LTXK_DEVICE void fill_affine(const GroupNormOnChip& p, const Slice& slice, ChannelAffine* affine, const PairMoments& all) {
+    float rstd = inverse_deviation(all, static_cast<float>(p.eps));
+    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x)
+        affine[c] = channel_affine(p, slice.group_channel + c, all, rstd).scaled<T>();
 }
 
 // Bytes of one slot of kept elements, rounded so that what follows is aligned.
@@ -118,77 +157,68 @@ LTXK_DEVICE u32 slot_bytes(const GroupNormOnChip& p) {
 // Grid = groups * blocks, in clusters of `blocks`; p.kept == p.slice.
 template <class T, int V>
 __global__ void __launch_bounds__(512, 2) group_norm_resident(GroupNormOnChip p) {
-    LTXK_SHARED(BlockMoments<float>, scratch);
-    LTXK_SHARED(Moments<float>, total);
+    LTXK_SHARED(WarpMoments, scratch);
+    LTXK_SHARED(PairMoments, total);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
     T* kept = reinterpret_cast<T*>(memory);
-    ChannelAffine* affine = reinterpret_cast<ChannelAffine*>(memory + slot_bytes<T>(p));
-    u32 blocks = static_cast<u32>(p.blocks);
-    Slice slice(p, blockIdx.x / blocks, blockIdx.x % blocks);
-    float pivot = pivot_of<T>(p, slice);
-    Moments<float> mine = merge_block(read_slice<T, V>(p, slice, pivot, kept), scratch);
-    if (threadIdx.x == 0) total = mine;
+    ChannelTables tables(p, memory + slot_bytes<T>(p));
+    u32 blocks = static_cast<u32>(p.blocks), group = divide(blockIdx.x, p.by_blocks);
+    Slice slice(p, group, blockIdx.x - group * blocks);
+    fill_shifts(p, slice, tables.shift);
+    PairMoments all = merge_block(read_slice<T, V, true>(p, slice, kept, tables.shift), scratch);
+    if (threadIdx.x == 0) total = all;
     cluster_sync();
-    Moments<float> all;
-    for (u32 rank = 0; rank < blocks; ++rank) all.merge(*cluster_peer(&total, rank));
-    fill_affine(p, slice, affine, pivot, all.mean, fast_rsqrt(all.m2 * fast_reciprocal(all.count) + static_cast<float>(p.eps)));
+    if (blocks > 1) {
+        PairMoments mine;
+        if (threadIdx.x % 32 < blocks) mine = *cluster_peer(&total, threadIdx.x % 32);
+        all = merge_warp(mine);
+    }
+    fill_affine<T>(p, slice, tables.affine, all);
     // Also keeps every block's `total` alive until the last peer has read it.
     cluster_sync();
-    apply_slice<T, V>(p, slice, kept, affine);
+    apply_slice<T, V, true>(p, slice, kept, tables.affine);
 }
 
-// Waits until all blocks of the team have delivered this group, then merges their partials about the first one's mean.
-LTXK_DEVICE Partial await_group(const GroupNormOnChip& p, i64 group, BlockSum<float>& scratch) {
+// Waits until all blocks of the team have delivered this group, then merges what they found.
+LTXK_DEVICE PairMoments await_group(const GroupNormOnChip& p, u32 group, WarpMoments& scratch) {
     u32 blocks = static_cast<u32>(p.blocks);
     if (threadIdx.x == 0)
         while (acquire(p.arrived + group) < blocks) spin_pause();
     __syncthreads();
-    const Partial* partials = p.partials + group * blocks;
-    i64 length = p.group_channels * p.positions;
-    float per_element = fast_reciprocal(static_cast<float>(length)), pivot = partials[0].mean, shifted = 0.0f, variance = 0.0f;
-    auto weight = [&](u32 block) { return static_cast<float>(Slice(p, group, block).count) * per_element; };
-    for (u32 b = threadIdx.x; b < blocks; b += blockDim.x) shifted += (partials[b].mean - pivot) * weight(b);
-    float mean = pivot + sum_block(shifted, scratch);
+    const PairMoments* partials = p.partials + static_cast<i64>(group) * blocks;
+    PairMoments mine;
     for (u32 b = threadIdx.x; b < blocks; b += blockDim.x) {
-        float delta = partials[b].mean - mean;
-        variance += partials[b].m2 * per_element + delta * delta * weight(b);
+        PairMoments one = partials[b];
+        if (one.count > 0.0f) mine.merge<true>(one.count, one.mean, one.low, one.m2);
     }
-    return {mean, fast_rsqrt(sum_block(variance, scratch) + static_cast<float>(p.eps))};
+    return merge_block(mine, scratch);
 }
-
-struct SlotPivots {
-    float slot[2];
-};
 
 // Cooperative grid of teams; a team walks the groups team, team + teams, ... with two slots of shared memory.
 template <class T, int V>
 __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p) {
-    LTXK_SHARED(BlockMoments<float>, scratch);
-    LTXK_SHARED(BlockSum<float>, sums);
-    LTXK_SHARED(SlotPivots, pivots);
+    LTXK_SHARED(WarpMoments, scratch);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
-    ChannelAffine* affine = reinterpret_cast<ChannelAffine*>(memory + 2 * slot_bytes<T>(p));
-    u32 blocks = static_cast<u32>(p.blocks), block = blockIdx.x % blocks, teams = gridDim.x / blocks;
-    u32 slot = 0;
-    for (i64 group = blockIdx.x / blocks; group < p.groups + teams; group += teams, slot ^= 1) {
-        if (group < p.groups) {
+    ChannelTables tables(p, memory + 2 * slot_bytes<T>(p));
+    u32 blocks = static_cast<u32>(p.blocks), team = divide(blockIdx.x, p.by_blocks), block = blockIdx.x - team * blocks;
+    u32 teams = divide(gridDim.x, p.by_blocks), groups = static_cast<u32>(p.groups), slot = 0;
+    for (u32 group = team; group < groups + teams; group += teams, slot ^= 1) {
+        if (group < groups) {
             Slice slice(p, group, block);
-            float pivot = pivot_of<T>(p, slice);
             T* kept = reinterpret_cast<T*>(memory + slot * slot_bytes<T>(p));
-            Moments<float> mine = merge_block(read_slice<T, V>(p, slice, pivot, kept), scratch);
+            fill_shifts(p, slice, tables.shift);
+            PairMoments mine = merge_block(read_slice<T, V, false>(p, slice, kept, tables.shift), scratch);
             if (threadIdx.x == 0) {
-                pivots.slot[slot] = pivot;
-                p.partials[group * blocks + block] = {mine.mean, mine.m2};
+                p.partials[static_cast<i64>(group) * blocks + block] = mine;
                 signal_add(p.arrived + group);
             }
         }
-        i64 before = group - teams;
-        if (before < 0) continue;
-        Partial final = await_group(p, before, sums);
+        if (group < teams) continue;
+        u32 before = group - teams;
         Slice slice(p, before, block);
-        fill_affine(p, slice, affine, pivots.slot[slot ^ 1], final.mean, final.m2);
+        fill_affine<T>(p, slice, tables.affine, await_group(p, before, scratch));
         __syncthreads();
-        apply_slice<T, V>(p, slice, reinterpret_cast<const T*>(memory + (slot ^ 1) * slot_bytes<T>(p)), affine);
+        apply_slice<T, V, false>(p, slice, reinterpret_cast<const T*>(memory + (slot ^ 1) * slot_bytes<T>(p)), tables.affine);
     }
 }
 

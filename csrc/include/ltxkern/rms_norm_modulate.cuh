@@ -22,7 +22,7 @@ LTXK_DEVICE void gated_sum(const RmsNormModulate& p, i64 x_row, i64 y_row, i64 g
 
 // Block = one row; a thread meets the same columns in both passes, so it reads back only what it wrote itself.
 template <int V>
-__global__ void __launch_bounds__(256) rms_norm_modulate_rows(RmsNormModulate p) {
+__global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate p) {
     LTXK_SHARED(RowSum, scratch);
     i64 row = blockIdx.x, outer = row / p.inner, inner = row - outer * p.inner, dense = row * p.width;
     i64 x_row = p.x.row(outer, inner), step = static_cast<i64>(blockDim.x) * V, start = static_cast<i64>(threadIdx.x) * V;
@@ -68,6 +68,88 @@ __global__ void __launch_bounds__(256) rms_norm_modulate_rows(RmsNormModulate p)
 #pragma unroll
         for (int k = 0; k < V; ++k) values[k] = values[k] * (1.0f + scale[k]) + shift[k];
         store_typed(p.out, p.x.type, dense + column, values);
+    }
+}
+
+// What a launch of whole packs adds: all strides and the width are counted in packs.
+struct RmsNormModulatePacks : RmsNormModulate {
+    i64 by_inner;          // divides a row by `inner`
+    double inverse_width;  // 1 / elements of a row
+};
+
+// Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
+template <class T, class M, bool kGated>
+__global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
+    constexpr int V = kVector<T>, kTogether = kPacks * sizeof(T) / sizeof(M), kAhead = kTogether / 2;
+    LTXK_SHARED(RowSum, scratch);
+    u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
+    u32 column = threadIdx.x / 32 * kWarpPacks + threadIdx.x % 32, dense = row * static_cast<u32>(p.width) + column;
+    const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
+    char *out = pack_address<T, V>(p.out, dense), *summed = kGated ? pack_address<T, V>(p.summed, dense) : nullptr;
+    Raw<V> x[kPacks], y[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) x[j] = load_pack<T, V>(x_at, j);
+    if constexpr (kGated) {
+        const char* y_at = pack_address<T, V>(p.y.data, packed_row(p.y, outer, inner) + column);
+#pragma unroll
+        for (int j = 0; j < kPacks; ++j) y[j] = load_pack<T, V>(y_at, j);
+    }
+    if (!find_row(p.index, outer, inner)) {
+#pragma unroll
+        for (int j = 0; j < kPacks; ++j) {
+            if constexpr (kGated) store_pack<T>(summed, j, nan_pack<T, V>());
+            store_pack<T>(out, j, nan_pack<T, V>());
+        }
+        return;
+    }
+    if constexpr (kGated) {
+        const char* gate_at = pack_address<M, V>(p.gate.data, packed_row(p.gate, outer, inner) + column);
+        Raw<V> gate[kPacks];
+#pragma unroll
+        for (int j = 0; j < kPacks; ++j) {
+            if (j % kTogether == 0) {
+#pragma unroll
+                for (int next = j; next < j + kTogether; ++next) gate[next] = load_pack<M, V>(gate_at, next);
+            }
+            float values[V];
+#pragma unroll
+            for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) + product(element<T>(y[j], k), element<M>(gate[j], k));
+            // What is stored is what is normalised.
+            x[j] = rounded_pack<T>(values);
+            store_pack<T>(summed, j, x[j]);
+        }
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum += element<T>(x[j], k) * element<T>(x[j], k);
+    }
+    const char* scale_at = pack_address<M, V>(p.scale.data, packed_row(p.scale, outer, inner) + column);
+    const char* shift_at = pack_address<M, V>(p.shift.data, packed_row(p.shift, outer, inner) + column);
+    Raw<V> scale[kPacks], shift[kPacks];
+    // The first of them are on their way while the block sums.
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+        scale[j] = load_pack<M, V>(scale_at, j);
+        shift[j] = load_pack<M, V>(shift_at, j);
+    }
+    sum = sum_short_row(sum, scratch);
+    float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        if (j >= kAhead && j % kAhead == 0) {
+#pragma unroll
+            for (int next = j; next < j + kAhead; ++next) {
+                scale[next] = load_pack<M, V>(scale_at, next);
+                shift[next] = load_pack<M, V>(shift_at, next);
+            }
+        }
+        float values[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+            values[k] = element<T>(x[j], k) * rstd * (1.0f + element<M>(scale[j], k)) + element<M>(shift[j], k);
+        store_pack<T>(out, j, rounded_pack<T>(values));
     }
 }
 

@@ -1,7 +1,7 @@
 // Rows of the transformer: how operands that broadcast to x lie, which row of a table a row of x takes, and sums over a row.
 #pragma once
 
-#include "ltxkern/typed.cuh"
+#include "ltxkern/packed.cuh"
 
 namespace ltxk {
 
@@ -36,6 +36,34 @@ LTXK_DEVICE float sum_row(float value, RowSum& scratch) {
     float sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : 0.0f;
     for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     return sum;
+}
+
+// The same for blocks of at most 8 warps that have no other sum.
+LTXK_DEVICE float sum_short_row(float value, RowSum& scratch) {
+#pragma unroll
+    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    u32 warp = threadIdx.x % 8;
+    float sum = warp < blockDim.x / 32 ? scratch.warp[warp] : 0.0f;
+#pragma unroll
+    for (int step = 4; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
+
+// Where a row of an operand begins whose strides are counted in packs.
+LTXK_DEVICE u32 packed_row(const RowOperand& operand, u32 outer, u32 inner) {
+    return outer * static_cast<u32>(operand.outer_stride) + inner * static_cast<u32>(operand.inner_stride);
+}
+
+// RowIndex::find in 32-bit numbers.
+LTXK_DEVICE bool find_row(const RowIndex& index, u32& outer, u32& inner) {
+    if (!index.data) return true;
+    u32 at = outer * static_cast<u32>(index.outer_stride) + inner * static_cast<u32>(index.inner_stride);
+    i64 row = index.bytes == 8 ? static_cast<const i64*>(index.data)[at] : static_cast<const int*>(index.data)[at];
+    outer = 0;
+    inner = static_cast<u32>(row);
+    return static_cast<u64>(row) < static_cast<u64>(index.count);
 }
 
 // 1 / sqrt(mean square + eps), with correctly rounded operations.

@@ -1,8 +1,8 @@
-"""Loads LTX-2.3 components from official single files, diffusers folders and hub ids, strictly, one at a time."""
+"""Loads LTX-2.3 components from official single files, diffusers folders, split downloads and hub ids, strictly, one at a time."""
 
-import json
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ltxkern.pipeline.files import official_config
-from ltxkern.pipeline.files.headers import ITEM_BYTES, CheckpointError, Header, StoredTensor, listed, read_header
+from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, Header, StoredTensor, listed, read_header
 from ltxkern.pipeline.files.hub import local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
-from ltxkern.pipeline.files.official_names import component_of, diffusers_name
-from ltxkern.pipeline.model.components import BUILDABLE, COMPONENT_NAMES, VAE_PARTS, Components, build, component_dtype
+from ltxkern.pipeline.files.model_files import ModelFiles, find_model
+from ltxkern.pipeline.files.quantized import read_tensor
+from ltxkern.pipeline.files.stored import Stored, bare_tensors, read_stored
+from ltxkern.pipeline.files.text_files import (
+    TextFiles,
+    find_tokenizer,
+    load_text_encoder,
+    load_tokenizer,
+    text_encoder_files,
+)
+from ltxkern.pipeline.model.components import (
+    BUILDABLE,
+    COMPONENT_NAMES,
+    VAE_PARTS,
+    Components,
+    build,
+    component_dtype,
+)
+from ltxkern.pipeline.model.shapes import Shapes, expected_shapes
 
 __all__ = [
     "CheckpointError",
@@ -24,160 +40,85 @@ __all__ = [
     "ModelFiles",
     "component_bytes",
     "component_config",
+    "component_problem",
     "component_shapes",
     "find_model",
     "load_component",
     "load_components",
     "load_lora",
     "read_header",
+    "stored_tensors",
 ]
 
-_DIFFUSERS_FOLDERS = {"video_vae": "vae", "upsampler": "latent_upsampler"}
 
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where the components of a model lie; `checkpoint` is an official single file, `folder` a diffusers folder."""
-
-    checkpoint: Path | None = None
-    folder: Path | None = None
-    upsampler: Path | None = None
-    text_encoder: Path | None = None
-
-    def with_parts(self, upsampler: str | Path | None, text_encoder: str | Path | None) -> "ModelFiles":
-        """With parts from elsewhere in place of those that lie with the model; None changes nothing."""
-        return ModelFiles(
-            self.checkpoint,
-            self.folder,
-            self.upsampler if upsampler is None else local_path(upsampler),
-            self.text_encoder if text_encoder is None else local_path(text_encoder),
-        )
-
-
-def find_model(
-    path_or_id: str | Path, *, upsampler: str | Path | None = None, text_encoder: str | Path | None = None
-) -> ModelFiles:
-    """Finds out what a path or hub id holds, from names and headers alone.
+def stored_tensors(files: ModelFiles | str | Path, component: str) -> Mapping[str, StoredTensor]:
+    """Where each tensor of a component lies, by diffusers name.
 
     Args:
-        path_or_id: an official single file, a diffusers folder (model_index.json), a folder that holds one official
-            single file, or a hub id, downloaded where no such path exists: `owner/name` of either, or one file of it,
-            `owner/name/file.safetensors`.
-        upsampler: file, folder or hub id of the latent upsampler, where it does not lie with the model.
-        text_encoder: folder or hub id of Gemma 3 with its tokenizer, where it does not lie with the model.
-
-    Raises:
-        CheckpointError: nothing usable is there, or the download fails.
+        files: of a model, a diffusers folder, or the component's own file or folder, which needs no configuration.
+        component: one of `BUILDABLE`.
     """
-    path = local_path(path_or_id)
-    found = _in_folder(path) if path.is_dir() else ModelFiles(checkpoint=path)
-    return found.with_parts(upsampler, text_encoder)
+    if not isinstance(files, ModelFiles):
+        path = local_path(files)
+        if not (path / "model_index.json").is_file():
+            return bare_tensors(path, component)
+        files = find_model(path)
+    return read_stored(files, component).tensors
 
 
-def _in_folder(path: Path) -> ModelFiles:
-    if (path / "model_index.json").is_file():
-        upsampler = path / _DIFFUSERS_FOLDERS["upsampler"]
-        return ModelFiles(folder=path, upsampler=upsampler if upsampler.is_dir() else None)
-    checkpoints, upsamplers = [], []
-    for file in sorted(path.glob("*.safetensors")):
-        config = read_header(file).config
-        if "transformer" in config:
-            checkpoints.append(file)
-        elif config.get("_class_name") == "LatentUpsampler" and config.get("spatial_upsample"):
-            upsamplers.append(file)
-    if len(checkpoints) != 1:
-        names = ", ".join(file.name for file in checkpoints) or "none"
-        raise CheckpointError(
-            f"{path}: expected a model_index.json or exactly one official LTX-2.3 file, found {names}; name the file"
-        )
-    return ModelFiles(checkpoint=checkpoints[0], upsampler=upsamplers[0] if len(upsamplers) == 1 else None)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One component as it is stored: arguments of its class, and its tensors by diffusers name."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
-    path: Path
-
-
-def _official(path: Path, component: str) -> _Stored:
-    header = read_header(path)
-    upsampler = component == "upsampler"
-    if upsampler:
-        keys = list(header.tensors)
-    else:
-        keys = [key for key in header.tensors if component_of(key) == component]
-    if not keys:
-        raise CheckpointError(f"{path}: holds no tensors of the {component}")
-    named = {diffusers_name(component, key): header.tensors[key] for key in keys}
-    tensors = {name: stored for name, stored in named.items() if name is not None}
-    section = (
-        header.config
-        if upsampler
-        else header.config.get("transformer" if component == "connectors" else _section(component))
-    )
-    if not section:
-        raise CheckpointError(f"{path}: its header has no configuration of the {component}")
-    try:
-        return _Stored(_official_config(component, section, tensors), tensors, path)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: the configuration of the {component} lacks {error}") from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _section(component: str) -> str:
-    return {"video_vae": "vae"}.get(component, component)
-
-
-def _official_config(
-    component: str, section: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
-) -> Mapping[str, Any]:
-    if component == "connectors":
-        return official_config.connectors_config(section, tensors["video_text_proj_in.weight"].shape[1])
-    readers = {
-        "transformer": official_config.transformer_config,
-        "video_vae": official_config.video_vae_config,
-        "audio_vae": official_config.audio_vae_config,
-        "vocoder": official_config.vocoder_config,
-        "upsampler": official_config.upsampler_config,
-    }
-    return readers[component](section)
-
-
-def _diffusers(folder: Path) -> _Stored:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: expected a readable config.json ({error})") from error
-    tensors: dict[str, StoredTensor] = {}
-    for file in _shards(folder):
-        tensors.update(read_header(file).tensors)
-    return _Stored({key: value for key, value in config.items() if not key.startswith("_")}, tensors, folder)
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The weight files of a diffusers component: those its index names, else the only one there."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise CheckpointError(f"{folder}: expected one .safetensors file or an index of several, found {len(files)}")
-    return files
-
-
-def _stored(files: ModelFiles, component: str) -> _Stored:
+def _as_files(files: ModelFiles | str | Path, component: str) -> ModelFiles:
+    if isinstance(files, ModelFiles):
+        return files
     if component == "upsampler":
-        if files.upsampler is None:
-            raise CheckpointError("upsampler: none lies with the model; name its file or folder (upsampler=...)")
-        return _diffusers(files.upsampler) if files.upsampler.is_dir() else _official(files.upsampler, component)
-    if files.folder is not None:
-        return _diffusers(files.folder / _DIFFUSERS_FOLDERS.get(component, component))
-    if files.checkpoint is None:
-        raise CheckpointError(f"{component}: expected an official file or a diffusers folder, got neither")
-    return _official(files.checkpoint, component)
+        return ModelFiles(upsampler=local_path(files))
+    path = Path(files).expanduser()
+    if path.is_dir() and not (path / "model_index.json").is_file() and (path / "config.json").is_file():
+        return ModelFiles(parts={component: path})
+    return find_model(files)
+
+
+def _text(files: ModelFiles) -> TextFiles:
+    return text_encoder_files(files.text_encoder, files.folder, files.variant)
+
+
+def _half_of(component: str, tensors: Mapping[str, Any], parts: tuple[str, ...] | None) -> dict[str, Any]:
+    """Names without those of the halves of a VAE that nobody reads."""
+    if component not in ("video_vae", "audio_vae"):
+        return dict(tensors)
+    kept = _parts_of(component, parts)
+    absent = tuple(f"{part}." for part in VAE_PARTS if part not in kept)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(absent)}
+
+
+def _parts_of(component: str, parts: tuple[str, ...] | None) -> tuple[str, ...]:
+    if parts is not None:
+        return parts
+    return ("decoder",) if component == "audio_vae" else VAE_PARTS
+
+
+def component_problem(files: ModelFiles, component: str) -> str | None:
+    """Why a component cannot be loaded, as headers and configurations tell; None where nothing speaks against it."""
+    try:
+        if component == "tokenizer":
+            find_tokenizer(files.text_encoder, files.folder, lambda: _text(files).rows)
+        elif component == "text_encoder":
+            text = _text(files)
+            text.check()
+            text.check_connectors(component_config(files, "connectors"))
+        else:
+            stored = read_stored(files, component)
+            shapes = _half_of(component, _expected(component, stored), None)
+            _check_names(component, shapes, _half_of(component, stored.tensors, None), stored.path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _expected(component: str, stored: Stored) -> Shapes:
+    try:
+        return expected_shapes(component, stored.config)
+    except ValueError as error:
+        raise CheckpointError(f"{stored.path}: {error}") from error
 
 
 def load_component(
@@ -193,7 +134,7 @@ def load_component(
     Args:
         files: what `find_model` returned, or anything it takes; for "upsampler" a path may be its file itself.
         component: one of `COMPONENT_NAMES`.
-        dtype: dtype of the weights; the vocoder stays fp32.
+        dtype: dtype of the weights; the vocoder stays fp32. Weights in fp8 are scale times value in fp32, rounded once.
         device: where the weights go.
         parts: halves of a VAE, of ("encoder", "decoder"); default both for video, the decoder for audio.
 
@@ -202,92 +143,63 @@ def load_component(
     """
     if component not in COMPONENT_NAMES:
         raise ValueError(f"component: expected one of {', '.join(COMPONENT_NAMES)}, got {component!r}")
-    if not isinstance(files, ModelFiles):
-        files = ModelFiles(upsampler=local_path(files)) if component == "upsampler" else find_model(files)
+    files = _as_files(files, component)
     if component in ("text_encoder", "tokenizer"):
-        return _load_text(files, component, dtype, device)
-    stored = _stored(files, component)
-    if parts is None:
-        parts = ("decoder",) if component == "audio_vae" else VAE_PARTS
-    if component in ("video_vae", "audio_vae"):
-        absent = tuple(f"{part}." for part in VAE_PARTS if part not in parts)
-        wanted = {name: tensor for name, tensor in stored.tensors.items() if not name.startswith(absent)}
-        stored = _Stored(stored.config, wanted, stored.path)
+        if component == "tokenizer":
+            place = find_tokenizer(files.text_encoder, files.folder, lambda: _text(files).rows)
+            return load_tokenizer(place, _text(files).rows)
+        text = _text(files)
+        text.check()
+        with opened(text.tensors.values(), device) as handles:
+            return load_text_encoder(text, handles, dtype).to(device)
+    stored = read_stored(files, component)
+    _expected(component, stored)  # a configuration that no class takes is said in our words
+    tensors = _half_of(component, stored.tensors, parts)
     try:
-        module = build(component, stored.config, parts=parts)
+        module = build(component, stored.config, parts=_parts_of(component, parts))
     except ValueError as error:
         raise CheckpointError(f"{stored.path}: {error}") from error
-    _check_names(component, module, stored)
-    _fill(module, stored, component_dtype(component, dtype), device)
-    return module
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _check_names(component, shapes, tensors, stored.path)
+    dtype = component_dtype(component, dtype)
+    with opened(tensors.values(), device) as handles:
+        state = {name: read_tensor(handles, tensor, dtype) for name, tensor in tensors.items()}
+    # The module takes the tensors over without a copy.
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.to(device)
 
 
-def _check_names(component: str, module: torch.nn.Module, stored: _Stored) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = []
-    missing = sorted(set(expected) - set(stored.tensors))
-    unexpected = [stored.tensors[name].key for name in sorted(set(stored.tensors) - set(expected))]
+@contextlib.contextmanager
+def opened(tensors: Iterable[StoredTensor], device: str | torch.device = "cpu") -> Iterator[dict[Path, Any]]:
+    """The files that tensors and their scales lie in, open, by path.
+
+    Raises:
+        CheckpointError: a file cannot be read, now or within the block.
+    """
+    tensors = list(tensors)
+    paths = dict.fromkeys(tensor.path for tensor in [*tensors, *(t.scale for t in tensors if t.scale is not None)])
+    try:
+        with contextlib.ExitStack() as stack:
+            yield {
+                path: stack.enter_context(safe_open(str(path), framework="pt", device=str(device))) for path in paths
+            }
+    except SafetensorError as error:
+        raise CheckpointError(f"{listed([str(path) for path in paths])}: cannot be read ({error})") from error
+
+
+def _check_names(component: str, expected: Shapes, tensors: Mapping[str, StoredTensor], path: Path) -> None:
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = [tensors[name].key for name in sorted(set(tensors) - set(expected))]
     wrong = [
         f"{tensor.key} (expected {expected[name]}, got {tensor.shape})"
-        for name, tensor in sorted(stored.tensors.items())
+        for name, tensor in sorted(tensors.items())
         if name in expected and tensor.shape != expected[name]
     ]
-    quantised = [
-        f"{tensor.key} ({tensor.dtype})" for tensor in stored.tensors.values() if tensor.dtype not in ITEM_BYTES
-    ]
-    for kind, keys in (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("wrong shape", wrong),
-        ("unsupported dtype", quantised),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {kind}: {listed(keys)}")
+    unread = [f"{tensor.key} ({tensor.dtype})" for tensor in tensors.values() if tensor.dtype not in FLOATS]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong, "unsupported dtype": unread}
+    problems = [f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in kinds.items() if keys]
     if problems:
-        raise CheckpointError(f"{stored.path} does not fit the {component}; " + "; ".join(problems))
-
-
-def _fill(module: torch.nn.Module, stored: _Stored, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Reads each tensor once, straight to its device and dtype; the module takes it over without a copy."""
-    by_file: dict[Path, list[tuple[str, StoredTensor]]] = {}
-    for name, tensor in stored.tensors.items():
-        by_file.setdefault(tensor.path, []).append((name, tensor))
-    state = {}
-    for path, entries in by_file.items():
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                for name, entry in entries:
-                    tensor = file.get_tensor(entry.key)
-                    state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    module.load_state_dict(state, strict=True, assign=True)
-    module.to(device)
-
-
-def _load_text(files: ModelFiles, component: str, dtype: torch.dtype, device: str | torch.device) -> Any:
-    # transformers is imported here: header-only uses of this file do without it.
-    from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
-
-    base = files.text_encoder or files.folder
-    if base is None:
-        raise CheckpointError(
-            f"{component}: expected a folder with Gemma 3 and its tokenizer (text_encoder=...), got none"
-        )
-    folder = base / component if (base / component).is_dir() else base
-    try:
-        if component == "tokenizer":
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        encoder, report = Gemma3ForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a readable {component} ({str(error).splitlines()[0]})") from error
-    problems = {kind: sorted(map(str, report.get(f"{kind}_keys", ()))) for kind in ("missing", "mismatched")}
-    if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"{folder} does not fit the {component}; {found}")
-    return encoder.eval().requires_grad_(False).to(device)
+        raise CheckpointError(f"{path} does not fit the {component}; " + "; ".join(problems))
 
 
 def load_components(
@@ -334,13 +246,7 @@ class _FileSource:
     device: str | torch.device
 
     def has(self, name: str) -> bool:
-        if name in ("text_encoder", "tokenizer"):
-            present = self.files.text_encoder is not None or self.files.folder is not None
-        elif name == "upsampler":
-            present = self.files.upsampler is not None
-        else:
-            present = True
-        return present and name in self.allowed
+        return is_present(self.files, name) and name in self.allowed
 
     def load(self, name: str) -> Any:
         return load_component(self.files, name, dtype=self.dtype, device=self.device)
@@ -349,14 +255,21 @@ class _FileSource:
         return component_config(self.files, name)
 
 
+def is_present(files: ModelFiles, component: str) -> bool:
+    """Whether there is a place to read a component from; what lies there is said by `component_problem`."""
+    if component in ("text_encoder", "tokenizer"):
+        return files.text_encoder is not None or files.folder is not None
+    return files.own(component) is not None or (component != "upsampler" and bool(files.shared))
+
+
 def component_config(files: ModelFiles, component: str) -> Mapping[str, Any]:
     """Constructor arguments of a component's diffusers class, from the header or config.json; loads no weights."""
-    return _stored(files, component).config
+    return read_stored(files, component).config
 
 
 def component_shapes(files: ModelFiles, component: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a component's tensors by diffusers name, from headers alone."""
-    return {name: tensor.shape for name, tensor in _stored(files, component).tensors.items()}
+    return {name: tensor.shape for name, tensor in read_stored(files, component).tensors.items()}
 
 
 def component_bytes(files: ModelFiles, *, dtype: torch.dtype | None = None) -> dict[str, int]:
@@ -367,18 +280,14 @@ def component_bytes(files: ModelFiles, *, dtype: torch.dtype | None = None) -> d
         dtype: count every tensor in this dtype (fp32 for the vocoder); None counts it as it is stored.
 
     Returns:
-        Bytes of the components that are there; of a VAE both halves, of Gemma the whole folder.
+        Bytes of the components that are there; of a VAE both halves, of Gemma the text model.
     """
     sizes = {}
     for component in BUILDABLE:
-        if component == "upsampler" and files.upsampler is None:
-            continue
-        sizes[component] = _bytes(_stored(files, component).tensors.values(), component, dtype)
-    base = files.text_encoder or files.folder
-    if base is not None:
-        folder = base / "text_encoder" if (base / "text_encoder").is_dir() else base
-        tensors = [tensor for file in _shards(folder) for tensor in read_header(file).tensors.values()]
-        sizes["text_encoder"] = _bytes(tensors, "text_encoder", dtype)
+        if is_present(files, component):
+            sizes[component] = _bytes(read_stored(files, component).tensors.values(), component, dtype)
+    if is_present(files, "text_encoder"):
+        sizes["text_encoder"] = _bytes(_text(files).tensors.values(), "text_encoder", dtype)
     return sizes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ltxkern.pipeline.files.checkpoint import (
     load_components,
 )
 from ltxkern.pipeline.files.geometry import geometry_from_configs
+from ltxkern.pipeline.files.model_files import require_parts
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.sampling.latents import Geometry
 
@@ -30,12 +31,16 @@ class FoundModel:
         name: "demo", an official file, a diffusers folder or a hub id, as it was given.
         own: where the model lies; None for the demo, and for a hub id, which only `files` downloads.
         upsampler, text_encoder: files, folders or hub ids of parts that do not lie with it.
+        parts: those of the other components, by name.
+        variant: of the weights in a diffusers folder.
     """
 
     name: str
     own: ModelFiles | None = None
     upsampler: str | Path | None = None
     text_encoder: str | Path | None = None
+    parts: Mapping[str, str | Path] = field(default_factory=dict)
+    variant: str | None = None
 
     @classmethod
     def of(
@@ -44,8 +49,14 @@ class FoundModel:
         *,
         upsampler: str | Path | None = None,
         text_encoder: str | Path | None = None,
+        variant: str | None = None,
+        **parts: str | Path | None,
     ) -> FoundModel:
         """Look a name up, from names and headers alone; one that was found already is handed through.
+
+        Args:
+            model: what `find_model` takes, "demo", or what was found; parts in place of the demo make a model of their own.
+            upsampler, text_encoder, variant, parts: as for `find_model`.
 
         Raises:
             CheckpointError: the path does not exist, or holds no usable model.
@@ -53,8 +64,14 @@ class FoundModel:
         if isinstance(model, FoundModel):
             return model
         name = str(model)
+        require_parts(parts)
+        given = {part: path for part, path in parts.items() if path is not None}
+        if name == "demo" and given:
+            here = ModelFiles(variant=variant).with_parts(None, None, **given)
+            return cls(str(next(iter(here.parts.values()))), here, upsampler, text_encoder, {}, variant)
         on_hub = "/" in name and not name.endswith(".safetensors") and not Path(model).expanduser().exists()
-        return cls(name, None if name == "demo" or on_hub else find_model(model), upsampler, text_encoder)
+        own = None if name == "demo" or on_hub else find_model(model, variant=variant, **given)
+        return cls(name, own, upsampler, text_encoder, given, variant)
 
     @property
     def is_demo(self) -> bool:
@@ -75,7 +92,8 @@ class FoundModel:
     @cached_property
     def files(self) -> ModelFiles:
         """Where all components lie; downloads what is not on this machine. The demo has none."""
-        return (self.own or find_model(self.name)).with_parts(self.upsampler, self.text_encoder)
+        own = self.own or find_model(self.name, variant=self.variant, **self.parts)
+        return own.with_parts(self.upsampler, self.text_encoder)
 
     @cached_property
     def geometry(self) -> Geometry:

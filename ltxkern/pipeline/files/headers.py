@@ -1,5 +1,6 @@
-"""Reads safetensors headers without loading weights, and says what is wrong with a file that cannot serve."""
+"""Reads safetensors headers and JSON descriptions without loading weights, and says what is wrong with a file that cannot serve."""
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -7,8 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+from ltxkern.pipeline.files.official_names import component_of
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2,
+    "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 _SHOWN_KEYS = 8
+# What people have under a model's name: how it begins, and what it is.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a git-LFS pointer in place of the file: run git lfs pull, or download it again"),
+    (b"GGUF", "a GGUF file, which is not read here: take the safetensors file of the model"),
+    (b"PK\x03\x04", "a zip archive (a pickled .pt or .ckpt?), which is not read here: take the safetensors file"),
+    (b"\x80", "a pickle, which is not read here: take the safetensors file"),
+)
 
 
 class CheckpointError(ValueError):
@@ -17,17 +32,23 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: file, key in it, safetensors dtype, shape."""
+    """Where one tensor lies: file, key in it, safetensors dtype, shape; of a scaled one its scale, and the scale's blocks.
+
+    blocks: rows and columns that share one number of the scale.
+    """
 
     path: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    scale: "StoredTensor | None" = None
+    blocks: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+        """Bytes in the file, those of its scale included."""
+        own = math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+        return own if self.scale is None else own + self.scale.nbytes
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,16 @@ class Header:
     path: Path
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any]
+    offsets: Mapping[str, int]
+
+    @functools.cached_property
+    def components(self) -> Mapping[str, list[str]]:
+        """Keys of an official file by the component they belong to."""
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            if (component := component_of(key)) is not None:
+                found.setdefault(component, []).append(key)
+        return found
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -48,37 +79,110 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Reads the header of a safetensors file and checks that the file is complete; loads no weights.
 
+    A file that has not changed is read once.
+
     Raises:
-        CheckpointError: the file is missing, is not a safetensors file, or ends before its last tensor.
+        CheckpointError: the file is missing, is not a safetensors file, or does not end where its last tensor does.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    status = path.stat()
+    return _read_header(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(path: Path, size: int, _changed: int) -> Header:
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if length > size - 8:
-                raise CheckpointError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > size - 8 or size < 8:
+                what = _other_file(path)
+                reason = f"but {what}" if what else f"or cut off in its header ({size} bytes)"
+                raise CheckpointError(f"{path}: not a safetensors file, {reason}")
             content = json.loads(file.read(length))
-        metadata = content.pop("__metadata__", {})
-        end = 8 + length + max((info["data_offsets"][1] for info in content.values()), default=0)
-        tensors = {
-            key: StoredTensor(path, key, info["dtype"], tuple(info["shape"])) for key, info in sorted(content.items())
-        }
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file (its header is not readable)") from error
+        metadata = content.pop("__metadata__", None) or {}
+        tensors, offsets, end = {}, {}, 0
+        for key, info in sorted(content.items()):
+            tensor = StoredTensor(path, key, info["dtype"], tuple(info["shape"]))
+            first, last = info["data_offsets"]
+            if tensor.dtype in ITEM_BYTES and last - first != tensor.nbytes:
+                raise CheckpointError(
+                    f"{path}: damaged, {key} {tensor.shape} in {last - first} bytes; download it again"
+                )
+            tensors[key], offsets[key], end = tensor, 8 + length + first, max(end, last)
+        decoded = {key: _decoded(value) for key, value in metadata.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = _other_file(path)
+        raise CheckpointError(
+            f"{path}: not a safetensors file" + (f", but {what}" if what else " (its header is not readable)")
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    end += 8 + length
     if size < end:
         raise CheckpointError(f"{path}: truncated, expected {end} bytes, got {size}; download it again")
-    return Header(path, tensors, {key: _decoded(value) for key, value in metadata.items()})
+    if size > end:
+        raise CheckpointError(f"{path}: damaged, {size - end} bytes follow its last tensor; download it again")
+    return Header(path, tensors, decoded, offsets)
+
+
+def read_bytes(header: Header, tensor: StoredTensor) -> bytes:
+    """The raw bytes of one small tensor."""
+    with tensor.path.open("rb") as file:
+        file.seek(header.offsets[tensor.key])
+        return file.read(tensor.nbytes)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON description.
+
+    Raises:
+        CheckpointError: no such file, not JSON, not an object; with the file's name and what it is instead.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file (expected a readable {path.name})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        what = _other_file(path)
+        reason = f"it is {what}" if what else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: expected a readable {path.name} ({reason})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: expected a readable {path.name} (it is nested too deeply)") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _other_file(path: Path) -> str:
+    """What a file is that is not what its name says; empty where it cannot be told."""
+    with path.open("rb") as file:
+        start = file.read(2048)
+    if not start.strip():
+        return "empty: download it again"
+    for beginning, what in _OTHER_FILES:
+        if start.startswith(beginning):
+            return what
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")) or b"<html" in text:
+        return "an HTML page in place of the file (a download that asked for a login?): download it again"
+    is_short_text = path.stat().st_size == len(start) and not text.startswith((b"{", b"["))
+    if is_short_text and text.isascii() and text.replace(b"\n", b"").decode().isprintable():
+        return f"a text that begins {start.decode().strip().splitlines()[0][:60]!r}"
+    return ""
 
 
 def _decoded(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 

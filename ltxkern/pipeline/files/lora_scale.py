@@ -67,7 +67,8 @@ def statements(header: Header) -> list[Statement]:
     Raises:
         CheckpointError: the adapter belongs to base weights that its training changed.
     """
-    found = list(_said(header.metadata, "its header"))
+    # A file's entries lie in no order of anybody's.
+    found = list(_said(dict(sorted(header.metadata.items())), "its header"))
     for name in (f"{header.path.stem}.json", "adapter_config.json"):
         beside = header.path.with_name(name)
         if beside.is_file():

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from ltxkern.pipeline.memory.table import (
     OUTER_BLOCK,
     HostPristine,
     LoRAPhaseError,
+    PristinePlace,
     PristineSource,
     WeightTable,
     checkpoint_source,
@@ -91,7 +91,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self._upcoming: LoRAPhase | None = None
         self._choice = ModeChoice(mode)
 
-    def attach(self, transformer: nn.Module, *, pristine: PristineSource | str | Path | None = None) -> None:
+    def attach(self, transformer: nn.Module, *, pristine: PristineSource | PristinePlace | None = None) -> None:
         """Takes a transformer whose weights are pristine. They move to the device with the first `prepare`.
 
         Args:
@@ -106,7 +106,7 @@ class TwoStageDeviceManager(ComponentDevice):
             raise ValueError("transformer: one is attached already; close() first")
         if any(tensor.device.type == "meta" for tensor in module_tensors(transformer)):
             raise ValueError("transformer must have its weights loaded, got tensors on the meta device")
-        if isinstance(pristine, (str, Path)):
+        if isinstance(pristine, PristinePlace):
             pristine = checkpoint_source(pristine, transformer)
         self._source = pristine
         self._table = WeightTable(transformer)

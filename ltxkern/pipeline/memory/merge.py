@@ -14,6 +14,13 @@ from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.files.lora_kinds import Change, Factors, LoRAFactors
 from ltxkern.pipeline.memory.factors import FactorCache
 
+# Of a weight, on average, in mode "inplace".
+MAX_CORRECTION_BYTES = 1.0
+
+
+class CorrectionTooLargeError(RuntimeError):
+    """The exact corrections of "inplace" would exceed their limit, or the matrix product is not repeatable."""
+
 
 def merge_phase(
     weight: Tensor,

@@ -12,17 +12,20 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import NO_LORA, PRISTINE_KEY, LoRAPhase, WeightKey
 from ltxkern.pipeline.memory.exact_subtraction import Correction, apply_correction, record_correction
 from ltxkern.pipeline.memory.factors import FactorCache
-from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_beside, merge_phase_pair, phase_deltas
+from ltxkern.pipeline.memory.merge import (
+    MAX_CORRECTION_BYTES,
+    CorrectionTooLargeError,
+    as_matrix,
+    binary_ratio,
+    merge_phase,
+    merge_phase_beside,
+    merge_phase_pair,
+    phase_deltas,
+)
 from ltxkern.pipeline.memory.streams import StreamClock
 from ltxkern.pipeline.memory.table import LiveWeight, LoRAPhaseError, PristineSource, WeightTable, checksum
 
 logger = logging.getLogger(__name__)
-
-MAX_CORRECTION_BYTES = 1.0
-
-
-class CorrectionTooLargeError(RuntimeError):
-    """The exact corrections of "inplace" would exceed their limit, or the matrix product is not repeatable."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ class InplaceStore(PhaseStore):
     def switch(self, phase: LoRAPhase) -> None:
         if phase.reads_weights:
             raise CorrectionTooLargeError(
-                "weight decomposition (DoRA) needs the pristine weights, which inplace lets go"
+                "a LoRA with weight decomposition depends on the pristine weights, which inplace does not keep"
             )
         for block, modules in self.stale(phase):
             if modules:
@@ -322,8 +325,7 @@ class InplaceStore(PhaseStore):
         live = self.table.live[module]
         assert live.key is not None
         entry = (module, live.key)
-        # A parameter of one dimension is a column.
-        present, matrix = (t if t.dim() == 2 else t.view(-1, 1) for t in (live.tensor, tensor))
+        present, matrix = as_matrix(live.tensor), as_matrix(tensor)
         deltas = list(phase_deltas(matrix, module, self._phase_of[entry], self.factors))
         for delta, rows in deltas:
             torch.sub(present[rows], delta, out=matrix[rows])

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
 from ltxkern.pipeline.files.lora_layout import target_of
+from ltxkern.pipeline.files.model_files import ModelFiles
 
+PristinePlace = ModelFiles | str | Path
 OUTER_BLOCK = "outer"
 _BLOCK = re.compile(r"(?:^|.*?\.)(?:\w*blocks|layers)\.\d+(?=\.)")
 
@@ -86,43 +88,36 @@ class CheckpointPristine:
     """Pristine weights read from the model's files whenever they are needed; nothing stays on the host.
 
     Args:
-        path: official single file, or the diffusers folder of the transformer.
+        path: official single file, the diffusers folder of the transformer, or where a model's parts lie.
         dtype: dtype of the model.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype) -> None:
-        from ltxkern.pipeline.files.headers import CheckpointError, read_header
-        from ltxkern.pipeline.files.official_names import component_of, diffusers_name
+    def __init__(self, path: PristinePlace, dtype: torch.dtype) -> None:
+        from ltxkern.pipeline.files.checkpoint import stored_tensors
 
-        path = Path(path)
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
         self._dtype = dtype
-        self._stored: dict[str, tuple[Path, str]] = {}
+        self._stored = {target_of(name): tensor for name, tensor in stored_tensors(path, "transformer").items()}
         self._open: dict[Path, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]:
-            for key in read_header(file).tensors:
-                name = diffusers_name("transformer", key) if component_of(key) == "transformer" else key
-                if name is not None:
-                    self._stored[target_of(name)] = (file, key)
-        if not self._stored:
-            raise CheckpointError(f"{path}: holds no weights of a transformer")
 
     def fetch(self, module: str) -> Tensor:
         from safetensors import safe_open
 
+        from ltxkern.pipeline.files.quantized import read_tensor
+
         if module not in self._stored:
             raise LoRAPhaseError(f"the checkpoint holds no weight of {module}")
-        path, key = self._stored[module]
+        stored = self._stored[module]
         # Kept open: the header lists thousands of tensors and would be read for each of them.
-        if path not in self._open:
-            self._open[path] = safe_open(str(path), framework="pt")
-        return self._open[path].get_tensor(key).to(self._dtype)
+        for tensor in (stored, stored.scale):
+            if tensor is not None and tensor.path not in self._open:
+                self._open[tensor.path] = safe_open(str(tensor.path), framework="pt")
+        return read_tensor(self._open, stored, self._dtype)
 
     def host_bytes(self) -> int:
         return 0
 
 
-def checkpoint_source(path: str | Path, transformer: nn.Module) -> CheckpointPristine:
+def checkpoint_source(path: PristinePlace, transformer: nn.Module) -> CheckpointPristine:
     """The files of a transformer, read in the dtype of its weights."""
     dtype = next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.bfloat16)
     return CheckpointPristine(path, dtype)

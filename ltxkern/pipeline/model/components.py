@@ -1,16 +1,21 @@
 """The modules a generator is made of: how each is built, the production sizes of LTX-2.3, and the set that holds them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
-from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE, UpSample1d
 
 from ltxkern.patch import patch
-from ltxkern.pipeline.model.transformer import LTX2Transformer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE
+
+    from ltxkern.pipeline.model.transformer import LTX2Transformer
 
 COMPONENT_NAMES = (
     "transformer",
@@ -76,16 +81,28 @@ PRODUCTION_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 
-_CLASSES: Mapping[str, Callable[..., torch.nn.Module]] = {
-    "transformer": LTX2Transformer,
-    "connectors": LTX2TextConnectors,
-    "video_vae": AutoencoderKLLTX2Video,
-    "audio_vae": AutoencoderKLLTX2Audio,
-    "vocoder": LTX2VocoderWithBWE,
-    "upsampler": LTX2LatentUpsamplerModel,
+# Names of the classes as a diffusers folder's config.json gives them; the first is the one that is built.
+CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
+    "transformer": ("LTX2Transformer", "LTX2VideoTransformer3DModel"),
+    "connectors": ("LTX2TextConnectors",),
+    "video_vae": ("AutoencoderKLLTX2Video",),
+    "audio_vae": ("AutoencoderKLLTX2Audio",),
+    "vocoder": ("LTX2VocoderWithBWE",),
+    "upsampler": ("LTX2LatentUpsamplerModel",),
 }
-BUILDABLE = tuple(_CLASSES)
+BUILDABLE = tuple(CLASS_NAMES)
 VAE_PARTS = ("encoder", "decoder")
+
+
+def _class_of(component: str) -> Callable[..., torch.nn.Module]:
+    """The class of a component; its library, which takes many seconds to import, only now."""
+    import diffusers
+    from diffusers.pipelines import ltx2
+
+    from ltxkern.pipeline.model.transformer import LTX2Transformer
+
+    name = CLASS_NAMES[component][0]
+    return LTX2Transformer if component == "transformer" else getattr(ltx2, name, None) or getattr(diffusers, name)
 
 
 def build(
@@ -115,10 +132,12 @@ def build(
         settings["final_act_fn"] = "clamp"
     try:
         with torch.device(device):
-            module = _CLASSES[component](**settings)
+            module: Any = _class_of(component)(**settings)
     except TypeError as error:
         raise ValueError(f"{component}: {error}") from error
-    if isinstance(module, LTX2VocoderWithBWE):
+    if component == "vocoder":
+        from diffusers.pipelines.ltx2.vocoder import UpSample1d
+
         # This filter is computed, not stored: no checkpoint fills it.
         module.resampler = UpSample1d(
             ratio=module.config.output_sampling_rate // module.config.input_sampling_rate,

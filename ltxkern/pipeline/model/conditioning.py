@@ -1,30 +1,24 @@
-"""Image conditioning: reading pictures as the model was trained on them, and writing them into a latent state."""
+"""Image conditioning: which pictures a video passes through, and writing them into a latent state."""
 
 from __future__ import annotations
 
 import ctypes
-import io
-import logging
-import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ltxkern.pipeline.model.decode import normalize
+from ltxkern.pipeline.model.pictures import DEFAULT_CRF, load_image, read_picture
 from ltxkern.pipeline.sampling.latents import LatentState, VideoLatentShape, keyframe_positions, patchify
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLLTX2Video
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_CRF = 33  # LTX models before 2.4 were trained on first frames compressed like this
 MAX_CRF = 51
 
 
@@ -44,17 +38,18 @@ class ImageCondition:
 
 
 def parse_image_condition(text: str) -> ImageCondition:
-    """Read "PATH[:FRAME[:STRENGTH]]"; a path may itself contain colons, and an existing file wins over a suffix.
+    """Read "PATH[:FRAME[:STRENGTH]]"; a path may begin with ~ and contain colons, and an existing file wins over a suffix.
 
     Raises:
         ValueError: an empty path, or a last part that is a number but no frame index.
     """
+    text = os.path.expanduser(text)
     parts = text.rsplit(":", 2)
-    if Path(text).is_file() or len(parts) == 1:
+    if os.path.isfile(text) or len(parts) == 1:
         return _condition(text, text)
     path, last = text.rsplit(":", 1)
     frame_follows = _is_integer(last)
-    if len(parts) == 3 and _is_integer(parts[1]) and _is_number(last) and not (frame_follows and Path(path).is_file()):
+    if len(parts) == 3 and _is_integer(parts[1]) and _is_number(last) and not (frame_follows and os.path.isfile(path)):
         return _condition(text, parts[0], int(parts[1]), float(last))
     if frame_follows:
         return _condition(text, path, int(last))
@@ -102,108 +97,7 @@ def validate_image_conditions(
         if not 0 <= condition.crf <= MAX_CRF:
             raise ValueError(f"{name}: crf {condition.crf} is outside 0..{MAX_CRF}")
         if check_files:
-            _read_picture(condition.path)
-
-
-def _read_picture(path: str | Path) -> Image.Image:
-    """The decoded picture of a file, upright, as sRGB without alpha."""
-    file = Path(path)
-    if not file.exists():
-        raise ValueError(f"image {str(path)!r} does not exist")
-    if not file.is_file():
-        raise ValueError(f"image {str(path)!r} is not a file")
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            return _to_srgb(ImageOps.exif_transpose(opened), str(path))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"image {str(path)!r} is not a picture that can be read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {str(path)!r} cannot be read: {error}") from error
-
-
-def _to_srgb(image: Image.Image, name: str) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion to RGB clips instead of scaling
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
-    elif image.mode in ("LA", "La"):
-        image = image.convert("L")
-    elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    if not profile:
-        return image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError) as error:
-        logger.warning("image %r: its colour profile does not apply and is ignored (%s)", name, error)
-        return image.convert("RGB")
-    return converted if converted is not None else image.convert("RGB")
-
-
-def recompress(picture: np.ndarray, crf: int) -> np.ndarray:
-    """Encode one frame with H.264 at `crf` and decode it again, the artefacts the model expects of a given frame.
-
-    Args:
-        picture: uint8 (H, W, 3).
-        crf: 0 returns the picture unchanged.
-
-    Returns:
-        uint8 (H, W, 3), cropped to even sides; unchanged where a side is below 2.
-    """
-    import av
-
-    height, width = (side // 2 * 2 for side in picture.shape[:2])
-    if crf == 0 or height < 2 or width < 2:
-        return picture
-    picture = np.ascontiguousarray(picture[:height, :width])
-    buffer = io.BytesIO()
-    with av.open(buffer, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.thread_count = 1  # slices, and so the result, would depend on the machine
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    buffer.seek(0)
-    with av.open(buffer, mode="r", format="mp4") as container:
-        return next(container.decode(video=0)).to_ndarray(format="rgb24")
-
-
-def resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Scale (1, 3, H, W) fp32 until it covers height x width, then crop the centre.
-
-    Scale = max of the two ratios, size = ceil, bilinear without antialiasing, align_corners False, floor offsets.
-    """
-    scale = max(height / pixels.shape[2], width / pixels.shape[3])
-    size = (math.ceil(pixels.shape[2] * scale), math.ceil(pixels.shape[3] * scale))
-    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pixels[:, :, top : top + height, left : left + width]
-
-
-def load_image(
-    path: str | Path,
-    height: int,
-    width: int,
-    *,
-    crf: int = DEFAULT_CRF,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Read a picture as the VAE encoder takes it: upright sRGB, re-compressed, covering height x width, x / 127.5 - 1.
-
-    Returns:
-        (1, 3, 1, height, width) in [-1, 1], computed in fp32 and rounded to `dtype` once.
-
-    Raises:
-        ValueError: the file does not exist or is no picture.
-    """
-    picture = recompress(np.asarray(_read_picture(path)), crf)
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).unsqueeze(0).to(device=device, dtype=torch.float32)
-    pixels = resize_to_cover(pixels, height, width) / 127.5 - 1.0
-    return pixels.to(dtype).unsqueeze(2)
+            read_picture(condition.path)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The ranks of one job: how they meet, compare what they were asked for, notice a failure in time, wait and part.
 
-All of it goes through the key-value store of the launch (TCP, text only), apart from the collectives that carry tensors.
+All of it goes through the key-value store of the job (TCP, text only), apart from the collectives that carry tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BranchError(RankError):
 
 
 @dataclass(frozen=True)
-class Launch:
+class Started:
     """What a launcher such as torchrun tells each process: its rank, its place on its machine, the number of ranks."""
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Launch:
     size: int = 1
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Started:
         """Read RANK, LOCAL_RANK and WORLD_SIZE; a process that no launcher started is rank 0 of 1.
 
         Raises:
@@ -94,11 +94,11 @@ class Ranks:
         self._watch = _Watch(store.clone(), rank, size, limit_s)
 
     @classmethod
-    def meet(cls, launch: Launch, *, backend: str, limit_s: float = LIMIT_S) -> Ranks:
+    def meet(cls, started: Started, *, backend: str, limit_s: float = LIMIT_S) -> Ranks:
         """Join the ranks that a launcher started and open the default process group.
 
         Args:
-            launch: from the environment; MASTER_ADDR and MASTER_PORT must be set.
+            started: from the environment; MASTER_ADDR and MASTER_PORT must be set.
             backend: "gloo" or "nccl".
             limit_s: as in the constructor.
         Raises:
@@ -110,7 +110,7 @@ class Ranks:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEET_S)))
         except (RuntimeError, ValueError) as error:
             raise RankError(
-                f"rank {launch.rank}: the {launch.size} ranks did not meet ({_first_line(error)})"
+                f"rank {started.rank}: the {started.size} ranks did not meet ({_first_line(error)})"
             ) from error
         return cls.join(store, rank, size, backend=backend, limit_s=limit_s)
 

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ OutputKind = Literal["mp4", "latents", "frames"]
 
 AUDIO_FILE = "audio.wav"
 _PROBE_BYTES = 4096
+_TEMPORARY = ".ltxkern-"  # not from the result's name, which may be as long as a name can be
 _OWN_FILE = re.compile(r"frame_\d{5,}\.png|" + re.escape(AUDIO_FILE))
 _LEGAL = "name a .mp4 file, a .safetensors file (latents), or a folder (PNG frames and wav)"
 _FULL = {
@@ -31,10 +33,10 @@ def output_kind(path: str | Path) -> OutputKind:
     Raises:
         ValueError: any other suffix, with the legal ones.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.name.lower() in (".mp4", ".safetensors"):
         raise ValueError(f"output {str(path)!r} has no name before the suffix: {_LEGAL}")
-    if file.is_dir() or str(path).endswith(("/", os.sep)) or not file.suffix:
+    if os.path.isdir(file) or str(path).endswith(("/", os.sep)) or not file.suffix:
         return "frames"
     suffix = file.suffix.lower()
     if suffix == ".mp4":
@@ -42,6 +44,33 @@ def output_kind(path: str | Path) -> OutputKind:
     if suffix == ".safetensors":
         return "latents"
     raise ValueError(f"output {str(path)!r} has the unknown suffix {file.suffix!r}: {_LEGAL}")
+
+
+def output_target(path: str | Path) -> Path:
+    """The file or folder that a result named `path` is: ~ is the home folder, and what a symbolic link leads to is written.
+
+    Raises:
+        ValueError: links that lead in a circle, a name that no file can bear, or something there that must not be replaced: a
+            device, a pipe, a read-only file.
+    """
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return target
+    except UnicodeEncodeError as error:
+        raise ValueError(f"output {str(path)!r}: the file system cannot hold this name: use another") from error
+    except NotADirectoryError as error:
+        raise ValueError(f"output {str(path)!r}: the folder {str(target.parent)!r} does not exist") from error
+    except OSError as error:
+        raise ValueError(f"output {str(path)!r} cannot be written ({error.strerror}): use another name") from error
+    if stat.S_ISLNK(mode):
+        raise ValueError(f"output {str(path)!r} is a link that leads in a circle: name a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"output {str(path)!r} is a device or a pipe: name a file")
+    if stat.S_ISREG(mode) and not mode & 0o222:
+        raise ValueError(f"output {str(path)!r} is read-only: make it writable or name another file")
+    return target
 
 
 def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
@@ -60,7 +89,7 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
         ValueError: one sentence: unknown suffix, missing or unwritable folder, full disk, or a folder with other files in it.
     """
     kind = output_kind(path)
-    target = Path(path).absolute()
+    target = output_target(path)
     if kind == "frames" and target.exists():
         if not target.is_dir():
             raise ValueError(f"output {str(path)!r} is a file: {_LEGAL}")
@@ -90,13 +119,13 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
 
 @contextlib.contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Hand out a temporary path beside `path`; rename it to `path` on success, remove it on any exception or Ctrl-C.
+    """Hand out a temporary path beside `output_target`; rename it on success, remove it on any exception or Ctrl-C.
 
     Raises:
         OSError: one sentence that names `path` where the disk is full.
     """
-    target = Path(path).absolute()
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
+    target = output_target(path)
+    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=target.suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -112,8 +141,8 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
-    target = Path(path).absolute()
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = output_target(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
         with _full_disk_in_words(path):

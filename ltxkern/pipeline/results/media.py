@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["Mp4Info", "probe_mp4", "rgb_to_yuv420", "writable_output", "write_frames", "write_latents", "write_mp4"]
+__all__ = [
+    "Mp4Info",
+    "frame_rate",
+    "probe_mp4",
+    "rgb_to_yuv420",
+    "writable_output",
+    "write_frames",
+    "write_latents",
+    "write_mp4",
+]
 
 # Rows Y, U, V of BT.709 for full-range R'G'B' in [0, 1]
 _BT709 = ((0.2126, 0.7152, 0.0722), (-0.1146, -0.3854, 0.5), (0.5, -0.4542, -0.0458))
@@ -32,6 +41,8 @@ _TAG_BT709 = 1  # the code point of BT.709 in every H.264 colour field
 _TAG_LIMITED = 1  # AVCOL_RANGE_MPEG
 _X264_THREADS = 8  # fixed: x264 writes its thread count into the file, and frame threads change decisions
 _AAC_FRAME = 1024
+_BROADCAST = Fraction(1000, 1001)  # of a whole rate, since colour came to television
+_ROUNDED = Fraction(1, 200)  # people write such a rate to two decimals
 _CONVERTED_AT_ONCE = 8  # frames; bounds the memory of the conversion
 
 Progress = Callable[[int], None]
@@ -64,6 +75,25 @@ def rgb_to_yuv420(chunk: Tensor) -> Tensor:
     return torch.cat((luma.flatten(1), chroma.flatten(1)), dim=1).view(frames, height * 3 // 2, width)
 
 
+def frame_rate(value: str | float | Fraction) -> Fraction:
+    """Frames per second as a fraction: "24000/1001", 29.97 and 23.98 are the broadcast rates that people write like this.
+
+    Raises:
+        ValueError: not a positive number or fraction.
+    """
+    try:
+        rate = Fraction(value.strip() if isinstance(value, str) else value)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        rate = Fraction(0)
+    broadcast = round(rate / _BROADCAST) * _BROADCAST
+    if rate.denominator > 1 and broadcast > 0 and abs(rate - broadcast) < _ROUNDED:
+        return broadcast
+    rate = rate.limit_denominator(_BROADCAST.denominator)
+    if rate <= 0:
+        raise ValueError(f"fps must be a positive number or a fraction such as 24000/1001, got {value}")
+    return rate
+
+
 def to_int16(waveform: Tensor) -> np.ndarray:
     """(C, N) samples in [-1, 1] -> int16 (N, C): clip(x) * 32767, truncated."""
     samples = waveform.detach().float().cpu().clamp(-1, 1) * 32767.0
@@ -74,7 +104,7 @@ def write_mp4(
     path: str | Path,
     chunks: Iterable[Tensor],
     audio: Tensor | None = None,
-    fps: float = 24.0,
+    fps: str | float | Fraction = 24.0,
     sample_rate: int = 48000,
     *,
     crf: int = 19,
@@ -86,7 +116,7 @@ def write_mp4(
         path: written beside itself first and renamed when complete, so no half file ever bears this name.
         chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size.
         audio: (2, N) samples in [-1, 1], or None for no sound.
-        fps: frames per second, may be fractional.
+        fps: frames per second, as `frame_rate` takes them.
         sample_rate: of `audio`, in Hz.
         crf: H.264 quality, lower is better.
         progress: called with the number of frames encoded so far.
@@ -98,13 +128,12 @@ def write_mp4(
     Numerical contract: the same input gives the same bytes, on any number of cores.
     """
     _require_stereo(audio)
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ValueError(f"fps must be a positive number, got {fps}")
+    rate = frame_rate(fps)
     with replacing_file(path) as temporary, _open_mp4(temporary) as container:
         writer: _Mp4Writer | None = None
         for chunk in chunks:
             if writer is None:
-                writer = _Mp4Writer.open(container, chunk, audio, fps, sample_rate, crf)
+                writer = _Mp4Writer.open(container, chunk, audio, rate, sample_rate, crf)
             writer.write(chunk, progress)
         if writer is None:
             raise ValueError("chunks must hold at least one frame, got none")
@@ -145,10 +174,16 @@ class _Sink:
 def _open_mp4(temporary: Path) -> Iterator[OutputContainer]:
     import av
 
+    # The index goes before the pictures once they are all there: players and browsers start before they have the whole file.
+    index_first = {"movflags": "+faststart"}
+
+    def read_back(*_: object) -> IO[bytes]:
+        return temporary.open("rb")
+
     with temporary.open("wb", buffering=0) as file:
         sink = _Sink(file)
         try:
-            with av.open(sink, mode="w", format="mp4") as container:
+            with av.open(sink, "w", format="mp4", container_options=index_first, io_open=read_back) as container:
                 yield container
         except av.error.FFmpegError:
             if sink.error is None:
@@ -172,9 +207,8 @@ class _Mp4Writer:
 
     @classmethod
     def open(
-        cls, container: OutputContainer, chunk: Tensor, audio: Tensor | None, fps: float, sample_rate: int, crf: int
+        cls, container: OutputContainer, chunk: Tensor, audio: Tensor | None, rate: Fraction, sample_rate: int, crf: int
     ) -> _Mp4Writer:
-        rate = Fraction(fps).limit_denominator(1001)
         height, width = chunk.shape[1:3]
         video = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -303,7 +337,7 @@ def probe_mp4(path: str | Path) -> Mp4Info:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with Path(path).expanduser().open("rb") as file, av.open(file) as container:
             video = container.streams.video[0]
             sound = container.streams.audio[0] if container.streams.audio else None
             frames = samples = 0

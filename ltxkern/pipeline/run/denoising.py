@@ -1,4 +1,4 @@
-"""The denoising part of one generation: the run's generator, its stages, and what lies between them."""
+"""The denoising part of one generation: the run's generators, its stages, and what lies between them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGPolicy
 from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.state import sample_generators
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def report(progress: Progress | None, stage: str, done: int, total: int) -> None
 
 @dataclass
 class DenoisingRun:
-    """The denoising part of one call: the run's generator, its stages, and what lies between them."""
+    """The denoising part of one call: the run's generators, its stages, and what lies between them."""
 
     pipeline: Any
     request: GenerationRequest
@@ -48,8 +49,8 @@ class DenoisingRun:
     def latents(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
         """The stages that `phases` covers (all, save on some ranks of several); the latents that `HQOutput` carries."""
         pipeline = self.pipeline
-        # One for the initial noise of stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order.
-        self.generator = torch.Generator(pipeline.device).manual_seed(self.request.seed)
+        # One per video, for the initial noise of stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order.
+        self.generators = sample_generators(self.request.seeds(), pipeline.device)
         latents: dict[str, Tensor] = {}
         video: Tensor | None = None
         audio: Tensor | None = None
@@ -68,7 +69,7 @@ class DenoisingRun:
             return latents
         if len(self.stages) > 1:
             latents["stage2_audio"] = audio
-        source = audio if self.request.audio_source == "stage2" else latents["stage1_audio"]
+        source = audio if self.request.sounds_from == "stage2" else latents["stage1_audio"]
         return latents | {"video": video, "audio": source}
 
     def _forwards(self, stage: Stage, policy: CFGPolicy) -> int | None:
@@ -109,14 +110,16 @@ class DenoisingRun:
         scale = 1.0 if index == 0 else stage.sigmas[0]
         for offset, name in enumerate(("video", "audio")):
             given = None if self.initial_noise is None else self.initial_noise[2 * index + offset]
-            states[name] = states[name].noise(scale, generator=self.generator, noise=given)
+            states[name] = states[name].noise(scale, generator=self.generators, noise=given)
         return run_stage(
             transformer,
             states,
             policy,
             stage,
             conditioned=bool(conditions),
-            eta=self.request.eta,
+            eta=self.request.noise_share,
+            substep_eta=self.request.substep_eta,
+            seeds=self.request.seeds(),
             max_batch_size=self.request.max_batch_size,
             sde_noise=None if self.sde_noise is None else self.sde_noise[index],
             callback=self._step_callback(stage),

@@ -93,12 +93,13 @@ class PromptEncoder:
 
     def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
         parts = self._components
+        tokenizer = parts.tokenizer  # first: a fault of its small files shows before the encoder's gigabytes are read
         with (
             self._manager.component("text_encoder", parts.text_encoder, once=not self._keep) as encoder,
             self._manager.component("connectors", parts.connectors) as connectors,
         ):
             dtype = next(connectors.parameters()).dtype
-            return encode_prompts(parts.tokenizer, encoder, connectors, texts, device=self._device, dtype=dtype)
+            return encode_prompts(tokenizer, encoder, connectors, texts, device=self._device, dtype=dtype)
 
     def _contexts(self, name: str, value: PromptEmbeddings | Sequence[Tensor], batch: int) -> dict[str, Tensor]:
         """Both contexts on the device, one for all prompts repeated; `name` is the parameter."""
@@ -117,9 +118,11 @@ def open_embedding_cache(wanted: str | Path | bool, model: FoundModel, dtype: to
     """
     if wanted is False or model.path is None:
         return None
-    files = [model.path] if model.text_encoder is None else [model.path, model.text_encoder]
+    parts = [] if model.own is None else model.own.parts.values()
+    files = [model.path, *parts, *([] if model.text_encoder is None else [model.text_encoder])]
     folder = None if wanted is True else wanted
-    return EmbeddingCache(folder, model=str(model.path.absolute()), revision=model_revision(*files), dtype=dtype)
+    name = str(model.path.absolute()) + (f" {model.variant}" if model.variant else "")
+    return EmbeddingCache(folder, model=name, revision=model_revision(*files), dtype=dtype)
 
 
 def _stack(items: Sequence[PromptEmbeddings]) -> PromptEmbeddings:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ltxkern.ops.checks import check_finite_number
+from ltxkern.ops.res2s_step import SUBSTEP_ETA
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
+from ltxkern.pipeline.results.media import frame_rate
+from ltxkern.pipeline.run.checks import (
+    find_device,
+    require_positive,
+    require_schedule,
+    require_side,
+    require_strength,
+    require_texts,
+    whole,
+)
+from ltxkern.pipeline.run.presets import PRESETS, Preset, find_preset
 from ltxkern.pipeline.sampling.guidance import (
-    HQ_GUIDANCE,
-    TWO_STAGE_GUIDANCE,
     GuidanceRequest,
     GuidanceScales,
     MultiModalPolicy,
@@ -30,6 +39,18 @@ from ltxkern.pipeline.sampling.latents import (
 )
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
 
+__all__ = [
+    "DEFAULT_NEGATIVE_PROMPT",
+    "PRESETS",
+    "GenerationRequest",
+    "Preset",
+    "Stage",
+    "find_device",
+    "find_preset",
+    "require_strength",
+    "scale_blocks",
+]
+
 # The five leading tags are the published pipeline's (the model knows them); the rest covers the same ground in our words.
 DEFAULT_NEGATIVE_PROMPT = (
     "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, "
@@ -38,39 +59,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "warped face, waxy skin, stiff motion, frozen frame, watermark, logo, text overlay, silence, muffled sound, "
     "distorted or robotic voice, echo, hiss, sound out of sync, unwanted speech, cartoon filter, generation artefacts"
 )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What distinguishes the generators that share this code.
-
-    sampler: "res2s" or "euler"; stages: 1 or 2; distilled_strengths: of the distilled LoRA in stage 1 and 2.
-    """
-
-    name: str
-    sampler: str
-    stages: int
-    steps: int
-    guidance: GuidanceRequest
-    distilled_strengths: tuple[float, float]
-
-
-PRESETS = {
-    "hq": Preset("hq", "res2s", 2, 15, HQ_GUIDANCE, (0.25, 0.5)),
-    "two-stage": Preset("two-stage", "euler", 2, 30, TWO_STAGE_GUIDANCE, (0.0, 1.0)),
-    "one-stage": Preset("one-stage", "euler", 1, 30, TWO_STAGE_GUIDANCE, (0.0, 0.0)),
-}
-
-
-def find_preset(name: str) -> Preset:
-    """The preset of this name.
-
-    Raises:
-        ValueError: unknown name; the known ones are listed.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"pipeline must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -95,9 +83,7 @@ class Stage:
     def evaluations(self) -> int:
         """Model evaluations: res2s takes two a step and one for a final zero, Euler one a step."""
         steps = len(self.sigmas) - 1
-        if self.sampler == "euler":
-            return steps
-        return 2 * steps + (1 if self.sigmas[-1] == 0 else 0)
+        return 2 * steps + (1 if self.sigmas[-1] == 0 else 0) if self.sampler == "res2s" else steps
 
     @property
     def forwards(self) -> int:
@@ -113,15 +99,18 @@ class GenerationRequest:
         prompt, negative_prompt: one text, or one per video.
         images: `ImageCondition`, "PATH[:FRAME[:STRENGTH]]", paths or (path, frame, strength) tuples.
         preset: of the pipeline that is to run it.
-        seed: of the initial noise; the sampler's own noise has fixed seeds, as published.
+        seed: of the initial noise (and of ancestral Euler's own; that of res2s has fixed seeds, as published). One for all videos,
+            each of which draws what it would draw in a call of its own, or one per video.
         height, width: of the result, multiples of 64 (32 for one stage).
         num_frames: 8k+1.
-        frame_rate: frames per second.
+        frame_rate: frames per second; also a fraction such as "24000/1001".
         steps: of stage 1; None for the preset's (15 in HQ).
         video_guidance, audio_guidance: scales of stage 1; None for the preset's.
         distilled_strengths: of the distilled LoRA in stage 1 and 2; None for the pipeline's.
-        eta: noise share of a res2s step.
-        audio_source: "stage1" (published) or "stage2".
+        eta: noise share of a step of res2s or ancestral Euler; None for the preset's (0.5 in HQ, 1 in the distilled ones).
+        substep_eta: noise share of a res2s midpoint; with 0 here and in eta a run has no noise but the initial one. What both do to
+            the spread of the result: `res2s_sample`.
+        audio_source: "stage1" or "stage2"; None for the preset's (stage 2 in "distilled", else stage 1, as published).
         stage1_sigmas, stage2_sigmas: schedules in place of the preset's.
         max_batch_size: guidance branches per forward.
     """
@@ -130,7 +119,7 @@ class GenerationRequest:
     negative_prompt: str | Sequence[str] = DEFAULT_NEGATIVE_PROMPT
     images: Sequence[Any] = ()
     preset: Preset = field(default_factory=lambda: PRESETS["hq"])
-    seed: int = 10
+    seed: int | Sequence[int] = 10
     height: int = 1088
     width: int = 1920
     num_frames: int = 121
@@ -139,17 +128,22 @@ class GenerationRequest:
     video_guidance: GuidanceScales | None = None
     audio_guidance: GuidanceScales | None = None
     distilled_strengths: tuple[float, float] | None = None
-    eta: float = 0.5
-    audio_source: str = "stage1"
+    eta: float | None = None
+    substep_eta: float = SUBSTEP_ETA
+    audio_source: str | None = None
     stage1_sigmas: Sequence[float] | Tensor | None = None
     stage2_sigmas: Sequence[float] | Tensor | None = None
     max_batch_size: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.frame_rate, (str, Fraction)):
+            object.__setattr__(self, "frame_rate", float(frame_rate(self.frame_rate)))
         object.__setattr__(self, "images", tuple(_image_condition(item) for item in self.images))
         for name in ("stage1_sigmas", "stage2_sigmas"):
             sigmas = getattr(self, name)
             object.__setattr__(self, name, None if sigmas is None else _floats(sigmas))
+        if isinstance(self.seed, Sequence) and not isinstance(self.seed, str):
+            object.__setattr__(self, "seed", tuple(self.seed))
 
     @property
     def batch(self) -> int:
@@ -166,6 +160,21 @@ class GenerationRequest:
             return [self.negative_prompt] * self.batch
         return list(self.negative_prompt)
 
+    def seeds(self) -> list[int]:
+        """The seeds, one per video."""
+        seeds = list(self.seed) if isinstance(self.seed, Sequence) else [self.seed]
+        return seeds * self.batch if len(seeds) == 1 else seeds
+
+    @property
+    def noise_share(self) -> float:
+        """`eta`, or the preset's."""
+        return self.preset.eta if self.eta is None else self.eta
+
+    @property
+    def sounds_from(self) -> str:
+        """`audio_source`, or the preset's."""
+        return self.preset.audio_source if self.audio_source is None else self.audio_source
+
     def validate(self, geometry: Geometry | None = None, *, check_files: bool = True) -> None:
         """Refuse what cannot be generated, in one sentence, before anything is loaded.
 
@@ -173,22 +182,22 @@ class GenerationRequest:
             ValueError, TypeError: the first parameter that is wrong, with the nearest legal value.
         """
         geometry = geometry or Geometry()
-        _require_texts(self.prompts(), self.negative_prompts())
-        _require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
-        _require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
-        require_frame_count(_whole("num_frames", self.num_frames), geometry.temporal_ratio)
-        _require_positive("frame_rate", self.frame_rate)
-        if not -(2**63) <= _whole("seed", self.seed) < 2**64:
-            raise ValueError(f"seed must be between -2^63 and 2^64 - 1, got {self.seed}")
-        if self.steps is not None and self.stage1_sigmas is None and _whole("steps", self.steps) < 2:
-            raise ValueError(f"steps must be at least 2, got {self.steps}: use 2")
-        if self.audio_source not in ("stage1", "stage2"):
+        require_texts(self.prompts(), self.negative_prompts())
+        require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
+        require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
+        require_frame_count(whole("num_frames", self.num_frames), geometry.temporal_ratio)
+        require_positive("frame_rate", self.frame_rate)
+        self._require_seeds()
+        self._require_steps()
+        if self.sounds_from not in ("stage1", "stage2"):
             raise ValueError(f'audio_source must be "stage1" or "stage2", got {self.audio_source!r}')
-        if self.audio_source == "stage2" and self.preset.stages == 1:
+        if self.sounds_from == "stage2" and self.preset.stages == 1:
             raise ValueError('audio_source "stage2" needs a pipeline of two stages: use "stage1"')
-        if not (math.isfinite(self.eta) and 0 <= self.eta <= 1):
-            raise ValueError(f"eta must be between 0 and 1, got {self.eta}")
-        if _whole("max_batch_size", self.max_batch_size) < 1:
+        for name, share in (("eta", self.noise_share), ("substep_eta", self.substep_eta)):
+            check_finite_number(name, share)
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {share}: use {0 if share < 0 else 1}")
+        if whole("max_batch_size", self.max_batch_size) < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}: use 1")
         if self.audio_shape(geometry).frames < 1:
             raise ValueError(
@@ -196,11 +205,30 @@ class GenerationRequest:
             )
         for name, sigmas in (("stage1_sigmas", self.stage1_sigmas), ("stage2_sigmas", self.stage2_sigmas)):
             if sigmas is not None:
-                _require_schedule(name, list(_floats(sigmas)))
+                require_schedule(name, list(_floats(sigmas)))
         for strength in self.distilled_strengths or ():
             require_strength("distilled LoRA", strength)
         self._require_blocks(geometry)
         validate_image_conditions(self.images, self.num_frames, check_files=check_files)
+
+    def _require_seeds(self) -> None:
+        if len(self.seeds()) != self.batch:
+            raise ValueError(f"seed must be one, or one per prompt: {self.batch} prompts, {len(self.seeds())} given")
+        for seed in self.seeds():
+            if not -(2**63) <= whole("seed", seed) < 2**64:
+                raise ValueError(f"seed must be between -2^63 and 2^64 - 1, got {seed}")
+
+    def _require_steps(self) -> None:
+        if self.steps is None or self.stage1_sigmas is not None:
+            return
+        count = whole("steps", self.steps)
+        if self.preset.for_distilled and count != self.preset.steps:
+            raise ValueError(
+                f"steps must be {self.preset.steps} with pipeline {self.preset.name}, whose noise levels are fixed, got {count}: "
+                "leave it out, or give stage1_sigmas"
+            )
+        if count < 2:
+            raise ValueError(f"steps must be at least 2, got {count}: use 2")
 
     def _require_blocks(self, geometry: Geometry) -> None:
         for name, scales in (("video", self.video_guidance), ("audio", self.audio_guidance)):
@@ -246,7 +274,7 @@ class GenerationRequest:
         geometry = geometry or Geometry()
         count = self.preset.stages
         first = self.video_shape(1, geometry)
-        sigmas = self.stage1_sigmas
+        sigmas = self.preset.sigmas if self.stage1_sigmas is None else self.stage1_sigmas
         if sigmas is None:
             sigmas = ltx2_sigmas(self.preset.steps if self.steps is None else self.steps, first.tokens).tolist()
         found = [
@@ -263,7 +291,11 @@ class GenerationRequest:
         ]
         if count == 2:
             later = STAGE_2_SIGMAS if self.stage2_sigmas is None else self.stage2_sigmas
-            second = replace(found[0], name="stage 2", height=self.height, width=self.width, branches=1)
+            # Three steps are too few to take fresh noise out again: the refinement of the distilled model is plain, as published.
+            sampler = self.preset.sampler.removesuffix("-ancestral")
+            second = replace(
+                found[0], name="stage 2", height=self.height, width=self.width, branches=1, sampler=sampler
+            )
             found.append(replace(second, video=self.video_shape(2, geometry), sigmas=_floats(later)))
         return found
 
@@ -271,42 +303,6 @@ class GenerationRequest:
         """`stages` under its name of version 0.1; a plan is what a request needs of memory and time."""
         warnings.warn("GenerationRequest.plan is now called stages", DeprecationWarning, stacklevel=2)
         return self.stages(geometry)
-
-
-def find_device(name: str | torch.device | None) -> torch.device:
-    """The device that a name asks for; None is the first CUDA device, else the CPU.
-
-    Raises:
-        ValueError: not a CPU or CUDA device, or one that this machine does not have.
-    """
-    count = torch.cuda.device_count()
-    legal = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
-    if name is None:
-        return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one of {legal}, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be one of {legal}, got {str(name)!r}")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {str(name)!r} is not there: use one of {legal}")
-    return device
-
-
-def require_strength(name: str, strength: float, *, signed: bool = False) -> None:
-    """A LoRA strength is a finite number; that of the distilled LoRA is not negative, that of others may be (`signed`).
-
-    Raises:
-        ValueError: it is not.
-    """
-    if signed and isinstance(strength, (int, float)) and math.isfinite(strength):
-        return
-    if not (isinstance(strength, (int, float)) and 0 <= strength < float("inf")):
-        raise ValueError(
-            f"{name}: the strength must be a finite number{'' if signed else ' of at least 0'}, got {strength}: "
-            "use 0 to switch it off"
-        )
 
 
 def _floats(sigmas: Sequence[float] | Tensor) -> tuple[float, ...]:
@@ -327,48 +323,6 @@ def scale_blocks(scales: GuidanceScales | None, blocks: int) -> GuidanceScales |
     if blocks == PRODUCTION_BLOCKS or scales is None or not scales.stg_blocks:
         return scales
     return replace(scales, stg_blocks=tuple(sorted({b * blocks // PRODUCTION_BLOCKS for b in scales.stg_blocks})))
-
-
-def _require_texts(prompts: list[str], negatives: list[str]) -> None:
-    if not prompts:
-        raise ValueError("prompt must hold at least one text, got none")
-    for name, texts in (("prompt", prompts), ("negative_prompt", negatives)):
-        wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
-        if wrong:
-            raise TypeError(f"{name} must be a text or a list of texts, got {wrong[0]}")
-    if len(negatives) != len(prompts):
-        raise ValueError(
-            f"negative_prompt must be one text, or one per prompt: {len(prompts)} prompts, {len(negatives)} given"
-        )
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return value
-
-
-def _require_side(name: str, value: int, multiple: int) -> None:
-    if _whole(name, value) >= multiple and value % multiple == 0:
-        return
-    below, above = value // multiple * multiple, -(-value // multiple) * multiple
-    if below < multiple:
-        raise ValueError(f"{name} {value} is not a positive multiple of {multiple}: use {multiple}")
-    nearest, other = (above, below) if above - value <= value - below else (below, above)
-    raise ValueError(f"{name} {value} is not a multiple of {multiple}: use {nearest} or {other}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def _require_schedule(name: str, sigmas: list[float]) -> None:
-    falling = all(later < earlier for earlier, later in pairwise(sigmas))
-    if len(sigmas) < 2 or not falling or not all(0 <= sigma <= 1 for sigma in sigmas):
-        raise ValueError(f"{name} must be at least two strictly falling numbers between 1 and 0, got {sigmas}")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner, run_branches
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
-from ltxkern.pipeline.sampling.state import Latents
+from ltxkern.pipeline.sampling.state import Latents, offset_seeds
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def run_stage(
     *,
     conditioned: bool,
     eta: float = 0.5,
+    substep_eta: float = 0.5,
+    seeds: Sequence[int] = (10,),
     max_batch_size: int = 1,
     sde_noise: Mapping[str, Sequence[Tensor]] | None = None,
     callback: Callable[[int, int, dict[str, Tensor]], None] | None = None,
@@ -90,9 +92,10 @@ def run_stage(
         policy: built guidance policy.
         stage: its sampler and schedule.
         conditioned: whether any token is held by a mask; False spares per-token work everywhere.
-        eta: noise share of a res2s step.
+        eta, substep_eta: noise shares of a step (res2s, ancestral Euler) and of a res2s midpoint.
+        seeds: of the videos, one each; the noise of ancestral Euler depends on them, that of res2s has fixed seeds.
         max_batch_size: guidance branches per forward.
-        sde_noise: ready noise of every res2s draw per modality, in the order of `res2s_sample`; seeded draws where None.
+        sde_noise: ready noise of every draw of the sampler per modality, in its order; seeded draws where None.
         callback: called after each step with (done, total, latents).
         denoiser_factory: makes the denoiser from policy and forward; None runs the branches one after another.
     Returns:
@@ -111,8 +114,13 @@ def run_stage(
     if conditioned:
         held["masks"] = {name: state.mask for name, state in states.items()}
         held["clean"] = {name: state.clean for name, state in states.items()}
+    # As many seeds as samples: a video draws what it would draw in a call of its own.
     if stage.sampler == "res2s":
-        result = res2s_sample(denoiser, latents, sigmas, eta=eta, noise=sde_noise, **held)
+        held |= {"eta": eta, "substep_eta": substep_eta, "noise_seed": [-1] * len(seeds), "noise": sde_noise}
+        result = res2s_sample(denoiser, latents, sigmas, **held)
+    elif stage.sampler == "euler-ancestral":
+        held |= {"eta": eta, "noise_seed": offset_seeds(seeds), "noise": sde_noise}
+        result = euler_sample(denoiser, latents, sigmas, **held)
     else:
         result = euler_sample(denoiser, latents, sigmas, **held)
     done = {}

@@ -6,9 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ltxkern.ops.combine_guidance import combine_guidance
@@ -173,7 +176,8 @@ class SingleBranchPolicy(CFGPolicy):
 class MultiModalPolicy(CFGPolicy):
     """Multi-modal guidance of LTX-2: up to four branches, video and audio scales apart.
 
-    `cond + (cfg - 1)(cond - neg) + stg (cond - perturbed) + (mod - 1)(cond - modality)`, rescaled; see `combine_guidance`. A branch
+    `cond + (cfg - 1)(cond - neg) + stg (cond - perturbed) + (mod - 1)(cond - modality)`, rescaled; see `combine_guidance`, which
+    is called once per sample, so that videos of one batch have deviations of their own. A branch
     runs only where its scale is not void for at least one modality; each modality uses its own scales on it. Without a second
     modality the modality branch equals cond and never runs.
     """
@@ -215,14 +219,19 @@ class MultiModalPolicy(CFGPolicy):
         for name, scales in self.request.present.items():
             if name not in cond:
                 continue
-            combined[name] = combine_guidance(
-                cond[name],
-                *(other.get(name) for other in others),
+            branches = (cond[name], *(other.get(name) for other in others))
+            combine = partial(
+                combine_guidance,
                 cfg_scale=scales.cfg,
                 stg_scale=scales.stg if PERTURBED in ran else 0.0,
                 modality_scale=scales.modality if MODALITY in ran else 1.0,
                 rescale_scale=scales.rescale,
             )
+            # The op's deviations are over its whole tensor; videos that share a call must not share them.
+            parts = len(cond[name]) if scales.rescale else 1
+            samples = zip(*(repeat(None) if b is None else b.chunk(parts) for b in branches), strict=False)
+            each = [combine(*sample) for sample in samples]
+            combined[name] = each[0] if len(each) == 1 else torch.cat(each)
         return combined
 
     def skipped(self, step: int) -> frozenset[str]:

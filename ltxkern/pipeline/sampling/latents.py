@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+from ltxkern.pipeline.sampling.state import fill_normal
 
 VIDEO_CHANNELS = 128
 SPATIAL_RATIO = 32
@@ -284,22 +287,25 @@ class LatentState:
         return cls(tokens, tokens.clone(), mask, positions, shape, levels=(1.0,))
 
     def noise(
-        self, scale: float = 1.0, *, generator: torch.Generator | None = None, noise: Tensor | None = None
+        self,
+        scale: float = 1.0,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        noise: Tensor | None = None,
     ) -> LatentState:
         """Mix noise in: lerp(clean, lerp(latent, n, scale), mask), both in fp32, then back to the model dtype.
 
         Args:
             scale: the sigma to start from; 1 replaces the latent by noise.
-            generator: source of n, drawn in the model dtype over all tokens, appended ones included.
+            generator: source of n, drawn in the model dtype over all tokens, appended ones included; several: one per sample.
             noise: a ready n (B, T, C) instead of a draw.
 
         Raises:
             ValueError: `noise` has another shape than the packed latent.
         """
         if noise is None:
-            noise = torch.randn(
-                self.latent.shape, dtype=self.latent.dtype, device=self.latent.device, generator=generator
-            )
+            generators = generator if isinstance(generator, Sequence) else [generator]
+            noise = fill_normal(torch.empty_like(self.latent, memory_format=torch.contiguous_format), generators)
         elif noise.shape != self.latent.shape:
             raise ValueError(f"noise must have shape {tuple(self.latent.shape)}, got {tuple(noise.shape)}")
         noise = noise.to(self.latent)

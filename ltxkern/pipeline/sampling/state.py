@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 MODALITIES = ("video", "audio")
+SECOND_SEED_OFFSET = 10_000
 LATENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Latents = dict[str, Tensor]
+Seeds = int | Sequence[int]
 Callback = Callable[[int, int, Latents], None]
 
 
@@ -143,6 +145,60 @@ def _check_latent(
             raise ValueError(f"{parameter}[{name!r}] must be on {device}, got {tensor.device}")
     if mask.dtype != torch.float32:
         raise TypeError(f"masks[{name!r}] must be torch.float32, got {mask.dtype}")
+
+
+def ready_noise(
+    state: SamplerState, noise: Mapping[str, Sequence[Tensor]], count: int, each: str
+) -> list[list[Tensor]]:
+    """Noise given by the caller, `count` tensors for each modality of the state; `each` says why as many.
+
+    Raises:
+        ValueError: other modalities, another count, or a tensor that does not fit its latent.
+    """
+    if set(noise) != set(state.names):
+        raise ValueError(f"noise must hold exactly {', '.join(state.names)}, got {', '.join(noise) or 'nothing'}")
+    found = []
+    for name, latent in zip(state.names, state.latents, strict=True):
+        tensors = list(noise[name])
+        if len(tensors) != count:
+            raise ValueError(f"noise[{name!r}] must hold {count} tensors ({each}), got {len(tensors)}")
+        for index, tensor in enumerate(tensors):
+            if tensor.shape != latent.shape:
+                raise ValueError(
+                    f"noise[{name!r}][{index}] must have shape {tuple(latent.shape)}, got {tuple(tensor.shape)}"
+                )
+            if tensor.device != latent.device:
+                raise ValueError(f"noise[{name!r}][{index}] must be on {latent.device}, got {tensor.device}")
+        found.append(tensors)
+    return found
+
+
+def offset_seeds(seeds: Seeds) -> Seeds:
+    """Seeds of a second source of noise, 10000 above those of the first, as published."""
+    if isinstance(seeds, int):
+        return (seeds + SECOND_SEED_OFFSET) % 2**64
+    return [(seed + SECOND_SEED_OFFSET) % 2**64 for seed in seeds]
+
+
+def sample_generators(seeds: Seeds, device: torch.device) -> list[torch.Generator]:
+    """A fresh generator per seed: one seed for a whole batch, or one per sample."""
+    every = [seeds] if isinstance(seeds, int) else seeds
+    return [torch.Generator(device).manual_seed(seed) for seed in every]
+
+
+def fill_normal(buffer: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """`buffer` (B, ...) filled with normal draws: in one draw, or each sample by a generator of its own.
+
+    Raises:
+        ValueError: neither one generator nor one per sample.
+    """
+    if len(generators) not in (1, len(buffer)):
+        raise ValueError(
+            f"seeds must be one for the batch or one per sample, got {len(generators)} for {len(buffer)} samples"
+        )
+    for part, generator in zip(buffer.chunk(len(generators)), generators, strict=True):
+        part.normal_(generator=generator)
+    return buffer
 
 
 def fp32(value: float) -> float:

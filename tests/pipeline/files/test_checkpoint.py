@@ -211,8 +211,8 @@ PROJ_OUT = "model.diffusion_model.proj_out.bias"
             r"1 wrong shape: model.diffusion_model.proj_out.bias \(expected \(16,\), got \(3,\)\)",
         ),
         (
-            lambda t: t.update({PROJ_OUT: t[PROJ_OUT].to(torch.float8_e4m3fn)}),
-            r"1 unsupported dtype: model.diffusion_model.proj_out.bias \(F8_E4M3\)",
+            lambda t: t.update({PROJ_OUT: t[PROJ_OUT].to(torch.int8)}),
+            r"1 unsupported dtype: model.diffusion_model.proj_out.bias \(I8\)",
         ),
     ],
     ids=["missing", "unexpected", "shape", "dtype"],

@@ -1,5 +1,6 @@
 """Headers of safetensors files: what is read of them, and files that are none or are cut off."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:
         "header": (whole[:1000], "cut off in its header"),
         "empty": (b"", "not a safetensors file"),
         "text": (b"this is a text file, not weights" * 9, "not a safetensors file"),
+        "pointer": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "but a git-LFS pointer in place of the file",
+        ),
+        "page": (b"\n<!DOCTYPE html><html><body>sign in</body></html>" * 20, "but an HTML page in place of the file"),
+        "gguf": (b"GGUF\3\0\0\0" + bytes(99), "but a GGUF file, which is not read here"),
+        "pickle": (b"PK\3\4" + bytes(99), "but a zip archive"),
+        "answer": (b"Invalid username or password.", "but a text that begins 'Invalid username or password.'"),
+        "long": (whole + bytes(8), "8 bytes follow its last tensor"),
         "json": ((16).to_bytes(8, "little") + b'["no", "object"]', "not a safetensors file"),
     }
     for name, (content, message) in cases.items():
@@ -29,6 +39,20 @@ def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:
             load_component(path, "vocoder")
         with pytest.raises(CheckpointError, match=message):
             load_lora(path)
+
+
+def test_a_tensor_whose_bytes_are_not_its_shape(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"damaged, a \(3,\) in 8 bytes"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for name in ("first", "second one"):
+        save_file({name: torch.zeros(1)}, path)
+        assert list(read_header(path).tensors) == [name]
 
 
 def test_what_a_header_says(tmp_path: Path) -> None:

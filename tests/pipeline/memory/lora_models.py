@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
 from ltxkern.pipeline.memory.merge import merge_phase
@@ -94,3 +97,24 @@ def one_lora(name="a", *, rank=3, alpha=None, seed=0, size=(5, 4), dtype=torch.f
     a = torch.randn(rank, size[1], generator=generator).to(dtype)
     b = torch.randn(size[0], rank, generator=generator).to(dtype)
     return LoRA(name, {"m": LoRAFactors(a, b, alpha)})
+
+
+class Touched(TorchDispatchMode):
+    """Writes down every op, views left out, that is given a part of one storage."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self._storage = tensor.untyped_storage().data_ptr()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        if not func.is_view and any(value.untyped_storage().data_ptr() == self._storage for value in given):
+            self.ops.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def kernel_calls(self) -> int:
+        """Calls of the one op, of ltxkern, that met the storage."""
+        (kernel,) = set(self.ops) - {"aten::empty_like"}
+        assert kernel.startswith("ltxkern::")
+        return self.ops.count(kernel)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+import ltxkern
 from ltxkern.compiled import merge_lora as launch
 from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase
 from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair
 from tests.ops.contract import noise
-from tests.pipeline.memory.lora_models import linear_weights, one_lora, random_lora
-from tests.serving import backends_of, serving
+from tests.pipeline.memory.lora_models import Touched, linear_weights, one_lora, random_lora
+from tests.serving import serving
 
 
 @pytest.mark.parametrize("rounding", ["reference", "single"])
@@ -46,7 +45,7 @@ def stacked(shape, dtype, ranks, strengths):
     return weight, tuple(LoRAPhase(tuple(zip(loras, phase, strict=True))) for phase in strengths)
 
 
-@pytest.mark.parametrize("backend", backends_of("dual_add"))
+@pytest.mark.parametrize("backend", ltxkern.backends())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("ranks", "strengths"),
@@ -70,28 +69,12 @@ def test_a_pair_in_several_chunks_equals_two_merges(backend, dtype, ranks, stren
     assert torch.equal(other, expected[1])
 
 
-class Touched(TorchDispatchMode):
-    """Writes down every op, views left out, that is given a part of one storage."""
-
-    def __init__(self, tensor):
-        super().__init__()
-        self._storage = tensor.untyped_storage().data_ptr()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
-        if not func.is_view and any(value.untyped_storage().data_ptr() == self._storage for value in given):
-            self.ops.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_pair_reads_the_weight_once(monkeypatch):
     monkeypatch.setattr(launch, "CPU_CHUNK", 6 * 24 * 2)
     weight, phases = stacked((37, 24), torch.bfloat16, (3, 5), ((0.7, 0.25), (0.7, 0.5)))
     with torch.no_grad(), Touched(weight) as touched:
         merge_phase_pair(weight, torch.empty_like(weight), "m", phases)
-    assert touched.ops.count("ltxkern::dual_add_out") == 7
-    assert set(touched.ops) <= {"ltxkern::dual_add_out", "aten::empty_like"}
+    assert touched.kernel_calls() == 7
 
 
 @pytest.mark.parametrize(

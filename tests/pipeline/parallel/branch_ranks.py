@@ -126,7 +126,7 @@ def launcher() -> Iterator[int]:
 
 
 def main(folder: Path) -> None:
-    """All degrees, one launch each."""
+    """All degrees, one start of ranks each."""
     torch.set_num_threads(1)
     models = {dtype: build_demo(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = {}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
 
 
-def launch(module: str, folder: Path) -> dict[str, Any]:
+def start(module: str, folder: Path) -> dict[str, Any]:
     """Results that a program of ranks left in `folder`."""
     done = subprocess.run(
         [sys.executable, "-m", module, str(folder)],

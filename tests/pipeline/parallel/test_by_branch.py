@@ -21,7 +21,7 @@ from ltxkern.pipeline.sampling.guidance import (
 )
 from tests.pipeline.parallel.branch_failures import EVALUATIONS, SCENARIOS
 from tests.pipeline.parallel.branch_ranks import DEGREES
-from tests.pipeline.parallel.jobs import launch
+from tests.pipeline.parallel.jobs import start
 
 CASES = ("t2v", "i2v", "stg", "pair", "batch", "bf16")
 BRANCHES = {"t2v": 3, "i2v": 3, "stg": 4, "pair": 2, "batch": 3, "bf16": 3}
@@ -31,13 +31,13 @@ BRANCHES = {"t2v": 3, "i2v": 3, "stg": 4, "pair": 2, "batch": 3, "bf16": 3}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Every case on every degree."""
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, launch("tests.pipeline.parallel.branch_ranks", folder)
+    return folder, start("tests.pipeline.parallel.branch_ranks", folder)
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every failure."""
-    return launch("tests.pipeline.parallel.branch_failures", tmp_path_factory.mktemp("failures"))
+    return start("tests.pipeline.parallel.branch_failures", tmp_path_factory.mktemp("failures"))
 
 
 @pytest.mark.parametrize(

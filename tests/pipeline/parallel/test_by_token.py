@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, even_parts
 from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, MultiModalPolicy, SingleBranchPolicy
-from tests.pipeline.parallel.jobs import launch
+from tests.pipeline.parallel.jobs import start
 from tests.pipeline.parallel.token_ranks import CASES, DEGREES, difference
 
 FORWARDS, BLOCKS, WIDTH, AUDIO_WIDTH, CHANNELS = 7, 2, 64, 32, 16  # of the demo's stage 2
@@ -21,7 +21,7 @@ FORWARDS, BLOCKS, WIDTH, AUDIO_WIDTH, CHANNELS = 7, 2, 64, 32, 16  # of the demo
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Every case on every degree, and the runs in which a rank fails."""
     folder = tmp_path_factory.mktemp("sequence")
-    return folder, launch("tests.pipeline.parallel.token_ranks", folder)
+    return folder, start("tests.pipeline.parallel.token_ranks", folder)
 
 
 def of_rank(runs: tuple[Path, dict[str, Any]], degree: int, rank: int) -> dict[str, Any]:

@@ -7,30 +7,30 @@ import pytest
 import torch.distributed as dist
 
 from ltxkern.commands import parallel
-from ltxkern.pipeline.parallel.ranks import Launch, RankError, Ranks
+from ltxkern.pipeline.parallel.ranks import RankError, Ranks, Started
 from tests.pipeline.parallel.jobs import arguments
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, Launch(0, 0, 1)),
-        ({"LOCAL_RANK": "0"}, Launch(0, 0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Launch(3, 1, 8)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, Launch(3, 3, 8)),
+        ({}, Started(0, 0, 1)),
+        ({"LOCAL_RANK": "0"}, Started(0, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Started(3, 1, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, Started(3, 3, 8)),
     ],
 )
-def test_the_launchers_environment(environment: dict[str, str], expected: Launch) -> None:
-    assert Launch.from_environment(environment) == expected
+def test_the_launchers_environment(environment: dict[str, str], expected: Started) -> None:
+    assert Started.from_environment(environment) == expected
 
 
 def test_environments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="RANK and WORLD_SIZE must both be set"):
-        Launch.from_environment({"RANK": "0"})
+        Started.from_environment({"RANK": "0"})
     with pytest.raises(ValueError, match="RANK must be a whole number, got 'x'"):
-        Launch.from_environment({"RANK": "x", "WORLD_SIZE": "2"})
+        Started.from_environment({"RANK": "x", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="RANK must be between 0 and WORLD_SIZE - 1, got 2 of 2"):
-        Launch.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+        Started.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 def test_a_rank_that_never_arrives(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def fail_in(sequence: SequenceParallel | None, forward: int, how: str) -> None:
 
 
 def main(folder: Path) -> None:
-    """All degrees, one launch each, and those in which a rank fails."""
+    """All degrees, one start of ranks each, and those in which a rank fails."""
     torch.set_num_threads(1)
     models = {dtype: build_demo(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     codes: dict[str, list[int | None]] = {"1": forked(reference, models, folder)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.results.atomic import output_kind, writable_output
-from ltxkern.pipeline.results.media import write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.media import probe_mp4, write_frames, write_latents, write_mp4
 from tests.pipeline.results.samples import leftovers, tone, video
 
 
@@ -136,3 +136,80 @@ def test_frames_never_remove_other_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"already holds 'thesis.txt'"):
             call()
     assert leftovers(tmp_path) == ["thesis.txt"]
+
+
+RESULTS = ["a.mp4", "A.MP4", "a.safetensors", "a"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path, name: str, there: bool) -> None:
+    """A link to a result on another disk, to nothing yet, and through a second link; the new result lies beside the old."""
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    disk.mkdir()
+    here.mkdir()
+    target, link = disk / f"blob{Path(name).suffix}", here / name
+    (here / "second").symlink_to(target)
+    link.symlink_to("second")
+    if there:
+        write_small(target)
+    assert writable_output(link) == output_kind(name)
+    write_small(link)
+    assert link.is_symlink()
+    assert (here / "second").is_symlink()
+    assert leftovers(disk) == [target.name]
+    assert target.is_dir() if name == "a" else target.stat().st_size > 500
+    assert (leftovers(here), leftovers(tmp_path)) == (sorted([name, "second"]), ["disk", "here"])
+
+
+def write_small(path: Path) -> None:
+    kind = output_kind(path)
+    if kind == "latents":
+        write_latents(path, torch.zeros(1, 4, 2, 3, 5), None)
+    else:
+        (write_mp4 if kind == "mp4" else write_frames)(path, [video(3)], tone(6000))
+
+
+def test_what_must_not_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "circle.mp4").symlink_to("back.mp4")
+    (tmp_path / "back.mp4").symlink_to("circle.mp4")
+    (tmp_path / "null.mp4").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "kept.mp4").write_bytes(b"old")
+    (tmp_path / "kept.mp4").chmod(0o444)
+    (tmp_path / "away.mp4").symlink_to("nowhere/a.mp4")
+    before = leftovers(tmp_path)
+    for name, words in (
+        ("circle.mp4", "a link that leads in a circle"),
+        ("null.mp4", "a device or a pipe"),
+        ("pipe.mp4", "a device or a pipe"),
+        ("kept.mp4", "is read-only: make it writable or name another file"),
+        ("away.mp4", "nowhere' does not exist"),
+        ("kept.mp4/a.mp4", "does not exist"),
+        ("x" * 252 + ".mp4", "File name too long"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            writable_output(tmp_path / name)
+    assert leftovers(tmp_path) == before
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["k\u00fcche \u732b", os.fsdecode(b"k\xfcche"), "new\nline", "a" * 251, "-rf", "per cent %d", "a:b"],
+    ids=["unicode", "latin-1", "newline", "longest", "dash", "pattern", "colon"],
+)
+def test_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.mp4"
+    assert writable_output(path) == "mp4"
+    write_small(path)
+    assert probe_mp4(path).frames == 3
+    assert leftovers(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert writable_output(f"~/{name}") == output_kind(name)
+    write_small(Path("~") / name)
+    assert leftovers(tmp_path) == [name]

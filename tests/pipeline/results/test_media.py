@@ -17,7 +17,15 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ltxkern.pipeline.results.media import probe_mp4, rgb_to_yuv420, to_int16, write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.media import (
+    frame_rate,
+    probe_mp4,
+    rgb_to_yuv420,
+    to_int16,
+    write_frames,
+    write_latents,
+    write_mp4,
+)
 from tests.pipeline.results.samples import leftovers, tone, video
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +76,50 @@ def test_mp4_holds_what_was_written(tmp_path: Path, dtype: torch.dtype, fps: flo
     assert 33120 <= info.audio_samples < 33120 + 3 * 1024
     assert seen == list(range(1, 18))
     assert leftovers(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        *(((text, Fraction(whole * 1000, 1001))) for whole, text in ((24, "24000/1001"), (24, 23.976), (24, 23.98))),
+        *(((text, Fraction(whole * 1000, 1001))) for whole, text in ((30, 29.97), (60, 59.94), (120, "119.88"))),
+        (24000 / 1001, Fraction(24000, 1001)),
+        (Fraction(30000, 1001), Fraction(30000, 1001)),
+        (24, Fraction(24)),
+        (" 25 ", Fraction(25)),
+        (12.5, Fraction(25, 2)),
+        (999, Fraction(999)),
+    ],
+)
+def test_rates_reach_the_file_exactly(tmp_path: Path, given: str | float | Fraction, rate: Fraction) -> None:
+    """Sound and picture of the same length in the file, and nothing lost on the way."""
+    assert frame_rate(given) == rate
+    path = tmp_path / "a.mp4"
+    write_mp4(path, [video(60)], tone(round(48000 * 60 / rate)), given)
+    with av.open(str(path)) as container:
+        picture, sound = container.streams.video[0], container.streams.audio[0]
+        assert picture.average_rate == rate
+        assert picture.duration * picture.time_base == 60 / rate
+        assert abs(sound.duration * sound.time_base - 60 / rate) <= Fraction(1024, 48000)
+
+
+@pytest.mark.parametrize("given", ["24/0", "24:1", "abc", "", "-24", float("inf"), 1e-9])
+def test_rates_that_are_none(given: str | float) -> None:
+    with pytest.raises(ValueError, match="fps must be a positive number or a fraction such as 24000/1001"):
+        frame_rate(given)
+
+
+def test_mp4_index_comes_first(tmp_path: Path) -> None:
+    """A browser plays while it loads; the frames lie where the index says."""
+    path = tmp_path / "a.mp4"
+    write_mp4(path, video(40, 96, 128).split(9), tone(66000), 24.0)
+    content, position, boxes = path.read_bytes(), 0, []
+    while position < len(content):
+        boxes.append(content[position + 4 : position + 8])
+        position += int.from_bytes(content[position : position + 4], "big")
+    assert position == len(content)
+    assert boxes.index(b"moov") < boxes.index(b"mdat")
+    assert probe_mp4(path).frames == 40
 
 
 def test_mp4_colours_and_sound_come_back(tmp_path: Path) -> None:

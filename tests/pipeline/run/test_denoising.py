@@ -45,18 +45,18 @@ def test_a_held_first_frame_is_the_picture(pipeline: HQTwoStagePipeline, picture
 def test_replay_of_noise_and_embeddings(pipeline: HQTwoStagePipeline) -> None:
     """A run given everything that it would draw or compute equals the run that drew and computed it."""
     drawn: list[torch.Tensor] = []
-    plans = GenerationRequest(prompt="a kite", **SMALL).stages(pipeline.geometry)
+    stages = GenerationRequest(prompt="a kite", **SMALL).stages(pipeline.geometry)
     generator = torch.Generator().manual_seed(10)
-    for plan in plans:
-        for shape in ((1, plan.video.tokens, 16), (1, plan.audio.tokens, 32)):
+    for stage in stages:
+        for shape in ((1, stage.video.tokens, 16), (1, stage.audio.tokens, 32)):
             drawn.append(torch.randn(shape, generator=generator))
     sde = []
-    for plan in plans:
+    for stage in stages:
         step, sub = (torch.Generator().manual_seed(seed) for seed in (-1, 9999))
         noise: dict[str, list[torch.Tensor]] = {"video": [], "audio": []}
-        for _ in plan.sigmas[:-1]:
+        for _ in stage.sigmas[:-1]:
             for source in (sub, step):
-                for name, tokens, width in (("video", plan.video.tokens, 16), ("audio", plan.audio.tokens, 32)):
+                for name, tokens, width in (("video", stage.video.tokens, 16), ("audio", stage.audio.tokens, 32)):
                     raw = torch.randn(1, tokens, width, generator=source, dtype=torch.float64)
                     noise[name].append((raw - raw.mean()) / raw.std())
         sde.append(noise)

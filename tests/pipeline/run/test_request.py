@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,25 @@ def test_stages_of_a_request() -> None:
     assert (only.height, only.evaluations) == (1088, 4)
 
 
+def test_a_distilled_request_has_a_fixed_schedule() -> None:
+    asked = GenerationRequest(prompt="a", preset=PRESETS["distilled"])
+    asked.validate()
+    assert [(s.evaluations, s.steps, s.branches) for s in asked.stages()] == [(8, 8, 1), (3, 3, 1)]
+    assert (asked.noise_share, asked.sounds_from) == (1.0, "stage2")
+    (only,) = GenerationRequest(prompt="a", preset=PRESETS["one-stage-distilled"]).stages()
+    assert (only.height, only.evaluations) == (1088, 8)
+    with pytest.raises(
+        ValueError, match="steps must be 8 with pipeline distilled, whose noise levels are fixed, got 4"
+    ):
+        replace(asked, steps=4).validate()
+    assert len(replace(asked, steps=4, stage1_sigmas=(1.0, 0.5, 0.0)).stages()[0].sigmas) == 3
+
+
+def test_defaults_are_the_published_ones() -> None:
+    asked = GenerationRequest(prompt="a")
+    assert (asked.noise_share, asked.substep_eta, asked.sounds_from) == (0.5, 0.5, "stage1")
+
+
 def test_old_names_warn() -> None:
     asked = GenerationRequest(prompt="a")
     with pytest.warns(DeprecationWarning, match="plan is now called stages"):
@@ -65,6 +87,10 @@ REFUSED = [
     ({"video_guidance": GuidanceScales(stg=1.0, stg_blocks=(48,))}, "stg_blocks must be between 0 and 1"),
     ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text, or one per prompt"),
     ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
+    ({"seed": [1, 2]}, "seed must be one, or one per prompt: 1 prompts, 2 given"),
+    ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ({"eta": 1.5}, "eta must be between 0 and 1, got 1.5: use 1"),
+    ({"substep_eta": -0.5}, "substep_eta must be between 0 and 1, got -0.5: use 0"),
 ]
 
 
@@ -78,3 +104,15 @@ def test_refusals_come_before_any_forward(
     monkeypatch.setattr(pipeline.prompts, "encode", never)
     with pytest.raises((ValueError, TypeError), match=sentence):
         pipeline("a kite", **{**SMALL, **changes})
+
+
+def test_a_frame_rate_may_be_a_fraction() -> None:
+    for rate in ("24000/1001", "23.976", Fraction(24000, 1001)):
+        assert GenerationRequest(frame_rate=rate).frame_rate == 24000 / 1001
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9"), json.loads('"caf\\ud83d"')], ids=["latin-1", "half"])
+def test_a_prompt_in_another_encoding(text: str) -> None:
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(ValueError, match=f"{name} must be Unicode text, got .* after 'caf': write it in UTF-8"):
+            GenerationRequest(**{"prompt": "a", name: text}).validate()

@@ -19,7 +19,7 @@ def test_evaluation_counts_at_defaults(pipeline: HQTwoStagePipeline) -> None:
 def test_plan_tells_the_forwards_that_run(pipeline: HQTwoStagePipeline) -> None:
     counts = count_forwards(pipeline, steps=3)
     request = GenerationRequest(prompt="a", **{**SMALL, "steps": 3})
-    assert list(counts.values()) == [plan.forwards for plan in request.stages(pipeline.geometry)]
+    assert list(counts.values()) == [stage.forwards for stage in request.stages(pipeline.geometry)]
 
 
 def test_void_scales_skip_their_forwards(pipeline: HQTwoStagePipeline) -> None:

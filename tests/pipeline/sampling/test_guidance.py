@@ -347,3 +347,24 @@ def test_the_combination_is_the_op() -> None:
         rescale_scale=1.0,
     )
     assert torch.equal(combined["audio"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("request_", [HQ_GUIDANCE, TWO_STAGE_GUIDANCE, GuidanceRequest(GuidanceScales(rescale=0.7))])
+def test_videos_of_a_batch_are_rescaled_apart(request_: GuidanceRequest, dtype: torch.dtype) -> None:
+    policy = MultiModalPolicy.build(request_, POSITIVE, NEGATIVE)
+    generator = torch.Generator().manual_seed(5)
+    alone = [predictions(generator, names(policy)) for _ in range(3)]
+    # Spreads far apart: one deviation over all of them would move each.
+    scaled = [
+        {branch: {name: (10.0**index * x).to(dtype) for name, x in given.items()} for branch, given in each.items()}
+        for index, each in enumerate(alone)
+    ]
+    together = {
+        branch: {name: torch.cat([each[branch][name] for each in scaled]) for name in LATENTS}
+        for branch in names(policy)
+    }
+    combined = policy.combine(together)
+    for index, each in enumerate(scaled):
+        for name, expected in policy.combine(each).items():
+            assert torch.equal(combined[name][index : index + 1], expected)

@@ -3,8 +3,11 @@
 import math
 from typing import Any
 
+import mpmath
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from ltxkern.pipeline.sampling import schedule
 from ltxkern.pipeline.sampling.schedule import (
@@ -125,6 +128,46 @@ def test_runge_kutta_identities(h: float) -> None:
     assert h * (b1 + b2) == pytest.approx(-math.expm1(-h), rel=1e-9, abs=1e-16)
 
 
+@given(exponent=st.floats(-18, 4), c2=st.one_of(st.just(0.5), st.floats(0.01, 1.0)))
+@example(exponent=0.0, c2=0.5)  # where series and closed form meet
+@example(exponent=-1.5, c2=0.5)
+@example(exponent=-300.0, c2=0.5)
+def test_exact_coefficients_at_any_step_size(exponent: float, c2: float) -> None:
+    h = 10.0**exponent
+    actual = res2s_coefficients(h, c2, exact=True)
+    with mpmath.workdps(120 if exponent > -18 else 1000):
+        z, c = -mpmath.mpf(h), mpmath.mpf(c2)
+        phi_1, phi_2 = mpmath.expm1(z) / z, (mpmath.exp(z) - 1 - z) / z**2
+        expected = (mpmath.expm1(z * c) / z, phi_1 - phi_2 / c, phi_2 / c)
+        # Beside c2 = 0.5, b1 has a root: there its terms are the measure.
+        scales = (expected[0], expected[1] if c2 == 0.5 else phi_1, expected[2])
+        worst = [abs((a - e) / s) for a, e, s in zip(actual, expected, scales, strict=True)]
+    assert max(worst) < 1e-12
+
+
+def test_a_step_of_no_size_has_its_limit() -> None:
+    assert res2s_coefficients(0.0, exact=True) == (0.5, 0.0, 1.0)
+
+
+def test_steps_take_the_exact_coefficients() -> None:
+    """Neighbouring fp32 levels: the published arithmetic has no digit of b1 left, and h itself comes from the difference."""
+    far, near = (float(value) for value in (torch.tensor(0.7), torch.nextafter(torch.tensor(0.7), torch.tensor(0.0))))
+    (step,) = res2s_steps([far, near])
+    assert (step.a21, step.b1, step.b2) == res2s_coefficients(step.h, exact=True)
+    with mpmath.workdps(60):
+        h = -mpmath.log(mpmath.mpf(near) / mpmath.mpf(far))
+        assert abs(step.h / h - 1) < 1e-14
+    assert step.b1 == pytest.approx(-step.h / 6, rel=1e-6)
+    assert abs(res2s_coefficients(step.h)[1] / step.b1 - 1) > 1
+
+
+def test_published_arithmetic_differs_by_rounding_in_published_steps() -> None:
+    """What the golden runs step over: the exact coefficients are as near as rounding of the latents' own fp64 sums."""
+    for step in res2s_steps([*ltx2_sigmas(15, 8160)[:-1].tolist(), 0.0011]):
+        for exact, published in zip((step.a21, step.b1, step.b2), res2s_coefficients(step.h), strict=True):
+            assert abs(exact - published) < 5e-12
+
+
 def test_sde_keeps_the_variance() -> None:
     """alpha sigma_down and sigma_up make up sigma_next: the noise level after the step is what was asked for."""
     for sigma_next in (0.0011, 0.3, 0.99):
@@ -160,6 +203,15 @@ def test_eta_moves_the_step_and_not_the_substep() -> None:
     assert quiet.substep == loud.substep
     assert quiet.advance == (0.0, 1.0, 0.0)
     assert loud.advance[2] == pytest.approx(0.45)
+
+
+def test_substep_eta_moves_the_substep_and_not_the_step() -> None:
+    default, still = res2s_steps([1.0, 0.5])[0], res2s_steps([1.0, 0.5], substep_eta=0.0)[0]
+    assert default == res2s_steps([1.0, 0.5], substep_eta=0.5)[0]
+    assert still.advance == default.advance
+    assert still.substep == (0.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="substep_eta must be at least 0"):
+        res2s_steps([1.0, 0.5], substep_eta=-0.5)
 
 
 @pytest.mark.parametrize(

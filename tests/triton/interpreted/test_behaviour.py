@@ -1,21 +1,16 @@
-"""What the small cases do not show: several chunks, hard values, empty tensors, strides, aliasing, launches, refusals."""
+"""What the small cases do not show: several chunks, hard values, strides, aliasing, launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from problems import Case, run
-from sampler_cases import STEPS, guidance_case, half_step_cases, merge_case, noise_case
 from triton.runtime.interpreter import GridExecutor
-from triton_cases import group_norm_case, pixel_norm_case
 
 import ltxkern
-from ltxkern import BackendError, reference, use_backend
+from ltxkern import reference, use_backend
 from ltxkern.triton import (
     combine_guidance,
     gated_residual,
@@ -25,7 +20,11 @@ from ltxkern.triton import (
     pixel_norm_silu,
     res2s,
 )
+from tests.ops.contract import noise
+from tests.ops.op_cases import BY_NAME, F32, SCALES, OpCase, Size
+from tests.triton.exact import hold
 
+STEPS = ltxkern.res2s_steps([1.0, 0.93, 0.6, 0.31])
 NAN, INF = float("nan"), float("inf")
 
 
@@ -53,27 +52,35 @@ def limits(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **values: int) -
     monkeypatch.setattr(module, "LIMITS", replace(module.LIMITS, **values))
 
 
-TWO_PASS = [
-    group_norm_case("spans", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True, affine=torch.float32),
-    group_norm_case("spans-last", (2, 12, 3, 5, 7), 4, channels_last=True, residual=True, conv_bias=True),
-    group_norm_case("mean1e4", (1, 4, 3, 9, 7), 2, mean=1e4),
-    group_norm_case("mean1e4-last", (1, 4, 3, 9, 7), 2, mean=1e4, channels_last=True),
-    group_norm_case("deep", (1, 96, 1, 3, 1), 1),
-]
+FULL = "; weight bias conv_bias: "
+TWO_PASS = {
+    "spans": (OpCase("group_norm_silu", f"x residual: 1 8 3 7 9{FULL}8", "x", {"num_groups": 4}, fixed={"weight": F32}), 0),
+    "spans-last": (OpCase("group_norm_silu", f"x residual: 2 12 15 7{FULL}12", "x", {"num_groups": 4}, last=True), 0),
+    "mean1e4": (OpCase("group_norm_silu", "x: 1 4 3 9 7; weight bias: 4", "x", {"num_groups": 2}), 1e4),
+    "mean1e4-last": (OpCase("group_norm_silu", "x: 1 4 27 7; weight bias: 4", "x", {"num_groups": 2}, last=True), 1e4),
+    "deep": (OpCase("group_norm_silu", "x: 1 96 1 3 1; weight bias: 96", "x", {"num_groups": 1}), 0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "partials"), [(torch.float32, 2), (torch.bfloat16, 64)])
-@pytest.mark.parametrize("case", TWO_PASS, ids=str)
+@pytest.mark.parametrize(("case", "mean"), TWO_PASS.values(), ids=TWO_PASS)
 def test_group_norm_in_two_passes(
-    case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+    case: OpCase,
+    mean: float,
+    partials: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    count_launches: list[int],
 ) -> None:
     limits(monkeypatch, group_norm_silu, tile=64, single=1, partials=partials, columns=8, apply_spans=2)
-    run(case, "cpu", dtype)
+    tensors = case.tensors(dtype)
+    hold(case, {**tensors, "x": (tensors["x"].double() + mean).to(dtype)})
     assert len(count_launches) == 2
 
 
 def test_group_norm_in_one_launch(count_launches: list[int]) -> None:
-    run(group_norm_case("one", (1, 8, 3, 7, 9), 4, residual=True, conv_bias=True), "cpu", torch.float32)
+    case = TWO_PASS["spans"][0]
+    hold(case, case.tensors())
     assert len(count_launches) == 1
 
 
@@ -119,8 +126,11 @@ def test_group_norm_serves_slices_and_its_own_input() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_pixel_norm_of_several_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     limits(monkeypatch, pixel_norm_silu, tile=64, line=4, last_tile=32)
-    run(pixel_norm_case("tiles", (2, 6, 5, 7), weight=torch.float32), "cpu", dtype)
-    run(pixel_norm_case("tiles-last", (2, 6, 5, 7), channels_last=True), "cpu", dtype)
+    for case in (
+        OpCase("pixel_norm_silu", "x: 2 6 5 7; weight: 6", "x", fixed={"weight": F32}),
+        OpCase("pixel_norm_silu", "x: 2 6 5 7", "x", last=True),
+    ):
+        hold(case, case.tensors(dtype))
 
 
 def test_pixel_norm_keeps_bad_values_in_their_position() -> None:
@@ -132,13 +142,20 @@ def test_pixel_norm_keeps_bad_values_in_their_position() -> None:
     torch.testing.assert_close(out, reference.pixel_norm_silu(x), equal_nan=True)
 
 
+NOISE = [
+    OpCase("normalize_noise", "noise: 3 13 11", "noise"),
+    OpCase("channelwise_normalize", "x: 3 13 11", "x"),
+    OpCase("noise_statistics", "noise: 3 13 11"),
+]
+
+
 @pytest.mark.parametrize(("dtype", "partials"), [(torch.float64, 1), (torch.bfloat16, 3), (torch.float64, 64)])
-@pytest.mark.parametrize("case", noise_case("chunks", (3, 13, 11)), ids=str)
+@pytest.mark.parametrize("case", NOISE, ids=str)
 def test_noise_in_chunks(
-    case: Case, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+    case: OpCase, partials: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
 ) -> None:
     limits(monkeypatch, normalize_noise, block=16, partials=partials, single=1, flags=4)
-    run(case, "cpu", dtype)
+    hold(case, case.tensors(dtype))
     assert len(count_launches) == 2
 
 
@@ -179,12 +196,10 @@ def test_noise_of_one_element_is_nan_and_none_is_empty() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [guidance_case("chunks", (3, 37), 3, 0.7, mean=50.0)], ids=str)
-def test_guidance_in_chunks(
-    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
-) -> None:
+def test_guidance_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]) -> None:
     limits(monkeypatch, combine_guidance, block=8, partials=7)
-    run(case, "cpu", dtype)
+    case = OpCase("combine_guidance", "cond uncond perturbed isolated: 3 37", "cond", SCALES)
+    hold(case, {name: (value.double() + 50).to(dtype) for name, value in case.tensors(dtype).items()})
     assert len(count_launches) == 2
 
 
@@ -203,15 +218,29 @@ def test_guidance_of_bad_values_and_constants() -> None:
     assert out.isnan().all()
 
 
+MODALITIES = [Size(2, 9, 6), Size(2, 5, 4), Size(2, 3, 8)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
-    "case",
-    half_step_cases("blocks", [(2, 9, 6), (2, 5, 4)], step=1, masked=True, raw=True, compute=torch.float64),
-    ids=str,
+    "name", ["res2s_midpoint-raw_noise_fp64", "res2s_midpoint-unmasked", "res2s_advance-raw_noise_fp64"]
 )
-def test_half_steps_in_blocks(case: Case, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]) -> None:
+def test_half_steps_in_blocks(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch, count_launches: list[int]
+) -> None:
+    """Of several modalities the bits of each alone, two in a launch."""
     monkeypatch.setattr(res2s, "BLOCK", 16)
-    run(case, "cpu", torch.bfloat16)
-    assert len(count_launches) == 1
+    case = BY_NAME[name]
+    given = [case.tensors(torch.bfloat16, size) for size in MODALITIES[:count]]
+    for tensors in given:
+        hold(case, tensors)
+    alone = [case.run(tensors) for tensors in given]
+    count_launches.clear()
+    together = case.run({name: [tensors[name] for tensors in given] for name in given[0]})
+    assert len(count_launches) == (count + 1) // 2
+    columns = together if isinstance(together[0], list) else [together]
+    for results, expected in zip(columns, zip(*alone, strict=True), strict=True):
+        assert all(map(torch.equal, results, expected))
 
 
 def test_half_step_may_write_over_its_latent_and_skips_an_empty_modality() -> None:
@@ -245,7 +274,22 @@ def test_merge_over_several_tiles(dtype: torch.dtype, monkeypatch: pytest.Monkey
     tile = replace(merge_lora.HALF, rows=16, columns=16, ranks=16)
     monkeypatch.setattr(merge_lora, "HALF", tile)
     monkeypatch.setattr(merge_lora, "FULL", tile)
-    run(merge_case("tiles", (37, 53), [5, 19], None), "cpu", dtype)
+    check_merge(dtype, dtype, 5, 19)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("ranks", "factor"), [((5, 40, 3), None), ((5, 8), F32)])
+def test_merge_of_several(dtype: torch.dtype, ranks: tuple[int, ...], factor: torch.dtype | None) -> None:
+    check_merge(dtype, factor or dtype, *ranks)
+
+
+def check_merge(dtype: torch.dtype, factor: torch.dtype, *ranks: int) -> None:
+    """A merge of LoRAs of these ranks against fp64."""
+    weight, scales = noise(37, 53, dtype=dtype), [0.7, -0.4, 1.3][: len(ranks)]
+    a = [noise(rank, 53, dtype=factor, seed=rank, scale=0.3) for rank in ranks]
+    b = [noise(37, rank, dtype=factor, seed=rank + 1, scale=0.3) for rank in ranks]
+    case = OpCase("merge_lora_", "", others={"lora_a": a, "lora_b": b, "scale": scales})
+    hold(case, {"weight": weight})
 
 
 def test_merge_changes_only_the_given_rows_of_a_larger_store() -> None:
@@ -264,21 +308,6 @@ def test_gates_over_several_columns_and_rows(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(ltxkern.head_gate(x, logits), reference.head_gate(x, logits))
 
 
-def test_empty_tensors() -> None:
-    empty = torch.empty(0, 4, 3)
-    assert ltxkern.group_norm_silu(empty, None, None, 2).shape == (0, 4, 3)
-    assert ltxkern.pixel_norm_silu(empty).shape == (0, 4, 3)
-    assert ltxkern.combine_guidance(empty, empty, cfg_scale=2.0, rescale_scale=0.5).shape == (0, 4, 3)
-    assert ltxkern.rms_norm_modulate(empty, torch.ones(3), torch.ones(3)).shape == (0, 4, 3)
-    assert ltxkern.gated_residual(empty, empty, torch.ones(3)).shape == (0, 4, 3)
-    assert ltxkern.head_gate(empty, torch.empty(0, 4)).shape == (0, 4, 3)
-    tables = torch.empty(1, 2, 0, 2)
-    q, _ = ltxkern.qk_norm_rope(
-        torch.empty(2, 0, 8), torch.empty(2, 0, 8), torch.ones(8), torch.ones(8), tables, tables
-    )
-    assert q.shape == (2, 0, 8)
-
-
 def test_rows_of_a_fused_projection_are_served_by_their_strides() -> None:
     fused = torch.randn(2, 5, 24)
     q, k = fused[..., :8], fused[..., 8:16]
@@ -293,67 +322,10 @@ def test_rows_of_a_fused_projection_are_served_by_their_strides() -> None:
     )
 
 
-def _strided() -> torch.Tensor:
-    return torch.randn(2, 4, 6).transpose(1, 2)
-
-
-REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
-    "group_norm": (
-        lambda: ltxkern.group_norm_silu(torch.randn(1, 2, 3, 4, 5).permute(0, 1, 3, 2, 4), None, None, 1),
-        "collapse",
-    ),
-    "pixel_norm": (lambda: ltxkern.pixel_norm_silu(torch.randn(1, 1025, 2)), "at most 1024"),
-    "noise": (lambda: ltxkern.normalize_noise(_strided()), "contiguous"),
-    "guidance": (lambda: ltxkern.combine_guidance(_strided(), _strided(), cfg_scale=2.0), "cond has strides"),
-    "half-step": (
-        lambda: ltxkern.res2s_midpoint(_strided(), _strided(), torch.randn(2, 6, 4), STEPS[0]),
-        "takes contiguous",
-    ),
-    "merge-fp64": (lambda: ltxkern.merge_lora_(torch.zeros(3, 3).double(), torch.ones(1, 3), torch.ones(3, 1)), "fp32"),
-    "merge-reference": (
-        lambda: ltxkern.merge_lora_(torch.zeros(3, 3), torch.ones(1, 3), torch.ones(3, 1), rounding="reference"),
-        "bit-equal",
-    ),
-    "merge-five": (
-        lambda: ltxkern.merge_lora_(torch.zeros(3, 3), [torch.ones(1, 3)] * 5, [torch.ones(3, 1)] * 5),
-        "at most 4",
-    ),
-    "rms": (lambda: ltxkern.rms_norm_modulate(_strided(), torch.ones(4), torch.ones(4)), "not dense"),
-    "rope": (
-        lambda: ltxkern.qk_norm_rope(
-            *([torch.randn(1, 2, 40000)] * 2), *([torch.ones(40000)] * 2), *([torch.ones(1, 2, 2, 10000)] * 2)
-        ),
-        "at most 16384",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_are_in_words(name: str) -> None:
-    call, words = REFUSALS[name]
-    with pytest.raises(BackendError, match=words):
-        call()
-
-
-@contextmanager
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch):
-    with monkeypatch.context() as patched:
-        patched.delenv("TRITON_INTERPRET")
-        yield
-
-
-def test_cpu_tensors_are_refused_where_nothing_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
-    with _no_interpreter(monkeypatch), pytest.raises(BackendError, match="triton serves CUDA tensors, got one on cpu"):
-        ltxkern.pixel_norm_silu(torch.randn(1, 2, 3))
-
-
 def test_repeats_are_bit_identical() -> None:
-    for case in (group_norm_case("repeat", (2, 8, 5, 7), 4), *noise_case("repeat", (2, 9, 5))):
-        problem = case.make("cpu", torch.float32)
-        first, second = problem.outputs(), problem.outputs()
-        problem.call(first)
-        problem.call(second)
-        assert torch.equal(first[0], second[0])
+    for case in (TWO_PASS["spans"][0], *NOISE):
+        tensors = case.tensors()
+        assert torch.equal(case.run(tensors)[0], case.run(tensors)[0])
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -374,22 +346,3 @@ def test_a_row_whose_index_is_out_of_range_is_nan(index: torch.dtype, dtype: tor
     for result, expected in zip(results(rows), results(rows * good), strict=True):
         assert torch.equal(result[good], expected[good])
         assert result[~good].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_row_index_gives_the_bits_of_the_materialised_form(dtype: torch.dtype) -> None:
-    x, y, sums = torch.randn(2, 6, 13).to(dtype), torch.randn(2, 6, 13).to(dtype), torch.randn(2, 3, 13).to(dtype)
-    mixed = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 0]])
-    # Dense, the same for both samples, and a part of a longer index.
-    for rows in (mixed, mixed[0].expand(2, 6), torch.cat([mixed, mixed], dim=1)[:, 1:7]):
-        tables, each = sums.unbind(1), [table[rows] for table in sums.unbind(1)]
-        for result, expected in (
-            (ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows), ltxkern.rms_norm_modulate(x, *each[:2])),
-            (ltxkern.gated_residual(x, y, tables[2], rows=rows), ltxkern.gated_residual(x, y, each[2])),
-            *zip(
-                ltxkern.gated_residual_rms_norm_modulate(x, y, *tables, rows=rows),
-                ltxkern.gated_residual_rms_norm_modulate(x, y, *each),
-                strict=True,
-            ),
-        ):
-            assert torch.equal(result, expected)

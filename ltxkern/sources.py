@@ -1,6 +1,6 @@
 """A digest of the C++ and CUDA sources: the build compiles it into the extension, which serves only a package of the same sources.
 
-The build runs this file alone, before there is torch: `python ltxkern/compiled/sources.py` writes the digest of the checkout.
+The build runs this file alone, before there is torch: `python ltxkern/sources.py` writes the digest of the checkout.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
 TREE = PACKAGE.parent / "csrc"
 # What a wheel, which has not all of the sources, brings instead: the digest of those that it was built from.
 RECORD = PACKAGE / "csrc" / "sources.sha256"

@@ -1,0 +1,80 @@
+"""Options, files and pictures of a command checked in one early pass, before any weight is read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ltxkern.commands import options
+
+if TYPE_CHECKING:
+    from ltxkern.pipeline.planning.admission import Admission
+    from ltxkern.pipeline.run.request import GenerationRequest
+
+
+def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, GenerationRequest]:
+    """The model and the request, both checked: one early pass over all options, files and pictures.
+
+    Raises:
+        ValueError: everything that cannot be served, in one list.
+    """
+    admission = _admission()
+    chosen = options.find_model_options(arguments, admission)
+    _admit_files(admission, chosen, arguments)
+    request = admission.attempt("", lambda: options.make_request(arguments, chosen, admission))
+    admission.close()
+    assert request is not None
+    return chosen, request
+
+
+def read_model_options(arguments: argparse.Namespace) -> options.ModelOptions:
+    """Find the model, resolve everything beside it, and check all its files from their headers.
+
+    Raises:
+        ValueError: an option that cannot be served; every file that cannot, in one list.
+    """
+    admission = _admission()
+    chosen = options.find_model_options(arguments, admission)
+    _admit_files(admission, chosen, arguments)
+    admission.close()
+    return chosen
+
+
+def _admission() -> Admission:
+    from ltxkern.pipeline.planning.admission import Admission
+
+    return Admission(options.spelled)
+
+
+def _admit_files(admission: Admission, chosen: options.ModelOptions, arguments: argparse.Namespace) -> None:
+    """Check the files of the model and of the LoRAs; a run needs them all, a plan and a dry run only judge what is named."""
+    from ltxkern.pipeline.planning.admission import admit_model
+
+    dry = bool(getattr(arguments, "dry_run", False))
+    runs = arguments.command != "plan" and not dry
+    loras = [("lora", path) for path, _ in chosen.loras]
+    if chosen.distilled_lora is not None:
+        loras.append(("distilled_lora", chosen.distilled_lora))
+    elif runs and not chosen.model.is_demo and chosen.preset.stages == 2 and any(chosen.distilled_strengths):
+        admission.add(
+            "distilled_lora",
+            f"the {chosen.preset.name} pipeline needs the distilled LoRA: name its file, or set "
+            "--distilled-strength-stage-1 and --distilled-strength-stage-2 to 0",
+        )
+    absent = [(name, path) for name, path in loras if options.names_no_place(path)]
+    for name, path in absent:
+        admission.add(name, f"there is no file {path}")
+    loras = [lora for lora in loras if lora not in absent]
+    admit_model(admission, chosen.model, stages=chosen.preset.stages, loras=loras, fetch=not dry, required=runs)
+
+
+def read_request(arguments: argparse.Namespace, chosen: options.ModelOptions) -> GenerationRequest:
+    """What to generate, checked against the model.
+
+    Raises:
+        ValueError, TypeError: what cannot be served, every picture in one list.
+    """
+    admission = _admission()
+    request = options.make_request(arguments, chosen, admission)
+    admission.close()
+    return request

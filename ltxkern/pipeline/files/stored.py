@@ -1,0 +1,216 @@
+"""One component as it is stored: in a file of its own, among others, or in a folder; its names, configuration and scales."""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxkern.pipeline.files import official_config
+from ltxkern.pipeline.files.headers import CheckpointError, Header, StoredTensor, listed, read_header, read_json
+from ltxkern.pipeline.files.model_files import FOLDERS, ModelFiles, weight_files
+from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
+from ltxkern.pipeline.files.quantized import with_scales
+from ltxkern.pipeline.model.components import CLASS_NAMES, PRODUCTION_CONFIGS
+from ltxkern.pipeline.model.shapes import Shapes, expected_shapes
+
+logger = logging.getLogger(__name__)
+
+# What stands before the names in files that hold one component, as people have cut them out.
+_STARTS = (
+    "", "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "first_stage_model.", "vae.", "audio_vae.",
+    "vocoder.", "connectors.",
+)  # fmt: skip
+_OFFICIAL_STARTS = {
+    "transformer": ("model.diffusion_model.",),
+    "connectors": ("model.diffusion_model.", ""),
+    "video_vae": ("vae.",),
+    "audio_vae": ("audio_vae.",),
+    "vocoder": ("vocoder.",),
+    "upsampler": ("",),
+}
+_OFFICIAL_CLASSES = {
+    "AVTransformer3DModel": ("transformer", "connectors"),
+    "CausalVideoAutoencoder": ("video_vae",),
+    "LatentUpsampler": ("upsampler",),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Arguments of a component's class, its tensors by diffusers name, and the file or folder to name in messages."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    path: Path
+
+
+def read_stored(files: ModelFiles, component: str) -> Stored:
+    """Finds a component in a model's files, from headers and configurations alone.
+
+    Raises:
+        CheckpointError: it is not there, its description is broken, or its weights are quantised in a way that is not read.
+    """
+    own = files.own(component)
+    if own is not None and own.is_dir():
+        return _diffusers(own, component, files.variant)
+    if own is None and component == "upsampler":
+        raise CheckpointError("upsampler: none lies with the model; name its file or folder (upsampler=...)")
+    if own is None and files.folder is None and not files.shared:
+        raise CheckpointError(f"{component}: expected an official file or a diffusers folder, got neither")
+    if own is not None and not own.exists():
+        raise CheckpointError(f"{own}: no such folder, and no {component} was named")
+    return _single(files, component, own)
+
+
+def _single(files: ModelFiles, component: str, own: Path | None) -> Stored:
+    """A component in its own file, or among others in shared ones.
+
+    What its own file lacks is taken from the others: the text projection of split downloads lies apart from the connectors.
+    """
+    others = [path for path in files.shared if path != own]
+    paths = [own, *(others if component == "connectors" else ())] if own is not None else others
+    tensors: dict[str, StoredTensor] = {}
+    used = []
+    for path in paths:
+        found = _named(read_header(path), component, whole=path == own)
+        if new := {name: tensor for name, tensor in found.items() if name not in tensors}:
+            tensors.update(new)
+            used.append(path)
+        if tensors and component != "connectors":
+            break
+    path = own or (used[0] if used else (files.checkpoint or files.shared[0]))
+    if not tensors:
+        where = "" if len(others) < 2 or own else f" (nor do {listed([other.name for other in others[1:]])})"
+        raise CheckpointError(f"{path}: holds no tensors of the {component}{where}")
+    headers = [read_header(file) for file in dict.fromkeys([*used, *others])]
+    tensors = with_scales(path, tensors, headers[: len(used)], {})
+    return Stored(_config_of(component, path, tensors, headers), tensors, path)
+
+
+def _config_of(
+    component: str, path: Path, tensors: Mapping[str, StoredTensor], headers: Sequence[Header]
+) -> Mapping[str, Any]:
+    """Arguments of a component's class: from its file's header, a config.json beside it, another file of the model.
+
+    A file without any, whose names and shapes are those of the published model, is that.
+    """
+    for header in headers:
+        section = _section(component, header)
+        if section:
+            return _read_section(component, header.path, section, tensors)
+    beside = path.parent / "config.json"
+    if beside.is_file() and (config := read_json(beside)).get("_class_name") in CLASS_NAMES[component]:
+        return _plain_config(component, beside, config)
+    if {name: tensor.shape for name, tensor in tensors.items()} == _published_shapes(component):
+        logger.warning("%s: has no configuration of the %s and is taken as the published LTX-2.3", path, component)
+        return PRODUCTION_CONFIGS[component]
+    raise CheckpointError(f"{path}: its header has no configuration of the {component}")
+
+
+@functools.cache
+def _published_shapes(component: str) -> Shapes:
+    return expected_shapes(component, PRODUCTION_CONFIGS[component])
+
+
+def _section(component: str, header: Header) -> Any:
+    """The part of an official configuration that describes a component; a file of one component may hold it bare."""
+    if component in _OFFICIAL_CLASSES.get(str(header.config.get("_class_name")), ()):
+        return header.config
+    return header.config.get({"connectors": "transformer", "video_vae": "vae"}.get(component, component))
+
+
+def _read_section(component: str, path: Path, section: Any, tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+    readers = {
+        "transformer": official_config.transformer_config,
+        "video_vae": official_config.video_vae_config,
+        "audio_vae": official_config.audio_vae_config,
+        "vocoder": official_config.vocoder_config,
+        "upsampler": official_config.upsampler_config,
+    }
+    try:
+        if component != "connectors":
+            return readers[component](section)
+        projection = tensors.get("video_text_proj_in.weight")
+        if projection is None:
+            raise ValueError("holds no text projection (text_embedding_projection.video_aggregate_embed.weight)")
+        return official_config.connectors_config(section, projection.shape[-1])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the configuration of the {component} lacks {error}") from error
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _named(header: Header, component: str, *, whole: bool) -> dict[str, StoredTensor]:
+    """The tensors of a component in a file by diffusers name.
+
+    whole: the file was named for this component alone: then its names may be official or diffusers', with any start or none.
+    """
+    readings = _readings(header, component)
+    best = next(readings)
+    if whole and not _published_shapes(component).keys() <= best.keys():
+        best = max([best, *readings], key=lambda reading: len(reading.keys() & _published_shapes(component).keys()))
+    return best
+
+
+def _readings(header: Header, component: str) -> Iterator[dict[str, StoredTensor]]:
+    def official(keys: Mapping[str, str]) -> dict[str, StoredTensor]:
+        """From the full official name of each key."""
+        named = {
+            diffusers_name(component, full): header.tensors[key]
+            for full, key in keys.items()
+            if component == "upsampler" or component_of(full) == component
+        }
+        return {name: tensor for name, tensor in named.items() if name is not None}
+
+    keys = header.tensors if component == "upsampler" else header.components.get(component, ())
+    yield official({key: key for key in keys})
+    for start in _STARTS:
+        if any(key.startswith(start) for key in header.tensors):
+            bare = {key.removeprefix(start): key for key in header.tensors}
+            yield {
+                name: header.tensors[key]
+                for name, key in bare.items()
+                if name in _published_shapes(component)
+                or component_of(official_name(component, name)) in (None, component)
+            }
+            full = {
+                name: [f"{official_start}{name}" for official_start in _OFFICIAL_STARTS[component]] for name in bare
+            }
+            yield official(
+                {
+                    next((n for n in names if component_of(n) == component), names[0]): bare[name]
+                    for name, names in full.items()
+                }
+            )
+
+
+def _diffusers(folder: Path, component: str, variant: str | None) -> Stored:
+    """A component in a folder of its own, which may also be the whole pipeline's, or hold a bare single file."""
+    if (folder / "model_index.json").is_file() and (folder / FOLDERS[component]).is_dir():
+        folder = folder / FOLDERS[component]
+    paths = [] if not folder.is_dir() else weight_files(folder, variant)
+    if len(paths) == 1 and not (folder / "config.json").exists() and "config" in read_header(paths[0]).metadata:
+        return _single(ModelFiles(), component, paths[0])
+    config = read_json(folder / "config.json")
+    headers = [read_header(file) for file in paths]
+    tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+    tensors = with_scales(folder, tensors, headers, config)
+    return Stored(_plain_config(component, folder / "config.json", config), tensors, folder)
+
+
+def bare_tensors(path: Path, component: str) -> dict[str, StoredTensor]:
+    """The tensors in a file or folder that was named for one component alone."""
+    headers = [read_header(file) for file in ([path] if path.is_file() else weight_files(path))]
+    named = {name: t for header in headers for name, t in _named(header, component, whole=True).items()}
+    if not named:
+        raise CheckpointError(f"{path}: holds no tensors of the {component}")
+    return with_scales(path, named, headers, {})
+
+
+def _plain_config(component: str, path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = config.get("_class_name")
+    if name is not None and name not in CLASS_NAMES[component]:
+        raise CheckpointError(f"{path}: describes a {name}, expected {' or '.join(CLASS_NAMES[component])}")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
