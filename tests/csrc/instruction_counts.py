@@ -1,10 +1,10 @@
 """Instructions that a CUDA kernel issues for 16 bytes of its result, counted in what NVRTC makes; no GPU, no nvcc.
 
-The hot path is the way from a kernel's entry to an EXIT that makes the most 16-byte accesses to global memory, and of these the
-one of fewest instructions. So it takes no early exit, no branch for operands that are absent or of a dtype read in smaller
-pieces, and no slow path of a division. A loop without jumps out of its middle counts as its hottest way round, `trips` times
-where it has 16-byte accesses and once where it has none. What the path has is divided by the packs of the result that a thread
-makes; what a row costs once is in it.
+The hot path is the way from a kernel's entry to an EXIT that makes the most 16-byte accesses to global memory, and of these the one
+of fewest instructions. So it takes no early exit, no branch for operands that are absent or of a dtype read in smaller pieces, and
+no slow path of a division. A loop without jumps out of its middle counts as its hottest way round, `trips` times where it has
+16-byte accesses and once where it has none. What the path has is divided by the packs of the result that a thread makes; what a row
+costs once is in it.
 
 `python -m tests.csrc.instruction_counts` writes the baseline that test_instruction_counts.py holds the kernels of PACKS to.
 """

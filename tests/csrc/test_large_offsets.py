@@ -33,9 +33,11 @@ from tests.ops.op_cases import BF16, CASES, F32, F64, OpCase, Size
 
 HALF = 1 << 30
 TOKENS = 16
-# A block may be one token of one of two tensors.
-THREADS, BLOCKS = 32, 2 * TOKENS
+# A block may be one token of one of two tensors, one of four heads, or an eighth of a row.
+THREADS, BLOCKS = 32, 8 * TOKENS
 VECTORS = pytest.mark.parametrize("channels", [8, 7], ids=["vectors", "scalars"])
+# Rows of whole warps too.
+ROWS = pytest.mark.parametrize("channels", [8, 7, 1024], ids=["vectors", "scalars", "warps"])
 LAST = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 
 
@@ -75,7 +77,7 @@ def tail(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])[-TOKENS:].clone()[None]
 
 
-@VECTORS
+@ROWS
 @pytest.mark.parametrize("case", [case for case in CASES if case.by_row and not case.arguments.endswith("N")], ids=str)
 def test_rows(case: OpCase, channels: int) -> None:
     small_size = Size(1, TOKENS, channels)
@@ -108,7 +110,7 @@ def test_rows(case: OpCase, channels: int) -> None:
         assert_same(end(out, *value.shape).clone(memory_format=torch.contiguous_format), value)
 
 
-@VECTORS
+@ROWS
 @pytest.mark.parametrize("case", [case for case in CASES if case.variant == "rows"], ids=str)
 def test_tables_of_a_row_index(case: OpCase, channels: int) -> None:
     """The last rows of tables of more than 2^31 elements."""
