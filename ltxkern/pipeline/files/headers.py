@@ -79,29 +79,31 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Reads the header of a safetensors file and checks that the file is complete; loads no weights.
 
-    A file that has not changed is read once.
-
     Raises:
         CheckpointError: the file is missing, is not a safetensors file, or does not end where its last tensor does.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    status = path.stat()
-    return _read_header(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _read_header(path: Path, size: int, _changed: int) -> Header:
     try:
         with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
             if length > size - 8 or size < 8:
                 what = _other_file(path)
                 reason = f"but {what}" if what else f"or cut off in its header ({size} bytes)"
                 raise CheckpointError(f"{path}: not a safetensors file, {reason}")
-            content = json.loads(file.read(length))
+            return _header(path, size, file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _header(path: Path, size: int, written: bytes) -> Header:
+    """What is written in a header; the same words are understood once, however often they are asked for."""
+    length = len(written)
+    try:
+        content = json.loads(written)
         metadata = content.pop("__metadata__", None) or {}
         tensors, offsets, end = {}, {}, 0
         for key, info in sorted(content.items()):
@@ -120,8 +122,6 @@ def _read_header(path: Path, size: int, _changed: int) -> Header:
         raise CheckpointError(
             f"{path}: not a safetensors file" + (f", but {what}" if what else " (its header is not readable)")
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     end += 8 + length
     if size < end:
         raise CheckpointError(f"{path}: truncated, expected {end} bytes, got {size}; download it again")
