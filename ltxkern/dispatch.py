@@ -153,6 +153,8 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
     """True where something traces, a gradient is wanted or a tensor is not a plain one; then the opaque torch op is called."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
+    if torch._C._get_tracing_state() is not None:
+        return True
     grad = torch.is_grad_enabled()
     for value in args:
         for tensor in value if isinstance(value, (list, tuple)) else (value,):

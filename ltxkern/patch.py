@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltxkern.nn import GroupNormSiLU, PixelNormSiLU
-from ltxkern.ops.group_norm_silu import apply_group_norm_silu, fuses, group_norm_silu
+from ltxkern.ops.group_norm_silu import apply_group_norm_silu, fuses, group_norm_silu, is_plain
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def patch(model: nn.Module) -> Patched:
     Returns:
         `Patched`: the fused sites, `.undo()`, and a context manager.
 
-    Contract: that of `group_norm_silu` and `pixel_norm_silu`. Blocks with hooks on the norm or the activation are left alone.
+    Contract: that of `group_norm_silu` and `pixel_norm_silu`. Blocks whose norm or activation has hooks, a forward of its own or
+        no weights in memory are left alone.
 
     Example:
         >>> from torch import nn
@@ -128,14 +129,15 @@ def _fuse_site(patched: Patched, block: nn.Module, site: Site, prefix: str) -> N
     activation = getattr(block, site.activation, None)
     norms = {name: getattr(block, name, None) for name in site.norms}
     fused = {name: _fused(norm) for name, norm in norms.items()}
-    hooked = any(_has_hooks(module) for module in (activation, *norms.values()))
-    if type(activation) is not nn.SiLU or None in fused.values() or hooked or not site.free(block):
+    if type(activation) is not nn.SiLU or None in fused.values() or not is_plain(activation) or not site.free(block):
         return
     _replace(patched, block, {**fused, site.activation: nn.Identity()})
     patched.sites += [prefix + name for name in site.norms]
 
 
 def _fused(norm: Any) -> nn.Module | None:
+    if not is_plain(norm):
+        return None
     if type(norm) is nn.GroupNorm:
         return GroupNormSiLU.sharing(norm)
     if type(norm).__name__ in PIXEL_NORMS and getattr(norm, "channel_dim", getattr(norm, "dim", 1)) == 1:
@@ -143,18 +145,10 @@ def _fused(norm: Any) -> nn.Module | None:
     return None
 
 
-def _has_hooks(module: Any) -> bool:
-    return bool(getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None))
-
-
 def _pairs(block: nn.Sequential) -> Iterator[tuple[str, str]]:
     children = list(block.named_children())
     for (first, norm), (second, activation) in pairwise(children):
-        if (
-            type(norm) is nn.GroupNorm
-            and type(activation) is nn.SiLU
-            and not (_has_hooks(norm) or _has_hooks(activation))
-        ):
+        if type(norm) is nn.GroupNorm and type(activation) is nn.SiLU and is_plain(norm) and is_plain(activation):
             yield first, second
 
 
@@ -173,7 +167,7 @@ def _override(patched: Patched, block: nn.Module, forward: Callable[..., Tensor]
 def _is_residual_block(block: Any) -> bool:
     parts = [getattr(block, name, None) for name in ("conv1", "norm1", "conv2", "norm2", "activation")]
     norms = type(parts[1]) is nn.GroupNorm and type(parts[3]) is nn.GroupNorm
-    return norms and type(parts[4]) is nn.SiLU and "forward" not in vars(block) and not any(map(_has_hooks, parts))
+    return norms and type(parts[4]) is nn.SiLU and "forward" not in vars(block) and all(map(is_plain, parts))
 
 
 def _residual_block_forward(block: Any, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxkern.nn import GroupNormSiLU, PixelNormSiLU
+from ltxkern.ops.group_norm_silu import apply_group_norm_silu
 from ltxkern.patch import patch
 
 
@@ -97,10 +99,29 @@ def test_blocks_whose_activation_serves_twice_are_left_alone() -> None:
     assert str(model) == structure
 
 
-def test_hooked_norms_are_left_alone() -> None:
+def _own_forward(norm: nn.Module) -> None:
+    norm.forward = lambda x: x  # as the hooks of accelerate and diffusers are put in
+
+
+UNPLAIN: dict[str, Callable[[Any], Any]] = {
+    "forward hook": lambda norm: norm.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda norm: norm.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda norm: norm.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda norm: norm.register_full_backward_pre_hook(lambda *_: None),
+    "own forward": _own_forward,
+    "parametrised": lambda norm: nn.utils.parametrizations.weight_norm(norm, dim=None),
+    "no weights": lambda norm: norm.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", UNPLAIN.values(), ids=UNPLAIN)
+def test_norms_that_are_more_than_their_class_are_left_alone(change: Callable[[Any], Any]) -> None:
     model = sequential()
-    model[1].register_forward_hook(lambda *_: None)
+    change(model[1])
     assert patch(model).sites == []
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        x = torch.randn(2, 8, 5, 5)
+        assert torch.equal(apply_group_norm_silu(x, model[1], model[2]), model[2](model[1](x)))
 
 
 @torch.no_grad()

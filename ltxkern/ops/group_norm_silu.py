@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from ltxkern.ops.checks import (
     check_vector,
     raise_no_tensor,
 )
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Arguments(NamedTuple):
@@ -153,6 +155,20 @@ def fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
     return weight is None or (bias is not None and torch.promote_types(weight.dtype, x.dtype) == weight.dtype)
 
 
+def is_plain(module: Any) -> bool:
+    """Whether a call of the module is its class's forward on weights that are there, and nothing else.
+
+    It is not where hooks stand on it (torch's own, or those of accelerate and diffusers, which take the place of its forward),
+    where it has a forward of its own, or where its weights lie on the meta device, as those of offloaded modules do between calls.
+    """
+    if not isinstance(module, nn.Module):
+        return False
+    held = vars(module)
+    if any(name in held for name in ("forward", "_hf_hook", "_diffusers_hook")) or any(held[name] for name in _HOOKS):
+        return False
+    return not any(parameter is not None and parameter.is_meta for parameter in held["_parameters"].values())
+
+
 def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:
     """Drop-in for `activation(norm(x))`: the fused op where it serves, exactly that composition where it does not.
 
@@ -165,14 +181,16 @@ def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> 
     Raises:
         TypeError: no tensor, or no modules.
 
-    Contract: as `group_norm_silu` on the fused path, exact otherwise. Forward hooks and autocast take the composition.
+    Contract: as `group_norm_silu` on the fused path, exact otherwise. Autocast and modules that are not plain (hooks, a forward of
+        their own) take the composition.
     """
     if not isinstance(x, Tensor):
         raise_no_tensor("x", x)
     for name, module in (("norm", norm), ("activation", activation)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, activation))
-    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or hooked or not fuses(x, norm):
+    if type(norm) is not nn.GroupNorm or type(activation) is not nn.SiLU or not fuses(x, norm):
+        return activation(norm(x))
+    if not (is_plain(norm) and is_plain(activation)):
         return activation(norm(x))
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern import dispatch
+from ltxkern import dispatch, schema
 from tests.ops.contract import assert_same, compiled, strided, transposed
 from tests.ops.op_cases import BF16, CASES, F32, MAIN, OpCase, Size
 from tests.serving import backends_of, serving
@@ -150,6 +150,27 @@ def test_compile(case: OpCase, backend: str) -> None:
         for tokens in (5, 8):
             tensors = case.tensors(F32, Size(2, tokens, 4))
             assert_same(function(**tensors), call(**tensors))
+
+
+@over([case for case in TRACED if dispatch._registry[case.op].allocate is not None])
+def test_jit_trace(case: OpCase, backend: str) -> None:
+    """The traced graph holds the op: replayed on other values it gives what the op gives for them."""
+    plain = case.tensors(F32, Size(2, 5, 4))
+    first = next(iter(plain))
+    other = plain[first].flip(-1).contiguous() if not case.last else plain[first].flip(-1)
+
+    def call(value: Tensor) -> list[Tensor]:
+        return case.run({**plain, first: value + 0})
+
+    with torch.no_grad(), serving(backend):
+        if "Tensor?[]" in schema.kinds(dispatch._registry[case.op].arguments).values():
+            # The tracer's own limit, and its own words.
+            with pytest.raises(RuntimeError, match="unsupported input list type"):
+                torch.jit.trace(call, plain[first], check_trace=False)
+            return
+        traced = torch.jit.trace(call, plain[first], check_trace=False)
+        assert f"ltxkern::{case.op}" in str(traced.graph)
+        assert_same(list(traced(other)), call(other))
 
 
 @pytest.mark.parametrize("case", [case for case in MAIN if not dispatch._registry[case.op].differentiable], ids=str)
