@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import random
 import resource
 import struct
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from ltxkern.pipeline.model import pictures
 from ltxkern.pipeline.model.pictures import load_image, read_picture, recompress, resize_to_cover
@@ -136,7 +137,7 @@ COLOUR_16 = np.repeat(RAMP_16[:, :, None], 3, axis=2)
         (lambda path: write_png16(path, RAMP_16), 255 * RAMP),
         (lambda path: write_png16(path, RAMP_16, key=(65535,)), BLACK_LAST),
         (lambda path: write_png16(path, COLOUR_16), 255 * RAMP),
-        (lambda path: write_png16(path, COLOUR_16, key=(65535,) * 3), BLACK_LAST),
+        (lambda path: write_png16(path, COLOUR_16, key=(int(RAMP_16[0, 40]),) * 3), 255 * RAMP * (np.arange(64) != 40)),
         (lambda path: write_png16(path, COLOUR_16[:, :, :2]), 255 * RAMP**2),
         (lambda path: write_png16(path, np.dstack((COLOUR_16, RAMP_16))), 255 * RAMP**2),
     ],
@@ -161,6 +162,30 @@ def test_values_without_a_range_are_refused(tmp_path: Path, values: list[float])
         path = write_tiff(tmp_path / "a.tif", np.array([values] * 4, kind), 1, 3 if kind == np.float32 else 2)
         with pytest.raises(ValueError, match=r"a\.tif' has values from .*: scale them first"):
             read_picture(path)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000", "ICO"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_broken_file_is_one_sentence(tmp_path: Path, form: str) -> None:
+    """Cut anywhere, or with bytes changed in its head: a picture or a refusal, never another error."""
+    if not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(form, "zlib")):
+        pytest.skip(f"this Pillow does not know {form}")
+    buffer = io.BytesIO()
+    Image.fromarray(picture(48, 64)).save(buffer, form)
+    refused, draw = [], random.Random(form)
+    for index in range(40):
+        content = bytearray(buffer.getvalue())
+        if index % 2:
+            content = content[: draw.randrange(len(content))]
+        for _ in range(0 if index % 2 else draw.randrange(1, 8)):
+            content[draw.randrange(min(len(content), 400))] = draw.randrange(256)
+        (tmp_path / "broken").write_bytes(content)
+        try:
+            read_picture(tmp_path / "broken")
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 5
+    assert all(sentence.startswith(f"image '{tmp_path}/broken'") and "\n" not in sentence for sentence in refused)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
