@@ -1,7 +1,9 @@
 """Headers of safetensors files: what is read of them, and files that are none or are cut off."""
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,11 @@ def test_what_a_header_says(tmp_path: Path) -> None:
 def test_long_lists_of_keys_are_cut() -> None:
     assert listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
     assert listed(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_a_file_that_is_overwritten_at_once_is_read_again(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for name in ("first", "other"):
+        save_file({name: torch.zeros(2)}, path)
+        os.utime(path, ns=(time.time_ns(), (now := time.time_ns()) - now % 1_000_000_000))
+        assert list(read_header(path).tensors) == [name]
