@@ -65,7 +65,7 @@ def test_row_kernels(architecture: str) -> None:
     if kernel_resources.cuobjdump() is None:
         pytest.skip("INSTRUCTIONS NOT COUNTED: no cuobjdump; triton brings one")
     baseline = json.loads(instruction_counts.BASELINE.read_text())[architecture]
-    counted = {}
+    counted: dict[str, dict[str, float]] = {}
     for kernels in instruction_counts.counted_kernels().values():
         counted |= instruction_counts.count(kernels, architecture)
         for kernel, row in kernel_resources.measure(kernels, architecture).items():

@@ -79,8 +79,8 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             assert all(("_packs<" in kernel) != general for kernel in kernels), kernels
             for one, same, other in zip(results, in_place, wanted, strict=True):
                 eps = torch.finfo(dtype).eps
-                near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.abs().max()))}
-                torch.testing.assert_close(one.double(), other.double(), **near)
+                largest = max(1.0, float(other.abs().max()))
+                torch.testing.assert_close(one.double(), other.double(), rtol=4 * eps, atol=8 * eps * largest)
                 assert torch.equal(one, same)
 
 
