@@ -78,7 +78,7 @@ def test_an_unknown_instruction_set_is_named() -> None:
 def test_raw_addresses_give_the_same_bits() -> None:
     x, weight = noise(1, 6, 37), noise(6, seed=1)
     plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
-    case = group_norm.describe(plain, Arguments(x, weight, weight, 3, 1e-5, None, None))
+    case = group_norm.describe(plain, Arguments(x, weight, weight, 3, 1e-5, None, None), limits=None)
     program = extension.module().CpuProgram(group_norm.ARGUMENTS)
     for call in group_norm.cpu_calls(case):
         program.add_call(call.kernel, *pack(call.parameters))

@@ -1,7 +1,6 @@
 """merge_lora_many_: each layer as merge_lora_, and all layers or none where one is wrong."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +90,7 @@ def test_a_layer_without_a_backend_changes_none(monkeypatch: pytest.MonkeyPatch)
     if ltxkern.capabilities()["merge_lora_"]["cpu"] is not None:
         pytest.skip("no CPU backend")
     # The refusals of the CUDA tiers, which decline fp64.
-    monkeypatch.setitem(OP._backends, "cpu", replace(OP._backends["cpu"], refuse=refuse_cuda))
+    monkeypatch.setitem(OP._backends, "cpu", OP._backends["cpu"]._replace(refuse=refuse_cuda))
     weights, a, b, memory = three_layers()
     weights[2] = weights[2].double()
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="the kernel accumulates in fp32"):
