@@ -15,16 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import machine
 import timing
 from cases import CASE_SETS, DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
-from providers import (
-    BASELINES,
-    COMPILE,
-    EAGER,
-    Provider,
-    WrongResultError,
-    check,
-    providers_of,
-    reference_of,
-)
+from providers import BASELINES, COMPILE, EAGER, Provider, WrongResultError, check, providers_of, reference_of
 from report import Record, Results, size
 from timing import CallTimer, Settings, buffer_count, count_launches, interleave, peak_extra, summarise
 

@@ -42,11 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     chosen, request = admission.read_options(arguments)
-    made = chosen.plan(
-        request,
-        device_free=arguments.device_free_gib,
-        host_free=arguments.host_free_gib,
-    )
+    made = chosen.plan(request, device_free=arguments.device_free_gib, host_free=arguments.host_free_gib)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(made.table())

@@ -12,13 +12,7 @@ from ltxkern.compiled import pixel_norm_silu as launch
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.dispatch import Op, like
 from ltxkern.ops import tiers
-from ltxkern.ops.checks import (
-    ACTIVATION_DTYPES,
-    check_finite_number,
-    check_out,
-    check_tensor,
-    check_vector,
-)
+from ltxkern.ops.checks import ACTIVATION_DTYPES, check_finite_number, check_out, check_tensor, check_vector
 
 # Channels of a position that a Triton program keeps in registers.
 MAX_CHANNELS = 1024

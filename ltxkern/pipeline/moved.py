@@ -10,54 +10,26 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+# Room to its modules: one word where the name stayed, "old>new" where it did not.
 _ROOMS = {
-    "": {"hq": "generator", "output": "result"},
-    "planning": {
-        "planner": "plan",
-        "activation_sizes": "activations",
-        "model_sizes": "weights",
-        "memory_trace": "meta_trace",
-    },
-    "run": {"request": "request", "stage": "stage", "denoising_run": "denoising", "prompt_encoder": "prompts"},
-    "sampling": {
-        **{stem: stem for stem in ("res2s", "euler", "schedule", "guidance", "latents")},
-        "stage_check": "finite",
-    },
-    "model": {
-        **{
-            stem: stem
-            for stem in ("transformer", "attention", "components", "text", "decode", "tiling", "conditioning")
-        },
-        "transformer_block": "block",
-        "transformer_inputs": "inputs",
-    },
-    "memory": {
-        **{stem: stem for stem in ("host_copy", "host_memory")},
-        **{"devices": "manager", "device_modes": "modes", "mode_choice": "modes", "phase_stores": "stores"},
-        **{"snapshot_store": "snapshot", "offload_store": "offload", "phase_merge": "merge"},
-        **{"correction": "exact_subtraction", "factor_cache": "factors", "weight_table": "table", "home": "origin"},
-        **{"component_device": "lending", "forward_hooks": "hooks", "stream_clock": "streams"},
-    },
-    "files": {
-        **{
-            stem: stem
-            for stem in ("checkpoint", "hub", "official_names", "official_config", "lora", "lora_file", "demo")
-        },
-        "weights_file": "headers",
-        "model_geometry": "found",
-    },
-    "results": {"media": "media", "output_file": "atomic", "embedding_cache": "embedding_cache"},
-    "parallel": {
-        **{stem: stem for stem in ("ranks", "collectives")},
-        "cfg_parallel": "by_branch",
-        "sequence_parallel": "by_token",
-    },
+    "": "hq>generator output>result",
+    "planning": "planner>plan activation_sizes>activations model_sizes>weights memory_trace>meta_trace",
+    "run": "request stage denoising_run>denoising prompt_encoder>prompts",
+    "sampling": "res2s euler schedule guidance latents stage_check>finite",
+    "model": "transformer attention components text decode tiling conditioning transformer_block>block "
+    "transformer_inputs>inputs",
+    "memory": "host_copy host_memory devices>manager device_modes>modes mode_choice>modes phase_stores>stores "
+    "snapshot_store>snapshot offload_store>offload phase_merge>merge correction>exact_subtraction factor_cache>factors "
+    "weight_table>table home>origin component_device>lending forward_hooks>hooks stream_clock>streams",
+    "files": "checkpoint hub official_names official_config lora lora_file demo weights_file>headers model_geometry>found",
+    "results": "media output_file>atomic embedding_cache",
+    "parallel": "ranks collectives cfg_parallel>by_branch sequence_parallel>by_token",
 }
 _PACKAGE = __name__.rpartition(".")[0]
 MOVED = {
-    f"{_PACKAGE}.{old}": ".".join(part for part in (_PACKAGE, room, new) if part)
-    for room, stems in _ROOMS.items()
-    for old, new in stems.items()
+    f"{_PACKAGE}.{old}": ".".join(part for part in (_PACKAGE, room, new or old) if part)
+    for room, modules in _ROOMS.items()
+    for old, _, new in (module.partition(">") for module in modules.split())
 }
 # By name alone: nothing here imports a command.
 MOVED |= {f"{_PACKAGE}.batch{end}": f"ltxkern.commands.batch{end or '_items'}" for end in ("", "_ray")}

@@ -62,10 +62,7 @@ def test_a_picture_on_the_command_line_replaces_the_file_s(tmp_path: Path, capsy
 
 def bad_lora(folder: Path) -> Path:
     path = folder / "lora.safetensors"
-    save_file(
-        {f"diffusion_model.nothing.to_q.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"},
-        path,
-    )
+    save_file({f"diffusion_model.nothing.to_q.lora_{half}.weight": torch.zeros(4, 4) for half in "AB"}, path)
     return path
 
 

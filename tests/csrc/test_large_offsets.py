@@ -225,10 +225,7 @@ def test_noise(channels: int) -> None:
         run_step(steps[1], tensors)
 
     stats = torch.full((slices, 3), torch.nan, dtype=F64)
-    for run, op, target in (
-        (standardise, ltxkern.normalize_noise, out),
-        (merge, ltxkern.noise_statistics, stats),
-    ):
+    for run, op, target in ((standardise, ltxkern.normalize_noise, out), (merge, ltxkern.noise_statistics, stats)):
         with on_shim(THREADS, run=run, small_chunks=False), ltxkern.use_backend("cpu"):
             op(x, out=target)
     wanted = (tail(x).double() - 0.25) / 2

@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import (
-    SAMPLER,
-    assert_as_close,
-    assert_same,
-    doubles,
-    noise,
-)
+from tests.ops.contract import SAMPLER, assert_as_close, assert_same, doubles, noise
 from tests.serving import over_backends, serving
 
 SHAPES = [(1, 6, 4), (2, 9, 8), (1, 127, 16), (13,), (3, 1, 7), (1, 2, 3, 4, 5)]

@@ -7,16 +7,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import (
-    SAMPLER,
-    assert_as_close,
-    assert_same,
-    misaligned,
-    noise,
-    poisoned,
-    strided,
-    transposed,
-)
+from tests.ops.contract import SAMPLER, assert_as_close, assert_same, misaligned, noise, poisoned, strided, transposed
 from tests.serving import over_backends, serving
 
 # Spans of the CPU kernel, packs of the device kernels, and what is left over beside them.

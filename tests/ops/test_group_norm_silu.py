@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 import ltxkern
 from ltxkern.ops.group_norm_silu import reference
-from tests.ops.contract import (
-    ACTIVATIONS,
-    assert_as_close,
-    channels_last,
-    noise,
-    poisoned,
-    strided,
-    transposed,
-)
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, noise, poisoned, strided, transposed
 from tests.serving import over_backends, serving
 
 SHAPES = [

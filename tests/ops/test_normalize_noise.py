@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import (
-    SAMPLER,
-    assert_as_close,
-    assert_same,
-    noise,
-)
+from tests.ops.contract import SAMPLER, assert_as_close, assert_same, noise
 from tests.serving import over_backends, serving
 
 SHAPES = [

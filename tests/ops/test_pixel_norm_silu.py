@@ -6,12 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import (
-    ACTIVATIONS,
-    assert_as_close,
-    channels_last,
-    noise,
-)
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, noise
 from tests.serving import over_backends, serving
 
 SHAPES = [

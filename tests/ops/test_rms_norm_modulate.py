@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import (
-    ACTIVATIONS,
-    assert_as_close,
-    assert_same,
-    doubles,
-    noise,
-)
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, doubles, noise
 from tests.serving import over_backends, serving
 
 SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 3, 2048), (2, 519), (16,)]

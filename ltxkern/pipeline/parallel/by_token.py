@@ -82,11 +82,7 @@ class SequenceParallel(Collectives):
         return run
 
     def run(
-        self,
-        transformer: Any,
-        video: TokenInput | None,
-        audio: Any,
-        perturbations: tuple[Any, ...],
+        self, transformer: Any, video: TokenInput | None, audio: Any, perturbations: tuple[Any, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The transformer's velocities, whole on every rank; it runs undivided where there is no video."""
         if video is None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase
 
 
@@ -77,6 +78,25 @@ def assert_weights(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
         found = model.get_submodule(name).weight
         assert found.dtype == weight.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), weight.view(-1).view(torch.uint8)), name
+
+
+def prepared(
+    model: nn.Module, phases: Sequence[LoRAPhase], mode: str | None = None, *, pristine: Any = None, **settings: Any
+) -> TwoStageDeviceManager:
+    """A manager, for a `with`, that has the model and has made these phases ready."""
+    manager = TwoStageDeviceManager(mode, **settings)
+    manager.attach(model, pristine=pristine)
+    manager.prepare(*phases)
+    return manager
+
+
+def assert_switches(
+    manager: TwoStageDeviceManager, model: nn.Module, expected: Mapping[LoRAPhase, Mapping[str, Tensor]], *to: LoRAPhase
+) -> None:
+    """A switch to each of the phases in turn gives exactly its weights."""
+    for phase in to:
+        manager.switch_lora_phase(phase)
+        assert_weights(model, expected[phase])
 
 
 class Shared(nn.Module):

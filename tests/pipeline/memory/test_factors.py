@@ -12,7 +12,7 @@ from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.host_memory import HostBudget
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, random_lora
+from tests.pipeline.memory.lora_models import assert_switches, assert_weights, fresh_merges, prepared, random_lora
 
 DEVICE = torch.device("cpu", 0)
 
@@ -212,18 +212,14 @@ def test_modes_that_merge_again_page_lock_their_factors(model, pristine, mode, o
             assert manager.store.factors.locked_bytes == locked
             assert ("page-locked on the host" in manager.describe()) == again
             if mode != "original" or not offload:
-                for phase in (phases[1], phases[0]):
-                    manager.switch_lora_phase(phase)
-                    assert_weights(model, expected[phase])
+                assert_switches(manager, model, expected, phases[1], phases[0])
     assert manager.budget.used == 0
     assert_weights(model, pristine)
 
 
 def test_a_mode_that_is_given_up_leaves_its_room_to_the_next(model, host):
     phases = lora_phases([], random_lora("violent", model, seed=1, size=2000.0))
-    with TwoStageDeviceManager("inplace", device=DEVICE) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "inplace", device=DEVICE) as manager:
         assert manager.mode == "snapshot"
         assert manager.store.factors.locked_bytes == 0
     assert manager.budget.used == 0

@@ -13,7 +13,15 @@ from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase, l
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import (
+    assert_switches,
+    assert_weights,
+    fresh_merges,
+    linear_weights,
+    prepared,
+    random_lora,
+    small_model,
+)
 
 
 def demo_with_lora(dtype, seed=0):
@@ -34,9 +42,7 @@ def test_fifty_random_switches_equal_fresh_merges(mode, dtype):
     phases = four_phases(distilled, user)
     expected = fresh_merges(pristine, phases)
     choose = random.Random(0)
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(transformer)
-        manager.prepare(*phases[:2])
+    with prepared(transformer, phases[:2], mode) as manager:
         assert manager.mode == mode
         assert manager.phase == phases[0]
         assert_weights(transformer, expected[phases[0]])
@@ -59,9 +65,7 @@ def test_single_rounding_and_a_second_request_with_other_strengths(model, pristi
             phases = lora_phases(users, distilled, strengths)
             expected = fresh_merges(pristine, phases, "single")
             manager.prepare(*phases)
-            for phase in (*phases, *phases):
-                manager.switch_lora_phase(phase)
-                assert_weights(model, expected[phase])
+            assert_switches(manager, model, expected, *phases, *phases)
     assert_weights(model, pristine)
 
 
@@ -105,12 +109,8 @@ def test_three_switches_on_real_layer_shapes_in_every_mode():
     phases = lora_phases([], lora)
     expected = fresh_merges(pristine, phases)
     for mode in MODES:
-        with TwoStageDeviceManager(mode) as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
-            for phase in (phases[1], phases[0], phases[1]):
-                manager.switch_lora_phase(phase)
-                assert_weights(model, expected[phase])
+        with prepared(model, phases, mode) as manager:
+            assert_switches(manager, model, expected, phases[1], phases[0], phases[1])
             if mode == "inplace":
                 assert manager.store.bytes_per_weight <= 0.5
         assert_weights(model, pristine)
@@ -127,9 +127,7 @@ def test_forwards_are_identical_across_modes(mode):
         for name, weight in weights.items():
             merged.get_submodule(name).weight.copy_(weight)
         expected[phase] = merged(x)
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode) as manager:
         for _ in range(2):
             with manager.stage("stage 1", forwards=3):
                 for _ in range(3):

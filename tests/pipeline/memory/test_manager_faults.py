@@ -13,7 +13,15 @@ from ltxkern.pipeline.memory import stores
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import (
+    assert_switches,
+    assert_weights,
+    fresh_merges,
+    linear_weights,
+    prepared,
+    random_lora,
+    small_model,
+)
 
 
 class MidwayError(Exception):
@@ -86,9 +94,7 @@ def test_an_exception_anywhere_in_a_switch(mode, error, fail_at):
         third = LoRAPhase(((user, 0.4), (lora, 0.25)))
         expected = fresh_merges(pristine, [*phases, third])
         x = torch.randn(1, 48).bfloat16()
-        with TwoStageDeviceManager(mode) as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
+        with prepared(model, phases, mode) as manager:
             fail_at(count, error)
             try:
                 manager.switch_lora_phase(third)
@@ -104,8 +110,7 @@ def test_an_exception_anywhere_in_a_switch(mode, error, fail_at):
             else:
                 assert is_one_of(model, expected) == [manager.phase]
                 model(x)
-            manager.switch_lora_phase(phases[1])
-            assert_weights(model, expected[phases[1]])
+            assert_switches(manager, model, expected, phases[1])
             model(x)
         assert_weights(model, pristine)
 
@@ -130,8 +135,7 @@ def test_an_exception_anywhere_in_prepare(mode, fail_at):
                 return
             manager.prepare(*phases)
             assert_weights(model, expected[phases[0]])
-            manager.switch_lora_phase(phases[1])
-            assert_weights(model, expected[phases[1]])
+            assert_switches(manager, model, expected, phases[1])
         assert_weights(model, pristine)
 
 
@@ -149,9 +153,7 @@ def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkey
                 manager.prepare(*phases)
             fail_at(10**6)
             manager.prepare(*phases)
-            for phase in (phases[0], phases[1], phases[0]):
-                manager.switch_lora_phase(phase)
-                assert_weights(model, expected[phase])
+            assert_switches(manager, model, expected, phases[0], phases[1], phases[0])
 
 
 class InterruptAtLine:
@@ -189,9 +191,7 @@ def test_ctrl_c_at_any_line_of_a_switch(mode):
     phases = lora_phases([], lora)
     third = LoRAPhase(((user, 0.4), (lora, 0.25)))
     expected = fresh_merges(pristine, [*phases, third])
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode) as manager:
         # A prime step, so that every place of the loops is met by and by.
         for line in itertools.count(0, 3):
             target = (third, phases[1])[line % 2]
@@ -207,9 +207,7 @@ def test_ctrl_c_at_any_line_of_a_switch(mode):
             else:
                 assert line > 100
                 break
-            for phase in (phases[1], phases[0]):
-                manager.switch_lora_phase(phase)
-                assert_weights(model, expected[phase])
+            assert_switches(manager, model, expected, phases[1], phases[0])
     assert_weights(model, pristine)
 
 
@@ -254,9 +252,7 @@ def test_a_failed_switch_leaves_the_former_phase_where_nothing_was_written(fail_
         model = small_model(blocks=2)
         lora = random_lora("distilled", model, seed=1)
         phases = lora_phases([], lora)
-        with TwoStageDeviceManager(mode) as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
+        with prepared(model, phases, mode) as manager:
             fail_at(0)
             with pytest.raises(MidwayError):
                 manager.switch_lora_phase(LoRAPhase(((lora, 0.9),)))
@@ -266,13 +262,9 @@ def test_a_failed_switch_leaves_the_former_phase_where_nothing_was_written(fail_
 def test_inplace_goes_on_to_original_where_the_host_has_no_room_for_snapshots(model, pristine):
     phases = lora_phases([], random_lora("violent", model, seed=1, size=2000.0))
     expected = fresh_merges(pristine, phases)
-    with TwoStageDeviceManager("inplace", host_budget_bytes=1000) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "inplace", host_budget_bytes=1000) as manager:
         assert manager.mode == "original"
-        for phase in (phases[1], phases[0]):
-            manager.switch_lora_phase(phase)
-            assert_weights(model, expected[phase])
+        assert_switches(manager, model, expected, phases[1], phases[0])
     assert_weights(model, pristine)
 
 
@@ -280,9 +272,7 @@ def test_a_lora_that_does_not_fit_changes_nothing(model):
     lora = random_lora("distilled", model, seed=1)
     phases = lora_phases([], lora)
     foreign = LoRA("foreign", {"transformer_blocks.9.0": lora.factors["proj_in"]})
-    with TwoStageDeviceManager("resident") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "resident") as manager:
         before = linear_weights(model)
         with pytest.raises(ValueError, match=r"LoRA foreign does not fit.*transformer_blocks\.9\.0"):
             manager.switch_lora_phase(LoRAPhase(((foreign, 1.0),)))

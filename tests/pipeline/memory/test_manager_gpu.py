@@ -15,7 +15,14 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.streams import CudaClock
-from tests.pipeline.memory.lora_models import Touched, assert_weights, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import (
+    Touched,
+    assert_weights,
+    linear_weights,
+    prepared,
+    random_lora,
+    small_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,16 +32,20 @@ pytestmark = [
 WIDTH, HIDDEN, BLOCKS = 2048, 8192, 6
 
 
-def model_on_host():
+@pytest.fixture
+def model():
     return small_model(width=WIDTH, hidden=HIDDEN, blocks=BLOCKS)
+
+
+@pytest.fixture
+def phases(model):
+    return lora_phases([], random_lora("distilled", model, seed=1, rank=64))
 
 
 def merged_on_device(model, phases):
     """Weights of a fresh merge of every phase on the GPU, copied to the host."""
     found = {}
-    with TwoStageDeviceManager("original", device="cuda") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "original", device="cuda") as manager:
         for phase in phases:
             manager.switch_lora_phase(phase)
             found[phase] = {name: weight.cpu() for name, weight in linear_weights(model).items()}
@@ -47,16 +58,12 @@ def on_host(model):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_random_switches_equal_fresh_merges(mode):
-    model = model_on_host()
-    pristine = linear_weights(model)
+def test_random_switches_equal_fresh_merges(model, pristine, mode):
     phases = lora_phases([], random_lora("distilled", model, seed=1, rank=384))
     expected = merged_on_device(model, phases) | {NO_LORA: pristine}
     assert_weights(model, pristine)
     choose = random.Random(0)
-    with TwoStageDeviceManager(mode, device="cuda") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode, device="cuda") as manager:
         assert manager.mode == mode
         for _ in range(20):
             phase = choose.choice([*phases, NO_LORA])
@@ -69,8 +76,7 @@ def test_random_switches_equal_fresh_merges(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_peak_memory_of_a_switch(mode):
-    model = model_on_host()
+def test_peak_memory_of_a_switch(model, mode):
     lora = random_lora("distilled", model, seed=1, rank=64)
     phases = lora_phases([], lora)
     weights = sum(weight.nbytes for weight in linear_weights(model).values())
@@ -80,9 +86,7 @@ def test_peak_memory_of_a_switch(mode):
     gc.collect()
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()
-    with TwoStageDeviceManager(mode, device="cuda") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode, device="cuda") as manager:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -97,15 +101,11 @@ def test_peak_memory_of_a_switch(mode):
 
 
 @pytest.mark.parametrize("offload", [True, False])
-def test_forwards_are_identical_to_resident_ones(offload):
+def test_forwards_are_identical_to_resident_ones(model, phases, offload):
     x = torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16)
-    model = model_on_host()
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
     results = []
     for settings in ({"mode": "resident"}, {"mode": "original", "offload": offload}):
-        with TwoStageDeviceManager(device="cuda", **settings) as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
+        with prepared(model, phases, device="cuda", **settings) as manager:
             for phase in phases:
                 manager.switch_lora_phase(phase)
                 results.append(model(x).clone())
@@ -113,14 +113,10 @@ def test_forwards_are_identical_to_resident_ones(offload):
     assert torch.equal(results[1], results[3])
 
 
-def test_snapshots_and_lent_components_are_page_locked():
-    model = model_on_host()
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
+def test_snapshots_and_lent_components_are_page_locked(model, phases):
     component = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
     before = {name: tensor.clone() for name, tensor in component.state_dict().items()}
-    with TwoStageDeviceManager("snapshot", device="cuda") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "snapshot", device="cuda") as manager:
         assert all(snapshot.is_pinned() for snapshot in manager.store._snapshots.values())
         for _ in range(2):
             with manager.component("part", component):
@@ -133,24 +129,16 @@ def test_snapshots_and_lent_components_are_page_locked():
         assert torch.equal(tensor, before[name])
 
 
-def test_everything_is_on_the_host_again_after_offloading():
-    model = model_on_host()
-    pristine = linear_weights(model)
-    with TwoStageDeviceManager("original", device="cuda", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+def test_everything_is_on_the_host_again_after_offloading(model, pristine, phases):
+    with prepared(model, phases, "original", device="cuda", offload=True):
         model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     assert_weights(model, pristine)
 
 
-def test_offloaded_weights_return_to_the_gpu_they_came_from():
-    model = model_on_host()
-    pristine = linear_weights(model)
+def test_offloaded_weights_return_to_the_gpu_they_came_from(model, pristine, phases):
     model.to("cuda")
-    with TwoStageDeviceManager("original", device="cuda", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+    with prepared(model, phases, "original", device="cuda", offload=True):
         assert {weight.device.type for weight in model.transformer_blocks.parameters()} == {"cpu"}
         model(torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
@@ -159,20 +147,15 @@ def test_offloaded_weights_return_to_the_gpu_they_came_from():
 
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_return_to_the_host_they_came_from(mode, from_file, tmp_path):
-    model = model_on_host()
-    pristine = linear_weights(model)
+def test_weights_return_to_the_host_they_came_from(model, pristine, phases, mode, from_file, tmp_path):
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
-    with TwoStageDeviceManager(mode, device="cuda") as manager:
-        manager.attach(model, pristine=tmp_path if from_file else None)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1, rank=64)))
+    with prepared(model, phases, mode, device="cuda", pristine=tmp_path if from_file else None):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     assert_weights(model, pristine)
 
 
-def test_factors_without_room_are_page_locked_and_travel_without_a_wait():
-    model = model_on_host()
+def test_factors_without_room_are_page_locked_and_travel_without_a_wait(model):
     lora = random_lora("distilled", model, seed=1, rank=64)
     budget, device = HostBudget(), torch.device("cuda", torch.cuda.current_device())
     cache = FactorCache(0, budget)
@@ -191,10 +174,9 @@ def test_factors_without_room_are_page_locked_and_travel_without_a_wait():
     assert budget.used == 0
 
 
-def test_resident_reads_each_weight_once():
+def test_resident_reads_each_weight_once(model):
     """Both phases come from one call a chunk, of a kernel, bit-equal to two merges."""
     weight = small_model(width=WIDTH, hidden=HIDDEN, blocks=1).transformer_blocks[0][0].weight.detach().cuda()
-    model = model_on_host()
     name = "transformer_blocks.0.0"
     phases = lora_phases([], random_lora("distilled", model, seed=1, rank=384))
     expected = [merge_phase(weight.clone(), name, phase) for phase in phases]
@@ -206,14 +188,10 @@ def test_resident_reads_each_weight_once():
     assert torch.equal(other, expected[1])
 
 
-def test_a_switch_between_prepared_phases_waits_for_nothing():
+def test_a_switch_between_prepared_phases_waits_for_nothing(model, phases):
     """The host only enqueues; "warn" and "error" of torch's sync debug mode see every blocking call."""
-    model = model_on_host()
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
     for mode in ("resident", "snapshot"):
-        with TwoStageDeviceManager(mode, device="cuda") as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
+        with prepared(model, phases, mode, device="cuda") as manager:
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
@@ -251,14 +229,10 @@ class TimedClock(CudaClock):
         self.events.setdefault(label, event)
 
 
-def test_prefetch_starts_before_stage_1_ends():
+def test_prefetch_starts_before_stage_1_ends(model, phases):
     clock = TimedClock(torch.device("cuda", 0))
-    model = model_on_host()
-    phases = lora_phases([], random_lora("distilled", model, seed=1, rank=64))
     x = torch.randn(8192, WIDTH, device="cuda", dtype=torch.bfloat16)
-    with TwoStageDeviceManager("snapshot", device="cuda", clock=clock) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "snapshot", device="cuda", clock=clock) as manager:
         torch.cuda.synchronize()
         clock.events.clear()
         with manager.stage("stage 1", forwards=5):

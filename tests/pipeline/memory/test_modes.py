@@ -3,8 +3,8 @@
 import pytest
 
 from ltxkern.pipeline.memory import modes
-from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES, OFFLOADED, ModeNeeds, choose_mode
+from tests.pipeline.memory.lora_models import prepared
 
 NEEDS = {
     "resident": ModeNeeds("resident", 100, 0),
@@ -45,15 +45,11 @@ def test_auto_counts_device_and_host_together_where_they_are_one():
 
 
 def test_describe_says_what_each_mode_needs(model, phases, monkeypatch):
-    with TwoStageDeviceManager("auto") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "auto") as manager:
         text = manager.describe()
     assert "device mode resident: chosen" in text
     assert all(f"{mode}: " in text for mode in MODES)
     monkeypatch.setattr(modes, "device_available", lambda device: 0)
-    with TwoStageDeviceManager("auto") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "auto") as manager:
         assert manager.mode == "original"
         assert "no mode fits" in manager.describe()

@@ -14,6 +14,7 @@ from tests.pipeline.memory.lora_models import (
     assert_weights,
     fresh_merges,
     linear_weights,
+    prepared,
     random_lora,
     small_model,
 )
@@ -35,9 +36,7 @@ def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
     expected = fresh_merges(pristine, [*phases, NO_LORA])
     reference = {phase: merged_copy(model, weights) for phase, weights in expected.items()}
     x = torch.randn(2, 48).bfloat16()
-    with TwoStageDeviceManager("original", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "original", offload=True) as manager:
         assert manager.mode == "original"
         assert "one by one" in manager.describe()
         seen = {}
@@ -57,9 +56,7 @@ def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
     assert_weights(model, pristine)
 
 
-def test_a_failure_while_blocks_are_settled_is_undone(monkeypatch):
-    model = small_model(blocks=3)
-    pristine = linear_weights(model)
+def test_a_failure_while_blocks_are_settled_is_undone(model, pristine, phases, monkeypatch):
     closed = []
     real, calls = HostCopy.__init__, iter(range(10))
 
@@ -71,7 +68,6 @@ def test_a_failure_while_blocks_are_settled_is_undone(monkeypatch):
     monkeypatch.setattr(HostCopy, "close", lambda self: closed.append(self))
     with TwoStageDeviceManager("original", offload=True) as manager:
         manager.attach(model)
-        phases = lora_phases([], random_lora("distilled", model, seed=1))
         with monkeypatch.context() as patch:
             patch.setattr(HostCopy, "__init__", init)
             with pytest.raises(MemoryError):
@@ -82,15 +78,10 @@ def test_a_failure_while_blocks_are_settled_is_undone(monkeypatch):
     assert_weights(model, pristine)
 
 
-def test_an_offloaded_forward_that_fails_can_be_repeated(monkeypatch):
-    model = small_model(blocks=3)
-    pristine = linear_weights(model)
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    reference = merged_copy(model, fresh_merges(pristine, phases)[phases[0]])
+def test_an_offloaded_forward_that_fails_can_be_repeated(model, pristine, phases, expected, monkeypatch):
+    reference = merged_copy(model, expected[phases[0]])
     x = torch.randn(2, 48).bfloat16()
-    with TwoStageDeviceManager("original", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "original", offload=True):
         for failing in range(6):
             calls = iter(range(100))
             real = stores.merge_phase
@@ -126,9 +117,7 @@ def test_the_next_block_travels_while_one_computes():
 
 def test_offloading_brings_the_weights_outside_the_blocks_home_again():
     model = small_model(blocks=2)
-    with TwoStageDeviceManager("original", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+    with prepared(model, lora_phases([], random_lora("distilled", model, seed=1)), "original", offload=True) as manager:
         outer = manager.store._outer
         found = {id(tensor) for tensor, place in outer if place.type == "cpu"}
         assert found == {id(t) for t in (*model.proj_in.parameters(), *model.proj_out.parameters(), model.table)}
@@ -168,26 +157,20 @@ def elsewhere(monkeypatch):
 
 def attach_and_close(model):
     """One offloaded request, and what the table of places says after `prepare`."""
-    with TwoStageDeviceManager("original", offload=True) as manager:
-        manager.attach(model)
-        manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
+    with prepared(model, lora_phases([], random_lora("distilled", model, seed=1)), "original", offload=True):
         inside = {id(t) for t in module_tensors(model.transformer_blocks)}
         model(torch.randn(2, 48).bfloat16())
         return inside
 
 
-def test_blocks_that_were_on_the_gpu_return_there(elsewhere):
-    model = small_model(blocks=3)
-    pristine = linear_weights(model)
+def test_blocks_that_were_on_the_gpu_return_there(model, pristine, elsewhere):
     attach_and_close(model)
     assert set(elsewhere["moved"]) == {id(tensor) for tensor in module_tensors(model)}
     assert set(elsewhere["moved"].values()) == {torch.device("cuda", 0)}
     assert_weights(model, pristine)
 
 
-def test_blocks_that_find_no_room_stay_on_the_host_together(elsewhere, monkeypatch, caplog):
-    model = small_model(blocks=3)
-    pristine = linear_weights(model)
+def test_blocks_that_find_no_room_stay_on_the_host_together(model, pristine, elsewhere, monkeypatch, caplog):
     real = offload.OffloadStore._take_back
 
     def take_back(self):

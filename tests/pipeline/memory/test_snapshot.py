@@ -6,7 +6,7 @@ import torch
 from ltxkern.pipeline.files.lora import lora_phases
 from ltxkern.pipeline.memory.host_memory import HostBudgetError
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
-from tests.pipeline.memory.lora_models import assert_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import assert_switches, assert_weights, prepared, random_lora, small_model
 from tests.pipeline.memory.simulated_clock import SimulatedClock
 
 BLOCK_TIME = 10.0  # what a block computes
@@ -101,28 +101,21 @@ def test_a_full_host_in_snapshot_is_refused(model, pristine, phases, expected):
         assert manager.budget.used == 0
         assert manager.phase == phases[0]
         assert_weights(model, expected[phases[0]])
-        manager.switch_lora_phase(phases[1])
-        assert_weights(model, expected[phases[1]])
+        assert_switches(manager, model, expected, phases[1])
     assert_weights(model, pristine)
 
 
 def test_room_for_one_snapshot_keeps_that_of_stage_2(model, pristine, phases, expected):
     size = sum(weight.nbytes for weight in pristine.values())
-    with TwoStageDeviceManager("snapshot", host_budget_bytes=size + 100) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "snapshot", host_budget_bytes=size + 100) as manager:
         assert manager.store.snapshot_bytes == manager.budget.used == size
-        for phase in (phases[1], phases[0], phases[1]):
-            manager.switch_lora_phase(phase)
-            assert_weights(model, expected[phase])
+        assert_switches(manager, model, expected, phases[1], phases[0], phases[1])
     assert manager.budget.used == 0
 
 
 def test_more_forwards_than_announced_still_see_their_own_phase(model, phases, expected):
     x = torch.randn(1, 48).bfloat16()
-    with TwoStageDeviceManager("snapshot") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "snapshot") as manager:
         manager.begin_stage("stage 1", forwards=1)
         first = model(x)
         assert manager.phase is None

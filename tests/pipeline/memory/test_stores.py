@@ -12,7 +12,15 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import CheckpointPristine, LoRAPhaseError
 from ltxkern.pipeline.planning.meta_trace import AllocationTrace
-from tests.pipeline.memory.lora_models import assert_weights, fresh_merges, linear_weights, random_lora, small_model
+from tests.pipeline.memory.lora_models import (
+    assert_switches,
+    assert_weights,
+    fresh_merges,
+    linear_weights,
+    prepared,
+    random_lora,
+    small_model,
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -21,9 +29,7 @@ def test_equal_and_empty_phases_are_free(model, mode, monkeypatch):
     merges = []
     for name in ("merge_phase", "merge_phase_beside"):
         monkeypatch.setattr(stores, name, lambda *args, **kwargs: merges.append(1))
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(NO_LORA, LoRAPhase(((lora, 0.0),)))
+    with prepared(model, (NO_LORA, LoRAPhase(((lora, 0.0),))), mode) as manager:
         manager.switch_lora_phase(NO_LORA)
         assert merges == []
         manager.switch_lora_phase(LoRAPhase(((lora, 0.5),)))
@@ -66,9 +72,7 @@ def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(
     for strengths, products in (((0.25, 0.5), 1), ((0.3, 0.7), 2), ((0.5, -0.125), 1)):
         phases = lora_phases([], lora, strengths)
         expected = fresh_merges(linear_weights(model), phases)
-        with TwoStageDeviceManager("inplace") as manager:
-            manager.attach(model)
-            manager.prepare(*phases)
+        with prepared(model, phases, "inplace") as manager:
             calls.clear()
             manager.switch_lora_phase(phases[1])
             assert len(calls) == products * len(lora.factors)
@@ -76,20 +80,14 @@ def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(
 
 
 def test_inplace_takes_two_products_where_one_does_not_give_the_bits(model, phases, expected, monkeypatch):
-    with TwoStageDeviceManager("inplace") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "inplace") as manager:
         monkeypatch.setattr(stores, "binary_ratio", lambda *_: 1.0)
-        for phase in (phases[1], phases[0]):
-            manager.switch_lora_phase(phase)
-            assert_weights(model, expected[phase])
+        assert_switches(manager, model, expected, phases[1], phases[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_preparing_the_same_phases_again_merges_nothing(model, phases, mode, monkeypatch):
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode) as manager:
 
         def refuse(*_, **__):
             raise AssertionError("merged again")
@@ -108,14 +106,10 @@ def test_inplace_falls_back_where_the_correction_would_be_too_large(model, prist
     lora = random_lora("violent", model, seed=1, size=2000.0)
     phases = lora_phases([], lora)
     expected = fresh_merges(pristine, phases)
-    with TwoStageDeviceManager("inplace") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "inplace") as manager:
         assert manager.mode == "snapshot"
         assert "bytes per weight" in manager.describe()
-        for phase in (phases[1], phases[0]):
-            manager.switch_lora_phase(phase)
-            assert_weights(model, expected[phase])
+        assert_switches(manager, model, expected, phases[1], phases[0])
     assert_weights(model, pristine)
 
 
@@ -130,9 +124,7 @@ def test_inplace_falls_back_where_the_product_is_not_repeatable(model, pristine,
         return weight
 
     monkeypatch.setattr(stores, "merge_phase", unstable)
-    with TwoStageDeviceManager("inplace") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "inplace") as manager:
         assert manager.mode == "snapshot"
         assert "not repeatable" in manager.describe()
         assert_weights(model, expected[phases[0]])
@@ -154,9 +146,7 @@ def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(
         with monkeypatch.context() as patch:
             patch.setattr(CheckpointPristine, "fetch", lambda *_: pytest.fail("read again"))
             manager.prepare(*phases)
-            for phase in (phases[1], phases[0], third):
-                manager.switch_lora_phase(phase)
-                assert_weights(model, expected[phase])
+            assert_switches(manager, model, expected, phases[1], phases[0], third)
         manager.switch_lora_phase(NO_LORA)
         model.proj_in.weight[3, 4] += 1
         with pytest.raises(LoRAPhaseError, match=r"proj_in\.weight does not have the bits"):

@@ -9,14 +9,12 @@ from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError, block_of, blocks_of, checksum
-from tests.pipeline.memory.lora_models import assert_weights, random_lora
+from tests.pipeline.memory.lora_models import assert_weights, prepared, random_lora
 
 
 def test_a_checkpoint_as_pristine_source_keeps_nothing_on_the_host(model, pristine, phases, expected, tmp_path):
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
-    with TwoStageDeviceManager("original") as manager:
-        manager.attach(model, pristine=tmp_path)
-        manager.prepare(*phases)
+    with prepared(model, phases, "original", pristine=tmp_path) as manager:
         assert manager.store.host_bytes == 0
         for phase in (phases[1], phases[0], NO_LORA, phases[1]):
             manager.switch_lora_phase(phase)
@@ -65,9 +63,7 @@ def test_a_checksum_sees_single_bits_and_swapped_rows(shape, dtype):
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_a_weight_changed_by_someone_else_is_noticed(model, phases, mode, block, module):
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode) as manager:
         before = manager.block_checksums()
         model.get_submodule(module).weight[3, 4] += 1
         after = manager.block_checksums()
@@ -85,16 +81,12 @@ def test_a_weight_changed_by_someone_else_is_noticed(model, phases, mode, block,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_checksums_agree_with_fresh_merges(model, phases, mode):
-    with TwoStageDeviceManager("original") as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, "original") as manager:
         expected = {}
         for phase in phases:
             manager.switch_lora_phase(phase)
             expected[phase] = manager.block_checksums()
-    with TwoStageDeviceManager(mode) as manager:
-        manager.attach(model)
-        manager.prepare(*phases)
+    with prepared(model, phases, mode) as manager:
         for phase in (*phases, *phases):
             manager.switch_lora_phase(phase)
             assert manager.block_checksums() == expected[phase]
