@@ -146,9 +146,15 @@ def _only_foreign(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.update({"diffusion_model.proj_out.alpha": torch.ones(2)}), r"alpha of proj_out must be one finite"),
+        (
+            lambda t: t.update({"diffusion_model.proj_out.alpha": torch.ones(2)}),
+            r"alpha of proj_out must be one finite",
+        ),
         (lambda t: t.update({"diffusion_model.proj_out.alpha": torch.tensor(float("nan"))}), r"finite number, got nan"),
-        (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if "proj_out.lora_A" in k}), r"got 1 others: .*I8"),
+        (
+            lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if "proj_out.lora_A" in k}),
+            r"got 2 others: .*I8",
+        ),
         (_only_foreign, r"changes nothing of the transformer, all 1 keys are of the text"),
     ],
     ids=["alphas", "nan", "integers", "text encoder alone"],
