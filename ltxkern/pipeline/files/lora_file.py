@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class LoRAFile:
             tensors = {
                 name: self._tensor(file if read else None, name, parts, whole) for name in parts if name not in _BESIDE
             }
-            alpha = float(file.get_tensor(parts["alpha"].tensor.key)) if "alpha" in parts else None
+            alpha = _alpha(self.path, file.get_tensor(parts["alpha"].tensor.key), target) if "alpha" in parts else None
             try:
                 found |= self._change(target, tensors, alpha)
             except ValueError as error:
@@ -169,6 +170,12 @@ class LoRAFile:
             whole[key] = dequantise(file.get_tensor(key), None if scale is None else file.get_tensor(scale.tensor.key))
         index, count = stored.share
         return whole[key] if count == 1 else whole[key].chunk(count)[index].contiguous()
+
+
+def _alpha(path: Path, stored: Tensor, target: str) -> float:
+    if stored.numel() != 1 or not math.isfinite(float(stored)):
+        raise CheckpointError(f"{path}: the alpha of {target} must be one finite number, got {stored.tolist()}")
+    return float(stored)
 
 
 def _whole_scale(said: Sequence[Statement], names: tuple[str, ...]) -> float | None:
@@ -286,6 +293,19 @@ def describe_lora_file(path: str | Path, *, transformer: Transformer | None = No
                 twice.append(f"{key} and {targets[one][name].tensor.key}")
             targets[one][name] = stored
             written[one] = part.module
+    if left_out and len(left_out) == len(header.tensors):
+        raise CheckpointError(
+            f"{header.path}: changes nothing of the transformer, all {len(left_out)} keys are of the text connectors or a "
+            f"text encoder: {listed(left_out)}"
+        )
+    unread = [
+        f"{stored.tensor.key} ({stored.tensor.dtype})"
+        for parts in targets.values()
+        for name, stored in parts.items()
+        if name != "alpha" and not stored.tensor.dtype.startswith(("F", "BF"))
+    ]
+    if unread:
+        raise CheckpointError(f"{header.path}: expected factors of floats, got {len(unread)} others: {listed(unread)}")
     _refuse_keys(header.path, targets, unknown, nameless, twice, {a: k for a, k in adapters.items() if a})
     try:
         said = statements(header)

@@ -74,7 +74,7 @@ def statements(header: Header) -> list[Statement]:
         if beside.is_file():
             try:
                 content = json.loads(beside.read_text(encoding="utf-8-sig"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise CheckpointError(f"{name} beside it is no readable configuration ({error})") from error
             found += _said(content, f"{name} beside it")
     return found
@@ -84,7 +84,7 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

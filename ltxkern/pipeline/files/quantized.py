@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, Header, StoredTensor, listed, read_bytes
+from ltxkern.pipeline.files.headers import FLOAT8, FLOATS, CheckpointError, Header, StoredTensor, listed, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,18 @@ def with_scales(
             )
         scale = kept.pop(scales[0])
         kept[owner] = replace(kept[owner], scale=scale, blocks=_blocks(path, kept[owner], scale, announced))
+    if owners or any(kind.endswith("fp8") for kind in ignored):
+        _refuse_unscaled(path, kept)
     return kept
+
+
+def _refuse_unscaled(path: Any, tensors: Mapping[str, StoredTensor]) -> None:
+    """A file of scaled fp8 without the scales of some matrices has lost them: taken as they are, they would be wrong."""
+    lost = [t.key for t in tensors.values() if t.dtype in FLOAT8 and len(t.shape) > 1 and t.scale is None]
+    if lost:
+        raise CheckpointError(
+            f"{path}: is marked as scaled fp8, or scaled elsewhere, but {len(lost)} fp8 weights have no scale: {listed(lost)}"
+        )
 
 
 def _foreign_quantisation(tensors: Mapping[str, StoredTensor], headers: Iterable[Header]) -> str | None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ltxkern.pipeline.files.checkpoint import CheckpointError, load_lora
 from ltxkern.pipeline.files.demo import demo_lora
 from ltxkern.pipeline.files.lora import LoRA
-from ltxkern.pipeline.files.lora_file import dequantise
+from ltxkern.pipeline.files.lora_file import check_lora_file, dequantise
 from ltxkern.pipeline.model.components import Components
 
 
@@ -136,3 +136,37 @@ def test_a_file_that_is_no_lora_names_file_and_keys(tmp_path):
     save_file({"something.weight": torch.zeros(2)}, str(path))
     with pytest.raises(CheckpointError, match=r"other\.safetensors.*something\.weight"):
         LoRA.from_file(path)
+
+
+def _only_foreign(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.clear()
+    tensors["text_encoder.layers.0.lora_A.weight"] = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda t: t.update({"diffusion_model.proj_out.alpha": torch.ones(2)}),
+            r"alpha of proj_out must be one finite",
+        ),
+        (lambda t: t.update({"diffusion_model.proj_out.alpha": torch.tensor(float("nan"))}), r"finite number, got nan"),
+        (
+            lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if "proj_out.lora_A" in k}),
+            r"got 2 others: .*I8",
+        ),
+        (_only_foreign, r"changes nothing of the transformer, all 1 keys are of the text"),
+    ],
+    ids=["alphas", "nan", "integers", "text encoder alone"],
+)
+def test_what_cannot_be_merged_is_told_from_the_header(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], sentence: str
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        check_lora_file(lora_file(tmp_path, change))
+
+
+def test_a_header_entry_nested_without_end_is_text(tmp_path: Path) -> None:
+    path = lora_file(tmp_path)
+    save_file({key: value.contiguous() for key, value in demo_lora().items()}, path, {"note": "[" * 100_000})
+    assert all(alpha is None for _, _, alpha in load_lora(path).values())

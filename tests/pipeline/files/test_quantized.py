@@ -226,3 +226,12 @@ def test_a_scale_without_a_weight_is_an_unexpected_key(
     path = write_official(tmp_path / "q.safetensors", tensors, DEMO_SECTIONS)
     with pytest.raises(CheckpointError, match=r"1 unexpected: model\.diffusion_model\.nothing\.weight_scale"):
         load_component(path, "transformer")
+
+
+@pytest.mark.parametrize("other", ["b.weight_scale", "scaled_fp8"])
+def test_scaled_fp8_that_lost_a_scale_is_refused(tmp_path: Path, other: str) -> None:
+    tensors = {"a.weight": torch.ones(4, 4).to(E4M3), "b.weight": torch.ones(4, 4), "bias": torch.ones(4).to(E4M3)}
+    assert set(attached(header_of(tmp_path / "plain.safetensors", tensors))) == set(tensors)
+    header = header_of(tmp_path / "m.safetensors", tensors | {other: torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"1 fp8 weights have no scale: a\.weight"):
+        attached(header)
