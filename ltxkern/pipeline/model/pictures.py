@@ -65,7 +65,7 @@ def load_image(
     """
     image = read_picture(path)
     picture = recompress(np.asarray(_within_encoder(image, height, width) if crf else image), crf)
-    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).unsqueeze(0).to(device=device, dtype=torch.float32)
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1).unsqueeze(0).to(device)
     pixels = resize_to_cover(pixels, height, width) / 127.5 - 1.0
     return pixels.to(dtype).unsqueeze(2)
 
@@ -250,16 +250,20 @@ def recompress(picture: np.ndarray, crf: int) -> np.ndarray:
 
 
 def resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Scale (1, 3, H, W) fp32 until it covers height x width, then crop the centre.
+    """Scale (1, 3, H, W), bytes or fp32, until it covers height x width, then crop the centre.
 
     Scale = max of the two ratios, size = ceil, bilinear without antialiasing, align_corners False, floor offsets. Of a strip
-    the same samples are taken without the rest: memory follows the target.
+    and of what is larger than the encoder's pictures the same samples are taken without the rest: memory follows the target.
+
+    Returns:
+        (1, 3, height, width) fp32.
     """
     scale = max(height / pixels.shape[2], width / pixels.shape[3])
     size = (math.ceil(pixels.shape[2] * scale), math.ceil(pixels.shape[3] * scale))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    if size[0] * size[1] <= _LARGEST_SCALED * height * width:
-        pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    within = pixels.shape[2] * pixels.shape[3] <= ENCODER_PIXELS
+    if within and size[0] * size[1] <= _LARGEST_SCALED * height * width:
+        pixels = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False)
         return pixels[:, :, top : top + height, left : left + width]
     axes = [(2, size[0], top, height), (3, size[1], left, width)]
     for axis, scaled, first, count in sorted(axes, key=lambda axis: axis[3] / axis[1]):  # the longer one shrinks first

@@ -300,3 +300,24 @@ def test_memory_follows_the_target(
     monkeypatch.setattr(pictures, "_LARGEST_SCALED", math.inf)
     torch.testing.assert_close(bounded, resize_to_cover(smooth, *target), rtol=0, atol=0.5)
     assert 0 < max(largest) <= 3 * max(target) * max(min(source), max(target))
+
+
+def test_a_huge_picture_stays_bytes_until_it_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats of 178 million pixels, or all of them scaled, take gigabytes: also where nothing is compressed."""
+    pixels = torch.arange(90 * 120).view(1, 1, 90, 120).expand(1, 3, 90, 120).div(43).to(torch.uint8)
+    scaled = resize_to_cover(pixels, 64, 96)
+    largest = []
+    real = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *given: largest.append(given[0].dtype) or real(*given))
+    monkeypatch.setattr(pictures, "ENCODER_PIXELS", 90 * 120 - 1)
+    torch.testing.assert_close(resize_to_cover(pixels, 64, 96), scaled, rtol=0, atol=1e-3)
+    assert largest[0] == torch.uint8
+
+
+def test_a_picture_reaches_the_scaling_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        pictures, "resize_to_cover", lambda pixels, *size: seen.append(pixels.dtype) or resize_to_cover(pixels, *size)
+    )
+    load_image(save(tmp_path / "a.png", picture(60, 120)), 64, 96, crf=0)
+    assert seen == [torch.uint8]
