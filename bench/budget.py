@@ -116,12 +116,18 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     blocks, warps = math.prod(kernel.grid), -(-kernel.threads // 32)
     launched = sass.Launched(kernel.parameters, kernel.threads, kernel.grid, far, kernel.indices)
     counted, total = sass.average(function, card.architecture, launched), blocks * kernel.threads
-    asked = {index: int(moved * total) for index, moved in counted.loaded.items()}
+    # An address that is no operand's is one of another block's shared memory.
+    operands = range(len(kernel.operands))
+    asked = {index: int(moved * total) for index, moved in counted.loaded.items() if index in operands}
     reads = {index: min(moved, kernel.operands[index]) for index, moved in asked.items()}
-    stored = {index: min(int(moved * total), kernel.operands[index]) for index, moved in counted.stored.items()}
+    stored = {
+        index: min(int(moved * total), kernel.operands[index])
+        for index, moved in counted.stored.items()
+        if index in operands
+    }
     # A thread's own share of its result; where that is next to nothing, of what it reads.
     widest, read = counted.widest
-    packs = max(1, (widest * total if 8 * widest >= read else max(reads.values())) // PACK)
+    packs = max(1, (widest * total if 8 * widest >= read else max([PACK, *reads.values()])) // PACK)
     again = sum(asked[index] - reads[index] for index in far if index in asked)
     window = 0
     if again and "kept" in kernel.numbers:

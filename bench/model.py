@@ -1,6 +1,6 @@
 """The model behind the predictions: a launch takes as long as what binds it, a call as long as its launches. No figure is measured.
 
-The time of a launch is that of its limits taken together, (sum of t^5)^(1/5), for two that are as long do not overlap whole:
+The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), for two that are as long do not overlap whole:
 
 - bytes: what has to come from memory or go there, at the rate of a copy. What the launch before left in half of the second cache
   costs nothing, nor does what a launch reads again while it still lies there.
@@ -24,13 +24,14 @@ from typing import NamedTuple
 from budget import Row
 from cards import Card
 
-POWER = 5
-# Of the issue slots: 0.60 with 16 warps, 0.74 with 32, 0.83 with 64, as an earlier review of these kernels took it.
-MOST_ISSUED, HALF_WARPS = 0.95, 9
+POWER = 8
+# Of the issue slots: 0.62 with 16 warps, 0.78 with 32 and 0.85 from 48 on, as an earlier review of these kernels took it.
+MOST_ISSUED, SLOPE, HALF_WARPS = 0.85, 1.05, 11
 UNITS_REACHED = 0.9
 # Between two dependent launches of a stream.
 LAUNCH_US = 1.5
-L2_RATE = 5.5e12 / (132 * 1.755e9)  # bytes a clock and multiprocessor, of an H100's 5.5 TB/s
+# Bytes a clock and multiprocessor, of an H100's 5.5 TB/s; and at least this many times what a copy moves, all of which passes it.
+L2_RATE, L2_OVER_COPY = 5.5e12 / (132 * 1.755e9), 1.3
 L2_LATENCY_NS = 160
 OLDER_MATRIX = 2 / 3
 # Warp instructions a clock and multiprocessor.
@@ -80,7 +81,7 @@ class Prediction:
 
 def issue_efficiency(warps: int) -> float:
     """The part of the issue slots that so many resident warps fill."""
-    return MOST_ISSUED * warps / (warps + HALF_WARPS)
+    return min(MOST_ISSUED, SLOPE * warps / (warps + HALF_WARPS))
 
 
 def _memory_bytes(row: Row, card: Card, left: Iterable[int]) -> int:
@@ -116,7 +117,7 @@ def limits_of(row: Row, card: Card, left: Iterable[int] = (), flops: int = 0) ->
         Limit("MUFU", unit(row.mufu, SPECIAL * UNITS_REACHED)),
         Limit("fp64", unit(row.double, card.double_lanes / 32 * UNITS_REACHED)),
         Limit(accesses, unit(row.wavefronts, WAVEFRONTS * UNITS_REACHED)),
-        Limit("L2", through / (L2_RATE * card.multiprocessors * clock)),
+        Limit("L2", through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
         Limit("FLOP", flops / matrix * 1e6),
         Limit("latency", max(1.0, waves) * life),
         Limit("launch", LAUNCH_US + card.latency_ns / 1e3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -96,6 +97,7 @@ class Operand:
         return total
 
 
+@functools.cache
 def following(register: str, count: int) -> list[str]:
     """Names of `count` registers in a row."""
     match = _REGISTER.match(register)
@@ -117,13 +119,14 @@ def bits_float(bits: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits & MASK))[0])
 
 
+@functools.cache
 def parse(text: str) -> Operand:
     """An operand from its text."""
     body = text.removesuffix(".reuse")
     if "[" in body and not body.lstrip("-~|!").startswith("c["):
         inside = body[body.rindex("[") + 1 : body.rindex("]")]
         names = [part.split(".")[0] for part in re.split(r"[+]", inside) if re.match(r"U?R\d", part)]
-        numbers = [int(part, 16) for part in re.findall(r"[+-]?(?<![\w])-?0x[0-9a-f]+", inside)]
+        numbers = [int(part, 16) for part in re.findall(r"-?0x[0-9a-f]+", inside)]
         first, second = (*names, None, None)[:2]
         return Operand(text, first, "R", memory=True, immediate=sum(numbers), second=second)
     negative = inverted = absolute = False

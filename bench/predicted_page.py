@@ -13,6 +13,7 @@ from report import markdown_table, read_json
 
 ByCard = Mapping[str, Sequence[Prediction]]
 PICTURE = "predicted.png"
+FORCED = "_two_pass"
 COLOURS = {
     "bytes": "#2a9d6f", "issue": "#1b5fa8", "MUFU": "#8a2f62", "fp64": "#c44e52", "LSU": "#6fb1e0", "shared": "#7d6b9e",
     "L2": "#b5a642", "FLOP": "#4d4d4d", "latency": "#f2a33a", "launch": "#c9c9c9", "waves": "#e377c2",
@@ -94,17 +95,23 @@ def op_table(by_card: ByCard, op: str, measured: Mapping[tuple[str, str, str, st
 
 
 def misses(by_card: ByCard) -> str:
-    """Rows below the target though their bytes would allow more."""
-    lines = [
-        [
-            *(CARDS[name].title, one.op, one.case, one.dtype, one.tier, f"{one.percent_of_roof:.0f}", str(target)),
-            *(one.limit, f"{one.moved / one.bytes:.2f}", f"{one.best_percent:.0f}"),
+    """Calls that are on their better tier below the target, though their bytes would allow more."""
+    lines = []
+    for name, target in model.TARGETS.items():
+        better: dict[tuple[str, str, str], Prediction] = {}
+        for one in by_card[name]:
+            key = one.op, one.case, one.dtype
+            if not one.case.endswith(FORCED) and (key not in better or one.time_us < better[key].time_us):
+                better[key] = one
+        lines += [
+            [
+                *(CARDS[name].title, one.op, one.case, one.dtype, one.tier, f"{one.percent_of_roof:.0f}", str(target)),
+                *(one.limit, f"{one.moved / one.bytes:.2f}", f"{one.best_percent:.0f}"),
+            ]
+            for one in better.values()
+            if one.misses
         ]
-        for name, target in model.TARGETS.items()
-        for one in by_card[name]
-        if one.misses
-    ]
-    header = ("card", "op", "case", "dtype", "tier", "% roof", "target", "limit", "moved / least", "at best")
+    header = ("card", "op", "case", "dtype", "better tier", "% roof", "target", "limit", "moved / least", "at best")
     return markdown_table(header, lines) if lines else "None."
 
 
@@ -115,7 +122,7 @@ def too_short(by_card: ByCard) -> str:
             f"{one.op} {one.case}"
             for name, target in model.TARGETS.items()
             for one in by_card[name]
-            if one.best_percent <= target
+            if one.best_percent <= target and not one.case.endswith(FORCED)
         }
     )
     return ", ".join(names) + "."
@@ -154,9 +161,9 @@ CONSTANTS = f"""
 Constants of all cards: {model.ISSUED} instructions a clock and multiprocessor, special functions of 16 threads a clock, one
 128-byte piece of loads, stores and shared memory a clock (CUDA C++ Programming Guide: throughput of native arithmetic
 instructions, shared memory); {model.LAUNCH_US} us a launch, {model.L2_LATENCY_NS} ns to the second cache, and 5.5 TB/s from it on
-an H100, scaled by multiprocessors and clock: assumed. Latencies under load are taken as about twice the idle ones that
-microbenchmarks found (arXiv 2402.13499: 479 clocks on an H100, 541 on an RTX 4090). The share of its bandwidth that a copy reaches
-on a B200 or an RTX card is assumed too, as are the rates of matrix products.
+an H100, scaled by multiprocessors and clock, and never below {model.L2_OVER_COPY} copies: assumed. Latencies under load are taken
+as about twice the idle ones that microbenchmarks found (arXiv 2402.13499: 479 clocks on an H100, 541 on an RTX 4090). The share of
+its bandwidth that a copy reaches on a B200 or an RTX card is assumed too, as are the rates of matrix products.
 """
 REVIEW = """
 ## Against an earlier review
@@ -170,10 +177,11 @@ review expected, of the mended GroupNorm, 130 us at `ltx2_upsampler_pre_720p`, 5
 MISSES = """
 ## Rows below the target
 
-Targets: 85 % of the copy roof on an H200 and 90 % on an H100. `at best` is what one launch would reach that nothing but its
-bytes limits; `moved / least` says how often the bytes of a call pass through memory, beyond what they must. A call that is below
-the target and not listed is too short for it, whatever the kernel, since a launch and the wait for the first byte take too large
-a part of it. Too short are: """
+Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on the tier that is predicted faster. `at best` is what
+one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory,
+beyond what they must. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
+Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
+first byte take too large a part of it. Too short are: """
 CALLS = """
 ## All calls
 

@@ -35,6 +35,8 @@ _BANKS = {
     "sm_120": (0x380, 0x360, 0x370),
 }
 LONGEST = 400_000
+# Blocks of so many instructions a thread walk the whole tensor, and are alike.
+LONG = 4000
 
 
 class Instruction(NamedTuple):
@@ -361,7 +363,9 @@ def average(function: Function, architecture: str, launched: Launched) -> Averag
     thread = min(launched.threads - 1, launched.threads // 2 // 32 * 32)
     middle = [min(launched.grid[0] // 2 + i, launched.grid[0] - 1) for i in range(3)]
     rest = tuple(size // 2 for size in launched.grid[1:])
-    traces = [trace(function, architecture, launched, thread, (block, *rest)) for block in middle]
+    traces = [trace(function, architecture, launched, thread, (middle[0], *rest))]
+    if traces[0].issue < LONG:
+        traces += [trace(function, architecture, launched, thread, (block, *rest)) for block in middle[1:]]
     # Not the block at the end of a row, which has less to do.
     usual = Counter(one.issue for one in traces).most_common(1)[0][0]
     typical = next(i for i, one in enumerate(traces) if one.issue == usual)
