@@ -146,8 +146,10 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         moved += _memory_bytes(row, card, left)
         for limit in limits:
             totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
-        if row.reads or row.writes:
-            left = [*row.reads.values(), row.writes]
+        # A launch that moves little pushes nothing out.
+        if sum(row.reads.values()) + row.writes > card.l2_bytes // 8:
+            left = []
+        left += [*row.reads.values(), row.writes]
     least = max(floor[0] / card.roof, floor[1] / card.matrix_rate) * 1e6
     best = least + LAUNCH_US + card.latency_ns / 1e3
     op, case, dtype = heavy.case.split(" ")

@@ -210,7 +210,7 @@ class Step:
                 self.outputs.append(rest.pop(0))
         self.sources = rest
         self.predicates = [operand for operand in rest if operand.kind == "P"]
-        self.plain = [operand for operand in rest if operand.kind not in ("P", "?")]
+        self.plain = [operand for operand in rest if operand.kind != "P" and operand.text != "PR"]
         self.wide = any(part in ("64", "S64", "U64") for part in modifiers)
 
     def numbers(self, wide: bool = False) -> list[int | None]:
