@@ -107,16 +107,19 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     underscored = draw(st.booleans())
     starts = draw(st.lists(st.sampled_from([s for s in STARTS if s != "lora" or underscored]), max_size=4))
     cut = draw(st.integers(0, len(starts))) if underscored else len(starts)
+    place = draw(st.sampled_from(sorted(PLACES)))
+    # Of trainers that store an alpha tensor with their lora_A and lora_B wherever it counts.
+    halves = [pair for pair in HALVES if pair != HALVES[0] or place not in ("kohya", "ai-toolkit")]
     return {
         "start": "".join(f"{s}." for s in starts[:cut]) + "".join(f"{s}_" for s in starts[cut:]),
         "names": draw(st.sampled_from(("underscored", "underscored diffusers") if underscored else ("official", "diffusers"))),
-        "halves": draw(st.sampled_from(HALVES)),
+        "halves": draw(st.sampled_from(halves)),
         "adapter": draw(st.sampled_from(("", ".default", ".my-style_2", ".0"))),
         "end": draw(st.sampled_from((".weight", ""))),
         "fused": draw(st.sampled_from((None, None, "to_qkv", "qkv"))),
         "alpha": draw(st.sampled_from((None, 1.0, 4.0, 6.5))),
         "root": draw(st.booleans()),
-        "place": draw(st.sampled_from(sorted(PLACES))),
+        "place": place,
     }  # fmt: skip
 
 
