@@ -7,9 +7,10 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ltxkern.pipeline.files.headers import CheckpointError, listed, read_header, read_json
+from ltxkern.pipeline.files.lora_scale import configuration_names, may_be_of_another, of_other_trainings
 from ltxkern.pipeline.model.components import BUILDABLE
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,11 @@ def local_path(path_or_id: str | Path) -> Path:
 def local_lora(path_or_id: str | Path) -> Path:
     """The file of a LoRA: an existing file, the only one of a folder, or `owner/name[/file.safetensors]` of the hub.
 
-    Of the hub, PEFT's `adapter_config.json` comes with the file where there is one; an earlier download serves offline.
+    Of the hub, the configurations that `configuration_names` lists come with the file where there are any; an earlier
+    download serves offline.
 
     Raises:
-        CheckpointError: as `local_path`, or several files that may be meant.
+        CheckpointError: as `local_path`, several files that may be meant, or a configuration that the hub does not deliver.
     """
     path = Path(path_or_id).expanduser()
     named = None if path.exists() or path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
@@ -64,9 +66,39 @@ def local_lora(path_or_id: str | Path) -> Path:
             path /= _only_file([file.name for file in path.glob("*.safetensors")], str(path_or_id))
         return path
     path = local_path(named[0])
-    with contextlib.suppress(CheckpointError):
-        _download(named[1], str(Path(named[2]).with_name("adapter_config.json")))
+    _fetch_configurations(named[1], PurePosixPath(named[2]), path)
     return path
+
+
+def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> None:
+    """Downloads what may tell alpha and rank of a LoRA file to where it lies; warns where that cannot be known."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import DryRunError
+
+    usual = str(file.with_name("adapter_config.json"))
+    with _hub_errors(f"{repository}/{usual}"):
+        try:
+            there = {entry.filename for entry in snapshot_download(repository, dry_run=True)}
+        except DryRunError as error:
+            names = configuration_names(file.name)
+            if try_to_load_from_cache(repository, usual) is None and not any(path.with_name(n).exists() for n in names):
+                logger.warning(
+                    "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be "
+                    "asked (%s)",
+                    repository, file, _first_line(error.__cause__ or error),
+                )  # fmt: skip
+            return
+    beside = [name for name in map(PurePosixPath, there) if name.parent == file.parent]
+    others = of_other_trainings(file.name, (name.name for name in beside))
+    for name in beside:
+        if name.name in configuration_names(file.name) and not (others and may_be_of_another(name.name, file.name)):
+            _download(repository, str(name))
+    if usual not in there:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with _hub_errors(f"{repository}/{usual}"), contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, usual)  # notes in the cache that there is none
 
 
 def _only_file(names: Iterable[str], where: str) -> str:
@@ -102,14 +134,19 @@ def _download(repository: str, name: str) -> Path:
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """What the hub raises, as one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         yield
     # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors through FileNotFoundError and ConnectionError.
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name}: no such path here, and the hub did not deliver it ({reason})") from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: no such path here, and the hub did not deliver it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _hub_folder(repository: str) -> Path:

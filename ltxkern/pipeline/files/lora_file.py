@@ -26,7 +26,7 @@ from ltxkern.pipeline.files.lora_kinds import (
     Sum,
     build_change,
 )
-from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key
+from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key, unread
 from ltxkern.pipeline.files.lora_scale import Statement, effective_alpha, statements
 
 logger = logging.getLogger(__name__)
@@ -384,7 +384,7 @@ def _refuse_keys(
     if unknown or not (targets or nameless):
         raise CheckpointError(
             f"{path}: expected keys diffusion_model.<module>.lora_A.weight and .lora_B.weight, or another layout that "
-            f"`ltxkern lora --layouts` lists, got {listed(unknown) or 'none'}"
+            f"`ltxkern lora --layouts` lists, got {listed([unread(key) for key in unknown]) or 'none'}"
         )
     if nameless:
         count = len(set(nameless))

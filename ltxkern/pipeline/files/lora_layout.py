@@ -91,6 +91,15 @@ _PART = re.compile(
     r"|(?P<other>diff|diff_b|w_norm|b_norm|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r")"
 )
+# Kinds of change that are not read, by what stands in their keys.
+_UNREAD = (
+    (re.compile(r"hada_t\d|lokr_t\d|lora_mid"), "core of a convolution's Tucker form, which a matrix does not have"),
+    (re.compile(r"lora_E|ranknum"), "AdaLoRA"),
+    (re.compile(r"oft_|boft"), "orthogonal fine-tuning"),
+    (re.compile(r"vera_lambda"), "VeRA"),
+    (re.compile(r"lora_embedding|trainable_tokens"), "of an embedding, which the transformer does not have"),
+    (re.compile(r"absmax|quant_state|quant_map"), "of a quantised factor"),
+)
 _FUSED = {
     "to_qkv": "qkv",
     "qkv": "qkv",
@@ -133,6 +142,11 @@ def read_key(key: str) -> Part | None:
         return Part(module, "magnitude", adapter)
     part = found["alpha"] or found["other"]
     return Part(module, {"w_norm": "diff", "b_norm": "diff_b"}.get(part, part), adapter)
+
+
+def unread(key: str) -> str:
+    """A key that `read_key` does not know, with what it is where that is known."""
+    return next((f"{key} ({kind})" for pattern, kind in _UNREAD if pattern.search(key)), key)
 
 
 def is_foreign(key: str) -> bool:

@@ -130,7 +130,7 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
         beside = header.path.with_name(name)
         if not beside.is_file():
             continue
-        is_shared = PurePath(name).stem in _SHARED and PurePath(name).stem != header.path.stem
+        is_shared = may_be_of_another(name, header.path.name)
         try:
             plain = not is_shared or "lora" in name
             told = list(reader.said(_read_configuration(beside), f"{name} beside it", plain=plain))
@@ -155,6 +155,17 @@ def configuration_names(file: str) -> list[str]:
     return list(dict.fromkeys([*own, *_NAMED, *(f"{name}{suffix}" for name in _SHARED for suffix in _SUFFIXES)]))
 
 
+def may_be_of_another(configuration: str, file: str) -> bool:
+    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
+    return PurePath(configuration).stem in _SHARED and PurePath(configuration).stem != PurePath(file).stem
+
+
+def of_other_trainings(file: str, names: Iterable[str]) -> list[str]:
+    """Those weight files of a folder that no configuration describes together with a LoRA file."""
+    weights = [PurePath(name) for name in names if name.endswith(".safetensors")]
+    return sorted(other.name for other in weights if _training(other.stem) != _training(PurePath(file).stem))
+
+
 def _training(stem: str) -> str:
     """What the files of one training have in common in their names."""
     return _STEP.sub("", stem)
@@ -163,7 +174,7 @@ def _training(stem: str) -> str:
 def _meant(told: Iterable[Statement], path: Path, ranks: Collection[int]) -> list[Statement]:
     """Of what a configuration says that any model may have beside it, what is about this file."""
     about = [statement for statement in told if statement.ranks & set(ranks) or (statement.ranks and statement.is_sure)]
-    others = sorted(o.name for o in path.parent.glob("*.safetensors") if _training(o.stem) != _training(path.stem))
+    others = of_other_trainings(path.name, (other.name for other in path.parent.glob("*.safetensors")))
     if about and others:
         suffix = PurePath(about[0].where.partition(" beside")[0]).suffix
         _warn(
