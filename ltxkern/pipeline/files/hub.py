@@ -72,22 +72,22 @@ def local_lora(path_or_id: str | Path) -> Path:
 
 def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> None:
     """Downloads what may tell alpha and rank of a LoRA file to where it lies; warns where that cannot be known."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import DryRunError
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
 
     usual = str(file.with_name("adapter_config.json"))
-    with _hub_errors(f"{repository}/{usual}"):
-        try:
-            there = {entry.filename for entry in snapshot_download(repository, dry_run=True)}
-        except DryRunError as error:
-            names = configuration_names(file.name)
-            if try_to_load_from_cache(repository, usual) is None and not any(path.with_name(n).exists() for n in names):
-                logger.warning(
-                    "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be "
-                    "asked (%s)",
-                    repository, file, _first_line(error.__cause__ or error),
-                )  # fmt: skip
-            return
+    try:
+        there = set(HfApi().list_repo_files(repository))
+    except (HTTPError, OSError) as error:
+        here = [name for name in configuration_names(file.name) if path.with_name(name).exists()]
+        if not here and try_to_load_from_cache(repository, usual) is None:
+            logger.warning(
+                "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be asked (%s)",
+                repository,
+                file,
+                _first_line(error),
+            )
+        return
     beside = [name for name in map(PurePosixPath, there) if name.parent == file.parent]
     others = of_other_trainings(file.name, (name.name for name in beside))
     for name in beside:
@@ -113,15 +113,15 @@ def _only_file(names: Iterable[str], where: str) -> str:
 
 def _hub_files(repository: str) -> list[str]:
     """Names of the files of a repository; offline, of those that were downloaded before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     with _hub_errors(repository):
         try:
-            return [file.filename for file in snapshot_download(repository, dry_run=True)]
-        except DryRunError:
+            return HfApi().list_repo_files(repository)
+        except (HTTPError, OSError):
             folder = Path(snapshot_download(repository, allow_patterns=[]))
-            return [str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")]
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
 
 
 def _download(repository: str, name: str) -> Path:
