@@ -7,10 +7,10 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TypeVar
 
 from ltxkern.pipeline.files.headers import CheckpointError, listed, read_header, read_json
-from ltxkern.pipeline.files.lora_scale import configuration_names, may_be_of_another, of_other_trainings
 from ltxkern.pipeline.model.components import BUILDABLE
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,12 @@ _WEIGHTS = re.compile(
     r"(?P<stem>[^.]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.safetensors$"
 )
 _NOT_READ = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+P = TypeVar("P", bound=PurePath)
+_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
+# Names of configurations that do not say whose they are.
+_SHARED = ("lora_config", "config", "training_config", "train_config")
+# What a trainer adds to the name of each file that it stores on its way.
+_STEP = re.compile(r"[-_. ]?(?:(?:steps?|epochs?)[-_. ]?\d+|\d{4,})$", re.IGNORECASE)
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -47,10 +53,34 @@ def local_path(path_or_id: str | Path) -> Path:
         return _hub_folder(str(path_or_id))
 
 
+def configurations(file: P) -> list[P]:
+    """Where a configuration of a LoRA file may lie, those of the file alone first."""
+    own = [f"{stem}{suffix}" for stem in (file.stem, _training(file)) for suffix in _SUFFIXES if stem]
+    names = [*own, "adapter_config.json", *(f"{stem}{suffix}" for stem in _SHARED for suffix in _SUFFIXES)]
+    found = [file.with_name(name) for name in dict.fromkeys(names)]
+    # As the official trainer leaves them.
+    return [*found, file.parent.parent / "training_config.yaml"] if file.parent.name == "checkpoints" else found
+
+
+def may_be_of_another(configuration: PurePath, file: PurePath) -> bool:
+    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
+    return configuration.stem in _SHARED and configuration.stem != file.stem
+
+
+def of_other_trainings(file: PurePath, files: Iterable[PurePath]) -> list[PurePath]:
+    """Those weight files of a folder that no configuration describes together with a LoRA file."""
+    return sorted(one for one in files if one.suffix == ".safetensors" and _training(one) != _training(file))
+
+
+def _training(file: PurePath) -> str:
+    """What the files of one training have in common in their names."""
+    return _STEP.sub("", file.stem)
+
+
 def local_lora(path_or_id: str | Path) -> Path:
     """The file of a LoRA: an existing file, the only one of a folder, or `owner/name[/file.safetensors]` of the hub.
 
-    Of the hub, the configurations that `configuration_names` lists come with the file where there are any; an earlier
+    Of the hub, the configurations that `configurations` lists come with the file where there are any; an earlier
     download serves offline.
 
     Raises:
@@ -79,8 +109,7 @@ def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> N
     try:
         there = set(HfApi().list_repo_files(repository))
     except (HTTPError, OSError) as error:
-        here = [name for name in configuration_names(file.name) if path.with_name(name).exists()]
-        if not here and try_to_load_from_cache(repository, usual) is None:
+        if not any(map(Path.exists, configurations(path))) and try_to_load_from_cache(repository, usual) is None:
             logger.warning(
                 "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be asked (%s)",
                 repository,
@@ -88,10 +117,9 @@ def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> N
                 _first_line(error),
             )
         return
-    beside = [name for name in map(PurePosixPath, there) if name.parent == file.parent]
-    others = of_other_trainings(file.name, (name.name for name in beside))
-    for name in beside:
-        if name.name in configuration_names(file.name) and not (others and may_be_of_another(name.name, file.name)):
+    others = of_other_trainings(file, (name for name in map(PurePosixPath, there) if name.parent == file.parent))
+    for name in configurations(file):
+        if str(name) in there and not (others and may_be_of_another(name, file)):
             _download(repository, str(name))
     if usual not in there:
         from huggingface_hub import hf_hub_download

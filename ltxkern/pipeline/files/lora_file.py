@@ -161,8 +161,7 @@ class LoRAFile:
             # LyCORIS stores an alpha that means nothing here; PEFT scales by what its configuration says.
             told = _whole_scale(self.said, names) if alpha is None else None
         elif inner.rank is not None:
-            has_rank = not isinstance(inner, KroneckerProduct)
-            told = effective_alpha(inner.rank if has_rank else None, alpha, self.said, names)
+            told = effective_alpha(inner.rank, alpha, self.said, names)
         if told is not None:
             inner = replace(inner, alpha=told)  # type: ignore[type-var]
             change = replace(change, inner=inner) if isinstance(change, Decomposed) else inner

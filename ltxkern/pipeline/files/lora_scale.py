@@ -7,12 +7,14 @@ import json
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from ltxkern.pipeline.files.headers import CheckpointError, Header
+from ltxkern.pipeline.files.hub import configurations, may_be_of_another, of_other_trainings
 from ltxkern.pipeline.files.lora_layout import STARTS
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,8 @@ _NOT_MERGED = {
 _USES = ("use_rslora", "use_dora", "use_effective_conv2d", *_NOT_MERGED)
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 
-_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
-_NAMED = ("adapter_config.json",)
-_SHARED = ("lora_config", "config", "training_config", "train_config")
-# What a trainer adds to the name of each file that it stores on its way.
-_STEP = re.compile(r"[-_. ]?(?:(?:steps?|epochs?)[-_. ]?\d+|\d{4,})$", re.IGNORECASE)
 # Nobody's settings are longer.
-_LONGEST = 4 << 20
+_LONGEST = 1 << 20
 
 
 @dataclass
@@ -126,11 +123,10 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
         found = list(reader.said(dict(sorted(header.metadata.items())), "its header", plain=True))
     except RecursionError as error:
         raise CheckpointError("its header is nested too deeply") from error
-    for name in configuration_names(header.path.name):
-        beside = header.path.with_name(name)
+    for beside in configurations(header.path):
         if not beside.is_file():
             continue
-        is_shared = may_be_of_another(name, header.path.name)
+        name, is_shared = beside.name, may_be_of_another(beside, header.path)
         try:
             plain = not is_shared or "lora" in name
             told = list(reader.said(_read_configuration(beside), f"{name} beside it", plain=plain))
@@ -148,37 +144,14 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
     return found
 
 
-def configuration_names(file: str) -> list[str]:
-    """Names under which a configuration of a LoRA file may lie beside it, those of the file alone first."""
-    stem = PurePath(file).stem
-    own = [f"{name}{suffix}" for name in (stem, _training(stem)) for suffix in _SUFFIXES if name]
-    return list(dict.fromkeys([*own, *_NAMED, *(f"{name}{suffix}" for name in _SHARED for suffix in _SUFFIXES)]))
-
-
-def may_be_of_another(configuration: str, file: str) -> bool:
-    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
-    return PurePath(configuration).stem in _SHARED and PurePath(configuration).stem != PurePath(file).stem
-
-
-def of_other_trainings(file: str, names: Iterable[str]) -> list[str]:
-    """Those weight files of a folder that no configuration describes together with a LoRA file."""
-    weights = [PurePath(name) for name in names if name.endswith(".safetensors")]
-    return sorted(other.name for other in weights if _training(other.stem) != _training(PurePath(file).stem))
-
-
-def _training(stem: str) -> str:
-    """What the files of one training have in common in their names."""
-    return _STEP.sub("", stem)
-
-
 def _meant(told: Iterable[Statement], path: Path, ranks: Collection[int]) -> list[Statement]:
     """Of what a configuration says that any model may have beside it, what is about this file."""
     about = [statement for statement in told if statement.ranks & set(ranks) or (statement.ranks and statement.is_sure)]
-    others = of_other_trainings(path.name, (other.name for other in path.parent.glob("*.safetensors")))
+    others = of_other_trainings(path, path.parent.glob("*.safetensors"))
     if about and others:
         suffix = PurePath(about[0].where.partition(" beside")[0]).suffix
         _warn(
-            f"{path}: {about[0].where} is not taken into account, for {others[0]} lies there too; if it is meant, name it "
+            f"{path}: {about[0].where} is not taken into account, for {others[0].name} lies there too; if it is meant, name it "
             f"{path.stem}{suffix}"
         )
         return []
@@ -210,9 +183,25 @@ def _read_configuration(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """A safe loader to which an object of Python's, as trainers write tuples and enumerations, is what it consists of."""
+    import yaml
+
+    def plain(loader: Any, _: str, node: Any) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return loader.construct_mapping(node, deep=True)
+        is_list = isinstance(node, yaml.SequenceNode)
+        return loader.construct_sequence(node, deep=True) if is_list else loader.construct_scalar(node)
+
+    loader: Any = type("PlainLoader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
+    loader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
+    return loader
 
 
 def _decoded(value: Any) -> Any:
@@ -235,8 +224,13 @@ def _number(value: Any) -> float | None:
     return None if isinstance(value, bool) or not isinstance(value, (int, float)) or value == 0 else float(value)
 
 
+def _shown(value: Any) -> str:
+    """A value for a message: YAML may hold in a few lines what is endless when it is written out."""
+    return value if isinstance(value, str) else reprlib.repr(value)
+
+
 def _is_on(value: Any) -> bool:
-    return str(value).strip().lower() not in _OFF
+    return bool(value) if isinstance(value, (dict, list)) else str(value).strip().lower() not in _OFF
 
 
 class _Reader:
@@ -325,27 +319,25 @@ def _pattern_entry(key: str) -> tuple[str, str, str]:
 def _unmerged(group: Mapping[str, Any], place: str) -> str:
     """Why the change that a mapping describes is more than its factors; "" where it is not."""
     for name in ("init_lora_weights", "init_weights"):
-        start = str(group.get(name, "")).lower()
+        start = _shown(group.get(name, "")).lower()
         if start.startswith(_REWRITES_BASE) or (name == "init_lora_weights" and start not in _KEEPS_BASE):
             return (
-                f"{place} says {name} {group[name]}: its factors belong to base weights that its training changed; "
+                f"{place} says {name} {_shown(group[name])}: its factors belong to base weights that its training changed; "
                 "convert it to a plain LoRA first"
             )
     for name, why in _NOT_MERGED.items():
         if _is_on(group.get(name)):
-            return f"{place} says {name} {group[name]}: {why}, which is not merged here"
+            return f"{place} says {name} {_shown(group[name])}: {why}, which is not merged here"
     if "peft_type" not in group:
         return ""
-    kind = str(group["peft_type"]).rpartition(".")[2].upper()
+    kind = _shown(group["peft_type"]).rpartition(".")[2].upper()
     if kind not in _PEFT_TYPES:
-        return f"{place} says peft_type {group['peft_type']}: expected one of {', '.join(_PEFT_TYPES)}"
+        return f"{place} says peft_type {_shown(group['peft_type'])}: expected one of {', '.join(_PEFT_TYPES)}"
     if _is_on(group.get("bias")):
-        return (
-            f"{place} says bias {group['bias']}: biases of the transformer were trained too, which is not merged here"
-        )
+        return f"{place} says bias {_shown(group['bias'])}: biases of the transformer were trained too, which is not merged here"
     for name, value in group.items():
         if name.startswith("use_") and name not in _USES and _is_on(value):
-            return f"{place} says {name} {value}, of which it is not known here what it does to the product"
+            return f"{place} says {name} {_shown(value)}, of which it is not known here what it does to the product"
     return ""
 
 

@@ -125,7 +125,9 @@ TRANSFORMER = {"_class_name": "LTX2VideoTransformer3DModel", "dim": 4, "alpha": 
         ("config.json", "{", 1.0, "config.json beside it is no readable configuration"),
         ("config.yaml", "a: *nowhere", 1.0, "config.yaml beside it is no readable configuration"),
         ("config.toml", "a", 1.0, "config.toml beside it is no readable configuration"),
-        ("config.yaml", "a: !!python/object/apply:os.system ['exit 1']", 1.0, "no readable configuration"),
+        ("config.yaml", "lora: {rank: 4, alpha: 8}\na: !!python/tuple [1]\nb: !!python/object/apply:os.abort []", 2.0, ""),
+        ("config.yaml", "lora: {rank: 4, alpha: 8}\na: !foreign 1", 1.0, "no readable configuration"),
+        ("../training_config.yaml", TRAINER, 2.0, ""),
         ("config.yaml", "a: &a {lora: {rank: 4, alpha: 8}, b: *a}", 2.0, ""),
         ("other.json", PEFT, 1.0, ""),
         ("config.json", PEFT | {"r": 8}, "rank 4 by the shapes of its factors, and rank 8 by config.json", ""),
@@ -136,16 +138,18 @@ TRANSFORMER = {"_class_name": "LTX2VideoTransformer3DModel", "dim": 4, "alpha": 
 )  # fmt: skip
 @pytest.mark.parametrize("others", [[], ["mine_000000250.safetensors"], ["another.safetensors"]])
 def test_configurations_beside_the_file(tmp_path, caplog, name, content, scale, warning, others):
-    path = one_module(tmp_path / "mine_000000500.safetensors", {})
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    path = one_module(folder / "mine_000000500.safetensors", {})
     # Files of kohya's names: of those, and of no others, the alphas of its trainers count.
     save_file(
         {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in load_file(path).items()}, path
     )
     for other in others:
-        save_file({"x": torch.zeros(1)}, tmp_path / other)
+        save_file({"x": torch.zeros(1)}, folder / other)
     writers = {".json": json.dumps, ".toml": _toml}
     written = content if isinstance(content, str) else writers.get(Path(name).suffix, yaml.safe_dump)(content)
-    (tmp_path / name).write_text(written)
+    (folder / name).write_text(written)
     is_others = "another.safetensors" in others and not name.startswith(("mine", "other"))
     if isinstance(scale, str) and not is_others:
         with pytest.raises(CheckpointError, match=scale):
@@ -155,7 +159,7 @@ def test_configurations_beside_the_file(tmp_path, caplog, name, content, scale, 
     with caplog.at_level(logging.WARNING):
         found = LoRA.from_file(path).factors["transformer_blocks.0.attn1.to_k"].scale(1.0)
     assert found == (1.0 if is_others else scale)
-    assert (f"{name} beside it" in caplog.text) == bool(warning or tells)
+    assert (f"{Path(name).name} beside it" in caplog.text) == bool(warning or tells)
     assert warning in caplog.text
     if tells:
         assert "for another.safetensors lies there too; if it is meant, name it mine_000000500." in caplog.text
