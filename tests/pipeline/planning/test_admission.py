@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from tests.official_files import (
     write_official,
     write_official_demo,
 )
+from tests.processes import python
 
 GEMMA = {
     "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
@@ -297,8 +295,7 @@ def test_seconds_for_the_files_of_the_whole_model(tmp_path: Path) -> None:
         "assert not {'diffusers', 'transformers'} & set(sys.modules)\n"
         "print(sum(os.times()[:2]))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = python("-c", code)
     assert done.stderr.strip().count("\n") == 0
     assert "1 wrong shape: model.diffusion_model.proj_out.weight (expected (128, 4096), got (128, 4000))" in done.stderr
     assert float(done.stdout) < 5
