@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ltxkern.compiled import nvrtc
 from tests.csrc import registered
-from tests.csrc.kernel_resources import cuobjdump
+from tests.csrc.kernel_resources import told
 
 BASELINE = Path(__file__).with_name("instruction_counts.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -83,14 +81,8 @@ class Block(NamedTuple):
 
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """Instructions of every function by its mangled name, without the padding behind it."""
-    tool = cuobjdump()
-    assert tool is not None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([str(tool), "--dump-sass", file.name], text=True)
     functions: dict[str, list[Instruction]] = {}
-    for line in text.splitlines():
+    for line in told(cubin, "--dump-sass").splitlines():
         if "Function :" in line:
             functions[line.split(":", 1)[1].strip()] = current = []
         elif (match := _LINE.match(line)) and match[3] != "NOP":
@@ -208,20 +200,6 @@ def count(kernels: Sequence[str], architecture: str) -> dict[str, dict[str, floa
         packs = PACKS[kernel.split("<")[0].removeprefix("ltxk::")]
         rows[kernel] = {field: value / packs for field, value in hot_path(functions[name]).counts._asdict().items()}
     return rows
-
-
-def show(kernel: str, architecture: str, trips: int, without: str | None) -> str:
-    """The disassembly of a kernel's hot path, block by block."""
-    cubin, (name,) = nvrtc.compile_cubin([kernel], architecture)
-    instructions = disassemble(cubin)[name]
-    path, flow = hot_path(instructions, trips, without), blocks(instructions)
-    lines = [f"{kernel} {path.counts._asdict()}"]
-    for i in path.blocks:
-        lines.append(f"block {i}: {len(flow[i].instructions)} instructions, then {flow[i].follows}")
-        lines += [
-            f"    {one.address:05x} {one.predicate or ''} {one.name} {one.operands}" for one in flow[i].instructions
-        ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

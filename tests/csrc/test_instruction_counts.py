@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from ltxkern.compiled import nvrtc
 from tests.csrc import instruction_counts, kernel_resources
 from tests.csrc.instruction_counts import Instruction, blocks, hot_path
 
@@ -57,13 +56,8 @@ def test_no_path_is_an_error() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", instruction_counts.ARCHITECTURES)
 def test_row_kernels(architecture: str) -> None:
-    pytest.importorskip("cupy", reason="INSTRUCTIONS NOT COUNTED: pip install 'ltxkern[cuda13]'")
-    try:
-        nvrtc._nvrtc().getVersion()
-    except (ImportError, OSError, RuntimeError) as error:
-        pytest.skip(f"INSTRUCTIONS NOT COUNTED: {error}")
-    if kernel_resources.cuobjdump() is None:
-        pytest.skip("INSTRUCTIONS NOT COUNTED: no cuobjdump; triton brings one")
+    pytest.importorskip("cupy", reason="INSTRUCTIONS NOT TESTED: pip install 'ltxkern[cuda13]'")
+    kernel_resources.require_nvrtc("INSTRUCTIONS")
     baseline = json.loads(instruction_counts.BASELINE.read_text())[architecture]
     counted: dict[str, dict[str, float]] = {}
     for kernels in instruction_counts.counted_kernels().values():
