@@ -1,4 +1,4 @@
-"""Runs Python once more in a process of its own: in the checkout, on one thread, with its output kept."""
+"""Runs Python once more in a process of its own: in the checkout or a copy of it, on one thread, with its output kept."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(
-    *arguments: object, status: int | None = 0, seconds: float = 900, **environment: str
+    *arguments: object, status: int | None = 0, seconds: float = 900, folder: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The process when it has ended, which must be with `status`, or in any way where that is None."""
-    given = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)} | environment
+    given = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(folder)} | environment
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | given, capture_output=True, text=True, timeout=seconds, check=False
+        command, cwd=folder, env=os.environ | given, capture_output=True, text=True, timeout=seconds, check=False
     )
     assert status is None or done.returncode == status, done.stdout[-8000:] + done.stderr[-8000:]
     return done
