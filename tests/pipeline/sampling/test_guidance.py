@@ -27,6 +27,7 @@ from ltxkern.pipeline.sampling.guidance import (
 )
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
+from tests.pipeline.model.test_branches import Mean
 
 POSITIVE = {"video_context": "vp", "audio_context": "ap"}
 NEGATIVE = {"video_context": "vn", "audio_context": "an"}
@@ -258,20 +259,7 @@ def test_a_runner_takes_the_place_of_the_serial_one() -> None:
 
 
 def test_a_policy_of_ones_own() -> None:
-    class Average(CFGPolicy):
-        """Mean of two conditional branches."""
-
-        def __init__(self, branches: tuple[CFGBranch, ...]) -> None:
-            self.branches = branches
-
-        @classmethod
-        def build(cls, request: Any, positive: Any, negative: Any = None) -> "Average":
-            return cls((CFGBranch(COND, True, positive), CFGBranch(NEG, True, negative)))
-
-        def combine(self, predictions: Any) -> dict[str, Tensor]:
-            return {name: (predictions[COND][name] + predictions[NEG][name]) / 2 for name in predictions[COND]}
-
-    denoiser = GuidedDenoiser(Average.build(None, POSITIVE, NEGATIVE), Recorder())
+    denoiser = GuidedDenoiser(Mean.build(None, POSITIVE, NEGATIVE), Recorder())
     out = denoiser({"video": torch.ones(1, 2, 2)}, 0.0, step=0, substep=False)
     torch.testing.assert_close(out["video"], 0.4 * torch.tanh(torch.ones(1, 2, 2)))
 
