@@ -5,15 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from ltxkern import debug
 from ltxkern.compiled.steps import Argument, Call, Launch, Zero
+from tests.processes import ROOT
 from tests.serving import needs_cpu_kernels
 
-ROOT = Path(__file__).resolve().parents[2]
 
 CALLS = """
 import sys, torch, ltxkern
