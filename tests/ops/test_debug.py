@@ -13,7 +13,6 @@ from ltxkern.compiled.steps import Argument, Call, Launch, Zero
 from tests.processes import ROOT
 from tests.serving import needs_cpu_kernels
 
-
 CALLS = """
 import sys, torch, ltxkern
 def say(what): print(what, file=sys.stderr, flush=True)
