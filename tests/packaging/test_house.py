@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ltxkern import dispatch, schema
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 MOST_FILES, MOST_LINES = 16, 400
 # In two parts, so that this file is none of those that name it.
 SMALL_OP = "dual" + "_add"

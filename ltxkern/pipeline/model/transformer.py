@@ -61,19 +61,8 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         present = video if video is not None else audio
         if present is None:
             raise ValueError("video and audio are both None: expected at least one modality")
-        video_stream = audio_stream = None
-        if video is not None:
-            cross = (self.av_cross_attn_video_scale_shift, self.av_cross_attn_video_a2v_gate, self.cross_attn_rope)
-            video_stream = self._stream(video, audio, (self.time_embed, self.prompt_adaln, self.rope), cross, shards)
-        if audio is not None:
-            cross = (
-                self.av_cross_attn_audio_scale_shift,
-                self.av_cross_attn_audio_v2a_gate,
-                self.cross_attn_audio_rope,
-            )
-            audio_stream = self._stream(
-                audio, video, (self.audio_time_embed, self.audio_prompt_adaln, self.audio_rope), cross
-            )
+        video_stream = self._video_stream(video, audio, shards) if video is not None else None
+        audio_stream = self._audio_stream(audio, video) if audio is not None else None
         x = self.proj_in(video.tokens) if video is not None else None
         y = self.audio_proj_in(audio.tokens) if audio is not None else None
         for index, block in enumerate(self.transformer_blocks):
@@ -86,35 +75,46 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             y = self._output(y, audio, self.audio_time_embed, table, self.audio_norm_out, self.audio_proj_out)
         return x, y
 
-    def _stream(
-        self,
-        own: ModalityTensors,
-        other: ModalityTensors | None,
-        modules: tuple[Any, Any, Any],
-        cross_modules: tuple[Any, Any, Any],
-        shards: TokenShards | None = None,
+    def _video_stream(
+        self, video: ModalityTensors, audio: ModalityTensors | None, shards: TokenShards | None
     ) -> Stream:
-        """A modality's stream by its embedders of timestep and prompt and its rope; those of the attention to the other one."""
-        dtype = own.tokens.dtype
+        dtype = video.tokens.dtype
         cross = None
-        if other is not None:
-            scale_shift, gate, rope = cross_modules
+        if audio is not None:
             cross = CrossStream(
-                modulation=_embed(scale_shift, own.timestep, dtype),
-                gate=_embed(gate, self._gate_timestep(other), dtype),
-                rope=rope(own.positions[:, :1]),
-                rows=own.rows,
+                modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
+                gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
+                rope=self.cross_attn_rope(video.positions[:, :1]),
+                rows=video.rows,
                 shards=shards,
             )
-        embedder, prompt, rope = modules
         return Stream(
-            context=own.context,
-            modulation=_embed(embedder, own.timestep, dtype),
-            prompt_modulation=_embed(prompt, own.sigma[:, None], dtype),
-            rope=rope(own.positions),
+            context=video.context,
+            modulation=_embed(self.time_embed, video.timestep, dtype),
+            prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
+            rope=self.rope(video.positions),
             cross=cross,
-            rows=own.rows,
+            rows=video.rows,
             shards=shards,
+        )
+
+    def _audio_stream(self, audio: ModalityTensors, video: ModalityTensors | None) -> Stream:
+        dtype = audio.tokens.dtype
+        cross = None
+        if video is not None:
+            cross = CrossStream(
+                modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
+                gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
+                rope=self.cross_attn_audio_rope(audio.positions[:, :1]),
+                rows=audio.rows,
+            )
+        return Stream(
+            context=audio.context,
+            modulation=_embed(self.audio_time_embed, audio.timestep, dtype),
+            prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
+            rope=self.audio_rope(audio.positions),
+            cross=cross,
+            rows=audio.rows,
         )
 
     def _gate_timestep(self, other: ModalityTensors) -> Tensor:
