@@ -25,8 +25,9 @@ _RANKS = ("lora_rank", "lora_r", "lora_dim", "network_dim", "network_rank", "ada
 _PLAIN_RANKS = ("r", "rank", "dim", "linear")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # kohya's trainers and ai-toolkit store an alpha tensor wherever their alpha counts. In a file of lora_A and lora_B
-# without one it does not: conversion multiplied it into the factors, or training took the rank for it.
-_FOLDED = ("network_alpha", "linear_alpha")
+# without one it does not: conversion multiplied it into the factors, or training took the rank for it. The second name
+# stands beside the first wherever it is they who wrote it.
+_FOLDED = {"network_alpha": "network_module", "linear_alpha": "type"}
 _STABILISED = ("use_rslora", "rslora", "rs_lora", "use_rs_lora", "rank_stabilized", "rank_stabilised")
 _DECOMPOSED = ("use_dora", "dora_wd", "weight_decompose", "lora_decompose")
 _ABOUT_LORA = re.compile(r"lora|peft|adapter|network", re.IGNORECASE)
@@ -117,7 +118,7 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
     """
     keys = list(header.tensors)
     folded = any(".lora_A" in key for key in keys) and not any(key.endswith("alpha") for key in keys)
-    reader = _Reader(_FOLDED if folded else ())
+    reader = _Reader(_FOLDED if folded else {})
     try:
         # A file's entries lie in no order of anybody's.
         found = list(reader.said(dict(sorted(header.metadata.items())), "its header", plain=True))
@@ -237,10 +238,10 @@ class _Reader:
     """Finds statements in what trainers wrote.
 
     Args:
-        folded: names of alphas that do not count.
+        folded: names of alphas that do not count where the name beside them is in the same mapping.
     """
 
-    def __init__(self, folded: Collection[str]) -> None:
+    def __init__(self, folded: Mapping[str, str]) -> None:
         self.folded = folded
         # YAML may hold one mapping in many places, and within itself.
         self.seen: dict[int, Any] = {}
@@ -294,7 +295,8 @@ class _Reader:
             if len(set(values.values())) > 1:
                 told = " and ".join(f"{name} {value:g}" for name, value in values.items())
                 refusals.append(f"{place} contradicts itself about the {attribute}: {told}")
-            setattr(statement, attribute, next((v for name, v in values.items() if name not in self.folded), None))
+            counting = (value for name, value in values.items() if self.folded.get(name) not in group)
+            setattr(statement, attribute, next(counting, None))
         for name in _PATTERNS:
             listed = _decoded(group.get(name))
             numbers = {key: _number(value) for key, value in listed.items()} if isinstance(listed, dict) else {}

@@ -108,13 +108,11 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     starts = draw(st.lists(st.sampled_from([s for s in STARTS if s != "lora" or underscored]), max_size=4))
     cut = draw(st.integers(0, len(starts))) if underscored else len(starts)
     place = draw(st.sampled_from(sorted(PLACES)))
-    # Of trainers that store an alpha tensor with their lora_A and lora_B wherever it counts.
-    halves = [pair for pair in HALVES if pair != HALVES[0] or place not in ("kohya", "ai-toolkit")]
     start = "".join(f"{s}." for s in starts[:cut]) + "".join(f"{s}_" for s in starts[cut:])
     return {
         "start": start.upper() if draw(st.booleans()) else start,
         "names": draw(st.sampled_from(("underscored", "underscored diffusers") if underscored else ("official", "diffusers"))),
-        "halves": draw(st.sampled_from(halves)),
+        "halves": draw(st.sampled_from(HALVES)),
         "kernel": draw(st.sampled_from(((), (), (1,), (1, 1), (1, 1, 1)))),
         "late": draw(st.booleans()),
         "adapter": draw(st.sampled_from(("", ".default", ".my-style_2", ".0"))),

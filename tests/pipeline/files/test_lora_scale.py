@@ -33,8 +33,12 @@ from tests.pipeline.files.one_module import one_module
         ({"lora_alpha": "64", "alpha_pattern.attn1.to_k": "8", "alpha_pattern.attn2.to_k": "2"}, None, None, 2.0),
         ({"m": '{"lora_alpha": 64, "alpha_pattern": {"^transformer_blocks.0.attn1": 1, "to_[kv]": 8}}'}, None, None, 2.0),
         ({"r": "4"}, None, {"r": 4, "lora_alpha": 12}, 3.0),
-        # Converted from kohya's: the alpha of the header is in the factors already.
-        ({"ss_network_dim": "4", "ss_network_alpha": "16"}, None, None, 1.0),
+        # Converted from a file of kohya's trainers, which name their module: the alpha is in the factors already.
+        ({"ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "16"}, None, None, 1.0),
+        ({"ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "16"}, 16.0, None, 4.0),
+        ({"config": '{"network": {"type": "lora", "linear": 4, "linear_alpha": 16}}'}, None, None, 1.0),
+        ({"config": '{"network": {"linear": 4, "linear_alpha": 16}}'}, None, None, 4.0),
+        ({"ss_network_dim": "4", "ss_network_alpha": "16"}, None, None, 4.0),
         ({"ss_network_dim": "4", "ss_network_alpha": "16"}, 16.0, None, 4.0),
         ({"ss_network_dim": "4", "ss_network_alpha": "8", "ss_network_args": '["rs_lora=True"]'}, 16.0, None, 4.0),
         ({"ss_network_dim": "4", "ss_network_alpha": "8", "ss_network_args": '{"rs_lora": "True"}'}, 8.0, None, 4.0),
