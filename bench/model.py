@@ -84,18 +84,22 @@ def issue_efficiency(warps: int) -> float:
     return min(MOST_ISSUED, SLOPE * warps / (warps + HALF_WARPS))
 
 
-def _memory_bytes(row: Row, card: Card, left: Iterable[int]) -> int:
+def memory_bytes(row: Row, card: Card, left: Iterable[int]) -> int:
     """From and to memory; `left`: sizes of what the launch before read or wrote."""
     kept, held = card.l2_bytes // 2, list(left)
     reads = 0
     for size in row.reads.values():
-        reads += max(0, size - kept) if size in held else size
+        if size in held:
+            held.remove(size)
+            reads += max(0, size - kept)
+        else:
+            reads += size
     missed = row.again * max(0.0, 1 - kept / row.window) if row.window else 0.0
     return reads + int(missed) + row.writes
 
 
-def limits_of(row: Row, card: Card, left: Iterable[int] = (), flops: int = 0) -> list[Limit]:
-    """The limits of one launch."""
+def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
+    """The limits of one launch that moves so many bytes from and to memory."""
     clock, per_warp = card.clock_ghz * 1e3, row.packs / 32
     waves = row.blocks / (card.multiprocessors * max(1, row.warps * 32 // row.threads))
     share = row.blocks / card.multiprocessors
@@ -104,7 +108,6 @@ def limits_of(row: Row, card: Card, left: Iterable[int] = (), flops: int = 0) ->
     def unit(counted: float, rate: float) -> float:
         return uneven * counted * per_warp / (card.multiprocessors * clock * rate)
 
-    memory = _memory_bytes(row, card, left)
     through = sum(row.reads.values()) + row.again + row.writes
     life = (row.waits * card.latency_ns + row.near_waits * L2_LATENCY_NS) / 1e3 + row.cycles / clock
     accesses = "shared" if row.wavefronts > 8 * row.lsu else "LSU"
@@ -138,32 +141,36 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
     """One call of all its launches."""
     totals: dict[str, float] = {}
     left: list[int] = []
-    time = moved = 0.0
-    heavy = max(rows, key=lambda row: row.packs * row.issue)
+    memory: list[int] = []
+    heavy = max(range(len(rows)), key=lambda i: rows[i].packs * rows[i].issue)
     for row in rows:
-        limits = limits_of(row, card, left, floor[1] if row is heavy else 0)
-        time += together(limits)
-        moved += _memory_bytes(row, card, left)
-        for limit in limits:
-            totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
+        memory.append(memory_bytes(row, card, left))
         # A launch that moves little pushes nothing out.
         if sum(row.reads.values()) + row.writes > card.l2_bytes // 8:
             left = []
         left += [*row.reads.values(), row.writes]
+    # Every tensor passes once, those too whose addresses come from memory.
+    memory[heavy] += max(0, floor[0] - sum(memory))
+    time, moved = 0.0, sum(memory)
+    for i, row in enumerate(rows):
+        limits = limits_of(row, card, memory[i], floor[1] if i == heavy else 0)
+        time += together(limits)
+        for limit in limits:
+            totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
     least = max(floor[0] / card.roof, floor[1] / card.matrix_rate) * 1e6
     best = least + LAUNCH_US + card.latency_ns / 1e3
-    op, case, dtype = heavy.case.split(" ")
+    op, case, dtype = rows[heavy].case.split(" ")
     packs = max(row.packs for row in rows)
     return Prediction(
-        *(op, case, dtype, heavy.tier, card.name),
+        *(op, case, dtype, rows[heavy].tier, card.name),
         percent_of_roof=round(100 * least / time, 1),
         best_percent=round(100 * least / best, 1),
         limit=max(totals, key=lambda name: totals[name]),
         instructions_per_16_bytes=round(sum(row.issue * row.packs for row in rows) / packs, 1),
         time_us=round(time, 2),
         bytes=floor[0],
-        moved=int(moved),
+        moved=moved,
         roof=card.roof,
-        warps=heavy.warps,
-        loads_in_flight=heavy.in_flight,
+        warps=rows[heavy].warps,
+        loads_in_flight=rows[heavy].in_flight,
     )

@@ -48,7 +48,7 @@ def by_card():
         ({}, "h200", "bytes"),
         ({"issue": 400}, "h200", "issue"),
         ({"mufu": 60}, "h200", "MUFU"),
-        ({"double": 20}, "rtx4090", "fp64"),
+        ({"double": 120}, "rtx4090", "fp64"),
         ({"wavefronts": 400}, "h200", "shared"),
         ({"wavefronts": 400, "lsu": 100}, "h200", "LSU"),
         ({"again": 1 << 31}, "h200", "L2"),
@@ -59,14 +59,14 @@ def by_card():
 def test_what_binds_is_named(changes, card, limit) -> None:
     plain, changed = (model.predict([row], FLOOR, CARDS[card]) for row in (ROW, ROW._replace(**changes)))
     assert changed.limit == limit
-    assert plain.percent_of_roof == pytest.approx(98.5, abs=1.5)
+    assert plain.percent_of_roof == pytest.approx(97.5, abs=2.5)
     if limit not in ("bytes", "launch"):
         assert changed.time_us > 1.5 * plain.time_us
 
 
 def test_a_second_launch_reads_from_the_second_cache() -> None:
     small = ROW._replace(reads={"0": 20 << 20}, writes=0)
-    after = {left: model.limits_of(small, CARDS["h200"], [left])[0].time_us for left in (20 << 20, 30 << 20)}
+    after = {left: model.memory_bytes(small, CARDS["h200"], [left]) for left in (20 << 20, 30 << 20)}
     assert after[20 << 20] == 0 < after[30 << 20]
 
 
