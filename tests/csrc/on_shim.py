@@ -99,7 +99,7 @@ def on_shim(
         return None if backend == "cpu" else reason_of(backend)
 
     reason_of = dispatch.unavailable
-    changes = {"program": program, "device_limits": lambda index: H200, "refuse_device": lambda tensor: None}
+    changes = {"program": program, "device_limits": lambda index: H200, "refuse_device": lambda *_: None}
     before = torch.are_deterministic_algorithms_enabled()
     shim().schedule(seed, shuffle=shuffle)
     with pytest.MonkeyPatch.context() as patch:

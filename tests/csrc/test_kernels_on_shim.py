@@ -21,7 +21,7 @@ from tests.csrc.kernel_runs import (
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import on_shim, run_step
+from tests.csrc.on_shim import FEW_PROCESSORS, H200, on_shim, run_step
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
 from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
@@ -191,6 +191,40 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
             results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
     assert torch.equal(*results)
+
+
+# A group that a cluster holds, and one that none does.
+ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS)}
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("kernel", ON_CHIP)
+def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
+    """And gives their bits; one that holds as much takes the kernel on chip."""
+    shape, groups, limits = ON_CHIP[kernel]
+    given, kernels, asked = group_norm_of("two_pass", shape, torch.bfloat16), [], []
+
+    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+        for step in steps:
+            kernels.extend([step.kernel.split("<")[0]] if isinstance(step, Launch) else [])
+            run_step(step, tensors)
+
+    def answer(many: int) -> Tensor:
+        def holds(launch: Launch) -> int:
+            asked.append(launch.kernel.split("<")[0])
+            return many
+
+        with on_shim(limits=limits._replace(held=holds), run=run), ltxkern.use_backend("cpu"):
+            return given.run(groups, poisoned(given.x))
+
+    few = answer(held)
+    assert kernels == [f"ltxk::group_norm_{name}" for name in ("stats", "finalize", "apply")]
+    assert f"ltxk::group_norm_{kernel}" in asked
+    kernels.clear()
+    torch.testing.assert_close(answer(1 << 20), few)
+    assert kernels == [f"ltxk::group_norm_{kernel}"]
+    with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
+        assert torch.equal(few, given.run(groups, poisoned(given.x)))
 
 
 def test_a_divergent_program_is_refused() -> None:

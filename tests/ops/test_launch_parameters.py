@@ -72,6 +72,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Steps]
     monkeypatch.setattr(extension, "cpu_program", record)
     monkeypatch.setattr(extension, "program_builder", lambda tier: record)
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    monkeypatch.setattr(dispatch, "_waiting", lambda backend: False)
     for op in dispatch._registry.values():
         monkeypatch.setattr(op, "_present", {})
     yield all_of
