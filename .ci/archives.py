@@ -33,13 +33,13 @@ def project(tree: Path) -> dict[str, Any]:
     return tomllib.loads((tree / "pyproject.toml").read_text())["project"]
 
 
-def platform_tag(kind: str) -> str:
-    """The tag that a wheel built by this interpreter on this machine has to carry."""
+def platform_tag(kind: str, floor: str = "") -> str:
+    """The tag that a wheel built by this interpreter has to carry, its extension asking for the glibc `floor`."""
     if kind == "pure":
         return "py3-none-any"
     version = sysconfig.get_config_var("py_version_nodot")
-    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
-    return f"cp{version}-cp{version}-{platform}"
+    machine = sysconfig.get_platform().removeprefix("linux-")
+    return f"cp{version}-cp{version}-manylinux_{floor.replace('.', '_')}_{machine}"
 
 
 def sdist_faults(path: Path, tree: Path) -> list[str]:
@@ -63,13 +63,13 @@ def sdist_faults(path: Path, tree: Path) -> list[str]:
     return faults + metadata_faults(text, tree)
 
 
-def metadata_faults(text: str, tree: Path) -> list[str]:
+def metadata_faults(text: str, tree: Path, local: str = "") -> list[str]:
     """What of the metadata a package index would refuse, or differs from pyproject.toml and the README."""
     about, found = project(tree), message_from_string(text)
     readme = (tree / "README.md").read_text()
     expected = {
         "Name": about["name"],
-        "Version": about["version"],
+        "Version": about["version"] + local,
         "Summary": about["description"],
         "License-Expression": about["license"],
         "Requires-Python": about["requires-python"],
@@ -87,20 +87,20 @@ def metadata_faults(text: str, tree: Path) -> list[str]:
     return faults
 
 
-def wheel_faults(path: Path, kind: str, tree: Path) -> list[str]:
-    """What is wrong with a wheel of `tree`; kind is pure, cpu or cuda."""
+def wheel_faults(path: Path, kind: str, tree: Path, local: str = "") -> list[str]:
+    """What is wrong with a wheel of `tree`; kind is pure, cpu or cuda, `local` what its version ends in."""
     about = project(tree)
-    stem, tag = f"{about['name']}-{about['version']}", platform_tag(kind)
-    faults = [] if path.name == f"{stem}-{tag}.whl" else [f"is called {path.name}, not {stem}-{tag}.whl"]
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    stem, tag = f"{about['name']}-{about['version']}{local}", platform_tag(kind, _floor_of(files))
+    faults = [] if path.name == f"{stem}-{tag}.whl" else [f"is called {path.name}, not {stem}-{tag}.whl"]
     info = f"{stem}.dist-info"
     head = message_from_string(files.get(f"{info}/WHEEL", b"").decode())
     if head.get_all("Tag") != [tag]:
         faults.append(f"WHEEL says {head.get_all('Tag')}, not {tag}")
     if head["Root-Is-Purelib"] != ("true" if kind == "pure" else "false"):
         faults.append(f"Root-Is-Purelib is {head['Root-Is-Purelib']}")
-    faults += metadata_faults(files.get(f"{info}/METADATA", b"").decode(), tree)
+    faults += metadata_faults(files.get(f"{info}/METADATA", b"").decode(), tree, local)
     faults += _record_faults(files, f"{info}/RECORD")
     for name in about["license-files"]:
         if files.get(f"{info}/licenses/{name}") != (tree / name).read_bytes():
@@ -172,6 +172,17 @@ def cuobjdump() -> Path | None:
         return None
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return path if path.is_file() else None
+
+
+def _floor_of(files: dict[str, bytes]) -> str:
+    """The glibc that a wheel's extension asks for; "" where it has none."""
+    for name, content in files.items():
+        if name.endswith(".so"):
+            with tempfile.NamedTemporaryFile(suffix=".so") as file:
+                file.write(content)
+                file.flush()
+                return glibc_floor(Path(file.name))
+    return ""
 
 
 def glibc_floor(extension: Path) -> str:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,13 @@ def test_a_process_forked_from_one_that_used_cuda_says_so(monkeypatch: pytest.Mo
 def test_other_threads_run_during_a_launch() -> None:
     """A launch that waits until another thread has run: with the interpreter's lock held it would wait in vain."""
     x = noise(4, 16)
-    other = threading.Timer(0.05, shim().shut_gate, [False])
+
+    def open_gate() -> None:
+        while not shim().gate_is_awaited():
+            time.sleep(0.001)
+        shim().shut_gate(False)
+
+    other = threading.Thread(target=open_gate, daemon=True)
     shim().shut_gate(True)
     other.start()
     with on_shim(), ltxkern.use_backend("cpu"):

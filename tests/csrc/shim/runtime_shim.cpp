@@ -20,7 +20,7 @@ namespace ltxk::runtime {
 // One launch at a time: the fibers of two would be in each other's way.
 static std::mutex gate;
 static std::condition_variable opened;
-static bool shut = false;
+static bool shut = false, awaited = false;
 
 std::string unavailable() { return ""; }
 std::string unserved(int) { return ""; }
@@ -34,6 +34,7 @@ void prepare(const KernelEntry&, const LaunchShape& shape) {
 }
 void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void*) {
     std::unique_lock<std::mutex> lock(gate);
+    awaited = shut;
     if (!opened.wait_for(lock, std::chrono::seconds(20), [] { return !shut; })) throw std::runtime_error("the gate stayed shut");
     shim::run_grid(kernel, shape, parameters);
 }
@@ -41,7 +42,13 @@ void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* par
 static void set_gate(bool now) {
     std::lock_guard<std::mutex> lock(gate);
     shut = now;
+    awaited = false;
     opened.notify_all();
+}
+
+static bool is_awaited() {
+    std::lock_guard<std::mutex> lock(gate);
+    return awaited;
 }
 
 }  // namespace ltxk::runtime
@@ -50,6 +57,7 @@ void bind_shim(pybind11::module_& module) {
     module.def("schedule", &ltxk::shim::set_schedule, pybind11::arg("seed"), pybind11::arg("shuffle") = true,
                "Seed of the fiber order; shuffle=False runs fibers in thread order.");
     module.def("shut_gate", &ltxk::runtime::set_gate, pybind11::arg("shut"), "While it is shut launches wait, as on a busy device.");
+    module.def("gate_is_awaited", &ltxk::runtime::is_awaited, "Whether a launch waits.");
     module.def("only_blocks", &ltxk::shim::set_only, pybind11::arg("first"), pybind11::arg("count"),
                "Later launches run these blocks of their grid alone; count 0 runs all.");
 }
