@@ -33,13 +33,19 @@ def project(tree: Path) -> dict[str, Any]:
     return tomllib.loads((tree / "pyproject.toml").read_text())["project"]
 
 
-def platform_tag(kind: str, floor: str = "") -> str:
-    """The tag that a wheel built by this interpreter has to carry, its extension asking for the glibc `floor`."""
+def platform_tag(kind: str, name: str, floor: str) -> str:
+    """The tag that a wheel built by this interpreter has to carry: of manylinux that in its file name, where that is recent enough.
+
+    Its extension asks for the glibc `floor`, but of a system that old it may ask too much: auditwheel looks at libstdc++ as well.
+    """
     if kind == "pure":
         return "py3-none-any"
     version = sysconfig.get_config_var("py_version_nodot")
     machine = sysconfig.get_platform().removeprefix("linux-")
-    return f"cp{version}-cp{version}-manylinux_{floor.replace('.', '_')}_{machine}"
+    least = tuple(map(int, floor.split("."))) if floor else (2, 5)
+    found = re.search(rf"-manylinux_(\d+)_(\d+)_{machine}\.whl$", name)
+    major, minor = max(least, (int(found[1]), int(found[2]))) if found else least
+    return f"cp{version}-cp{version}-manylinux_{major}_{minor}_{machine}"
 
 
 def sdist_faults(path: Path, tree: Path) -> list[str]:
@@ -92,7 +98,7 @@ def wheel_faults(path: Path, kind: str, tree: Path, local: str = "") -> list[str
     about = project(tree)
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    stem, tag = f"{about['name']}-{about['version']}{local}", platform_tag(kind, _floor_of(files))
+    stem, tag = f"{about['name']}-{about['version']}{local}", platform_tag(kind, path.name, _floor_of(files))
     faults = [] if path.name == f"{stem}-{tag}.whl" else [f"is called {path.name}, not {stem}-{tag}.whl"]
     info = f"{stem}.dist-info"
     head = message_from_string(files.get(f"{info}/WHEEL", b"").decode())

@@ -4,9 +4,9 @@
     python .ci/release.py --only sdist,pure,cpu    # on a machine without nvcc
 
 The wheels are built from the unpacked sdist, so a file that the sdist lacks is found. There is a CUDA wheel for each toolkit that
-toolkits.py finds, its version ending in +cu130 or +cu128; auditwheel gives compiled wheels their manylinux tag. Each archive is looked
-into (archives.py) and installed with pip in a virtual environment of its own, where probe.py imports it and runs an op. What this
-machine cannot check is printed last, as NOT CHECKED. Exit status: 0 all good, 1 faults (each is printed), 2 refused.
+toolkits.py finds, its version ending in +cu130 or +cu128; auditwheel gives compiled wheels their manylinux tag. Each archive is
+looked into (archives.py) and installed with pip in a virtual environment of its own, where probe.py imports it and runs an op.
+What this machine cannot check is printed last, as NOT CHECKED. Exit status: 0 all good, 1 faults (each is printed), 2 refused.
 
 torch comes in the version of constraints.txt; PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL say where from.
 """

@@ -112,7 +112,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 def test_archives_of_an_earlier_release_go_and_other_files_stay(built: Path) -> None:
     (wheel,) = built.glob("pure/*.whl")
-    assert wheel.name == f"ltxkern-0.1.0-{archives.platform_tag('pure')}.whl"
+    assert wheel.name == f"ltxkern-0.1.0-{archives.platform_tag('pure', '', '')}.whl"
     earlier, other = wheel.with_name("ltxkern-0.0.9-py3-none-any.whl"), wheel.with_name("notes.txt")
     earlier.touch()
     other.touch()
@@ -173,12 +173,26 @@ def test_a_bad_wheel_is_told(built: Path, tmp_path: Path, damage: str) -> None:
     assert any(words in fault for fault in faults), faults
 
 
-def test_the_name_of_a_toolkit_is_in_file_and_metadata(built: Path) -> None:
-    (wheel,) = built.glob("pure/*.whl")
-    faults = "; ".join(archives.wheel_faults(wheel, "pure", ROOT, "+cu128"))
-    assert "not ltxkern-0.1.0+cu128-py3-none-any.whl" in faults
-    # Without its dist-info under that name nothing else of the wheel is found.
-    assert "Version is" in faults
+@pytest.mark.parametrize(
+    ("named", "floor", "wanted"),
+    [
+        ("manylinux_2_35", "2.32", "manylinux_2_35"),
+        ("manylinux_2_28", "2.32", "manylinux_2_32"),
+        ("linux", "2.9", "manylinux_2_9"),
+    ],
+)
+def test_the_tag_of_a_compiled_wheel_is_no_older_than_its_extension(named: str, floor: str, wanted: str) -> None:
+    machine = archives.sysconfig.get_platform().removeprefix("linux-")
+    tag = archives.platform_tag("cpu", f"ltxkern-0.1.0-cp311-cp311-{named}_{machine}.whl", floor)
+    assert tag.split("-", 2)[2] == f"{wanted}_{machine}"
+
+
+def test_the_name_of_a_toolkit_is_in_file_and_metadata(built: Path, tmp_path: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    wheel = release.build_wheel("pure", sdist, tmp_path, toolkits.Toolkit(Path("nvcc"), (12, 8)))
+    assert wheel.name == "ltxkern-0.1.0+cu128-py3-none-any.whl"
+    assert archives.wheel_faults(wheel, "pure", ROOT, "+cu128") == []
+    assert any("not ltxkern-0.1.0-py3" in fault for fault in archives.wheel_faults(wheel, "pure", ROOT))
 
 
 def test_a_pure_wheel_does_not_pass_for_a_compiled_one(built: Path) -> None:
