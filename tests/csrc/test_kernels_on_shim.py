@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled.steps import Launch, Step
+from ltxkern.compiled.steps import Launch, Step, divider
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -26,6 +27,8 @@ from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
 from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
 
+# Numbers that kernels divide are below 2^31.
+MOST = (1 << 31) - 1
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 
 
@@ -225,6 +228,17 @@ def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str,
     assert kernels == [f"ltxk::group_norm_{kernel}"]
     with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
         assert torch.equal(few, given.run(groups, poisoned(given.x)))
+
+
+@settings(deadline=None)
+@given(by=strategies.integers(1, MOST), times=strategies.integers(0, MOST))
+def test_division_by_a_prepared_number(by: int, times: int) -> None:
+    """Next to multiples of the divisor, of powers of two and of the largest numbers, where a rounded factor would show."""
+    for divisor in {by, *(min(MOST, max(1, (1 << by.bit_length()) + offset)) for offset in (-1, 0, 1)), MOST - by % 3}:
+        multiple = times % (MOST // divisor + 1) * divisor
+        for number in {*range(multiple - 1, multiple + 2), divisor - 1, divisor, MOST - 1, MOST}:
+            if 0 <= number <= MOST:
+                assert shim().divide(number, divider(divisor)) == number // divisor, (number, divisor)
 
 
 def test_a_divergent_program_is_refused() -> None:

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "ltxkern/types.cuh"
 #include "runtime.h"
 
 namespace ltxk::shim {
@@ -57,6 +58,7 @@ void bind_shim(pybind11::module_& module) {
     module.def("schedule", &ltxk::shim::set_schedule, pybind11::arg("seed"), pybind11::arg("shuffle") = true,
                "Seed of the fiber order; shuffle=False runs fibers in thread order.");
     module.def("shut_gate", &ltxk::runtime::set_gate, pybind11::arg("shut"), "While it is shut launches wait, as on a busy device.");
+    module.def("divide", &ltxk::divide, "As kernels divide, by what launches make of the divisor.");
     module.def("gate_is_awaited", &ltxk::runtime::is_awaited, "Whether a launch waits.");
     module.def("only_blocks", &ltxk::shim::set_only, pybind11::arg("first"), pybind11::arg("count"),
                "Later launches run these blocks of their grid alone; count 0 runs all.");
