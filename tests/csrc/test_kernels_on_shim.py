@@ -1,6 +1,5 @@
 """Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled.steps import Launch, Step, divider
+from ltxkern.compiled.steps import Launch, divider
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -22,7 +21,7 @@ from tests.csrc.kernel_runs import (
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import FEW_PROCESSORS, H200, on_shim, run_step
+from tests.csrc.on_shim import FEW_PROCESSORS, H200, noting, on_shim
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
 from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
@@ -57,13 +56,6 @@ def whole_warps(op: str, dtype: torch.dtype) -> int:
 def test_every_case_of_whole_warps(case: OpCase) -> None:
     """In fresh memory and in place, one warp a row and three; the kernels know their dtypes, but for what these leave out."""
     kernels: list[str] = []
-
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
     for dtype in case.dtypes:
         # Three warps share a row, or one has it alone; heads of 32 packs of pairs are the longest.
         for warps in (1, 3) if case.op != "qk_norm_rope" else (1,):
@@ -72,7 +64,7 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             with ltxkern.use_backend("torch"):
                 wanted = case.run(tensors, **changed)
             kernels.clear()
-            with on_shim(seed=warps, run=run), ltxkern.use_backend("cpu"):
+            with on_shim(seed=warps, run=noting(kernels)), ltxkern.use_backend("cpu"):
                 results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
                 kept = {name: value.clone() for name, value in tensors.items()}
                 outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
@@ -145,17 +137,10 @@ def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
 
 
 def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
-    kernels = []
-
-    def noted(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
+    kernels: list[str] = []
     x = noise(1, 2, 1500)
     with (
-        on_shim(seed=0, run=noted),
+        on_shim(seed=0, run=noting(kernels)),
         forced(partial(group_norm.two_pass, chunk_bytes=4, threads=32)),
         ltxkern.use_backend("cpu"),
     ):
@@ -205,27 +190,29 @@ ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2
 def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
     """And gives their bits; one that holds as much takes the kernel on chip."""
     shape, groups, limits = ON_CHIP[kernel]
-    given, kernels, asked = group_norm_of("two_pass", shape, torch.bfloat16), [], []
-
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            kernels.extend([step.kernel.split("<")[0]] if isinstance(step, Launch) else [])
-            run_step(step, tensors)
+    given = group_norm_of("two_pass", shape, torch.bfloat16)
+    kernels: list[str] = []
+    asked: list[str] = []
 
     def answer(many: int) -> Tensor:
         def holds(launch: Launch) -> int:
-            asked.append(launch.kernel.split("<")[0])
+            asked.append(launch.kernel)
             return many
 
-        with on_shim(limits=limits._replace(held=holds), run=run), ltxkern.use_backend("cpu"):
+        with on_shim(limits=limits._replace(held=holds), run=noting(kernels)), ltxkern.use_backend("cpu"):
             return given.run(groups, poisoned(given.x))
 
     few = answer(held)
-    assert kernels == [f"ltxk::group_norm_{name}" for name in ("stats", "finalize", "apply")]
-    assert f"ltxk::group_norm_{kernel}" in asked
+    assert kernels == [
+        "ltxk::group_norm_stats<ltxk::bf16, 8>",
+        "ltxk::group_norm_finalize",
+        "ltxk::group_norm_apply<ltxk::bf16, 8>",
+    ]
+    chip = f"ltxk::group_norm_{kernel}<ltxk::bf16, 8>"
+    assert chip in asked
     kernels.clear()
     torch.testing.assert_close(answer(1 << 20), few)
-    assert kernels == [f"ltxk::group_norm_{kernel}"]
+    assert kernels == [chip]
     with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
         assert torch.equal(few, given.run(groups, poisoned(given.x)))
 
