@@ -324,7 +324,6 @@ def test_other_threads_run_during_a_launch() -> None:
     shim().shut_gate(True)
     other.start()
     with on_shim(), ltxkern.use_backend("cpu"):
-        out = ltxkern.dual_add(x, x, x)
+        out = ltxkern.gated_residual(x, x, torch.ones(16))
     other.join()
-    for result in out:
-        torch.testing.assert_close(result, x + x)
+    torch.testing.assert_close(out, x + x)
