@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ltxkern.cli import main
+from ltxkern.pipeline.files.demo import demo_lora
 from ltxkern.commands import admission, options
 from tests.commands.typed import refused
 
@@ -108,7 +109,8 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
 def test_a_lora_strength_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str) -> None:
-    sentence = refused(capsys, "--lora", f"{bad_lora(tmp_path)}:{strength}", "-o", str(tmp_path / "out.mp4"))
+    save_file(demo_lora(), tmp_path / "good.safetensors")
+    sentence = refused(capsys, "--lora", f"{tmp_path}/good.safetensors:{strength}", "-o", str(tmp_path / "out.mp4"))
     assert "strength must be a finite number, got" in sentence
 
 
