@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ltxkern.cli import main
-from ltxkern.pipeline.files.demo import demo_lora
 from ltxkern.commands import admission, options
+from ltxkern.pipeline.files.demo import demo_lora
 from tests.commands.typed import refused
 
 
