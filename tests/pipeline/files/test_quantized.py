@@ -160,6 +160,53 @@ def described(content: dict[str, Any]) -> torch.Tensor:
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    sides=st.lists(st.sampled_from([16, 32, 48, 64]), min_size=2, max_size=2, unique=True),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    spelling=st.sampled_from(SPELLINGS),
+    extra=st.sets(st.sampled_from(NOT_NEEDED)),
+    start=st.sampled_from(["", "model.diffusion_model.", "a.b."]),
+    listing=st.sampled_from(["none", "list", "list without the start", "marks"]),
+    kind=st.sampled_from([E4M3, E5M2]),
+    scale_kind=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_layouts_at_random(
+    tmp_path_factory: pytest.TempPathFactory,
+    sides: list[int],
+    layout: str,
+    spelling: str,
+    extra: set[str],
+    start: str,
+    listing: str,
+    kind: torch.dtype,
+    scale_kind: torch.dtype,
+) -> None:
+    """Any layout, in any spelling, announced in any way: the same product to the bit."""
+    rows, columns = sides
+    value = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(kind)
+    scale = scale_of(layout, rows, columns).to(scale_kind)
+    tensors = {f"{start}x.weight": value, f"{start}x.{spelling}": scale, f"{start}y.bias": torch.ones(2)}
+    tensors |= {f"{start}x.{name}": torch.ones(1) for name in extra}
+    words = {"format": "float8_e4m3fn", "block_size": 16}
+    if listing == "marks":
+        tensors[f"{start}x.comfy_quant"] = described(words)
+    layers = {"layers": {("" if "without" in listing else start) + "x": words}}
+    metadata = {"_quantization_metadata": json.dumps(layers)} if "list" in listing else {"block_size": "16"}
+    header = header_of(tmp_path_factory.mktemp("random") / "q.safetensors", tensors, metadata)
+    found = attached(header)
+    assert set(found) == {f"{start}x.weight", f"{start}y.bias"}
+    grid = (
+        scale.reshape(1, -1)
+        if layout == "column in one dimension"
+        else scale.reshape(len(scale) if scale.ndim else 1, -1)
+    )
+    whole = grid.float().repeat_interleave(rows // grid.shape[0], 0).repeat_interleave(columns // grid.shape[1], 1)
+    with opened(found.values()) as files:
+        result = read_tensor(files, found[f"{start}x.weight"], torch.bfloat16)
+    assert torch.equal(result, (value.float() * whole).bfloat16())
+
+
 INTEGERS = torch.ones(8, 8, dtype=torch.int8)
 
 
