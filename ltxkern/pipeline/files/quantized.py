@@ -47,7 +47,7 @@ _FOREIGN_DTYPES = {
 }  # fmt: skip
 # Words beside a float8 format that say the values were changed by more than a scale.
 _CHANGED = re.compile(r"rot|hadamard|asym|zero_?point|codebook|perm|smooth|svd", re.IGNORECASE)
-_DEFAULT_BLOCK = 128
+_USUAL_BLOCKS = ((128, 128),)
 
 
 def with_scales(
@@ -172,24 +172,24 @@ def _without_config(header: Header) -> dict[str, Any]:
     return {key: value for key, value in header.metadata.items() if key != "config"}
 
 
-def _announced_blocks(descriptions: list[Any]) -> tuple[int, ...]:
-    """Block sizes that descriptions name, wherever in them."""
-    found: list[int] = []
+def _announced_blocks(descriptions: list[Any]) -> tuple[tuple[int, int], ...]:
+    """Block sizes, rows and columns, that descriptions name, wherever in them; one number stands for either side."""
+    found: list[tuple[int, int]] = []
 
     def search(value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 sizes = inner if isinstance(inner, list) else [inner]
-                if re.search(r"block_?size|group_?size", str(key)) and all(type(size) is int for size in sizes):
-                    found.extend(sizes)
-                else:
+                if not re.search(r"block_?size|group_?size", str(key)):
                     search(inner)
+                elif len(sizes) in (1, 2) and all(type(size) is int and size > 0 for size in sizes):
+                    found.append((sizes[0], sizes[-1]))
         elif isinstance(value, list):
             for inner in value:
                 search(inner)
 
     search(descriptions)
-    return tuple(dict.fromkeys(size for size in found if size > 0))
+    return tuple(dict.fromkeys(found))
 
 
 class _Blocks:
@@ -236,13 +236,21 @@ class _Blocks:
                 f"{path}: the scale {scale.key} {shape} ({scale.dtype}) does not fit {tensor.key} {tensor.shape}: "
                 "expected one number, one per row, one per column, or one per block"
             )
-        announced = (*_announced_blocks([self._formats.get(tensor.key)]), *self._announced)
-        found = (_block(rows, sides[0], announced), _block(columns, sides[1], announced))
-        if found[0] is None or found[1] is None:
+        of_its_own = _announced_blocks([self._formats.get(tensor.key)])
+        fitting: set[tuple[int, int]] = set()
+        for sizes in (of_its_own, self._announced, _USUAL_BLOCKS):
+            found = [(_block(rows, sides[0], row), _block(columns, sides[1], column)) for row, column in sizes]
+            if fitting := {(row, column) for row, column in found if row is not None and column is not None}:
+                break
+        else:
+            only = _only_block(rows, sides[0]), _only_block(columns, sides[1])
+            if only[0] is not None and only[1] is not None:
+                fitting = {(only[0], only[1])}
+        if len(fitting) != 1:
             raise CheckpointError(
                 f"{path}: the blocks of the scale {scale.key} {shape} over {tensor.key} {tensor.shape} cannot be told"
             )
-        return found[0], found[1]
+        return fitting.pop()
 
     def _line(self, tensor: StoredTensor, scale: StoredTensor) -> str | None:
         """ "row" or "column": what each number of a scale in one dimension belongs to."""
@@ -267,13 +275,17 @@ def _lines(tensor: StoredTensor, scale: StoredTensor) -> set[str]:
     return {line for line, length in (("row", rows), ("column", columns)) if length == scale.shape[0]}
 
 
-def _block(length: int, count: int, announced: tuple[int, ...]) -> int | None:
-    """Length of the blocks when `count` of them cover a side; None where no size fits, or several unannounced ones do."""
+def _block(length: int, count: int, size: int) -> int | None:
+    """Length of the blocks when `count` of them cover a side and they are of this size, or one each; None where they are not."""
     if count in (1, length):
         return length if count == 1 else 1
-    for size in (*announced, _DEFAULT_BLOCK):
-        if -(-length // size) == count:
-            return size
+    return size if -(-length // size) == count else None
+
+
+def _only_block(length: int, count: int) -> int | None:
+    """The only usual length of which `count` blocks cover a side; None where there is none, or several."""
+    if count in (1, length):
+        return length if count == 1 else 1
     powers = [2**power for power in range(1, length.bit_length()) if -(-length // 2**power) == count]
     exact = [length // count] if length % count == 0 else []
     sizes = set(powers + exact)

@@ -258,6 +258,17 @@ def test_marks_of_fp8_in_the_metadata_are_understood(tmp_path: Path) -> None:
     assert found.blocks == (48, 8)
 
 
+def test_two_announced_sides_are_rows_and_columns(tmp_path: Path) -> None:
+    """Where both sizes fit both sides, their order decides; two announcements that both fit decide nothing."""
+    tensors = {"a.weight": torch.ones(96, 96).to(E4M3), "a.weight_scale": torch.rand(2, 2)}
+    header = header_of(tmp_path / "q.safetensors", tensors)
+    for sizes in ([48, 64], [64, 48], [64], [48, 48]):
+        found = attached(header, {"quantization_config": {"weight_block_size": sizes}})["a.weight"]
+        assert found.blocks == (sizes[0], sizes[-1])
+    with pytest.raises(CheckpointError, match="cannot be told"):
+        attached(header, {"quantization_config": {"a": {"group_size": 48}, "b": {"group_size": 64}}})
+
+
 def test_the_usual_block_is_128_even_where_it_does_not_divide_the_side(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.ones(192, 300).to(E4M3), "a.weight_scale_inv": torch.rand(2, 3)}
     assert attached(header_of(tmp_path / "q.safetensors", tensors))["a.weight"].blocks == (128, 128)
