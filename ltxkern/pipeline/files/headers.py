@@ -18,6 +18,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 _SHOWN_KEYS = 8
 _LONGEST_HEADER = 100_000_000  # the format allows no longer one
+_MOST_LAYERS = 1000
 _LAYER_MARK = ".comfy_quant"
 _LONGEST_MARK = 2**16  # bytes; a few words of JSON
 # What people have under a model's name: how it begins, and what it is.
@@ -189,6 +190,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def require_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a configuration whose list of layers alone would take minutes to write down.
+
+    Raises:
+        CheckpointError: with the entry.
+    """
+    for name, value in config.items():
+        counts = value if isinstance(value, list | tuple) else [value]
+        if "layers" in name and any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
+            raise CheckpointError(f"{path}: expected at most {_MOST_LAYERS} {name} in its configuration, got {value}")
 
 
 def _other_file(path: Path) -> str:

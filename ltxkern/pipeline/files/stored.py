@@ -138,8 +138,12 @@ def _read_section(component: str, path: Path, section: Any, tensors: Mapping[str
         return official_config.connectors_config(section, projection.shape[-1])
     except KeyError as error:
         raise CheckpointError(f"{path}: the configuration of the {component} lacks {error}") from error
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: the configuration of the {component} has a value of the wrong kind ({error})"
+        ) from error
 
 
 def _named(header: Header, component: str, *, whole: bool) -> dict[str, StoredTensor]:
