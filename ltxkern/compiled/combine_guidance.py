@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program, workspace
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import PARAM_CODES, aligned16, param_code
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import ceil_div, contiguous, dense, hand_back
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ CHUNK = 4096
 # Every block of the second launch merges all partials: larger tensors take longer chunks.
 PARTIALS = 512
 PARTIAL_BYTES = 32
+CODED = {code: dtype for dtype, code in PARAM_CODES.items()}
 
 
 class Case(NamedTuple):
@@ -33,9 +34,15 @@ class Case(NamedTuple):
     rescale: float
 
     @property
-    def vector(self) -> int:
-        """Elements of a thread's access."""
-        return 4 if self.aligned and self.size % 4 == 0 else 1
+    def kernels(self) -> tuple[str, str]:
+        """Ending and template arguments of their names: kernels of one dtype where packs of 16 bytes fill the tensor."""
+        dtype = CODED[self.type_code]
+        packs, rest = divmod(self.size * dtype.itemsize, 16)
+        if self.double:
+            return "", f"<double, {4 if self.aligned and self.size % 4 == 0 else 1}>"
+        if self.aligned and rest == 0 and packs < 1 << 31:
+            return "_packs", f"<{CUDA_NAMES[dtype]}>"
+        return "", "<float, 1>"
 
     @property
     def chunk(self) -> int:
@@ -69,12 +76,12 @@ def _parameters(case: Case) -> dict[str, Parameter]:
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     """Apply alone, or behind the moments where there is a rescale."""
-    name = f"<{'double' if case.double else 'float'}, {case.vector}>"
+    kind, arguments = case.kernels
     rescaled = case.rescale != 0.0
     partials = WORKSPACE if rescaled else None
     parameters = {**_parameters(case), "partials": partials, "chunk": case.chunk, "chunks": case.chunks}
     kernels = ("guidance_measure", "guidance_apply") if rescaled else ("guidance_apply",)
-    return [Launch(f"ltxk::{kernel}{name}", (case.chunks,), threads, parameters) for kernel in kernels]
+    return [Launch(f"ltxk::{kernel}{kind}{arguments}", (case.chunks,), threads, parameters) for kernel in kernels]
 
 
 def cpu_calls(case: Case) -> list[Call]:

@@ -1,4 +1,4 @@
-"""Launch geometry of noise standardisation and its statistics: chunks of a fixed length, two launches."""
+"""Launch geometry of noise standardisation and its statistics: chunks of a fixed length, two launches; one for short slices."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ PARTIALS = 256
 # Blocks of the first launch where each block of the second reads one flag of every one of them.
 FLAGS = 1024
 PARTIAL_BYTES = 16
+# Longest slice that one block keeps in registers at 16 values a thread; at 32, which take wide accesses, twice that.
+SINGLE = 8192
 
 
 class Case(NamedTuple):
@@ -59,8 +61,15 @@ class Case(NamedTuple):
         return self.entry == "normalize" and self.slices > 1
 
     @property
+    def single(self) -> bool:
+        """Whether a block standardises a slice in one launch."""
+        return self.entry != "statistics" and not self.flagged and self.length <= SINGLE * (2 if self.vector == 4 else 1)
+
+    @property
     def workspace_bytes(self) -> int:
         """Partials, the origin of each slice, then flags."""
+        if self.single:
+            return 0
         return self.flags_at + (8 * self.blocks if self.flagged else 0)
 
     @property
@@ -83,7 +92,7 @@ def _parameters(case: Case) -> dict[str, Parameter]:
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """Measure, then apply or merge."""
+    """Measure, then apply or merge; or all at once."""
     parameters: dict[str, Parameter] = {
         **_parameters(case),
         **{"chunk": case.chunk, "chunks": case.chunks, "partials": WORKSPACE},
@@ -91,6 +100,11 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
         "flags": Argument(WORKSPACE.index, case.flags_at) if case.flagged else None,
         "flag_count": case.blocks if case.flagged else 0,
     }
+    if case.single:
+        vector = 2 if case.vector == 1 and case.aligned and case.length % 2 == 0 else case.vector
+        held = 16 if case.length <= SINGLE else 32
+        parameters |= {"partials": None, "origins": None}
+        return [Launch(f"ltxk::noise_single<{vector}, {held}>", (case.slices,), 32 * ceil_div(case.length, 32 * held), parameters)]
     steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, parameters)]
     if case.entry == "statistics":
         return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, parameters)]

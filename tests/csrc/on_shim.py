@@ -26,7 +26,7 @@ FEW_PROCESSORS = DeviceLimits((8, 0), 4, 4 << 10, 8 << 10)
 NO_SHARED_MEMORY = DeviceLimits((8, 0), 4, 2 << 10, 1 << 20)
 # So that small tensors have several chunks, and more of them than one block merges.
 SMALL_CHUNKS = {
-    normalize_noise: {"CHUNK": 256, "PARTIALS": 8, "FLAGS": 3},
+    normalize_noise: {"CHUNK": 256, "PARTIALS": 8, "FLAGS": 3, "SINGLE": 320},
     combine_guidance: {"CHUNK": 128, "PARTIALS": 8},
 }
 Run = Callable[[Sequence[Step], Sequence[Tensor | None]], None]

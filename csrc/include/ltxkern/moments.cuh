@@ -122,7 +122,8 @@ struct alignas(16) PairMoments {
     }
 };
 
-LTXK_DEVICE float sum_warp(float value) {
+template <class F>
+LTXK_DEVICE F sum_warp(F value) {
     for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
     return value;
 }
@@ -168,13 +169,11 @@ struct BlockSum {
 // Sum over the block in a fixed order; every thread gets it.
 template <class F>
 LTXK_DEVICE F sum_block(F value, BlockSum<F>& scratch) {
-    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+    value = sum_warp(value);
     __syncthreads();
     if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
     __syncthreads();
-    F sum = threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : F(0);
-    for (int step = 16; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
+    return sum_warp(threadIdx.x % 32 < blockDim.x / 32 ? scratch.warp[threadIdx.x % 32] : F(0));
 }
 
 }  // namespace ltxk

@@ -1,4 +1,4 @@
-// Standardisation of noise, and its statistics: fp64, in fixed chunks, at most two launches.
+// Standardisation of noise, and its statistics: fp64, in fixed chunks, at most two launches; one for short slices.
 //
 // A partial is (mean, M2) of one chunk of one slice; sums run about the chunk's first element: a constant has none at all. Means are
 // kept relative to the slice's first element, its origin: of a mean of many deviations one double holds too few digits.
@@ -120,6 +120,45 @@ __global__ void __launch_bounds__(256) noise_apply(NoiseChunks p) {
         for (int k = 0; k < V; ++k) values[k] = ((values[k] - origin) - all.mean) * factor;
         store_typed(p.out, p.type, at, values);
     });
+}
+
+// Block = one slice, whose at most HELD values a thread stay in registers between their uses.
+template <int V, int HELD>
+__global__ void __launch_bounds__(512) noise_single(NoiseChunks p) {
+    LTXK_SHARED(BlockSum<double>, scratch);
+    constexpr int kHeld = HELD / V;
+    i64 start = static_cast<i64>(blockIdx.x) * p.length;
+    u32 length = static_cast<u32>(p.length), first = threadIdx.x * V, step = blockDim.x * V;
+    Raw<V> raws[kHeld];
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h)
+        if (first + h * step < length) raws[h] = load_raw<V>(p.x, p.type, start + first + h * step);
+    double origin = element(p.x, p.type, start), values[kHeld][V], sum = 0.0, squares = 0.0;
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+        if (first + h * step >= length) continue;
+        convert(raws[h], p.type, values[h]);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum += values[h][k] -= origin;
+    }
+    double mean = sum_block(sum, scratch) / static_cast<double>(length);
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+        if (first + h * step >= length) continue;
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+            values[h][k] -= mean;
+            squares += values[h][k] * values[h][k];
+        }
+    }
+    double factor = 1.0 / square_root(sum_block(squares, scratch) / static_cast<double>(length - 1));
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+        if (first + h * step >= length) continue;
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[h][k] *= factor;
+        store_typed(p.out, p.type, start + first + h * step, values[h]);
+    }
 }
 
 }  // namespace ltxk

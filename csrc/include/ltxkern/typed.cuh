@@ -11,7 +11,7 @@ namespace ltxk {
 // Up to 32 bytes of V elements.
 template <int V>
 struct Raw {
-    static_assert(V == 1 || V == 4 || V == 8);
+    static_assert(V == 1 || V == 2 || V == 4 || V == 8);
     u32 word[8];
 };
 
