@@ -55,6 +55,7 @@ class Prediction:
         best_percent: what one launch that nothing but its bytes limits would reach.
         limit: what takes longest.
         moved: bytes from and to memory.
+        launches: of the call; `launched_percent` is what as many would reach that nothing but their bytes limits.
     """
 
     op: str
@@ -64,6 +65,7 @@ class Prediction:
     card: str
     percent_of_roof: float
     best_percent: float
+    launched_percent: float
     limit: str
     instructions_per_16_bytes: float
     time_us: float
@@ -72,6 +74,7 @@ class Prediction:
     roof: float
     warps: int
     loads_in_flight: float
+    launches: int
 
     @property
     def misses(self) -> bool:
@@ -158,13 +161,14 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         for limit in limits:
             totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
     least = max(floor[0] / card.roof, floor[1] / card.matrix_rate) * 1e6
-    best = least + LAUNCH_US + card.latency_ns / 1e3
+    launch = LAUNCH_US + card.latency_ns / 1e3
     op, case, dtype = rows[heavy].case.split(" ")
     packs = max(row.packs for row in rows)
     return Prediction(
         *(op, case, dtype, rows[heavy].tier, card.name),
         percent_of_roof=round(100 * least / time, 1),
-        best_percent=round(100 * least / best, 1),
+        best_percent=round(100 * least / (least + launch), 1),
+        launched_percent=round(100 * least / (least + len(rows) * launch), 1),
         limit=max(totals, key=lambda name: totals[name]),
         instructions_per_16_bytes=round(sum(row.issue * row.packs for row in rows) / packs, 1),
         time_us=round(time, 2),
@@ -173,4 +177,5 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         roof=card.roof,
         warps=rows[heavy].warps,
         loads_in_flight=rows[heavy].in_flight,
+        launches=len(rows),
     )

@@ -94,11 +94,32 @@ def op_table(by_card: ByCard, op: str, measured: Mapping[tuple[str, str, str, st
     return markdown_table(header, lines)
 
 
+# Why a call has more than one launch.
+SEVERAL = {
+    "combine_guidance": "the deviations of whole tensors come before the first result",
+    "group_norm_silu": "the statistics of a group that no cluster holds come before its first result",
+    "normalize_noise": "the statistics of a slice that no block holds come before its first result",
+    "res2s": "the statistics of the noise come before either half-step, and the model between the two",
+}
+
+
+def why(one: Prediction, target: float, on_cuda: bool) -> str:
+    """What keeps a call below the target, whatever its kernels; or that they do."""
+    if one.op == "merge_lora" and not on_cuda:
+        return "on the CUDA tier a library's product"
+    if one.best_percent < target and one.launches == 1:
+        return f"too short: one launch reaches {one.best_percent:.0f} at most"
+    if one.launched_percent < target and one.launches > 1:
+        return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}"
+    return f"nothing else: {one.limit}"
+
+
 def misses(by_card: ByCard) -> str:
     """Calls that are on their better tier below the target, though their bytes would allow more."""
     lines = []
     for name, target in model.TARGETS.items():
         better: dict[tuple[str, str, str], Prediction] = {}
+        on_cuda = {(one.op, one.case) for one in by_card[name] if one.tier == "cuda"}
         for one in by_card[name]:
             key = one.op, one.case, one.dtype
             if not one.case.endswith(FORCED) and (key not in better or one.time_us < better[key].time_us):
@@ -107,12 +128,13 @@ def misses(by_card: ByCard) -> str:
             [
                 *(CARDS[name].title, one.op, one.case, one.dtype, one.tier, f"{one.percent_of_roof:.0f}", str(target)),
                 *(one.limit, f"{one.moved / one.bytes:.2f}", f"{one.best_percent:.0f}"),
+                why(one, target, (one.op, one.case) in on_cuda),
             ]
             for one in better.values()
             if one.misses
         ]
     header = ("card", "op", "case", "dtype", "better tier", "% roof", "target", "limit", "moved / least", "at best")
-    return markdown_table(header, lines) if lines else "None."
+    return markdown_table((*header, "what else keeps it there"), lines) if lines else "None."
 
 
 def too_short(by_card: ByCard) -> str:
@@ -181,7 +203,9 @@ Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on t
 one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory,
 beyond what they must. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
 Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
-first byte take too large a part of it. Too short are: """
+first byte take too large a part of it. The last column says what keeps a call below its target beyond the limit of its
+kernels. A call of several launches could do with fewer only if blocks waited for one another on the device, which no kernel of
+these ops does; "nothing else" marks calls that leaner kernels would bring there. Too short are: """
 CALLS = """
 ## All calls
 

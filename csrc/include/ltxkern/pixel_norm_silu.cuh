@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
     __syncthreads();
     for (u32 s = threadIdx.x; s < width; s += blockDim.x) {
         float sum = 0.0f;
-#pragma unroll 4
-        for (u32 w = 0; w < warps; ++w) sum += sums.sum[w * width + s];
+#pragma unroll
+        for (u32 w = 0; w < 8; ++w)
+            if (w < warps) sum += sums.sum[w * width + s];
         sums.sum[s] = inverse_root_mean_square<T>(p, sum, p.per_channel);
     }
     __syncthreads();
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
     T* out = static_cast<T*>(p.out) + base + row * p.positions;
     auto emit = [&](auto finish) {
         u32 step = rows * width;
-#pragma unroll 4
+#pragma unroll 8
         for (u32 c = row; c < channels; c += rows, out += stride, kept += step) {
             float values[V];
             unpack(load<T, V>(kept), values);
