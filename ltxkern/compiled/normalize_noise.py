@@ -63,7 +63,9 @@ class Case(NamedTuple):
     @property
     def single(self) -> bool:
         """Whether a block standardises a slice in one launch."""
-        return self.entry != "statistics" and not self.flagged and self.length <= SINGLE * (2 if self.vector == 4 else 1)
+        return (
+            self.entry != "statistics" and not self.flagged and self.length <= SINGLE * (2 if self.vector == 4 else 1)
+        )
 
     @property
     def workspace_bytes(self) -> int:
@@ -104,7 +106,14 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
         vector = 2 if case.vector == 1 and case.aligned and case.length % 2 == 0 else case.vector
         held = 16 if case.length <= SINGLE else 32
         parameters |= {"partials": None, "origins": None}
-        return [Launch(f"ltxk::noise_single<{vector}, {held}>", (case.slices,), 32 * ceil_div(case.length, 32 * held), parameters)]
+        return [
+            Launch(
+                f"ltxk::noise_single<{vector}, {held}>",
+                (case.slices,),
+                32 * ceil_div(case.length, 32 * held),
+                parameters,
+            )
+        ]
     steps = [Launch(f"ltxk::noise_measure<{case.vector}>", (case.blocks,), threads, parameters)]
     if case.entry == "statistics":
         return [*steps, Launch("ltxk::noise_statistics", (case.slices,), threads, parameters)]
