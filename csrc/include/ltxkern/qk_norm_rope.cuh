@@ -109,12 +109,12 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
 // two of at most 32.
 struct QkNormRopePacks : QkNormRope {
     i64 shared_rows, longer;
-    i64 by_tokens[2];      // divide a row by the tensor's tokens
+    i64 by_q_tokens, by_k_tokens;
     i64 pairs_log2;
     double inverse_width;  // 1 / elements of a token
 };
 
-// Tables by token, or by one coordinate of it: neighbouring pairs are neighbours in memory.
+// Tables by token, AXES 0, or by one coordinate of it: neighbouring pairs are neighbours in memory.
 template <class M, int V, int AXES>
 struct QkTables {
     static constexpr int kPart = kVector<M>;
@@ -122,20 +122,21 @@ struct QkTables {
     u32 at, step;
     Raw<V> cosine, sine;
 
-    LTXK_DEVICE bool find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32 head) {
-        u32 row = token, offset = 0;
-        bool known = true;
-        if (t.rows) {
-            row = static_cast<const u32*>(t.rows)[batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token)];
-            known = row < static_cast<u32>(t.table_rows);
-            row = known ? row : 0;
+    // What to add to a sum of squares: nothing, or NaN where a row is none of the tables'.
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32 head) {
+        float nothing = 0.0f;
+        if constexpr (AXES == 0) {
+            at = batch * static_cast<u32>(t.table_batch);
         } else {
-            offset = batch * static_cast<u32>(t.table_batch);
+            token = static_cast<const u32*>(t.rows)[batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token)];
+            nothing = token < static_cast<u32>(t.table_rows) ? 0.0f : bits_to_float(0x7fc00000u);
+            token = token < static_cast<u32>(t.table_rows) ? token : 0;
+            at = 0;
         }
         cosines = t.cos, sines = t.sin;
-        at = offset + row * static_cast<u32>(t.table_token) + head * static_cast<u32>(t.table_head) + (pack & (static_cast<u32>(p.pairs) - 1));
+        at += token * static_cast<u32>(t.table_token) + head * static_cast<u32>(t.table_head) + (pack & (static_cast<u32>(p.pairs) - 1));
         step = static_cast<u32>(t.table_head) << (5 - static_cast<u32>(p.pairs_log2));
-        return known;
+        return nothing;
     }
     // Of a thread's j-th pack of pairs, element k; called in order.
     LTXK_DEVICE void take(int j, int k, float& c, float& s) {
@@ -154,10 +155,10 @@ template <class M, int V>
 struct QkTables<M, V, 3> {
     const M *cosines[3], *sines[3];
 
-    LTXK_DEVICE bool find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32) {
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32) {
         u32 place = pack * V + static_cast<u32>(p.lead), column = place / 3, axis = place - 3 * column;
         const u32* rows = static_cast<const u32*>(t.rows) + (batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token));
-        bool known = true;
+        float nothing = 0.0f;
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
             u32 row = rows[axis * static_cast<u32>(t.rows_axis)];
@@ -165,12 +166,12 @@ struct QkTables<M, V, 3> {
             u32 at = (here ? row : 0) * static_cast<u32>(t.table_token) + column;
             cosines[r] = static_cast<const M*>(t.cos) + at;
             sines[r] = static_cast<const M*>(t.sin) + at;
-            known = known && here;
+            nothing = here ? nothing : bits_to_float(0x7fc00000u);
             bool last = axis == 2;
             axis = last ? 0 : axis + 1;
             column += last;
         }
-        return known;
+        return nothing;
     }
     LTXK_DEVICE void take(int j, int k, float& c, float& s) const {
         int away = 32 * V * j + k;
@@ -179,15 +180,11 @@ struct QkTables<M, V, 3> {
     }
 };
 
-// The kernel above for split pairs, a token whole in its block's registers: x is read once. Activations and weights are T, tables M;
-// AXES is 3 for tables by three coordinates, with table_token in elements, and 1 for all others.
+// One block of the kernel below.
 template <class T, class M, int AXES>
-__global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
+LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch) {
     constexpr int V = kVector<T>, kPairs = kPacks / 2;
-    LTXK_SHARED(RowSum, scratch);
-    QkPlace place = qk_place(blockIdx.x, p.shared_rows, p.longer);
-    const QkTensor& t = p.tensor[place.tensor];
-    u32 batch = divide(place.row, p.by_tokens[place.tensor]), token = place.row - batch * static_cast<u32>(t.tokens);
+    u32 batch = divide(place.row, by_tokens), token = place.row - batch * static_cast<u32>(t.tokens);
     u32 half = static_cast<u32>(p.pairs), pack = threadIdx.x / 32 * (32 * kPairs) + threadIdx.x % 32;
     u32 head = pack >> static_cast<u32>(p.pairs_log2), left = pack + head * half, width = blockDim.x * kPacks;
     u32 x_row = batch * static_cast<u32>(t.batch_stride) + token * static_cast<u32>(t.token_stride) + left;
@@ -200,8 +197,7 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
         second[j] = load_pack<T, V>(x_right, 2 * j);
     }
     QkTables<M, V, AXES> tables;
-    bool known = tables.find(p, t, batch, token, pack, head);
-    float sum = 0.0f;
+    float sum = tables.find(p, t, batch, token, pack, head);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
 #pragma unroll
@@ -212,7 +208,6 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
     }
     sum = sum_short_row(sum, scratch);
     float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
-    rstd = known ? rstd : bits_to_float(0x7fc00000u);
     u32 out = place.row * width + left;
     char *out_left = pack_address<T, V>(t.out, out), *out_right = pack_address<T, V>(t.out, out + half);
 #pragma unroll
@@ -232,6 +227,17 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
         store_pack<T>(out_left, 2 * j, rounded_pack<T>(lefts));
         store_pack<T>(out_right, 2 * j, rounded_pack<T>(rights));
     }
+}
+
+// The kernel above for split pairs, a token whole in its block's registers: x is read once. Activations and weights are T, tables M;
+// AXES is 0 for tables by token; with those by three coordinates table_token counts elements. Written out for q and for k, so that
+// what differs between them is a constant of the launch and no load.
+template <class T, class M, int AXES>
+__global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
+    LTXK_SHARED(RowSum, scratch);
+    QkPlace place = qk_place(blockIdx.x, p.shared_rows, p.longer);
+    if (place.tensor == 0) qk_packs<T, M, AXES>(p, p.tensor[0], p.by_q_tokens, place, scratch);
+    else qk_packs<T, M, AXES>(p, p.tensor[1], p.by_k_tokens, place, scratch);
 }
 
 }  // namespace ltxk
