@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -94,7 +95,13 @@ def _parameters(case: Case) -> dict[str, Parameter]:
 def _sharing(case: Case) -> dict[str, Parameter]:
     """How the blocks of a launch fall to queries and keys."""
     q_rows, k_rows = case.rows
-    return {"shared_rows": min(q_rows, k_rows), "longer": int(k_rows > q_rows)}
+    shared = min(q_rows, k_rows)
+    return {"shared_rows": shared, "in_turn": 2 * shared, "longer": int(k_rows > q_rows)}
+
+
+def _float_bits(value: float) -> int:
+    """A number as the 32 bits of an fp32."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 def _in_packs(case: Case) -> Case:
@@ -139,9 +146,17 @@ def _packed(case: Case, threads: int) -> Launch | None:
     block = width // WARP_PACKS * 32
     if 32 % packs.pairs or width % WARP_PACKS or not 0 < block <= threads or not _small(packs):
         return None
-    by_tokens = {f"by_{name}_tokens": divider(max(1, s.tokens)) for name, s in zip("qk", case.sides, strict=True)}
-    parameters = _parameters(packs) | {"lead": case.lead} | _sharing(case) | by_tokens
-    parameters |= {"pairs_log2": packs.pairs.bit_length() - 1, "inverse_width": 1.0 / (2 * case.heads * case.pairs)}
+    pairs_log2 = packs.pairs.bit_length() - 1
+    parameters: dict[str, Parameter] = {
+        **_parameters(packs),
+        **{"lead": case.lead, **_sharing(case), "pairs_log2": pairs_log2, "width": width},
+        **{"inverse_width": _float_bits(1.0 / (2 * case.heads * case.pairs)), "least": _float_bits(case.eps)},
+    }
+    q, k = packs.sides
+    parameters |= {"by_q_tokens": divider(max(1, q.tokens)), "by_k_tokens": divider(max(1, k.tokens))}
+    # 32 packs of pairs on, a thread is at the same place of a later head.
+    heads_on = 32 >> pairs_log2
+    parameters |= {"q_table_step": heads_on * q.table_strides[1], "k_table_step": heads_on * k.table_strides[1]}
     return Launch(f"ltxk::qk_norm_rope_packs<{names}, {case.axes}>", (sum(case.rows),), block, parameters)
 
 

@@ -11,16 +11,18 @@ namespace ltxk {
 struct QkPlace {
     u32 tensor, row;
 };
-LTXK_DEVICE QkPlace qk_place(u32 block, i64 shared_rows, i64 longer) {
-    u32 shared = static_cast<u32>(shared_rows);
-    if (block < 2 * shared) return {block % 2, block / 2};
-    return {static_cast<u32>(longer), block - shared};
+// What a launch of either kernel adds: tokens of the shorter tensor, twice that, and which one is the longer.
+struct QkNormRopeLaunch : QkNormRope {
+    i64 shared_rows, in_turn, longer;
+};
+LTXK_DEVICE QkPlace qk_place(const QkNormRopeLaunch& p) {
+    u32 block = blockIdx.x;
+    if (block < static_cast<u32>(p.in_turn)) return {block % 2, block / 2};
+    return {static_cast<u32>(p.longer), block - static_cast<u32>(p.shared_rows)};
 }
 
-// What a launch of either kernel adds.
-struct QkNormRopeRows : QkNormRope {
-    i64 shared_rows, longer;  // tokens of the shorter tensor, and which one is the longer
-    i64 by_pairs, by_axes;    // divide by `pairs` and `axes`
+struct QkNormRopeRows : QkNormRopeLaunch {
+    i64 by_pairs, by_axes;  // divide by `pairs` and `axes`
 };
 
 // V elements of q, k or a table.
@@ -61,7 +63,7 @@ LTXK_DEVICE void load_by_axis(const QkNormRopeRows& p, const QkTensor& t, i64 ro
 template <int V>
 __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
     LTXK_SHARED(RowSum, scratch);
-    QkPlace place = qk_place(blockIdx.x, p.shared_rows, p.longer);
+    QkPlace place = qk_place(p);
     const QkTensor& t = p.tensor[place.tensor];
     u32 batch = place.row / static_cast<u32>(t.tokens), token = place.row - batch * static_cast<u32>(t.tokens);
     u32 pairs = static_cast<u32>(p.pairs), half = static_cast<u32>(p.heads) * pairs, width = 2 * half, step = blockDim.x * V;
@@ -107,11 +109,11 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
 
 // What a launch of whole packs adds: strides are counted in packs but for those of `rows`, `pairs` in packs of half a head, a power of
 // two of at most 32.
-struct QkNormRopePacks : QkNormRope {
-    i64 shared_rows, longer;
-    i64 by_q_tokens, by_k_tokens;
-    i64 pairs_log2;
-    double inverse_width;  // 1 / elements of a token
+struct QkNormRopePacks : QkNormRopeLaunch {
+    i64 pairs_log2, width;
+    i64 inverse_width, least;          // bits of two floats: 1 / elements of a token, and eps
+    i64 by_q_tokens, by_k_tokens;      // divide a row by the tensor's tokens
+    i64 q_table_step, k_table_step;    // from a thread's pack of pairs to its next one
 };
 
 // Tables by token, AXES 0, or by one coordinate of it: neighbouring pairs are neighbours in memory.
@@ -135,7 +137,7 @@ struct QkTables {
         }
         cosines = t.cos, sines = t.sin;
         at += token * static_cast<u32>(t.table_token) + head * static_cast<u32>(t.table_head) + (pack & (static_cast<u32>(p.pairs) - 1));
-        step = static_cast<u32>(t.table_head) << (5 - static_cast<u32>(p.pairs_log2));
+        step = static_cast<u32>(&t == p.tensor ? p.q_table_step : p.k_table_step);
         return nothing;
     }
     // Of a thread's j-th pack of pairs, element k; called in order.
@@ -180,13 +182,15 @@ struct QkTables<M, V, 3> {
     }
 };
 
+LTXK_DEVICE float float_of(i64 bits) { return bits_to_float(static_cast<u32>(bits)); }
+
 // One block of the kernel below.
 template <class T, class M, int AXES>
 LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch) {
     constexpr int V = kVector<T>, kPairs = kPacks / 2;
     u32 batch = divide(place.row, by_tokens), token = place.row - batch * static_cast<u32>(t.tokens);
     u32 half = static_cast<u32>(p.pairs), pack = threadIdx.x / 32 * (32 * kPairs) + threadIdx.x % 32;
-    u32 head = pack >> static_cast<u32>(p.pairs_log2), left = pack + head * half, width = blockDim.x * kPacks;
+    u32 head = pack >> static_cast<u32>(p.pairs_log2), left = pack + head * half, width = static_cast<u32>(p.width);
     u32 x_row = batch * static_cast<u32>(t.batch_stride) + token * static_cast<u32>(t.token_stride) + left;
     // 32 packs of pairs on, a thread is at the same place of a later head.
     const char *x_left = pack_address<T, V>(t.x, x_row), *x_right = pack_address<T, V>(t.x, x_row + half);
@@ -207,7 +211,7 @@ LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_to
         }
     }
     sum = sum_short_row(sum, scratch);
-    float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
+    float rstd = inverse_root(sum * float_of(p.inverse_width) + float_of(p.least));
     u32 out = place.row * width + left;
     char *out_left = pack_address<T, V>(t.out, out), *out_right = pack_address<T, V>(t.out, out + half);
 #pragma unroll
@@ -235,7 +239,7 @@ LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_to
 template <class T, class M, int AXES>
 __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
     LTXK_SHARED(RowSum, scratch);
-    QkPlace place = qk_place(blockIdx.x, p.shared_rows, p.longer);
+    QkPlace place = qk_place(p);
     if (place.tensor == 0) qk_packs<T, M, AXES>(p, p.tensor[0], p.by_q_tokens, place, scratch);
     else qk_packs<T, M, AXES>(p, p.tensor[1], p.by_k_tokens, place, scratch);
 }
