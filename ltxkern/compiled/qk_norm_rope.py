@@ -176,9 +176,18 @@ def cpu_calls(case: Case) -> list[Call]:
     return [Call("qk_norm_rope", _parameters(case))]
 
 
-def _side(
-    tier: str, x: Tensor, weight: Tensor, tables: RotaryTables, out: Tensor, heads: int
-) -> tuple[Side, list[Tensor | None]]:
+def check_rows(args: Arguments) -> None:
+    """Every row that a token has on an axis is one of its tables'.
+
+    Raises:
+        ValueError: one on the host is not.
+    """
+    for name, (cos, _, rows) in (("rows", args.q_tables), ("k_rows", args.k_tables)):
+        if rows is not None and (name == "rows" or args.k_cos is not None):
+            check_range(rows, cos.shape[0], name)
+
+
+def _side(x: Tensor, weight: Tensor, tables: RotaryTables, out: Tensor, heads: int) -> tuple[Side, list[Tensor | None]]:
     """Queries or keys as the kernels take them, and their tensors."""
     x, weight = dense_rows(x), weight.contiguous()
     cos, sin, rows = tables
@@ -188,8 +197,6 @@ def _side(
         own = cos.stride(0) if cos.shape[0] == x.shape[0] else 0
         table, count, by_axis = (own, cos.stride(1), cos.stride(2), cos.stride(3)), 0, (0, 0, 0)
     else:
-        if tier == "cpu":
-            check_range(rows, cos.shape[0])
         # Of one coordinate a head's pairs lie in a row one after another.
         step = x.shape[-1] // (2 * heads) * cos.stride(1)
         table, count = (0, step if rows.shape[1] == 1 else 0, cos.stride(0), cos.stride(1)), cos.shape[0]
@@ -218,8 +225,8 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     targets = dense(out)
     heads = args.head_count
     pairs = args.q.shape[-1] // (2 * heads)
-    q, q_tensors = _side(tier, args.q, args.q_weight, args.q_tables, targets[0], heads)
-    k, k_tensors = _side(tier, args.k, args.k_weight, args.k_tables, targets[1], heads)
+    q, q_tensors = _side(args.q, args.q_weight, args.q_tables, targets[0], heads)
+    k, k_tensors = _side(args.k, args.k_weight, args.k_tables, targets[1], heads)
     case = Case(
         type_code=param_code(args.q),
         table_code=param_code(args.cos),
@@ -232,6 +239,8 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
         eps=args.eps,
         vector=1,
     )
+    if tier == "cpu":
+        check_rows(args)
     given = [*q_tensors, *k_tensors]
     if args.layout == "split":
         case = case._replace(vector=_vector(case, given, args.q.element_size()))

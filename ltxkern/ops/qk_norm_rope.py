@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled import qk_norm_rope as launch
-from ltxkern.compiled.rows import check_range
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh, power_of_two, unit_rows
 from ltxkern.ops import tiers
@@ -45,15 +44,10 @@ class RotaryTables(NamedTuple):
     rows: Tensor | None = None
 
     def by_token(self, heads: int, pairs: int) -> tuple[Tensor, Tensor]:
-        """The same numbers with a row per token, for heads of `pairs` pairs.
-
-        Raises:
-            ValueError: an index on the host that is no row.
-        """
+        """The same numbers with a row per token, for heads of `pairs` pairs."""
         rows = self.rows
         if rows is None:
             return self.cos, self.sin
-        check_range(rows, self.cos.shape[0])
 
         def spread(table: Tensor) -> Tensor:
             # (B, axes, T, columns): a pair's axis changes first.
@@ -133,6 +127,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The composition in fp32 with one rounding."""
     args = Arguments(q, k, q_weight, k_weight, cos, sin, eps, layout, rows, heads, k_cos, k_sin, k_rows)
+    launch.check_rows(args)
     return _one(q, q_weight, args.q_tables, args), _one(k, k_weight, args.k_tables, args)
 
 
@@ -203,7 +198,7 @@ def qk_norm_rope(
         (q, k) rotated, shapes and dtypes as given.
     Raises:
         TypeError, ValueError: each names the parameter. A row that tables do not have is an error on a CPU; on other devices
-            its token becomes NaN.
+            NaN comes into its token.
 
     Contract: rounded; fp32 arithmetic, one rounding. Tables by row give the bits of the same numbers by token.
     Bytes: read and write q and k, read the tables. Of bf16 q and k as long as the tables, fp32 tables by token are half as

@@ -160,7 +160,17 @@ def _lies(x: Tensor, tables: RotaryTables) -> tuple[int, ...]:
     """Tokens and strides of q or k, those of its tables, and the rows that these have."""
     cos, _, rows = tables
     if rows is None:
-        return x.shape[1], x.stride(0), x.stride(1), cos.stride(0) if cos.shape[0] == x.shape[0] else 0, *cos.stride()[1:], 0, 0, 0, 0
+        return (
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            cos.stride(0) if cos.shape[0] == x.shape[0] else 0,
+            *cos.stride()[1:],
+            0,
+            0,
+            0,
+            0,
+        )
     own = rows.stride(0) if rows.shape[0] == x.shape[0] else 0
     return x.shape[1], x.stride(0), x.stride(1), 0, 0, *cos.stride(), own, rows.stride(1), rows.stride(2), cos.shape[0]
 
