@@ -200,7 +200,8 @@ def qk_norm_rope(
         TypeError, ValueError: each names the parameter. A row that tables do not have is an error on a CPU; on other devices
             NaN comes into its token.
 
-    Contract: rounded; fp32 arithmetic, one rounding. Tables by row give the bits of the same numbers by token.
+    Contract: rounded; fp32 arithmetic, one rounding. Tables by row of one or three axes in fp32 give the bits
+        of the same numbers by token.
     Bytes: read and write q and k, read the tables. Of bf16 q and k as long as the tables, fp32 tables by token are half as
         much again; by row they are 0.6 MB for any length at (16, 34, 60) coordinates.
     Source: Su et al. 2021 (RoPE); the LTX-2 attention.

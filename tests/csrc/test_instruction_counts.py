@@ -14,8 +14,8 @@ SLACK = 1.03
 GOALS = {
     "ltxk::rms_norm_modulate_packs<ltxk::bf16, ltxk::bf16, false>": 95,
     "ltxk::rms_norm_modulate_packs<ltxk::bf16, ltxk::bf16, true>": 145,
-    "ltxk::qk_norm_rope_packs<ltxk::bf16, float>": 115,
-    "ltxk::qk_norm_rope_packs<ltxk::bf16, ltxk::bf16>": 115,
+    "ltxk::qk_norm_rope_packs<ltxk::bf16, ltxk::bf16, 0>": 115,
+    **{f"ltxk::qk_norm_rope_packs<ltxk::bf16, float, {axes}>": 115 for axes in (0, 1, 3)},
     "ltxk::gated_residual_packs<ltxk::bf16, ltxk::bf16>": 75,
     "ltxk::head_gate_packs<ltxk::bf16, ltxk::bf16>": 80,
 }
