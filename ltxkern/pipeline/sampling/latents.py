@@ -332,16 +332,16 @@ class LatentState:
         Args:
             at: their positions (B, 3 | 1, T, 2), or better the coordinates of them.
         """
-        positions, coordinates = at, None
+        coordinates = None
         if isinstance(at, Coordinates):
-            positions = at.positions(self.shape.batch)
             coordinates = self.coordinates and self.coordinates.joined(at)
+            at = at.positions(self.shape.batch)
         return replace(
             self,
             latent=torch.cat((self.latent, latent), dim=1),
             clean=torch.cat((self.clean, clean), dim=1),
             mask=torch.cat((self.mask, mask), dim=1),
-            positions=torch.cat((self.positions, positions), dim=2),
+            positions=torch.cat((self.positions, at), dim=2),
             levels=self.levels_with(levels),
             coordinates=coordinates,
         )
