@@ -15,7 +15,7 @@ from ltxkern.compiled.tensors import PARAM_CODES, param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
 
 if TYPE_CHECKING:
-    from ltxkern.ops.qk_norm_rope import Arguments, RotaryTables
+    from ltxkern.ops.qk_norm_rope import Arguments
 
 # Tensors of q, then of k: x, weight, cos, sin, rows, out.
 PER_TENSOR = 6
@@ -23,22 +23,27 @@ ARGUMENTS = 2 * PER_TENSOR
 _FP32 = PARAM_CODES[torch.float32]
 
 
-class Side(NamedTuple):
-    """Queries or keys, strides in elements.
+class TableView(NamedTuple):
+    """How cos and sin lie, strides in elements.
 
     Attributes:
-        strides: of x, by batch and token.
-        table_strides: of cos and sin, by batch, head, token and pair; of tables by coordinate "token" is a row, "pair" a column.
-        table_rows: how many rows those have.
-        rows_strides: of the rows of tables by coordinate, by batch, axis and token.
+        strides: by batch, head, token and pair; of tables by coordinate "token" is a row, "pair" a column.
+        table_rows: rows of tables by coordinate.
+        rows_strides: of the rows that tokens have in those, by batch, axis and token.
     """
+
+    strides: tuple[int, int, int, int]
+    table_rows: int = 0
+    rows_strides: tuple[int, int, int] = (0, 0, 0)
+
+
+class Side(NamedTuple):
+    """Queries or keys: strides in elements by batch and token."""
 
     weight_code: int
     tokens: int
     strides: tuple[int, int]
-    table_strides: tuple[int, int, int, int]
-    table_rows: int
-    rows_strides: tuple[int, int, int]
+    table: TableView
 
 
 class Case(NamedTuple):
@@ -76,13 +81,13 @@ def _parameters(case: Case) -> dict[str, Parameter]:
     for index, side in enumerate(case.sides):
         x, weight, cos, sin, rows, out = (Argument(index * PER_TENSOR + i) for i in range(PER_TENSOR))
         lies = dict(zip(("batch_stride", "token_stride"), side.strides, strict=True))
-        table = dict(zip(("table_batch", "table_head", "table_token", "table_pair"), side.table_strides, strict=True))
-        by_axis = dict(zip(("rows_batch", "rows_axis", "rows_token"), side.rows_strides, strict=True))
+        table = dict(zip(("table_batch", "table_head", "table_token", "table_pair"), side.table.strides, strict=True))
+        by_axis = dict(zip(("rows_batch", "rows_axis", "rows_token"), side.table.rows_strides, strict=True))
         parameters |= nested(
             f"tensor[{index}]",
             **{"x": x, "weight": weight, "out": out, "cos": cos, "sin": sin, "rows": rows if case.axes else None},
             **{"weight_type": side.weight_code, **lies, "tokens": side.tokens, **table, **by_axis},
-            table_rows=side.table_rows,
+            table_rows=side.table.table_rows,
         )
     return {
         **parameters,
@@ -110,9 +115,10 @@ def _in_packs(case: Case) -> Case:
     table_vector = vector if case.axes < 2 else 1
 
     def packed(side: Side) -> Side:
-        batch, head, token, pair = side.table_strides
-        table = (batch // table_vector, head // table_vector, token // table_vector, pair)
-        return side._replace(strides=(side.strides[0] // vector, side.strides[1] // vector), table_strides=table)
+        batch, head, token, pair = side.table.strides
+        lies = (batch // table_vector, head // table_vector, token // table_vector, pair)
+        x_strides = (side.strides[0] // vector, side.strides[1] // vector)
+        return side._replace(strides=x_strides, table=side.table._replace(strides=lies))
 
     return case._replace(sides=(packed(case.sides[0]), packed(case.sides[1])), pairs=case.pairs // vector)
 
@@ -126,10 +132,10 @@ def _small(case: Case) -> bool:
     for side in case.sides:
         x_batch, x_token = side.strides
         reach.append((batch - 1) * x_batch + (side.tokens - 1) * x_token + width)
-        b, head, token, _ = side.table_strides
-        last = side.table_rows - 1 if case.axes else side.tokens - 1
+        b, head, token, _ = side.table.strides
+        last = side.table.table_rows - 1 if case.axes else side.tokens - 1
         reach.append((batch - 1) * b + (case.heads - 1) * head + last * token + width * case.vector)
-        rows_batch, rows_axis, rows_token = side.rows_strides
+        rows_batch, rows_axis, rows_token = side.table.rows_strides
         reach.append((batch - 1) * rows_batch + case.axes * rows_axis + side.tokens * rows_token)
     return max(reach) < 1 << 32
 
@@ -156,7 +162,7 @@ def _packed(case: Case, threads: int) -> Launch | None:
     parameters |= {"by_q_tokens": divider(max(1, q.tokens)), "by_k_tokens": divider(max(1, k.tokens))}
     # 32 packs of pairs on, a thread is at the same place of a later head.
     heads_on = 32 >> pairs_log2
-    parameters |= {"q_table_step": heads_on * q.table_strides[1], "k_table_step": heads_on * k.table_strides[1]}
+    parameters |= {"q_table_step": heads_on * q.table.strides[1], "k_table_step": heads_on * k.table.strides[1]}
     return Launch(f"ltxk::qk_norm_rope_packs<{names}, {case.axes}>", (sum(case.rows),), block, parameters)
 
 
@@ -187,62 +193,69 @@ def check_rows(args: Arguments) -> None:
             check_range(rows, cos.shape[0], name)
 
 
-def _side(x: Tensor, weight: Tensor, tables: RotaryTables, out: Tensor, heads: int) -> tuple[Side, list[Tensor | None]]:
-    """Queries or keys as the kernels take them, and their tensors."""
-    x, weight = dense_rows(x), weight.contiguous()
-    cos, sin, rows = tables
+def _tables(cos: Tensor, sin: Tensor, rows: Tensor | None, batch: int, pairs: int) -> tuple[Tensor, Tensor, TableView]:
+    """Cosines and sines that lie alike, and how."""
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     if rows is None:
-        own = cos.stride(0) if cos.shape[0] == x.shape[0] else 0
-        table, count, by_axis = (own, cos.stride(1), cos.stride(2), cos.stride(3)), 0, (0, 0, 0)
-    else:
-        # Of one coordinate a head's pairs lie in a row one after another.
-        step = x.shape[-1] // (2 * heads) * cos.stride(1)
-        table, count = (0, step if rows.shape[1] == 1 else 0, cos.stride(0), cos.stride(1)), cos.shape[0]
-        by_axis = (rows.stride(0) if rows.shape[0] == x.shape[0] else 0, rows.stride(1), rows.stride(2))
-    side = Side(param_code(weight), x.shape[1], (x.stride(0), x.stride(1)), table, count, by_axis)
-    return side, [x, weight, cos, sin, rows, out]
-
-
-def _vector(case: Case, tensors: list[Tensor | None], itemsize: int) -> int:
-    """Elements of one access; tables of several coordinates are read element by element, and need not be aligned."""
-    strides: list[int] = []
-    whole = case.axes < 2
-    for side in case.sides:
-        if whole and side.table_strides[3] != 1 and case.pairs > 1:
-            return 1
-        strides += [*side.strides, *(side.table_strides[:3] if whole else ())]
-    read = (0, 1, 2, 3, 5) if whole else (0, 1, 5)
-    aligned = [tensors[first + i] for first in (0, PER_TENSOR) for i in read]
-    return vector_of(itemsize, case.pairs, aligned, strides)
+        own, head, token, pair = cos.stride()
+        return cos, sin, TableView((own if cos.shape[0] == batch else 0, head, token, pair))
+    row, column = cos.stride()
+    row_batch, row_axis, row_token = rows.stride()
+    # Of one coordinate a head's pairs lie in a row one after another.
+    head = pairs * column if rows.shape[1] == 1 else 0
+    by_axis = (row_batch if rows.shape[0] == batch else 0, row_axis, row_token)
+    return cos, sin, TableView((0, head, row, column), cos.shape[0], by_axis)
 
 
 def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     """One call on checked arguments."""
     if args.q.numel() + args.k.numel() == 0:
         return
+    if tier == "cpu" and args.rows is not None:
+        check_rows(args)
     targets = dense(out)
+    q, k, q_weight, k_weight = (
+        dense_rows(args.q),
+        dense_rows(args.k),
+        args.q_weight.contiguous(),
+        args.k_weight.contiguous(),
+    )
+    batch, tokens, width = q.shape
     heads = args.head_count
-    pairs = args.q.shape[-1] // (2 * heads)
-    q, q_tensors = _side(args.q, args.q_weight, args.q_tables, targets[0], heads)
-    k, k_tensors = _side(args.k, args.k_weight, args.k_tables, targets[1], heads)
+    pairs = width // (2 * heads)
+    cos, sin, table = _tables(args.cos, args.sin, args.rows, batch, pairs)
+    k_cos, k_sin, k_table, k_rows = cos, sin, table, args.rows
+    if args.k_cos is not None and args.k_sin is not None:
+        k_rows = args.k_rows
+        k_cos, k_sin, k_table = _tables(args.k_cos, args.k_sin, k_rows, batch, pairs)
+    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
+    axes = 0 if args.rows is None else args.rows.shape[1]
+    vector = 1
+    if args.layout == "split":
+        aligned, steps = [q, k, q_weight, k_weight, *targets], [*q_strides, *k_strides]
+        # Tables of several coordinates are read element by element, and need not be aligned.
+        if axes < 2:
+            aligned += [cos, sin] if k_cos is cos else [cos, sin, k_cos, k_sin]
+            steps += [*table.strides[:3], *k_table.strides[:3]]
+        if axes > 1 or pairs == 1 or table.strides[3] == k_table.strides[3] == 1:
+            vector = vector_of(q.element_size(), pairs, aligned, steps)
     case = Case(
-        type_code=param_code(args.q),
-        table_code=param_code(args.cos),
-        sides=(q, k),
-        batch=args.q.shape[0],
+        type_code=param_code(q),
+        table_code=param_code(cos),
+        sides=(
+            Side(param_code(q_weight), tokens, q_strides, table),
+            Side(param_code(k_weight), k.shape[1], k_strides, k_table),
+        ),
+        batch=batch,
         heads=heads,
         pairs=pairs,
-        axes=0 if args.rows is None else args.rows.shape[1],
+        axes=axes,
         interleaved=args.layout == "interleaved",
         eps=args.eps,
-        vector=1,
+        vector=vector,
     )
-    if tier == "cpu":
-        check_rows(args)
-    given = [*q_tensors, *k_tensors]
-    if args.layout == "split":
-        case = case._replace(vector=_vector(case, given, args.q.element_size()))
-    program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)(*given)
+    q_tensors = (q, q_weight, cos, sin, args.rows, targets[0])
+    run_program = program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)
+    run_program(*q_tensors, k, k_weight, k_cos, k_sin, k_rows, targets[1])
     hand_back(out, targets)

@@ -26,6 +26,7 @@ from ltxkern.ops.checks import (
 )
 
 LAYOUTS = ("split", "interleaved")
+NAMES, K_NAMES = ("cos", "sin", "rows"), ("k_cos", "k_sin", "k_rows")
 
 
 class RotaryTables(NamedTuple):
@@ -219,10 +220,11 @@ def qk_norm_rope(
             check_together("rows", rows, "k_rows", k_rows)
     check_vector("q_weight", q_weight, inner, q.device)
     check_vector("k_weight", k_weight, inner, q.device)
-    heads = _check_heads(heads, rows, cos, inner)
-    _check_tables("", q, RotaryTables(cos, sin, rows), heads)
+    if heads is not None or rows is not None:
+        heads = _check_heads(heads, rows, cos, inner)
+    _check_tables(NAMES, q, cos, sin, rows, heads)
     if k_cos is not None and k_sin is not None:
-        _check_tables("k_", k, RotaryTables(k_cos, k_sin, k_rows), cos.shape[1] if heads is None else heads)
+        _check_tables(K_NAMES, k, k_cos, k_sin, k_rows, cos.shape[1] if heads is None else heads)
         _check_alike(cos, rows, k_cos, k_rows)
     check_choice("layout", layout, LAYOUTS)
     check_finite_number("eps", eps, low=0.0)
@@ -266,11 +268,13 @@ def _check_heads(heads: int | None, rows: Tensor | None, cos: Tensor, inner: int
     return heads
 
 
-def _check_tables(prefix: str, x: Tensor, tables: RotaryTables, heads: int | None) -> None:
+def _check_tables(
+    names: tuple[str, str, str], x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, heads: int | None
+) -> None:
     """Tables of x's tokens; those by token have these heads where they are known."""
-    cos, sin, rows = tables
     batch, tokens, inner = x.shape
-    check_tensor(f"{prefix}cos", cos, dtypes=ACTIVATION_DTYPES)
+    name, sin_name, rows_name = names
+    check_tensor(name, cos, dtypes=ACTIVATION_DTYPES)
     if rows is None:
         fits = (
             cos.dim() == 4
@@ -281,22 +285,21 @@ def _check_tables(prefix: str, x: Tensor, tables: RotaryTables, heads: int | Non
         )
         if not fits:
             raise ValueError(
-                f"{prefix}cos must be (1 or {batch}, {'heads' if heads is None else heads}, {tokens}, d/2) "
+                f"{name} must be (1 or {batch}, {'heads' if heads is None else heads}, {tokens}, d/2) "
                 f"with heads * d = {inner}, got {tuple(cos.shape)}"
             )
     else:
-        name = f"{prefix}rows"
-        check_tensor(name, rows, dtypes=(torch.int32,))
+        check_tensor(rows_name, rows, dtypes=(torch.int32,))
         if rows.dim() != 3 or rows.shape[0] not in (1, batch) or rows.shape[1] < 1 or rows.shape[2] != tokens:
-            raise ValueError(f"{name} must be (1 or {batch}, axes, {tokens}), got {tuple(rows.shape)}")
-        check_device(name, rows, x.device)
+            raise ValueError(f"{rows_name} must be (1 or {batch}, axes, {tokens}), got {tuple(rows.shape)}")
+        check_device(rows_name, rows, x.device)
         columns = -(-inner // (2 * rows.shape[1]))
         if cos.dim() != 2 or cos.shape[1] != columns:
             raise ValueError(
-                f"{prefix}cos must be (N, {columns}) with {name} of {rows.shape[1]} axes, got {tuple(cos.shape)}"
+                f"{name} must be (N, {columns}) with {rows_name} of {rows.shape[1]} axes, got {tuple(cos.shape)}"
             )
-    check_device(f"{prefix}cos", cos, x.device)
-    check_like(f"{prefix}sin", sin, cos)
+    check_device(name, cos, x.device)
+    check_like(sin_name, sin, cos)
 
 
 def _check_alike(cos: Tensor, rows: Tensor | None, k_cos: Tensor, k_rows: Tensor | None) -> None:
