@@ -11,6 +11,7 @@ from torch import Tensor
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
+from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -23,8 +24,7 @@ from tests.csrc.kernel_runs import (
 )
 from tests.csrc.on_shim import on_shim, run_step
 from tests.csrc.shim_build import shim
-from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
-from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, held_to_torch, misaligned, noise, poisoned
 
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 

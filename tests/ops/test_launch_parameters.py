@@ -12,10 +12,10 @@ import torch
 from ltxkern import dispatch, use_backend
 from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.verify.cases import CASES, Size
 from tests.csrc import registered
 from tests.csrc.registered import Field
 from tests.ops.contract import misaligned
-from tests.ops.op_cases import CASES, Size
 
 ROOMY = {"major": 9, "minor": 0, "multi_processor_count": 132}
 # No group of the larger norm cases fits one block or cluster of the other two: then it is the second-level cache that decides.

@@ -17,9 +17,9 @@ import ltxkern
 from ltxkern import dispatch
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.ops.float8 import to_e4m3
+from ltxkern.verify.cases import BF16, CASES, STEP, OpCase, Size
 from tests.csrc import kernel_runs
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, noise
-from tests.ops.op_cases import BF16, CASES, STEP, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, held_to_torch, noise
 from tests.serving import serving
 
 pytestmark = [

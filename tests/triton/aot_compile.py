@@ -25,8 +25,8 @@ from triton.runtime.jit import JITFunction
 import ltxkern
 from ltxkern import dispatch
 from ltxkern import triton as tier
+from ltxkern.verify.cases import BF16, F32, F64
 from tests.ops.contract import channels_last
-from tests.ops.op_cases import BF16, F32, F64
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
