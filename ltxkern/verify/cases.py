@@ -1,4 +1,4 @@
-"""The one table of the ops: how each is called, with all its tensors by name, for `ltxkern verify` and the tests that go over all ops.
+"""The one table of the ops: how each is called, with all its tensors by name, for `ltxkern verify` and for the tests of all ops.
 
 A new op gets an entry here and a tests/ops/test_<op>.py. They put it through the proof on a card and at first use, the tests of
 aliasing, arguments, instruction sets, large offsets and GPUs, and its CUDA kernels through the shim and the sanitizers.
