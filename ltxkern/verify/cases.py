@@ -155,7 +155,9 @@ SCALES = {"cfg_scale": 3.0, "stg_scale": 1.0, "modality_scale": 2.0, "rescale_sc
 IN_FP32, IN_FP64 = ({"step": STEP, "compute_dtype": dtype} for dtype in (F32, F64))
 STATES = "latent x0 noise clean: B T W; mask: B T 1"
 PREDICTIONS = "anchor x0 x0_mid noise clean: B T W; mask: B T 1"
-RAW, LAST, BY_ROW = {"noise": F64}, {"last": True}, {"by_row": True}
+RAW = {"noise": F64}
+LAST: dict[str, Any] = {"last": True}
+BY_ROW: dict[str, Any] = {"by_row": True}
 NORM: dict[str, Any] = {"optional": "weight", "by_row": True}
 
 CASES = [
@@ -218,7 +220,9 @@ CASES = [
     *family(
         OpCase(
             *("res2s_sde_step", "sample denoised noise: B T W", "sample denoised noise"),
-            **{"others": {"sigma": 0.9, "sigma_next": 0.7}, "dtypes": SAMPLER_DTYPES, **BY_ROW},
+            others={"sigma": 0.9, "sigma_next": 0.7},
+            dtypes=SAMPLER_DTYPES,
+            by_row=True,
         ),
         raw_noise={"arguments": "sample denoised noise: B T W; noise_stats: B 3", "fixed": RAW},
     ),
@@ -232,7 +236,9 @@ CASES = [
     *family(
         OpCase(
             *("res2s_advance", PREDICTIONS, "anchor x0 x0_mid noise clean"),
-            **{"others": {"step": STEP}, "fixed": {"anchor": F32}, **BY_ROW},
+            others={"step": STEP},
+            fixed={"anchor": F32},
+            by_row=True,
         ),
         raw_noise={"arguments": f"{PREDICTIONS}; noise_stats: B 3", "fixed": {**RAW, "anchor": F32}},
         raw_noise_fp64={"arguments": f"{PREDICTIONS}; noise_stats: B 3", "fixed": {**RAW, "anchor": F64}},
