@@ -1,6 +1,7 @@
 """The subprocess that runs checks of one tier, or the timing, and reports each on a line: `python -m ltxkern.verify.worker`.
 
-A job comes as one line of JSON on standard input, reports as lines on standard output. One precedes each check, so that a crash or a hang has a name.
+A job comes as one line of JSON on standard input, reports as lines on standard output. One precedes each check, so that a crash
+or a hang has a name.
 """
 
 from __future__ import annotations
