@@ -22,6 +22,9 @@ def add_parser(subparsers: Any) -> None:
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="under 60 s; the default")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="under 9 minutes")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="that the run may take, in place of the level's own"
+    )
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="also write what is found to this file")
     parser.add_argument("--tiers", metavar="NAMES", help="of cuda,nvrtc,triton,cpu (default: all that run here)")
     parser.add_argument("--ops", metavar="NAMES", help="names of ops, comma between them (default: all)")
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     written = [0.0]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        verify(arguments.level, tiers=tiers, ops=ops, on_change=changed, report=report)
+        verify(arguments.level, seconds=arguments.budget, tiers=tiers, ops=ops, on_change=changed, report=report)
     except KeyboardInterrupt:
         report.notes.append("interrupted: what was found until then")
         report.store()

@@ -14,7 +14,7 @@ from typing import Any
 from ltxkern import proofs
 from ltxkern.dispatch import BACKENDS, unavailable
 from ltxkern.verify import timing
-from ltxkern.verify.checks import IMPORTANCE, plan
+from ltxkern.verify.checks import IMPORTANCE, Check, plan
 from ltxkern.verify.supervise import WORKER, Found, Limits, check_tier, time_tiers
 
 SCHEMA = 1
@@ -97,6 +97,11 @@ class Report:
                 self.notes.append(failure)
 
 
+def numbered(level: str) -> list[tuple[int, Check]]:
+    """The plan with the index by which workers know a check."""
+    return list(enumerate(plan(level)))
+
+
 def shares(tiers: Sequence[str]) -> dict[str, float]:
     """Of the time for checks, by tier: a cpu kernel answers quickly, and NVRTC and Triton compile each call first."""
     weights = {"cuda": 3.0, "nvrtc": 2.0, "triton": 4.0, "cpu": 1.0}
@@ -110,6 +115,7 @@ def verify(
     check_seconds: float | None = None,
     tiers: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
+    timed: bool = True,
     command: Sequence[str] = WORKER,
     on_change: Callable[[Report], None] = lambda report: None,
     report: Report | None = None,
@@ -120,6 +126,7 @@ def verify(
         level: "quick" or "full".
         seconds, check_seconds: of the whole, and of one check; None for the level's own.
         tiers, ops: names; None for all.
+        timed: whether what is proven is also timed.
         command: of the workers.
         on_change: called with the report whenever something is found.
         report: filled in, so that what was found survives an interruption.
@@ -138,7 +145,7 @@ def verify(
     kinds = list(dict.fromkeys(map(device_of, here)))
     for kind in kinds:
         report.origins[kind] = next(iter(proofs.origins(kind).values()))._asdict()
-    checks = [(i, check) for i, check in enumerate(plan(level)) if ops is None or check.case.op in ops]
+    checks = [(i, check) for i, check in numbered(level) if ops is None or check.case.op in ops]
     weights = shares(here)
     for place, tier in enumerate(here):
 
@@ -155,7 +162,7 @@ def verify(
         )
         if left:
             report.notes.append(f"{tier}: {left} of {len(checks)} checks left out for want of time")
-    for kind in kinds:
+    for kind in kinds if timed else ():
         _time(report, kind, here, limits, command, [op for op in IMPORTANCE if ops is None or op in ops])
         report.seconds = round(time.monotonic() - began, 1)
         on_change(report)

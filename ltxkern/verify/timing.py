@@ -20,7 +20,7 @@ MARGIN = 1.05
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 # Read between two samples, so that none finds its operands in a cache: more than the last cache of any card.
 FLUSH_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
-LEAST_SAMPLES = 5
+LEAST_SAMPLES, MOST_SAMPLES = 5, 100
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,17 @@ class Clock:
         return time.perf_counter() - start
 
     def interleaved(self, calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-        """Median seconds of each call, all in turn for so long; the first round warms up."""
+        """Median seconds of each call, all in turn for so long at most; the first round warms up."""
         samples: dict[str, list[float]] = {name: [] for name in calls}
         end = time.monotonic() + seconds
         for call in calls.values():
             self.sample(call)
-        while time.monotonic() < end or len(next(iter(samples.values()))) < LEAST_SAMPLES:
+        for taken in range(MOST_SAMPLES):
+            if taken >= LEAST_SAMPLES and time.monotonic() > end:
+                break
             for name, call in calls.items():
                 samples[name].append(self.sample(call))
-        return {name: statistics.median(taken) for name, taken in samples.items()}
+        return {name: statistics.median(times) for name, times in samples.items()}
 
     def roof(self) -> float:
         """Bytes a second of a copy, reads and writes counted: the best of several."""

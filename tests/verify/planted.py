@@ -1,15 +1,15 @@
-"""The worker of verify with the CPU shim as its tier "cpu", and a fault planted in the CUDA launches of rms_norm_modulate.
+"""The worker of verify with the CPU shim as its tier "cpu", and a fault planted in the CUDA launches of each of four ops.
 
-`python -m tests.verify.planted FAULT`: the kernels run from their own source on CPU fibers.
+`python -m tests.verify.planted`: the kernels run from their own source on CPU fibers.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def _wrong_result(step: Launch) -> Launch:
 def _one_row_more(step: Launch) -> Launch:
     rows = step.parameters["rows"]
     assert isinstance(rows, int)
-    return replace(step, grid=(step.grid[0] + 1, *step.grid[1:]), parameters={**step.parameters, "rows": rows + 1})
+    return replace(step, grid=(2 * step.grid[0], *step.grid[1:]), parameters={**step.parameters, "rows": rows + 1})
 
 
 def _endless(step: Launch) -> Launch:
@@ -37,25 +37,32 @@ def _crash(step: Launch) -> Launch:
     os.abort()
 
 
-FAULTS: dict[str, Callable[[Launch], Launch]] = {
-    "wrong result": _wrong_result,
-    "out of bounds": _one_row_more,
-    "endless": _endless,
-    "crash": _crash,
+class Fault(NamedTuple):
+    """An op, what is done to its launches, and the words by which it is found."""
+
+    op: str
+    change: Callable[[Launch], Launch]
+    found: str
+
+
+FAULTS = {
+    "wrong result": Fault("rms_norm_modulate", _wrong_result, "error against fp64"),
+    "out of bounds": Fault("gated_residual", _one_row_more, "written outside of output 0"),
+    "endless": Fault("dual_add", _endless, "no end after 10 s"),
+    "crash": Fault("res2s_sde_step", _crash, "the process ended by SIGABRT"),
 }
+RIGHT = "channelwise_normalize"
 
 
-def launches(fault: str) -> Callable[[Sequence[Step], Sequence[Tensor | None]], None]:
-    """What runs the steps of a call: those of rms_norm_modulate with the fault."""
-
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            is_planted = isinstance(step, Launch) and step.kernel.startswith("ltxk::rms_norm_modulate")
-            run_step(FAULTS[fault](step) if is_planted else step, tensors)
-
-    return run
+def launches(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+    """Runs the steps of a call, those of the four ops with their faults."""
+    for step in steps:
+        for fault in FAULTS.values():
+            if isinstance(step, Launch) and step.kernel.startswith(f"ltxk::{fault.op}"):
+                step = fault.change(step)
+        run_step(step, tensors)
 
 
 if __name__ == "__main__":
-    with on_shim(run=launches(sys.argv[1])):
+    with on_shim(run=launches):
         worker.main()

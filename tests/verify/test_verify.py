@@ -2,62 +2,85 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ltxkern
-from ltxkern import proofs
+from ltxkern import dispatch, proofs
 from ltxkern.cli import main
 from ltxkern.commands import verify as command
+from ltxkern.compiled import extension
 from ltxkern.verify import checks, report, supervise, timing
 from ltxkern.verify.cases import F32, Size
 from ltxkern.verify.report import Report, verify
 from ltxkern.verify.supervise import Found
 from tests.csrc.shim_build import shim
-from tests.verify.planted import FAULTS
+from tests.verify.conftest import fresh_dispatch
+from tests.verify.planted import FAULTS, RIGHT
 
-WORDS = {
-    "wrong result": "error against fp64",
-    "out of bounds": "written outside of output 0",
-    "endless": "no end after 4 s",
-    "crash": "the process ended by SIGABRT",
-}
-OPS = ["rms_norm_modulate", "channelwise_normalize"]
+OPS = [RIGHT, "head_gate"]
 
 
-@pytest.fixture
-def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of rank 0 of two ops, in fp32; workers take an index in the whole plan, so the others stay in it."""
-    whole = checks.plan("quick")
-    kept = [i for i, c in enumerate(whole) if c.rank == 0 and c.dtype == F32 and c.case.op in OPS]
-    monkeypatch.setattr(report, "enumerate", lambda _: [(i, whole[i]) for i in kept], raising=False)
+@pytest.fixture(scope="module")
+def few_checks() -> Iterator[None]:
+    """Those of rank 0 in fp32, in the place of the plan; workers take an index in the whole of it."""
+    kept = [(i, c) for i, c in enumerate(checks.plan("quick")) if c.rank == 0 and c.dtype == F32]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "numbered", lambda level: kept)
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(few_checks: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Found], Path]:
+    """What verify finds of the planted faults, and the cache that it is stored in."""
+    shim()
+    cache = tmp_path_factory.mktemp("cache")
+    planted = [sys.executable, "-m", "tests.verify.planted"]
+    ops = [RIGHT, *(fault.op for fault in FAULTS.values())]
+    with fresh_dispatch(cache):
+        made = verify("quick", tiers=["cpu"], ops=ops, timed=False, command=planted, seconds=300, check_seconds=10)
+    return made.found["cpu"], cache
+
+
+@pytest.fixture(autouse=True)
+def cpu_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without a built extension there is a tier "cpu"."""
+    reason_of = dispatch.unavailable
+    for module in (dispatch, report):
+        monkeypatch.setattr(module, "unavailable", lambda name: None if name == "cpu" else reason_of(name))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found_and_refused(fault: str, fresh: Path, few_checks: None) -> None:
-    shim()
-    planted = [sys.executable, "-m", "tests.verify.planted", fault]
-    found = verify("quick", tiers=["cpu"], ops=OPS, command=planted, seconds=100, check_seconds=4).found["cpu"]
-    assert found["rms_norm_modulate"].verdict == "wrong"
-    assert WORDS[fault] in found["rms_norm_modulate"].wrong
-    assert found["channelwise_normalize"].verdict == "proven"
+def test_a_planted_fault_is_found_and_refused(fault: str, found: tuple[dict[str, Found], Path]) -> None:
+    (entries, cache), (op, _, words) = found, FAULTS[fault]
+    assert entries[op].verdict == "wrong"
+    assert words in entries[op].wrong
+    case = checks.MAIN[[case.op for case in checks.MAIN].index(op)]
+    tensors = case.tensors()
+    with fresh_dispatch(cache):
+        with ltxkern.use_backend("torch"):
+            expected = case.run(tensors)
+        reason = ltxkern.capabilities()[op]["cpu"] or ""
+        assert words in reason
+        assert reason.startswith("`ltxkern verify` found it wrong on cpu")
+        with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="found it wrong on cpu"):
+            case.run(tensors)
+        assert all(map(torch.equal, case.run(tensors), expected))
+        assert ltxkern.served()[op] == {"torch"}
 
-    reason = ltxkern.capabilities()["rms_norm_modulate"]["cpu"] or ""
-    assert WORDS[fault] in reason
-    assert "ltxkern verify" in reason
-    x, row = torch.randn(3, 16), torch.zeros(16)
-    with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="found it wrong on cpu"):
-        ltxkern.rms_norm_modulate(x, row, row)
-    torch.testing.assert_close(ltxkern.rms_norm_modulate(x, row, row), torch.nn.functional.rms_norm(x, (16,), eps=1e-6))
-    assert ltxkern.served()["rms_norm_modulate"] == {"torch"}
-    ltxkern.channelwise_normalize(x)
-    assert ltxkern.served()["channelwise_normalize"] == {next(iter(ltxkern.backends()))}
+
+def test_what_is_right_beside_it_is_proven_and_serves(found: tuple[dict[str, Found], Path]) -> None:
+    entries, cache = found
+    assert entries[RIGHT].verdict == "proven"
+    with fresh_dispatch(cache):
+        assert ltxkern.capabilities()[RIGHT]["cpu"] is None
 
 
 def test_the_command(fresh: Path, few_checks: None, capsys: pytest.CaptureFixture[str]) -> None:
-    if "cpu" not in ltxkern.backends():
+    if extension.unavailable("cpu"):
         pytest.skip("no CPU kernels in this build")
     file = fresh / "found.json"
     arguments = ["verify", "--tiers", "cpu", "--ops", ",".join(OPS), "--output-json", str(file)]
