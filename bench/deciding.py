@@ -1,7 +1,7 @@
 """Measurements that decide something, on a GPU: `python bench/deciding.py group-norm-kernels|attention|block|vae-tile`.
 
-Which kernel of GroupNorm a shape takes, which attention serves which number of queries, where the time of a block goes, and in which
-layout the video decoder is quicker.
+Which kernel of GroupNorm a shape takes, which attention serves which number of queries, where the time of a block goes, and in
+which layout the video decoder is quicker.
 """
 
 from __future__ import annotations
@@ -89,16 +89,20 @@ def _never(*_: Any) -> None:
     return None
 
 
+# What of the choice is changed, so that it falls on each kernel.
+KERNELS: dict[str, dict[str, Any]] = {
+    "as dispatch has it": {},
+    "two passes": {"_cluster_size": _never, "_pipeline_units": lambda *_: float("inf")},
+    "pipeline": {"_cluster_size": _never, "_two_pass_units": lambda *_: float("inf")},
+    **{f"on chip, {n} blocks": {"_cluster_size": lambda *_, n=n: n} for n in (1, 2, 4, 8)},
+}
+
+
 def group_norm_kernels(run: Run) -> None:
     """Each kernel at each contiguous production shape that it can serve."""
     if "cuda" not in ltxkern.backends():
         run.skip("group_norm_silu", "all cases", "", str(ltxkern.capabilities()["group_norm_silu"]["cuda"]))
         return
-    rules: dict[str, dict[str, Any]] = {
-        "two passes": {"_cluster_size": _never, "_pipeline_units": lambda *_: float("inf")},
-        "pipeline": {"_cluster_size": _never, "_two_pass_units": lambda *_: float("inf")},
-        **{f"on chip, {n} blocks": {"_cluster_size": lambda *_, n=n: n} for n in (1, 2, 4, 8)},
-    }
     suite = bench_group_norm_silu.SUITE
     for case in suite.cases:
         if case.options.get("channels_last") or case.options.get("out"):
@@ -107,7 +111,7 @@ def group_norm_kernels(run: Run) -> None:
         call = suite.prepare(case, DTYPES["bf16"], run.device, generator)
         wanted = call.op(*clone_args(call.args))
         moved = count_bytes(call.args) + count_bytes([wanted])
-        for name, rule in {"as dispatch has it": {}, **rules}.items():
+        for name, rule in KERNELS.items():
             with forced(**rule), ltxkern.use_backend("cuda"):
                 try:
                     same = torch.allclose(call.op(*call.args).float(), wanted.float(), rtol=2e-2, atol=2e-2)
@@ -117,7 +121,14 @@ def group_norm_kernels(run: Run) -> None:
                 if not same:
                     run.fail("group_norm_silu", case.name, f"{name}: another result")
                     continue
-                timed(run, "group_norm_silu", case.name, case.shape, {name: lambda: call.op(*call.args)}, bytes=moved)
+                timed(
+                    run,
+                    "group_norm_silu",
+                    case.name,
+                    case.shape,
+                    {name: functools.partial(call.op, *call.args)},
+                    bytes=moved,
+                )
 
 
 @torch.no_grad()
@@ -139,24 +150,12 @@ def block(run: Run) -> None:
             torch.cuda.synchronize()
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda event: -getattr(event, own))
+    common = {"op": "block", "case": case.name, "shape": list(case.shape), "dtype": "bf16" if on_gpu else "fp32"}
     for event in rows[:60]:
-        total = float(getattr(event, own))
-        if total > 0:
+        if total := float(getattr(event, own)):
             times = dict.fromkeys(("median_us", "min_us", "p20_us", "p80_us"), total)
-            note, dtype = f"{event.count} calls", "bf16" if on_gpu else "fp32"
-            run.records.append(
-                Record(
-                    "block",
-                    case.name,
-                    list(case.shape),
-                    dtype,
-                    event.key[:160],
-                    **times,
-                    samples=1,
-                    timer="profiler",
-                    note=note,
-                )
-            )
+            facts = {"samples": 1, "timer": "profiler", "note": f"{event.count} calls"}
+            run.records.append(Record(**common, provider=event.key[:160], **times, **facts))
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Everything that waits for a GPU, within a budget of time: `make gpu-proof`, or `python bench/gpu_proof.py --budget 540`.
 
-Each stage is a command of its own and leaves bench/results/<machine>-<revision>-<stage>.json before the next one starts; one that fails,
-hangs or does not fit what is left costs the others nothing. <machine>-<revision>-proof.json lists what came of each. Exit status 0:
-all stages were done. 1: one failed, ran out of time or was left out. 2: no GPU. 130: interrupted.
+Each stage is a command of its own and leaves bench/results/<machine>-<revision>-<stage>.json before the next one starts; one that
+fails, hangs or does not fit what is left costs the others nothing. <machine>-<revision>-proof.json lists what came of each.
+Exit status 0: all stages were done. 1: one failed, ran out of time or was left out. 2: no GPU. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BUDGET = 540.0
 TAIL = 6000
 INTERRUPTED = 130
+WITH_ADDMM = ("--backends", "torch addmm_,cuda,nvrtc,triton")
+SHORT = ("--cases", "all", "--backends", "torch eager,cuda,nvrtc,triton")
 ROW_OPS = "rms_norm_modulate,gated_residual,qk_norm_rope"
 
 
@@ -94,19 +96,11 @@ def stages(capability: str) -> tuple[Stage, ...]:
         _tests("tests-triton", "-m", "gpu", "tests/triton/test_gpu.py", seconds=25),
         _tests("sanitizer", "tests/ops/test_on_gpu.py", "-k", "test_every_case", seconds=35, needs="compute-sanitizer"),
         # CUDA against Triton, one call of each in turn: which of the two dispatch is to prefer.
-        _bench("rows", "run_all", "--ops", ROW_OPS, "--cases", "all", "--budget", "{seconds}", seconds=45),
+        _bench("rows", "run_all", "--ops", ROW_OPS, *SHORT, "--budget", "{seconds}", seconds=45),
         _bench("group-norm-kernels", "deciding", "group-norm-kernels", seconds=30),
         _bench("attention", "deciding", "attention", seconds=25),
         _bench("block", "deciding", "block", seconds=30),
-        _bench(
-            "merge",
-            "bench_merge_lora",
-            "--cases",
-            "video_attn_r384",
-            "--backends",
-            "torch addmm_,cuda,nvrtc,triton",
-            seconds=20,
-        ),
+        _bench("merge", "bench_merge_lora", "--cases", "video_attn_r384", *WITH_ADDMM, seconds=20),
         _bench("vae-tile", "deciding", "vae-tile", seconds=25),
         # Where time is left, or the budget is larger.
         _tests("tests-memory", "-m", "gpu", "tests/pipeline/memory/test_manager_gpu.py", seconds=40),
@@ -124,7 +118,7 @@ def process(command: Sequence[str], environment: dict[str, str]) -> Iterator[sub
     running = subprocess.Popen(
         command,
         cwd=machine.ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(machine.ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -141,7 +135,9 @@ def process(command: Sequence[str], environment: dict[str, str]) -> Iterator[sub
 
 def run_stage(stage: Stage, file: Path, seconds: float) -> Outcome:
     """Run a stage for so long at most; its file is there afterwards, written by its command or here."""
-    words = [word.format(file=file, seconds=int(seconds - min(10.0, seconds / 5))) for word in stage.command]
+    # Time to end by itself, with what it has.
+    given = {"{file}": str(file), "{seconds}": str(int(seconds - min(10.0, seconds / 5)))}
+    words = [given.get(word, word) for word in stage.command]
     began = time.monotonic()
     outcome = Outcome(stage.name, "done", file=str(file))
     with process(words, stage.environment) as running:
@@ -157,7 +153,7 @@ def run_stage(stage: Stage, file: Path, seconds: float) -> Outcome:
     outcome.seconds = round(time.monotonic() - began, 1)
     outcome.output = outcome.output[-TAIL:]
     if not file.is_file():
-        _write(file, {"stage": stage.name, "command": words, **asdict(outcome)})
+        _write(file, {**asdict(outcome), "command": words})
     return outcome
 
 
@@ -206,7 +202,10 @@ def prove(
             f"{stage.name}: {outcome.status}"
             + (f", {outcome.reason}" if outcome.reason else f" in {outcome.seconds:.0f} s")
         )
-        _write(file_of("proof"), {"machine": facts, "budget": budget, "stages": [asdict(o) for o in outcomes]})
+        _write(
+            file_of("proof"),
+            {"stage": "proof", "budget": budget, "machine": facts, "outcomes": list(map(asdict, outcomes))},
+        )
     return outcomes
 
 

@@ -66,7 +66,12 @@ class Report:
             op: {tier: {**asdict(row[op]), "verdict": row[op].verdict} for tier, row in self.found.items() if op in row}
             for op in IMPORTANCE
         }
-        return {"schema": SCHEMA, **asdict(self), "found": {op: row for op, row in found.items() if row}}
+        return {
+            "schema": SCHEMA,
+            "stage": "verify",
+            **asdict(self),
+            "found": {op: row for op, row in found.items() if row},
+        }
 
     def write(self, path: Path) -> None:
         """Write the JSON, whole or not at all."""
