@@ -25,6 +25,7 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print three tables: versions, backends with reasons, op x backend."""
     import ltxkern
+    from ltxkern import proofs
     from ltxkern.dispatch import BACKENDS, unavailable
     from ltxkern.environment import environment
 
@@ -37,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     for device in facts["devices"]:
         gibibytes = device["memory_bytes"] / 2**30
         print(f"device: {device['name']}, capability {device['capability']}, {gibibytes:.0f} GiB")
+    for kind in ("cuda", "cpu") if facts["devices"] else ("cpu",):
+        for name, proof in proofs.stored(kind).items():
+            print(f"proof of {name}: {'none, ltxkern verify makes one' if proof is None else proof.when}")
     table("backends, best first", [(name, unavailable(name) or "ready") for name in BACKENDS])
     capabilities = ltxkern.capabilities()
     served = [(op, *("yes" if row[name] is None else "-" for name in BACKENDS)) for op, row in capabilities.items()]

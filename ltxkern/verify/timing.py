@@ -148,7 +148,7 @@ def measure(
             call = _on(tier, case, tensors)
             try:
                 results = call()
-            except ltxkern.BackendError:
+            except (ltxkern.BackendError, torch.OutOfMemoryError):
                 continue
             moved = _bytes([*tensors.values(), *results])
             calls[tier] = call

@@ -45,7 +45,8 @@ def run_checks(job: dict[str, Any], say: Any) -> bool:
         say(begin=index)
         try:
             reason = checks.fault(check, job["tier"], device)
-        except BackendError:
+        except (BackendError, torch.OutOfMemoryError):
+            # Memory that others hold says nothing of a backend.
             say(end=index, refused=True)
             continue
         except Exception as error:
@@ -83,9 +84,7 @@ def main() -> None:
     def say(**facts: Any) -> None:
         reports.write(json.dumps(facts) + "\n")
 
-    if job["device"].startswith("cuda"):
-        torch.cuda.set_device(torch.device(job["device"]))
-    elif "timing" not in job:
+    if job["device"] == "cpu" and "timing" not in job:
         torch.set_num_threads(1)
     say(ready=True)
     if (run_timing if "timing" in job else run_checks)(job, say):
