@@ -35,8 +35,9 @@ def packaged() -> str:
 @functools.cache
 def build() -> str:
     """One digest of all that decides what a kernel gives: the C++ and CUDA sources, the ops, their launches, Triton's kernels."""
-    rooms = [digest(PACKAGE / room, (".py",)) for room in ("ops", "compiled", "triton")]
-    return hashlib.sha256("".join([packaged(), *rooms]).encode()).hexdigest()
+    parts = [packaged(), *(digest(PACKAGE / room, (".py",)) for room in ("ops", "compiled", "triton"))]
+    parts.append(hashlib.sha256((PACKAGE / "layout.py").read_bytes()).hexdigest())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(report)
     if not report.finished:
         return INTERRUPTED
-    return 1 if report.wrong() else 0
+    return 1 if report.wrong() or report.stopped else 0
 
 
 def _cell(report: Report, tier: str, op: str) -> str:
@@ -110,6 +110,8 @@ def _print(report: Report) -> None:
     print()
     for tier, reason in report.absent.items():
         print(f"{tier} does not run here: {reason}")
+    for tier, reason in report.stopped.items():
+        print(f"{tier} was not asked: {reason}")
     for op, tier, reason in report.wrong():
         print(f"WRONG: {op} on {tier}: {reason}")
     for note in report.notes:

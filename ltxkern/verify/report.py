@@ -15,7 +15,7 @@ from ltxkern import proofs
 from ltxkern.dispatch import BACKENDS, unavailable
 from ltxkern.verify import timing
 from ltxkern.verify.checks import IMPORTANCE, Check, plan
-from ltxkern.verify.supervise import WORKER, Found, Limits, check_tier, time_tiers
+from ltxkern.verify.supervise import WORKER, Found, Limits, NoWorkerError, check_tier, time_tiers
 
 SCHEMA = 1
 # Of a run: how long it may take, how long a check may, and what is kept for the timing.
@@ -41,6 +41,7 @@ class Report:
         found: by tier and op.
         times: rows of `timing.Timed`.
         order: by kind of device and op, the order of preference.
+        stopped: tiers that could not be asked, with the reason.
         notes: what was left out, and what could not be stored.
         seconds: that it took.
     """
@@ -51,6 +52,7 @@ class Report:
     found: dict[str, dict[str, Found]] = field(default_factory=dict)
     times: list[dict[str, Any]] = field(default_factory=list)
     order: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -160,7 +162,12 @@ def verify(
             on_change(report)
 
         part = weights[tier] / sum(weights[other] for other in here[place:]) * (1 - TIMING_SHARE)
-        note(check_tier(tier, device_of(tier), level, checks, limits.share(part), note, command))
+        try:
+            note(check_tier(tier, device_of(tier), level, checks, limits.share(part), note, command))
+        except NoWorkerError as error:
+            report.stopped[tier] = f"its process does not start: {error}"
+        if tier not in report.found:
+            continue
         report.store()
         left = sum(
             entry.planned - entry.passed - entry.refused for entry in report.found[tier].values() if not entry.wrong
@@ -182,7 +189,7 @@ def _time(
 ) -> None:
     """Time what is proven on a kind of device, torch beside it."""
     proven = {
-        op: [tier for tier in here if device_of(tier) == kind and report.found[tier][op].verdict == "proven"]
+        op: [t for t in here if t in report.found and device_of(t) == kind and report.found[t][op].verdict == "proven"]
         for op in ops
     }
     rows, faults = time_tiers(kind, {op: [*row, "torch"] for op, row in proven.items() if row}, limits, command)

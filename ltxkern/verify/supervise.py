@@ -62,6 +62,10 @@ class Silent(Exception):  # noqa: N818 - an event, not an error
     """A worker said nothing for too long."""
 
 
+class NoWorkerError(Exception):
+    """A worker does not start."""
+
+
 class Worker:
     """A subprocess with a job.
 
@@ -150,6 +154,8 @@ def check_tier(
         limits: of the time.
         changed: called with what is found so far after each finding.
         command: of the workers.
+    Raises:
+        NoWorkerError: a worker ended, or was silent, before its first check.
     """
     found: dict[str, Found] = {}
     for _, check in planned:
@@ -164,10 +170,8 @@ def check_tier(
         if fault is None:
             break
         if at is None:
-            # It did not come as far as a check: nothing is said of any op.
-            for entry in found.values():
-                entry.wrong = entry.wrong or f"the worker does not start: {fault}"
-            break
+            # It did not come as far as a check: that says nothing of any op.
+            raise NoWorkerError(fault)
         entry = found[checks[at].case.op]
         entry.wrong = entry.wrong or f"{checks[at]}: {fault}"
         changed(found)

@@ -13,7 +13,7 @@ from ltxkern import dispatch, proofs
 from ltxkern.cli import main
 from ltxkern.commands import verify as command
 from ltxkern.compiled import extension
-from ltxkern.verify import checks, report, supervise, timing
+from ltxkern.verify import checks, report, timing
 from ltxkern.verify.cases import F32, Size
 from ltxkern.verify.report import Report, verify
 from ltxkern.verify.supervise import Found
@@ -118,12 +118,10 @@ def test_what_was_found_survives_an_interruption(
     assert {op: set(row) for op, row in stored.verdicts.items()} == {"dual_add": {"cpu"}}
 
 
-def test_a_worker_that_cannot_start_is_said(few_checks: None, fresh: Path) -> None:
-    limits = supervise.Limits(report.time.monotonic() + 60, 4)
-    planned = [(i, c) for i, c in enumerate(checks.plan("quick")) if c.case.op == "dual_add"]
-    broken = [sys.executable, "-c", "raise SystemExit(3)"]
-    found = supervise.check_tier("cpu", "cpu", "quick", planned, limits, lambda found: None, broken)
-    assert found["dual_add"].wrong == "the worker does not start: the process ended by status 3"
+def test_a_worker_that_cannot_start_says_nothing_of_an_op(few_checks: None, fresh: Path) -> None:
+    made = verify("quick", tiers=["cpu"], ops=OPS, command=[sys.executable, "-c", "raise SystemExit(3)"])
+    assert made.stopped == {"cpu": "its process does not start: the process ended by status 3"}
+    assert (made.wrong(), made.stored) == ([], [])
 
 
 def test_every_op_has_its_place_and_its_production_size() -> None:
