@@ -317,7 +317,11 @@ def _with_strength(text: str) -> tuple[str, float]:
         return text, 1.0
     try:
         return path, float(strength)
-    except ValueError:
+    except ValueError as error:
+        if path.endswith(".safetensors") or Path(path).expanduser().exists():
+            raise ValueError(
+                f"lora {path}: the strength must be a finite number such as -0.5, got {strength!r}"
+            ) from error
         return text, 1.0
 
 

@@ -1,6 +1,5 @@
 """Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled.steps import Launch, Step
 from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
@@ -22,7 +20,7 @@ from tests.csrc.kernel_runs import (
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import on_shim, run_step
+from tests.csrc.on_shim import noting, on_shim
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, held_to_torch, misaligned, noise, poisoned
 
@@ -54,13 +52,6 @@ def whole_warps(op: str, dtype: torch.dtype) -> int:
 def test_every_case_of_whole_warps(case: OpCase) -> None:
     """In fresh memory and in place, one warp a row and three; the kernels know their dtypes, but for what these leave out."""
     kernels: list[str] = []
-
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
     for dtype in case.dtypes:
         # Three warps share a row, or one has it alone; heads of 32 packs of pairs are the longest.
         for warps in (1, 3) if case.op != "qk_norm_rope" else (1,):
@@ -69,7 +60,7 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             with ltxkern.use_backend("torch"):
                 wanted = case.run(tensors, **changed)
             kernels.clear()
-            with on_shim(seed=warps, run=run), ltxkern.use_backend("cpu"):
+            with on_shim(seed=warps, run=noting(kernels)), ltxkern.use_backend("cpu"):
                 results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
                 kept = {name: value.clone() for name, value in tensors.items()}
                 outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
@@ -142,17 +133,10 @@ def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
 
 
 def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
-    kernels = []
-
-    def noted(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
+    kernels: list[str] = []
     x = noise(1, 2, 1500)
     with (
-        on_shim(seed=0, run=noted),
+        on_shim(seed=0, run=noting(kernels)),
         forced(partial(group_norm.two_pass, chunk_bytes=4, threads=32)),
         ltxkern.use_backend("cpu"),
     ):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, python
+
 LIMIT = 8 << 20
 
 pytestmark = [
@@ -36,6 +37,14 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next((target / "ltxkern").glob("_C*.so"))
 
 
+def shown(extension: Path, what: str) -> str:
+    """What a process prints of the extension's module `m`."""
+    load = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s)"
+    )
+    return python("-c", f"{load}; s.loader.exec_module(m); print({what})", extension).stdout
+
+
 def test_size(extension: Path) -> None:
     assert extension.stat().st_size < LIMIT
 
@@ -49,23 +58,13 @@ def test_it_needs_no_driver_and_no_torch_library(extension: Path) -> None:
 
 def test_it_loads_without_a_device_and_says_so(extension: Path) -> None:
     ctypes.CDLL(str(extension))
-    script = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(len(m.kernels()) > 0, m.cuda_unavailable())"
-    )
-    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True)
-    assert shown.startswith("True ")
+    assert shown(extension, "len(m.kernels()) > 0, m.cuda_unavailable()").startswith("True ")
 
 
 def test_registered_kernels_are_those_of_the_shim(extension: Path) -> None:
     from tests.csrc.shim_build import shim
 
-    script = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(*m.kernels(), sep='\\n')"
-    )
-    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True).splitlines()
-    assert shown == list(shim().kernels())
+    assert shown(extension, "*m.kernels(), sep='\\n'").splitlines() == list(shim().kernels())
 
 
 OLDER_NVCC = """#!/usr/bin/env bash

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltxkern import dispatch, schema
 from ltxkern.verify.cases import BF16, CASES, F32, MAIN, OpCase, Size
-from tests.ops.contract import assert_same, compiled, strided, transposed
+from tests.ops.contract import assert_same, by_threads, compiled, strided, transposed
 from tests.serving import backends_of, serving
 
 # What opcheck and the tracer see of a variant that they do not see of the main case.
@@ -84,15 +84,10 @@ def test_empty(case: OpCase, backend: str, size: Size) -> None:
 @over([case for case in CASES if not case.in_place])
 def test_equal_bits_on_repeat_for_any_threads(case: OpCase, backend: str) -> None:
     tensors = case.tensors(BF16, Size(2, 61, 300))
-    before = torch.get_num_threads()
     with serving(backend):
         expected = case.run(tensors)
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                assert_same(case.run(tensors), expected)
-        finally:
-            torch.set_num_threads(before)
+        for results in by_threads(lambda: case.run(tensors)):
+            assert_same(results, expected)
 
 
 class HandedOverError(Exception):

@@ -19,6 +19,7 @@ from ltxkern.compiled.tensors import device_limits
 from ltxkern.ops.float8 import to_e4m3
 from ltxkern.verify.cases import BF16, CASES, STEP, OpCase, Size
 from tests.csrc import kernel_runs
+from tests.ops import test_row_index
 from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, held_to_torch, noise
 from tests.serving import serving
 
@@ -171,19 +172,11 @@ def test_merge_of_many_tiles(tier: str, dtype: torch.dtype, half: torch.dtype, c
 
 
 @over_tiers
-def test_a_row_whose_index_is_out_of_range_is_nan(tier: str) -> None:
+@pytest.mark.parametrize("op", test_row_index.OPS)
+def test_a_row_whose_index_is_out_of_range_is_nan(tier: str, op: str) -> None:
     use(tier)
-    x, tables = drawn(5, 64), drawn(2, 3, 64).unbind(1)
-    rows = torch.tensor([0, -1, 1, 2, 1 << 40], device=x.device)
-    with ltxkern.use_backend(tier):
-        results = [
-            *ltxkern.gated_residual_rms_norm_modulate(x, x, *tables, rows=rows),
-            ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows),
-            ltxkern.gated_residual(x, x, tables[0], rows=rows),
-        ]
-    for result in results:
-        assert result.isnan().all(-1).tolist() == [False, True, False, True, True]
-        assert bool(result[[0, 2]].isfinite().all())
+    with torch.device("cuda"), ltxkern.use_backend(tier):
+        test_row_index.nan_where_out_of_range(op, BF16, 64, torch.int64)
 
 
 @over_tiers

@@ -99,8 +99,12 @@ def admit_model(
     if loras:
         config = admission.attempt("model", lambda: _transformer_config(model, files))
         transformer = None if config is None else admission.attempt("model", lambda: linear_skeleton(config))
+    given: set[Path] = set()
     for name, path in loras:
-        admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]
+        found = admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]
+        if found is not None and found.path.absolute() in given:
+            admission.add(name, f"{path} is given twice: give it once, with the sum of the strengths")
+        given |= set() if found is None else {found.path.absolute()}
 
 
 def _files_here(admission: Admission, model: FoundModel, *, fetch: bool) -> ModelFiles | None:
