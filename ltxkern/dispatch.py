@@ -29,7 +29,7 @@ from torch import Tensor
 from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
 from ltxkern.registration import refuse_gradients, register, register_in_place, tensors_of
-from ltxkern.trust import Trust
+from ltxkern.trust.backends import Trust
 
 logger = logging.getLogger("ltxkern")
 

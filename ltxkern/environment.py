@@ -7,7 +7,7 @@ import os
 import platform
 from typing import Any
 
-from ltxkern.machine import processor
+from ltxkern.trust.machine import processor
 
 PACKAGES = (
     "torch",

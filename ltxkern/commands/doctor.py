@@ -25,9 +25,9 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print three tables: versions, backends with reasons, op x backend."""
     import ltxkern
-    from ltxkern import proofs
     from ltxkern.dispatch import BACKENDS, unavailable
     from ltxkern.environment import environment
+    from ltxkern.trust import proofs
 
     facts = environment()
     versions = [(name, version or "not installed") for name, version in facts["packages"].items()]

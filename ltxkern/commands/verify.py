@@ -42,7 +42,7 @@ def _names(text: str | None, option: str, known: tuple[str, ...]) -> list[str] |
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; status 1 where something is wrong, 130 where it was interrupted, with what was found until then."""
-    from ltxkern import proofs
+    from ltxkern.trust import proofs
     from ltxkern.verify.checks import IMPORTANCE
     from ltxkern.verify.report import Report, verify
 

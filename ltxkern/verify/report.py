@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltxkern import proofs
 from ltxkern.dispatch import BACKENDS, unavailable
+from ltxkern.trust import proofs
 from ltxkern.verify import timing
 from ltxkern.verify.checks import IMPORTANCE, Check, plan
 from ltxkern.verify.supervise import WORKER, Found, Limits, NoWorkerError, check_tier, time_tiers

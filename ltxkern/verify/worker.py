@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ltxkern import trust
 from ltxkern.dispatch import BackendError
+from ltxkern.trust import backends as trust
 from ltxkern.verify import checks, timing
 
 

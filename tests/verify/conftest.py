@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ltxkern import dispatch, proofs, trust
+from ltxkern import dispatch
+from ltxkern.trust import backends as trust
+from ltxkern.trust import proofs
 
 
 @contextmanager

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import ltxkern
-from ltxkern import dispatch, proofs, trust
+from ltxkern import dispatch
 from ltxkern.dispatch import Backend
+from ltxkern.trust import backends as trust
+from ltxkern.trust import proofs
 from ltxkern.verify import probe
 from ltxkern.verify.cases import MAIN, OpCase, Size
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import ltxkern
-from ltxkern import proofs
-from ltxkern.proofs import Origin, Proof, Verdict
+from ltxkern.trust import proofs
+from ltxkern.trust.proofs import Origin, Proof, Verdict
 
 ORIGIN = Origin("NVIDIA H200", "9.0", "580.1", "2.11", "3.6", "abc")
 WRONG = Verdict(False, "full", 3, "off by one")

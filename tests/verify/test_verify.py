@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import ltxkern
-from ltxkern import dispatch, proofs
+from ltxkern import dispatch
 from ltxkern.cli import main
 from ltxkern.commands import verify as command
 from ltxkern.compiled import extension
+from ltxkern.trust import proofs
 from ltxkern.verify import checks, report, timing
 from ltxkern.verify.cases import F32, Size
 from ltxkern.verify.report import Report, verify

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ltxkern.machine import cache_folder
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.results.atomic import replacing_file
+from ltxkern.trust.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 

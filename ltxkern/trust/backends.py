@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ltxkern import proofs
+from ltxkern.trust import proofs
 
 logger = logging.getLogger("ltxkern")
 

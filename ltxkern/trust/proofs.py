@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ltxkern import machine, sources
+from ltxkern import sources
 from ltxkern.compiled import extension
+from ltxkern.trust import machine
 
 logger = logging.getLogger("ltxkern")
 
