@@ -17,12 +17,12 @@ from ltxkern.verify.cases import BF16, CASES, F16, F32, F64, MAIN, OpCase, Size,
 from ltxkern.verify.probe import listed, replaced
 from ltxkern.verify.values import strided
 
-# Ops by what of a generation they take: what comes first is checked first.
-IMPORTANCE = (
+# Ops by what of a generation they take: what comes first is checked first. All others follow as the table has them.
+FIRST = (
     *("rms_norm_modulate", "gated_residual_rms_norm_modulate", "qk_norm_rope", "gated_residual", "head_gate"),
     *("group_norm_silu", "pixel_norm_silu", "res2s_midpoint", "res2s_advance", "combine_guidance", "merge_lora_"),
-    *("noise_statistics", "normalize_noise", "dual_add", "res2s_sde_step", "channelwise_normalize"),
 )
+IMPORTANCE = tuple(dict.fromkeys([*FIRST, *(case.op for case in MAIN)]))
 # Whole vectors, a rest; several chunks of a reduction; more blocks than a small card runs at once.
 WHOLE, REST, CHUNKS, BLOCKS = Size(2, 6, 64), Size(3, 5, 13), Size(2, 61, 300), Size(1, 1000, 1024)
 EMPTY = (Size(0, 3, 4), Size(2, 0, 4))

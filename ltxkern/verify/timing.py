@@ -41,7 +41,7 @@ def sizes(device: str) -> list[tuple[OpCase, torch.dtype, Size]]:
     on_gpu = device == "cuda"
     tokens, dtype = (8160, BF16) if on_gpu else (126, F32)
     rows, latent, noise = Size(1, tokens, 4096), Size(1, tokens, 128), Size(1, tokens // 8, 128)
-    pictures, weights = Size(1, 720 if on_gpu else 36, 80), Size(1, 4096, 4096)
+    pictures = Size(1, 720 if on_gpu else 36, 80)
     wide = {"cos": F32, "sin": F32}
     groups = "x residual: 1 512 T W; weight bias conv_bias: 512"
     changed: dict[str, tuple[Size, dict[str, Any]]] = {
@@ -55,8 +55,7 @@ def sizes(device: str) -> list[tuple[OpCase, torch.dtype, Size]]:
         "head_gate": (latent, {"arguments": "x: B T 32 W; logits: B T 32"}),
         "group_norm_silu": (pictures, {"arguments": groups, "others": {"num_groups": 32}}),
         "pixel_norm_silu": (pictures, {"arguments": "x: 1 512 T W; weight: 512"}),
-        "merge_lora_": (weights, {"arguments": "weight: T W; lora_a: 64 W; lora_b: T 64"}),
-        "dual_add": (weights, {}),
+        "merge_lora_": (Size(1, 4096, 4096), {"arguments": "weight: T W; lora_a: 64 W; lora_b: T 64"}),
         **dict.fromkeys(("noise_statistics", "normalize_noise", "channelwise_normalize"), (noise, {})),
     }
     made = []

@@ -20,13 +20,12 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def planted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The backend "cpu" of dual_add adds twice the second; its calls are listed."""
-    op, calls = dispatch.registered()["dual_add"], []
+    """The backend "cpu" of gated_residual adds twice what it should; its calls are listed."""
+    op, calls = dispatch.registered()["gated_residual"], []
 
     def wrong(out: Any, args: Any) -> None:
         calls.append(args)
-        out[0].copy_(args.x + args.first)
-        out[1].copy_(args.x + 2 * args.second)
+        out.copy_(args.x + 2 * args.y * args.gate)
 
     present = dispatch.unavailable
     monkeypatch.setattr(dispatch, "unavailable", lambda name: None if name == "cpu" else present(name))
@@ -38,7 +37,7 @@ def planted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def call() -> torch.Tensor:
     x = torch.ones(3)
-    return ltxkern.dual_add(x, x, x)[1]
+    return ltxkern.gated_residual(x, x, x)
 
 
 def test_a_wrong_backend_is_left_with_one_warning(planted: list[Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -46,11 +45,13 @@ def test_a_wrong_backend_is_left_with_one_warning(planted: list[Any], caplog: py
         assert all(torch.equal(call(), torch.full((3,), 2.0)) for _ in range(3))
     assert len(planted) == len(probe.SIZES)
     (warning,) = caplog.messages
-    assert warning.startswith("ltxkern.dual_add is not served by cpu: the probe at first use found it wrong on cpu:")
-    assert ltxkern.capabilities()["dual_add"]["cpu"] in warning
+    assert warning.startswith(
+        "ltxkern.gated_residual is not served by cpu: the probe at first use found it wrong on cpu:"
+    )
+    assert ltxkern.capabilities()["gated_residual"]["cpu"] in warning
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="the probe at first use"):
         call()
-    assert ltxkern.served()["dual_add"] == {"torch"}
+    assert ltxkern.served()["gated_residual"] == {"torch"}
 
 
 def test_the_probe_can_be_switched_off(planted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,7 @@ def test_an_unknown_value_is_refused(planted: list[Any], monkeypatch: pytest.Mon
 
 def test_what_is_proven_is_not_probed(planted: list[Any]) -> None:
     (origin,) = proofs.origins("cpu").values()
-    proofs.write(origin, proofs.Proof({"dual_add": {"cpu": proofs.Verdict(True, "quick", 1)}}))
+    proofs.write(origin, proofs.Proof({"gated_residual": {"cpu": proofs.Verdict(True, "quick", 1)}}))
     call()
     assert len(planted) == 1
 
@@ -92,11 +93,11 @@ def test_during_a_capture_a_call_is_served_and_the_next_outside_probes(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LTXKERN_SELFCHECK", "first")
-    op, captures, asked = dispatch.registered()["dual_add"], [True, True, False], []
+    op, captures, asked = dispatch.registered()["gated_residual"], [True, True, False], []
     monkeypatch.setattr(proofs, "verdicts", lambda *_: {"cuda:0": None})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures.pop(0))
     monkeypatch.setattr(probe, "mismatch", lambda *given: asked.append(given))
-    given = trust.Trust("dual_add", op._backends, dispatch.BACKENDS)
+    given = trust.Trust("gated_residual", op._backends, dispatch.BACKENDS)
     for expected in ((0, False), (0, False), (1, True)):
         assert given.admit("cuda", op, None, CUDA)
         assert (len(asked), "cuda" in given.serving) == expected
@@ -104,7 +105,7 @@ def test_during_a_capture_a_call_is_served_and_the_next_outside_probes(
 
 def test_a_captured_call_is_among_those_served(planted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked again until it is trusted, and then no more."""
-    op, answers = dispatch.registered()["dual_add"], [False, False, True]
+    op, answers = dispatch.registered()["gated_residual"], [False, False, True]
 
     def admit(self: trust.Trust, backend: str, *_: Any) -> bool:
         if answers.pop(0):
@@ -114,7 +115,7 @@ def test_a_captured_call_is_among_those_served(planted: list[Any], monkeypatch: 
     monkeypatch.setattr(trust.Trust, "admit", admit)
     for captured in (True, True, False, False):
         call()
-        assert ltxkern.served()["dual_add"] == {"cpu"}
+        assert ltxkern.served()["gated_residual"] == {"cpu"}
         assert ("cpu" in op.receipts) is not captured
     assert not answers
 
@@ -140,7 +141,7 @@ def test_the_quickest_tier_comes_first_and_a_wrong_one_not_at_all(monkeypatch: p
     monkeypatch.setattr(proofs, "verdicts", lambda kind, op, tier: {"cuda:0": verdict.get(tier)})
     monkeypatch.setattr(proofs, "order", lambda kind, op: ("triton", "nvrtc"))
     backends = dict.fromkeys(("cuda", "nvrtc", "triton", "cpu"))
-    given = trust.Trust("dual_add", backends, dispatch.BACKENDS)
+    given = trust.Trust("gated_residual", backends, dispatch.BACKENDS)
     assert given.heed("cuda")
     assert not given.heed("cuda")
     assert given.order == ("triton", "nvrtc", "cuda", "cpu", "torch")

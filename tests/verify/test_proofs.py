@@ -13,7 +13,7 @@ from ltxkern.trust.proofs import Origin, Proof, Verdict
 ORIGIN = Origin("NVIDIA H200", "9.0", "580.1", "2.11", "3.6", "abc")
 WRONG = Verdict(False, "full", 3, "off by one")
 PROOF = Proof(
-    {"dual_add": {"cuda": WRONG, "triton": Verdict(True, "quick", 7)}}, {"dual_add": ("triton", "cuda")}, "now"
+    {"head_gate": {"cuda": WRONG, "triton": Verdict(True, "quick", 7)}}, {"head_gate": ("triton", "cuda")}, "now"
 )
 
 
@@ -70,7 +70,7 @@ def test_a_store_that_cannot_be_used_is_said(fresh: Path, caplog: pytest.LogCapt
     assert proofs.read(ORIGIN) is None
     assert "cannot be read and is ignored" in caplog.text
     assert "cannot be stored in" in (proofs.write(ORIGIN, PROOF) or "")
-    assert ltxkern.capabilities()["dual_add"]["torch"] is None
+    assert ltxkern.capabilities()["head_gate"]["torch"] is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_store_that_cannot_be_used_is_said(fresh: Path, caplog: pytest.LogCapt
 )
 def test_a_full_run_outlives_a_quick_one(old: Verdict, new: Verdict, kept: Verdict, fresh: Path) -> None:
     for verdict in (old, new):
-        proofs.write(ORIGIN, Proof({"dual_add": {"cuda": verdict}}))
+        proofs.write(ORIGIN, Proof({"head_gate": {"cuda": verdict}}))
     stored = proofs.read(ORIGIN)
     assert stored is not None
-    assert stored.verdicts["dual_add"]["cuda"] == kept
+    assert stored.verdicts["head_gate"]["cuda"] == kept

@@ -106,7 +106,7 @@ def test_what_was_found_survives_an_interruption(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: object, report: Report, **options: object) -> None:
-        report.found["cpu"] = {"dual_add": Found(4, 4), "head_gate": Found(4, 2, essential_left=2)}
+        report.found["cpu"] = {"gated_residual": Found(4, 4), "head_gate": Found(4, 2, essential_left=2)}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "verify", interrupted)
@@ -116,7 +116,7 @@ def test_what_was_found_survives_an_interruption(
     assert not json.loads(file.read_text())["finished"]
     (stored,) = proofs.stored("cpu").values()
     assert stored is not None
-    assert {op: set(row) for op, row in stored.verdicts.items()} == {"dual_add": {"cpu"}}
+    assert {op: set(row) for op, row in stored.verdicts.items()} == {"gated_residual": {"cpu"}}
 
 
 def test_a_worker_that_cannot_start_says_nothing_of_an_op(few_checks: None, fresh: Path) -> None:
@@ -156,5 +156,5 @@ def test_references_in_fp64_are_in_fp64(case: checks.OpCase) -> None:
 def test_a_tier_is_preferred_only_where_it_is_clearly_quicker(
     seconds: dict[str, float], order: tuple[str, ...] | None
 ) -> None:
-    rows = [timing.Timed("dual_add", "", tier, taken, 1, 1.0, 1.0) for tier, taken in seconds.items()]
-    assert timing.preferred(rows, ltxkern.dispatch.BACKENDS).get("dual_add") == order
+    rows = [timing.Timed("gated_residual", "", tier, taken, 1, 1.0, 1.0) for tier, taken in seconds.items()]
+    assert timing.preferred(rows, ltxkern.dispatch.BACKENDS).get("gated_residual") == order
