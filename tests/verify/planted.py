@@ -48,7 +48,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "wrong result": Fault("rms_norm_modulate", _wrong_result, "error against fp64"),
     "out of bounds": Fault("gated_residual", _one_row_more, "written outside of output 0"),
-    "endless": Fault("combine_guidance", _endless, "no end after 10 s"),
+    "endless": Fault("qk_norm_rope", _endless, "no end after 10 s"),
     "crash": Fault("res2s_sde_step", _crash, "the process ended by SIGABRT"),
 }
 RIGHT = "channelwise_normalize"
