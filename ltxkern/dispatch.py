@@ -28,12 +28,15 @@ from torch import Tensor
 
 from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
+from ltxkern.compiled import driver
 from ltxkern.registration import refuse_gradients, register, register_in_place, tensors_of
 from ltxkern.trust.backends import Trust
 
 logger = logging.getLogger("ltxkern")
 
 BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
+# Those whose tensors lie on a CUDA device.
+DEVICE_BACKENDS = BACKENDS[:3]
 
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
@@ -87,7 +90,7 @@ def _disabled() -> frozenset[str]:
 
 @functools.cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot run in this process at all, or None if it can."""
+    """Why a backend cannot run in this process, or None if it can; asked again once CUDA is in use, and after a fork."""
     if backend == "torch":
         return None
     if backend in _disabled():
@@ -100,7 +103,24 @@ def unavailable(backend: str) -> str | None:
         return "triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return None if torch.cuda.is_available() else "no CUDA device: torch.cuda.is_available() is false"
+    return driver.no_device()
+
+
+def _ask_again() -> None:
+    """Forget which backends can run: what was found out holds no longer."""
+    unavailable.cache_clear()
+    for op in _registry.values():
+        op._present.clear()
+
+
+os.register_at_fork(after_in_child=_ask_again)
+
+
+def _waiting(backend: str) -> bool:
+    """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
+    if backend not in DEVICE_BACKENDS or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
@@ -146,18 +166,17 @@ def handed(call: Callable[[], Any]) -> Any:
         return refusal.given
     finally:
         _forced.reset(token)
-    raise ValueError("the call reached no op")
 
 
 def capabilities() -> dict[str, dict[str, str | None]]:
     """Table op x backend: None where the backend serves the op in this process, else the reason why not.
 
     A call may still be refused for its own dtype, layout or size; the reason then comes with `BackendError` under `use_backend`.
+    What `ltxkern verify` found wrong on a GPU is told once CUDA is in use.
     """
     for op in _registry.values():
-        op.heed_proofs("cpu")
-        if torch.cuda.is_available():
-            op.heed_proofs("cuda")
+        for kind in ("cpu", "cuda")[: 1 + torch.cuda.is_initialized()]:
+            op.heed_proofs(kind)
     return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
 
 
@@ -247,9 +266,11 @@ class Op:
         return self._trust.refused.get(backend) or unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
-        if names not in self._present:
-            self._present[names] = tuple(name for name in names or self._trust.order if self.missing(name) is None)
-        return self._present[names]
+        found = self._present.get(names)
+        if found is None:
+            found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
+            self._present[names] = found
+        return found
 
     def select(self, args: Any) -> str:
         """Name of the first permitted backend that serves these arguments.

@@ -190,10 +190,12 @@ def distance(ours: Tensor, composed: Tensor, exact: Tensor, compute: torch.dtype
     if (ours.shape, ours.dtype) != (composed.shape, composed.dtype):
         return f"{tuple(ours.shape)} {ours.dtype}, not {tuple(composed.shape)} {composed.dtype}"
     one, other = ours.double(), composed.double()
+    # Where squares underflow, torch has a deviation of zero on one device and not on another: what fp64 has is as right.
+    rounded = exact.to(ours.dtype).double()
     for name, kind in (("NaN", torch.isnan), ("infinite", torch.isinf)):
-        if not torch.equal(kind(one), kind(other)):
-            return f"{name} at other elements than torch's composition"
-    met = one.isfinite() & exact.isfinite()
+        if not any(torch.equal(kind(one), kind(like)) for like in (other, rounded)):
+            return f"{name} at other elements than torch's composition and fp64"
+    met = one.isfinite() & other.isfinite() & exact.isfinite()
     if not bool(met.any()):
         return None
     mine, theirs, size = (one - exact)[met].abs(), (other - exact)[met].abs(), float(exact[met].abs().max())
