@@ -94,7 +94,10 @@ KERNELS: dict[str, dict[str, Any]] = {
     "as dispatch has it": {},
     "two passes": {"_cluster_size": _never, "_pipeline_units": lambda *_: float("inf")},
     "pipeline": {"_cluster_size": _never, "_two_pass_units": lambda *_: float("inf")},
-    **{f"on chip, {n} blocks": {"_cluster_size": lambda *_, n=n: n} for n in (1, 2, 4, 8)},
+    **{
+        f"on chip, {n} blocks": {"_cluster_size": lambda *_, n=n: (n, 1), "_worth_its_waves": lambda *_: True}
+        for n in (1, 2, 4, 8)
+    },
 }
 
 
