@@ -199,6 +199,9 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
         return True
     grad = torch.is_grad_enabled()
     for value in args:
+        # Most optional arguments are absent, and to ask what they are no instance of takes longer than a tensor.
+        if value is None:
+            continue
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             kind = type(tensor)
             if kind is Tensor or kind is torch.nn.Parameter:

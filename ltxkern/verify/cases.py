@@ -22,7 +22,7 @@ from ltxkern.verify.values import channels_last, noise
 F16, BF16, F32, F64, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn
 STEP = res2s_steps([0.9, 0.7])[0]
 # Arguments whose dtype no activation changes.
-ALWAYS = {"mask": F32, "noise_stats": F64, "rows": torch.int64}
+ALWAYS = {"mask": F32, "noise_stats": F64, "rows": torch.int64, "k_rows": torch.int32}
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -103,7 +103,7 @@ class OpCase:
 
     def drawn(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
         """Values of an argument: a mask lies between 0 and 1, a row index in three rows, statistics differ by slice."""
-        if name == "rows":
+        if name.endswith("rows"):
             value = torch.arange(torch.Size(shape).numel()).mul(7).remainder(3).view(shape)
         elif name == "noise_stats":
             slices = torch.arange(1.0, shape[0] + 1, dtype=F64)
@@ -148,6 +148,21 @@ def rotated() -> dict[str, dict[str, Any]]:
         for heads in (1, 3)
         for layout in ("split", "interleaved")
         for wide in (False, True)
+    }
+
+
+def rotated_by_row() -> dict[str, dict[str, Any]]:
+    """Tables of qk_norm_rope with a row per coordinate: of three axes, of one, and such that only the general kernels take."""
+    own, wide = "k_cos k_sin: 3 2W; k_rows: 1 3 2T", dict.fromkeys(("cos", "sin", "k_cos", "k_sin"), F32)
+    longer = f"q: B T 12W; k: B 2T 12W; q_weight k_weight: 12W; cos sin: 3 2W; rows: B 3 T; {own}"
+    pairs, fixed = "q k: B T {0}W; q_weight k_weight: {0}W; cos sin: 3 {1}W; rows: {2} T", {"rows": torch.int32}
+    return {
+        "rows": {"arguments": longer, "others": {"heads": 6}, "fixed": {**fixed, **wide}},
+        "rows_one_axis": {"arguments": pairs.format(4, 2, "B 1"), "others": {"heads": 2}, "fixed": {**fixed, **wide}},
+        "rows_3_heads": {"arguments": pairs.format(6, "", "1 3"), "others": {"heads": 3}, "fixed": fixed},
+        "rows_2_heads_interleaved": {
+            **{"arguments": pairs.format(4, "", "B 2"), "others": {"heads": 2, "layout": "interleaved"}, "fixed": fixed}
+        },
     }
 
 
@@ -204,7 +219,9 @@ CASES = [
     *family(
         OpCase("qk_norm_rope", "q k: B T 4W; q_weight k_weight: 4W; cos sin: B 2 T W", "q; k"),
         wide={"fixed": {"cos": F32, "sin": F32}},
+        own={"arguments": "q: B T 4W; k: B 2T 4W; q_weight k_weight: 4W; cos sin: B 2 T W; k_cos k_sin: 1 2 2T W"},
         **rotated(),
+        **rotated_by_row(),
     ),
     OpCase("normalize_noise", "noise: B 8T W", "noise", dtypes=SAMPLER_DTYPES),
     OpCase("channelwise_normalize", "x: B 8T W", "x", dtypes=SAMPLER_DTYPES),
