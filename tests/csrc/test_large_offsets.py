@@ -25,11 +25,11 @@ from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
 from ltxkern.layout import ceil_div, round_up
 from ltxkern.ops.float8 import stochastic_e4m3
+from ltxkern.verify.cases import BF16, CASES, F32, F64, OpCase, Size
 from tests.csrc.kernel_runs import Planner, exact_pixel_norm, forced
 from tests.csrc.on_shim import last_blocks, on_shim, run_step
 from tests.csrc.shim_build import ROOT
 from tests.ops.contract import assert_same, noise
-from tests.ops.op_cases import BF16, CASES, F32, F64, OpCase, Size
 from tests.serving import needs_cpu_kernels
 
 HALF = 1 << 30

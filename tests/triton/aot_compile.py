@@ -23,9 +23,9 @@ from triton.runtime.jit import JITFunction
 import ltxkern
 from ltxkern import dispatch
 from ltxkern import triton as tier
+from ltxkern.verify.cases import BF16, F32, F64
 from tests.csrc.kernel_resources import told
 from tests.ops.contract import channels_last
-from tests.ops.op_cases import BF16, F32, F64
 
 ARCHITECTURES = (80, 90, 100, 120)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltxkern import use_backend
 from ltxkern.ops.qk_norm_rope import Arguments
 from ltxkern.ops.rms_norm_modulate import taken
+from ltxkern.verify.cases import OpCase
 from tests.ops import test_combine_guidance as guidance
 from tests.ops import test_gated_residual as gates
 from tests.ops import test_group_norm_silu as group_norm
@@ -22,7 +23,6 @@ from tests.ops import test_qk_norm_rope as rope
 from tests.ops import test_res2s as res2s
 from tests.ops import test_rms_norm_modulate as rms_norm
 from tests.ops.contract import assert_as_close
-from tests.ops.op_cases import OpCase
 from tests.serving import serving
 
 
