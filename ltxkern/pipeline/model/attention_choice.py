@@ -83,6 +83,10 @@ def fault(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, sh
     return None if found <= limit else f"it is {found:.1e} from fp64 on a tiny case, allowed {limit:.1e}"
 
 
+def _captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass
 class AttentionChoice:
     """The attention of a pipeline: a kernel by its name, or with "auto" the first of the card's order that serves a case.
@@ -98,6 +102,7 @@ class AttentionChoice:
 
     name: str | None = None
     served: set[str] = field(default_factory=set, init=False)
+    _names: dict[Case, str] = field(default_factory=dict, init=False, repr=False)
     _runs: dict[tuple[Any, ...], Run] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,40 +154,54 @@ class AttentionChoice:
             raise ValueError(f"attention {self.name} cannot serve {short(case.dtype)} on {case.device}: {reason}")
         return [self.name]
 
-    def _find(self, query: Tensor, key: Tensor, layout: tuple[Any, ...]) -> Run:
-        device, dtype, head_dim = query.device, query.dtype, query.shape[-1]
-        if device.type == "meta" or not query.numel() or not key.numel():
-            return torch_attention  # shapes alone, or nothing to compute
-        names = self._candidates(Case(device, dtype, head_dim, self.name != "auto"))
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    def kernel(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """Name of the kernel for a dtype and a width of heads, which are checked where they are new.
+
+        Raises:
+            ValueError: the named kernel cannot serve them, or failed its check.
+        """
+        case = Case(device, dtype, head_dim, self.name != "auto")
+        known = self._names.get(case)
+        if known is not None:
+            return known
+        names = self._candidates(case)
+        if _captures(device):
+            return names[0]
         for name in names:
-            wrong = None if capturing else fault(name, device, dtype, head_dim)
+            wrong = fault(name, device, dtype, head_dim)
             if wrong is None:
                 break
-            if self.name != "auto":
+            if case.named:
                 raise ValueError(f"attention {name} cannot serve on {device}: {wrong}")
             logger.warning("attention by %s is dropped on %s: %s", name, device, wrong)
         else:
             raise ValueError(f"attention: none of {', '.join(names)} is right on {device} in {short(dtype)}")
-        run, shares = KERNELS[name].run, self._shares(name, query, key, capturing)
+        if name not in self.served:
+            refusals = {other: KERNELS[other].refuse(case._replace(named=False)) for other in order(device)}
+            others = ", ".join(f"{other} ({reason})" for other, reason in refusals.items() if reason)
+            logger.info("attention is computed by %s on %s%s", name, device, others and f"; not by {others}")
+        self.served.add(name)
+        self._names[case] = name
+        return name
+
+    def _find(self, query: Tensor, key: Tensor, layout: tuple[Any, ...]) -> Run:
+        if query.device.type == "meta" or not query.numel() or not key.numel():
+            return torch_attention  # shapes alone, or nothing to compute
+        name = self.kernel(query.device, query.dtype, query.shape[-1])
+        run, shares = KERNELS[name].run, self._shares(name, query, key)
         if (shared := KERNELS[name].in_shares) is not None and shares > 1:
             run = functools.partial(shared, shares)
-        if name not in self.served:
-            self.served.add(name)
-            reasons = {other: KERNELS[other].refuse(Case(device, dtype, head_dim)) for other in order(device)}
-            others = ", ".join(f"{other} ({reason})" for other, reason in reasons.items() if reason)
-            logger.info("attention is computed by %s on %s%s", name, device, others and f"; not by {others}")
-        if not capturing:
+        if not _captures(query.device):
             self._runs[layout] = run
         return run
 
-    def _shares(self, name: str, query: Tensor, key: Tensor, capturing: bool) -> int:
+    def _shares(self, name: str, query: Tensor, key: Tensor) -> int:
         # torch's flash kernel shares out long keys by itself; on a CPU threads take heads.
         if query.device.type != "cuda" or KERNELS[name].in_shares is None or name == "flash":
             return 1
         count = torch.cuda.get_device_properties(query.device).multi_processor_count
         shares = key_shares(query.shape[0], query.shape[1], key.shape[1], query.shape[2], count)
-        if shares == 1 or capturing:
+        if shares == 1 or _captures(query.device):
             return shares
         wrong = fault(name, query.device, query.dtype, query.shape[-1], shared=True)
         if wrong is not None:
@@ -213,6 +232,12 @@ def use_attention(choice: AttentionChoice | str) -> Iterator[AttentionChoice]:
         _current.reset(token)
 
 
+@torch.compiler.assume_constant_result
+def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What torch.compile fixes in a graph: the kernel that is in force while it traces."""
+    return (_current.get() or _default()).kernel(device, dtype, head_dim)
+
+
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` per head, by the kernel that is in force.
 
@@ -224,4 +249,6 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Contract: rounded; on a CPU the bits of torch's own choice.
     """
+    if torch.compiler.is_compiling():
+        return KERNELS[_kernel(query.device, query.dtype, query.shape[-1])].run(query, key, value)
     return (_current.get() or _default())(query, key, value)

@@ -111,7 +111,7 @@ def _pinned(backend: SDPBackend) -> Run:
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = _by_heads(query, key, value)
-        if torch._fused_sdp_choice(q, k, v) == backend.value:
+        if not torch.compiler.is_compiling() and torch._fused_sdp_choice(q, k, v) == backend.value:
             return torch_attention(query, key, value)
         with sdpa_kernel(backend):
             return torch_attention(query, key, value)

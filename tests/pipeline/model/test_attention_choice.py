@@ -163,6 +163,7 @@ def test_a_check_is_made_once_and_not_while_a_graph_is_captured(
         return "it is wrong" if shared and name == "cudnn" else None
 
     monkeypatch.setattr(attention_choice, "fault", check)
+    monkeypatch.setattr(attention_choice, "_captures", lambda device: False)
     choice = AttentionChoice("auto")
     for _ in range(2):
         choice(*GIVEN)
@@ -171,11 +172,15 @@ def test_a_check_is_made_once_and_not_while_a_graph_is_captured(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     query, key = (SimpleNamespace(device=CARD, dtype=torch.bfloat16, shape=(1, n, 32, 64)) for n in (126, 32640))
     shares: Any = choice._shares
-    assert shares("fa3", query, key, False) == 4
-    assert shares("cudnn", query, key, True) == 4
-    assert shares("flash", query, key, False) == 1  # by itself
+    assert shares("fa3", query, key) == 4
+    assert shares("flash", query, key) == 1  # by itself
     assert checked[1:] == [("fa3", "shared")]
-    assert shares("cudnn", query, key, False) == 1
+    monkeypatch.setattr(attention_choice, "_captures", lambda device: True)
+    assert shares("cudnn", query, key) == 4
+    assert AttentionChoice("math").kernel(CPU, torch.float32, 8) == "math"
+    assert len(checked) == 2
+    monkeypatch.setattr(attention_choice, "_captures", lambda device: False)
+    assert shares("cudnn", query, key) == 1
     assert "attention by cudnn takes long keys in one walk on cuda:0: it is wrong" in caplog.text
 
 
@@ -192,3 +197,16 @@ def test_what_has_no_elements_or_no_data_is_left_to_torch() -> None:
     choice = AttentionChoice("flash")
     assert choice(GIVEN[0][:, :0], *GIVEN[1:]).shape == (1, 0, 2, 8)
     assert choice(*(x.to("meta") for x in GIVEN)).shape == (1, 4, 2, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.exact])
+def test_every_kernel_that_is_here_is_right_on_the_device(name: str, head_dim: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = KERNELS[name].refuse(attention_choice.Case(device, torch.bfloat16, head_dim))
+    if reason is not None:
+        pytest.skip(f"ATTENTION BY {name} NOT RUN: {reason}")
+    assert fault(name, device, torch.bfloat16, head_dim) is None
+    if KERNELS[name].in_shares is not None:
+        assert fault(name, device, torch.bfloat16, head_dim, shared=True) is None
