@@ -124,7 +124,8 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
 def test_a_lora_strength_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str) -> None:
-    sentence = refused(capsys, "--lora", f"{bad_lora(tmp_path)}:{strength}", "-o", str(tmp_path / "out.mp4"))
+    save_file(demo_lora(), tmp_path / "good.safetensors")
+    sentence = refused(capsys, "--lora", f"{tmp_path}/good.safetensors:{strength}", "-o", str(tmp_path / "out.mp4"))
     assert "strength must be a finite number, got" in sentence
 
 

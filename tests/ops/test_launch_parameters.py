@@ -72,7 +72,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Steps]
 
     monkeypatch.setattr(extension, "cpu_program", record)
     monkeypatch.setattr(extension, "program_builder", lambda tier: record)
+    # As much as is counted on.
+    monkeypatch.setattr(extension, "held", lambda *launch: 1 << 20)
     monkeypatch.setattr(dispatch, "unavailable", lambda backend: None)
+    monkeypatch.setattr(dispatch, "_waiting", lambda backend: False)
     for op in dispatch._registry.values():
         monkeypatch.setattr(op, "_present", {})
     yield all_of

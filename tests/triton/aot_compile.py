@@ -196,6 +196,7 @@ def target(arch: int) -> None:
     """Triton compiles for this architecture from now on, and serves what no device holds."""
     triton.runtime.driver.set_active(NamedTarget(arch))
     dispatch.unavailable = lambda backend: None
+    dispatch._waiting = lambda backend: False
     tier.refuse_elsewhere = lambda args: None
 
 

@@ -382,6 +382,11 @@ def _complete(folder: Path, files: list[Path]) -> list[Path]:
     if whole:
         return whole[:1]
     count = max(numbers.values())
+    if len({match["count"] for file in files if (match := _WEIGHTS.match(file.name))}) > 1:
+        raise CheckpointError(
+            f"{folder}: holds the numbered files of several downloads ({listed([file.name for file in files])}): "
+            "keep those of one"
+        )
     missing = [str(number) for number in range(1, count + 1) if number not in numbers]
     if missing:
         raise CheckpointError(f"{folder}: of {count} files, number {', '.join(missing)} is missing: download it")

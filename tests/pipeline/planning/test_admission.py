@@ -114,6 +114,39 @@ def test_pictures_and_sizes_stand_in_the_same_list(
     assert "none.png' does not exist" in found[3]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("wrong", [["--model", "/nowhere/m.safetensors"], ["--dtype", "bf17"], ["--pipeline", "hp"]])
+def test_a_wrong_choice_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, wrong: list[str]
+) -> None:
+    others = [
+        "--lora",
+        "/nowhere/l.safetensors:-1",
+        "--image",
+        "none.png",
+        "--device-mode",
+        "fast",
+        "--vocoder",
+        "/no/v",
+    ]
+    assert main([*COMMANDS[command](tmp_path), *wrong, *others]) == 2
+    said = "\n".join(sentences(capsys))
+    for part in (
+        wrong[1],
+        "--lora: there is no file /nowhere/l.safetensors",
+        "'none.png' does not exist",
+        "'fast'",
+        "/no/v",
+    ):
+        assert part in said, (part, said)
+
+
+def test_the_demo_brings_its_own_parts(demo_files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", "--prompt", "a", "--dry-run", *SIZE, *options(demo_files)[2:6]]
+    assert main(given) == 2
+    assert [line.split(" ")[0] for line in sentences(capsys)] == ["--upsampler:", "--text-encoder:"]
+
+
 def test_what_a_run_needs_and_nobody_named(
     demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
