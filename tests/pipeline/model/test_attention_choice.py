@@ -200,6 +200,7 @@ def test_what_has_no_elements_or_no_data_is_left_to_torch() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="ATTENTION KERNELS NOT RUN: needs a CUDA device")
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.exact])
 def test_every_kernel_that_is_here_is_right_on_the_device(name: str, head_dim: int) -> None:
