@@ -78,7 +78,7 @@ def fault(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, sh
                 found = error(kernel.in_shares(2, query, key, value))
             else:
                 found = error(kernel.run(query, key, value))
-        except (RuntimeError, TypeError, ImportError, OSError) as failure:
+        except (RuntimeError, TypeError, AttributeError, ImportError, OSError) as failure:
             return f"it failed on a tiny case: {str(failure).strip().splitlines()[0]}"
     return None if found <= limit else f"it is {found:.1e} from fp64 on a tiny case, allowed {limit:.1e}"
 

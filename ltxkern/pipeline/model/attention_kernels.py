@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -95,9 +95,9 @@ def capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _by_heads(*tensors: Tensor) -> Iterator[Tensor]:
+def _by_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, d) as torch's attention takes it, (B, H, T, d)."""
-    return (tensor.transpose(1, 2) for tensor in tensors)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -112,11 +112,51 @@ def _pinned(backend: SDPBackend) -> Run:
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = _by_heads(query, key, value)
         if not torch.compiler.is_compiling() and torch._fused_sdp_choice(q, k, v) == backend.value:
-            return torch_attention(query, key, value)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         with sdpa_kernel(backend):
-            return torch_attention(query, key, value)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     return run
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, sums: bool) -> tuple[Tensor, ...]:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, sums)
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, sums: bool) -> tuple[Tensor, ...]:
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, sums)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, sums: bool) -> tuple[Tensor, ...]:
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+    return aten._scaled_dot_product_flash_attention(query, key, value)
+
+
+def _directly(kernel: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]) -> Run:
+    """What torch calls where it picks a kernel, without the switches."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        backward = query.requires_grad or key.requires_grad or value.requires_grad
+        return kernel(*_by_heads(query, key, value), backward)[0].transpose(1, 2)
+
+    return run
+
+
+def _with_sums(kernel: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]) -> Share:
+    def share(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        output, sums = kernel(*_by_heads(query, key, value), True)[:2]
+        return output.transpose(1, 2), sums
+
+    return share
+
+
+_flash_on_cpu, _flash_on_card = _pinned(SDPBackend.FLASH_ATTENTION), _directly(_flash)
+
+
+def _flash_anywhere(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (_flash_on_cpu if query.device.type == "cpu" else _flash_on_card)(query, key, value)
 
 
 def _fa3(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
@@ -144,26 +184,6 @@ def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _sage_absent(case: Case) -> str | None:
     return None if find_spec("sageattention") is not None else "it needs the package sageattention"
-
-
-def _cudnn_share(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = _by_heads(query, key, value)
-    output, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    return output.transpose(1, 2), sums
-
-
-def _efficient_share(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = _by_heads(query, key, value)
-    output, sums = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    return output.transpose(1, 2), sums
-
-
-def _flash_share(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    aten = torch.ops.aten
-    cpu = aten._scaled_dot_product_flash_attention_for_cpu
-    function = cpu if query.device.type == "cpu" else aten._scaled_dot_product_flash_attention
-    output, sums = function(*_by_heads(query, key, value))[:2]
-    return output.transpose(1, 2), sums
 
 
 def math_share(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,9 +220,9 @@ _CPU = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 KERNELS: Mapping[str, Kernel] = {
     "cudnn": Kernel(
-        _pinned(SDPBackend.CUDNN_ATTENTION),
+        _directly(_cudnn),
         {"cuda": Conditions(_HALF, most=128, multiple=8)},
-        functools.partial(joined, _cudnn_share),
+        functools.partial(joined, _with_sums(_cudnn)),
         absent=lambda case: None if torch.backends.cudnn.is_available() else "this torch has no cuDNN",
     ),
     "fa3": Kernel(
@@ -212,14 +232,14 @@ KERNELS: Mapping[str, Kernel] = {
         absent=_fa3_absent,
     ),
     "flash": Kernel(
-        _pinned(SDPBackend.FLASH_ATTENTION),
+        _flash_anywhere,
         {"cuda": Conditions(_HALF, most=256, multiple=8), "cpu": Conditions(_CPU)},
-        functools.partial(joined, _flash_share),
+        functools.partial(joined, _with_sums(_flash)),
     ),
     "efficient": Kernel(
-        _pinned(SDPBackend.EFFICIENT_ATTENTION),
+        _directly(_efficient),
         {"cuda": Conditions({torch.float16: (5, 0), torch.bfloat16: (8, 0), torch.float32: (5, 0)}, multiple=8)},
-        functools.partial(joined, _efficient_share),
+        functools.partial(joined, _with_sums(_efficient)),
     ),
     "math": Kernel(_pinned(SDPBackend.MATH), in_shares=functools.partial(joined, math_share)),
     "torch": Kernel(torch_attention),

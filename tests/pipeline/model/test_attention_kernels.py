@@ -132,7 +132,9 @@ def trailing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return result.to(query.dtype), sums[..., None]
 
 
-@pytest.mark.parametrize("share", [math_share, padded, trailing, attention_kernels._flash_share])
+@pytest.mark.parametrize(
+    "share", [math_share, padded, trailing, attention_kernels._with_sums(attention_kernels._flash)]
+)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("scale", [1.0, 12.0])
 def test_shares_of_the_keys_are_as_close_to_fp64_as_one_walk(share: Any, dtype: torch.dtype, scale: float) -> None:
@@ -144,6 +146,16 @@ def test_shares_of_the_keys_are_as_close_to_fp64_as_one_walk(share: Any, dtype: 
     floor = torch.finfo(dtype).eps * expected.abs().max()
     assert error.square().mean().sqrt() <= 1.5 * plain.square().mean().sqrt() + floor / 8
     assert error.max() <= 1.5 * plain.max() + floor
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_kernels_of_a_card_are_called_as_torch_declares_them(name: str, gradient: bool) -> None:
+    given = [x.to("meta").requires_grad_(gradient) for x in random(126, 96, BF16, d=64)]
+    kernel = KERNELS[name]
+    assert kernel.in_shares is not None
+    for result in (kernel.run(*given), kernel.in_shares(3, *given)):
+        assert (result.shape, result.dtype, result.requires_grad) == (given[0].shape, BF16, gradient)
 
 
 @pytest.mark.parametrize(
