@@ -81,8 +81,8 @@ def test_nothing_stays_where_the_forward_fails():
 
 
 # What one block launches and moves; a change that saves some lowers these.
-MOST = {"video_passes": 65.1, "video_launches": 28, "launches": 118}
-MOST_BYTES = {"stage1": 4_468_934_272, "stage2": 17_508_744_832}
+MOST = {"video_passes": 42.1, "video_launches": 16, "launches": 92}
+MOST_BYTES = {"stage1": 2_912_619_152, "stage2": 11_340_752_440}
 
 
 def test_one_block_at_both_stages(tmp_path, capsys):
@@ -96,9 +96,9 @@ def test_one_block_at_both_stages(tmp_path, capsys):
         ours, theirs = rows[shape, "ltxkern"], rows[shape, "diffusers"]
         for name, most in {**MOST, "elementwise_bytes": MOST_BYTES[shape]}.items():
             assert ours[name] <= most, (shape, name)
-        assert ours["launches"] <= 0.5 * theirs["launches"]
-        assert ours["video_passes"] <= 0.28 * theirs["video_passes"]
-        assert ours["elementwise_bytes"] <= 0.28 * theirs["elementwise_bytes"]
+        assert ours["launches"] <= 0.4 * theirs["launches"]
+        assert ours["video_passes"] <= 0.18 * theirs["video_passes"]
+        assert ours["elementwise_bytes"] <= 0.19 * theirs["elementwise_bytes"]
         assert sum(one["video_passes"] for one in ours["sites"]) == pytest.approx(ours["video_passes"], abs=0.2)
     out = capsys.readouterr().out
     assert out.count("ltxkern") == 2
