@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.get_device_properties", return_value=hopper),
+        mock.patch("ltxkern.compiled.extension.unserved", return_value=None),
     ):
         written = table()
     readme = ROOT / "README.md"

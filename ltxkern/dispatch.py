@@ -101,9 +101,7 @@ def unavailable(backend: str) -> str | None:
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return driver.no_device()
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else driver.no_device()
 
 
 def _ask_again() -> None:
@@ -118,9 +116,7 @@ os.register_at_fork(after_in_child=_ask_again)
 
 def _waiting(backend: str) -> bool:
     """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
-    if backend not in DEVICE_BACKENDS or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return driver.unused(_ask_again)
+    return backend in DEVICE_BACKENDS and os.environ.get("TRITON_INTERPRET") != "1" and driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
