@@ -225,6 +225,7 @@ CASES = [
     ),
     OpCase("normalize_noise", "noise: B 8T W", "noise", dtypes=SAMPLER_DTYPES),
     OpCase("channelwise_normalize", "x: B 8T W", "x", dtypes=SAMPLER_DTYPES),
+    OpCase("channelwise_normalize", "x: B 3 22", "x", dtypes=SAMPLER_DTYPES, variant="pairs"),
     OpCase("noise_statistics", "noise: B 8T W", dtypes=SAMPLER_DTYPES),
     *family(
         OpCase(

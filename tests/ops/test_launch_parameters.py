@@ -25,7 +25,7 @@ DEVICES = [
     for shared, l2 in ((227, 50 << 20), (6, 50 << 20), (6, 4))
 ]
 # With whole vectors in every row, and without; with rows of whole warps, and with tokens of them.
-SIZES = (Size(1, 16, 64), Size(1, 3, 7), Size(1, 2, 1024), Size(1, 2, 256), Size(1, 2, 128))
+SIZES = (Size(1, 16, 64), Size(2, 16, 64), Size(1, 3, 7), Size(1, 2, 1024), Size(1, 2, 256), Size(1, 2, 128))
 Steps = dict[str, list[Launch | Call]]
 
 
