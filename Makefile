@@ -7,10 +7,16 @@ PIP     := $(PY) -m pip --disable-pip-version-check
 DEMO    ?= demo.mp4
 PROMPT  ?= a red kite over a winter beach, waves and gulls
 
-.PHONY: demo test docs setup setup-dev lint bench release clean
+DEMO_MODEL ?= build/demo_model
+
+.PHONY: demo demo-model test docs setup setup-dev lint bench release clean
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
+
+# Trains the demo's model: hours on two cores. It can be stopped at any time, and the same command goes on.
+demo-model: setup
+	$(PY) -m tools.demo_model --folder $(DEMO_MODEL)
 
 # Two processes of one thread each: threads that spin on a busy machine cost more than they give.
 test: setup-dev lint docs

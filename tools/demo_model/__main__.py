@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
+from tools.demo_model import latents
+from tools.demo_model.audio import AudioVAE, Vocoder
+from tools.demo_model.export import Trained
+from tools.demo_model.lora import DistilledLora
 from tools.demo_model.training import WORKERS, Part, progress_of, train
+from tools.demo_model.transformer import Transformer
+from tools.demo_model.upsampler import Upsampler
 from tools.demo_model.video_vae import VideoDecoder, VideoVAE
 
-# In the order of their need: each may read what stands before it.
-PARTS: tuple[type[Part], ...] = (VideoVAE, VideoDecoder)
+# In the order of their need: each may read what stands before it. After the audio parts all scenes are encoded.
+BEFORE_LATENTS: tuple[type[Part], ...] = (VideoVAE, AudioVAE, Vocoder)
+AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer, DistilledLora, VideoDecoder)
 
 
-def main() -> int:
+def _train(parts: tuple[type[Part], ...], folder: Path, workers: int) -> None:
+    for part in parts:
+        if progress_of(folder, part.name) < part.steps and not train(part, folder, workers=workers):
+            sys.exit(f"stopped; the same command goes on with {part.name}")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/demo_model"), help="checkpoints and logs")
-    parser.add_argument("--only", choices=[part.name for part in PARTS], help="this part alone")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread; they change the result")
     arguments = parser.parse_args()
-    for part in PARTS:
-        if arguments.only not in (None, part.name):
-            continue
-        done = progress_of(arguments.folder, part.name)
-        if done < part.steps and not train(part, arguments.folder, workers=arguments.workers):
-            print(f"stopped; the same command goes on with {part.name}", file=sys.stderr)
-            return 1
-    return 0
+    folder, workers = arguments.folder, arguments.workers
+    # The usual way out, so that workers are ended as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    _train(BEFORE_LATENTS, folder, workers)
+    if latents.missing(folder):
+        latents.prepare(folder, workers)
+    _train(AFTER_LATENTS, folder, workers)
+    Trained.load(folder).write(folder / "files")
+    print(f"written to {folder / 'files'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,7 +15,6 @@ from tools.demo_model.world import (
     COLOURS,
     SHAPES,
     Scene,
-    Shape,
     distance,
     pan,
     track,
@@ -79,8 +78,8 @@ def judge(clip: Clip, scene: Scene) -> Verdict:
         background=background,
         shape=all(sight.shape == shape.kind for sight, shape in pairs),
         motion=all(sight.motion == shape.motion for sight, shape in pairs),
-        pitch=None if clip.sound is None else _pitches(clip, len(pairs)) == {shape.colour for _, shape in pairs},
-        side=None if clip.sound is None or len(pairs) == 2 else _hears_side(clip, scene.shapes[0], aspect),
+        pitch=None if clip.sound is None else hears_pitch(clip, scene),
+        side=None if clip.sound is None or len(pairs) == 2 else hears_side(clip, scene, aspect),
     )
 
 
@@ -193,8 +192,8 @@ def _unit_area(kind: str) -> float:
 _UNIT_AREA = {kind: _unit_area(kind) for kind in SHAPES}
 
 
-def _pitches(clip: Clip, count: int) -> set[str]:
-    """The colours whose tones are loudest."""
+def hears_pitch(clip: Clip, scene: Scene) -> bool:
+    """Whether the loudest tones are those of the scene's colours."""
     assert clip.sound is not None
     spectrum = torch.fft.rfft(clip.sound * torch.hann_window(clip.sound.shape[1])).abs().square().sum(0)
     bins = clip.sound.shape[1] / clip.rate
@@ -202,7 +201,8 @@ def _pitches(clip: Clip, count: int) -> set[str]:
     for name, colour in COLOURS.items():
         low, high = round((colour.pitch - 20) * bins), round((colour.pitch + 20) * bins)
         energy[name] = float(spectrum[low : high + 1].sum())
-    return set(sorted(energy, key=lambda name: -energy[name])[:count])
+    loudest = sorted(energy, key=lambda name: -energy[name])[: len(scene.shapes)]
+    return set(loudest) == {shape.colour for shape in scene.shapes}
 
 
 def _balance(sound: Tensor) -> float:
@@ -211,8 +211,9 @@ def _balance(sound: Tensor) -> float:
     return (right - left) / (right + left) if right + left > 0 else 0.0
 
 
-def _hears_side(clip: Clip, shape: Shape, aspect: float) -> bool:
-    """Whether the sound comes from the shape's side in the first and in the last third."""
+def hears_side(clip: Clip, scene: Scene, aspect: float) -> bool:
+    """Whether the sound comes from the side of the first shape in the first and in the last third."""
+    shape = scene.shapes[0]
     assert clip.sound is not None
     third = clip.sound.shape[1] // 3
     for sound, time in ((clip.sound[:, :third], 1 / 6), (clip.sound[:, -third:], 5 / 6)):

@@ -31,27 +31,34 @@ class Muon(torch.optim.Optimizer):
     """Muon for parameters of two and more dimensions (a kernel is a matrix, one row an output), Adam for the others.
 
     Args:
-        parameters: what is trained.
+        parameters: what is trained, by name.
         lr: of the matrices, in root mean square of a step as Adam counts it: steps of 0.2 lr an element.
         vector_lr: of the vectors.
         momentum: of the matrices.
         weight_decay: of the matrices, a share lr * weight_decay a step.
+        tables: parts of names of parameters that are tables of vectors; they follow Adam too.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[tuple[str, nn.Parameter]],
         lr: float,
         *,
         vector_lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        tables: tuple[str, ...] = (),
     ) -> None:
-        chosen = [parameter for parameter in parameters if parameter.requires_grad]
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in parameters:
+            if parameter.requires_grad:
+                vector = parameter.ndim < 2 or any(word in name for word in tables)
+                (vectors if vector else matrices).append(parameter)
         shared = {"momentum": momentum, "weight_decay": weight_decay}
         groups = [
-            {"params": [p for p in chosen if p.ndim >= 2], "lr": lr, "full_lr": lr, "matrices": True},
-            {"params": [p for p in chosen if p.ndim < 2], "lr": vector_lr, "full_lr": vector_lr, "matrices": False},
+            {"params": matrices, "lr": lr, "full_lr": lr, "matrices": True},
+            {"params": vectors, "lr": vector_lr, "full_lr": vector_lr, "matrices": False},
         ]
         super().__init__([group | shared for group in groups], {})
 

@@ -62,8 +62,14 @@ class Part(ABC):
         fall = min(1.0, (self.steps - step) / (self.decay_share * self.steps))
         return min(rise, max(fall, 0.01))
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {
+            f"{key}.{name}": parameter
+            for key, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 def mixed_precision() -> torch.autocast:
@@ -170,7 +176,7 @@ def _work(make: Callable[[Path], Part], folder: Path, rank: int, workers: int, m
             losses = part.losses(Random(seeded(part.name, step, rank, "draws")), step)
             torch.stack(list(losses.values())).sum().backward()
             now = time.monotonic()
-            stop, save = _share(part.parameters(), bool(asked), rank == 0 and now - saved > SAVE_SECONDS)
+            stop, save = _share(list(part.parameters().values()), bool(asked), rank == 0 and now - saved > SAVE_SECONDS)
             part.optimiser.scale_rates(part.rate(step))
             part.optimiser.step()
             part.optimiser.zero_grad(set_to_none=True)

@@ -20,15 +20,29 @@ from tools.demo_model.world import Scene, Window, draw_scene, render_video, trac
 HEIGHT, WIDTH, FRAMES = 256, 384, 49
 
 
-def start_like_nearest(vae: Any) -> None:
-    """Gives all filters of one pixel-shuffle group the same start, so that the first picture has no checkerboard."""
+@torch.no_grad()
+def start_plainly(vae: Any) -> None:
+    """Weights of a VAE that averages going down and repeats going up, with a little of everything else.
+
+    Residual blocks start as identities, and all filters of one pixel-shuffle group alike, so that the first picture has no
+    checkerboard: the mean of a block gets through from the first step, where random weights need hundreds to find it.
+    """
+    for name, module in vae.named_modules():
+        if name.endswith(".conv2"):
+            module.conv.weight.zero_()
+            module.conv.bias.zero_()
     decoder = vae.decoder
     groups = [(block.upsamplers[0].conv.conv, math.prod(block.upsamplers[0].stride)) for block in decoder.up_blocks]
-    groups.append((decoder.conv_out.conv, decoder.patch_size**2))
-    with torch.no_grad():
-        for convolution, count in groups:
-            for parameter in (convolution.weight, convolution.bias):
-                parameter.copy_(parameter[::count].repeat_interleave(count, 0))
+    for convolution, count in (*groups, (decoder.conv_out.conv, decoder.patch_size**2)):
+        for parameter in (convolution.weight, convolution.bias):
+            parameter.copy_(parameter[::count].repeat_interleave(count, 0))
+    for convolution, count in groups:
+        convolution.weight.mul_(0.3)
+        outputs = convolution.out_channels // count
+        share = convolution.in_channels / outputs
+        for source in range(convolution.in_channels):
+            first = source % outputs * count
+            convolution.weight[first : first + count, source, 1, 1, 1] += 1 / math.sqrt(share)
 
 
 def draw_window(draws: Random, scene: Scene, size: tuple[int, int, int], window: tuple[int, int, int]) -> Window:
@@ -86,10 +100,10 @@ class VideoVAE(Part):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         vae = plain("video_vae")
-        start_like_nearest(vae)
+        start_plainly(vae)
         self.vae: Any = vae
         self.modules = {"video_vae": vae}
-        self.optimiser = Muon(self.parameters(), 1.5e-3, vector_lr=1e-3)
+        self.optimiser = Muon(self.parameters().items(), 1.5e-3, vector_lr=1e-3)
         draws = Random(seeded(self.name, "evaluation"))
         self.scenes = [draw_scene(draws, held_out=True, shapes=1) for _ in range(16)]
 
@@ -135,4 +149,4 @@ class VideoDecoder(VideoVAE):
         super().__init__(folder)
         load_modules(folder, VideoVAE.name, self.modules)
         self.vae.encoder.requires_grad_(False)
-        self.optimiser = Muon(self.parameters(), 7e-4, vector_lr=5e-4)
+        self.optimiser = Muon(self.parameters().items(), 7e-4, vector_lr=5e-4)
