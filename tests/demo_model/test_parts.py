@@ -11,10 +11,9 @@ from torch.nn.functional import interpolate
 
 from ltxkern.pipeline.files.checkpoint import load_component
 from ltxkern.pipeline.files.lora import LoRA
-from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.components import BUILDABLE
-from tools.demo_model import audio, export, latents, lora, text, transformer, upsampler, video_vae
-from tools.demo_model.training import Part, checkpoint, seeded
+from tools.demo_model import audio, export, latents, lora, measure, text, transformer, upsampler, video_vae
+from tools.demo_model.training import Part, checkpoint
 from tools.demo_model.world import Window, draw_scene, render_video
 
 FILES = 3
@@ -67,7 +66,7 @@ def test_audio_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_video_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_vae.VideoVAE, "batch", 1)
+    monkeypatch.setattr(video_vae.VideoVAE, "courses", (video_vae.Course(1, 1, (9, 64, 64)),))
     part = video_vae.VideoVAE(folder)
     assert step(part, 0)["error"] < 2
     decoder = video_vae.VideoDecoder(folder)
@@ -156,15 +155,10 @@ def test_the_files_load_as_the_real_models(tmp_path: Path) -> None:
     shapes = {name: tuple(part.shape) for name, part in trained.model.transformer.state_dict().items()}
     assert len(LoRA.from_file(tmp_path / export.LORA, shapes).factors) == len(trained.factors.names)
     assert load_file(model).keys() >= {"model.diffusion_model.patchify_proj.weight", "vae.decoder.conv_in.conv.weight"}
-    pipeline = HQTwoStagePipeline.from_pretrained(
-        model,
-        upsampler=upscaler,
-        text_encoder=tmp_path / export.TEXT,
-        distilled_lora=tmp_path / export.LORA,
-        device="cpu",
-        dtype=torch.float32,
-        embedding_cache=False,
+    (task,) = measure.tasks(1)
+    assert task.scene.held_out
+    (verdict,) = measure.follow(
+        measure.open_model(tmp_path), [task], tmp_path / "videos", height=64, width=64, num_frames=9, steps=2
     )
-    output = pipeline("a red circle moves left", height=64, width=64, num_frames=9, steps=2)
-    assert output.video.shape == (9, 64, 64, 3)
-    assert seeded("a", 1) != seeded("a", 2)
+    assert set(measure.percent([verdict])) == {"colour", "background", "shape", "motion", "pitch", "side"}
+    assert (tmp_path / "videos" / "000.mp4").is_file()

@@ -40,7 +40,7 @@ def main() -> None:
         latents.prepare(folder, workers)
     _train(AFTER_LATENTS, folder, workers)
     Trained.load(folder).write(folder / "files")
-    print(f"written to {folder / 'files'}")
+    print(f"written to {folder / 'files'}; python -m tools.demo_model.measure --files {folder / 'files'} measures them")
 
 
 if __name__ == "__main__":

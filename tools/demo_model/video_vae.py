@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,15 +87,23 @@ def decibels(error: float) -> float:
     return 10 * math.log10(4 / max(error, 1e-12))
 
 
+class Course(NamedTuple):
+    """Batches up to a step: how many windows a worker takes at once, and their frames, rows and columns."""
+
+    until: int
+    batch: int
+    window: tuple[int, int, int]
+
+
 class VideoVAE(Part):
-    """Both halves, on small windows at the edges of shapes."""
+    """Both halves, on windows at the edges of shapes: many small ones first, since each brings only two colours."""
 
     name = "video_vae"
     steps = 12000
+    decay_share = 0.4
     noise = 0.1
     noise_from = 2000
-    windows = ((17, 96, 96),)
-    batch = 2
+    courses = (Course(5000, 6, (9, 64, 64)), Course(steps, 2, (17, 96, 96)))
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -103,12 +111,13 @@ class VideoVAE(Part):
         start_plainly(vae)
         self.vae: Any = vae
         self.modules = {"video_vae": vae}
-        self.optimiser = Muon(self.parameters().items(), 1.5e-3, vector_lr=1e-3)
+        self.optimiser = Muon(self.parameters().items(), 1e-3, vector_lr=1e-3)
         draws = Random(seeded(self.name, "evaluation"))
         self.scenes = [draw_scene(draws, held_out=True, shapes=1) for _ in range(16)]
 
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
-        clips = draw_batch(draws, self.batch, self.windows[step % len(self.windows)])
+        course = next(course for course in self.courses if step < course.until)
+        clips = draw_batch(draws, course.batch, course.window)
         with mixed_precision():
             latents = encode(self.vae, clips)
             if step >= self.noise_from:
@@ -142,11 +151,10 @@ class VideoDecoder(VideoVAE):
     name = "video_decoder"
     steps = 4000
     noise_from = 0
-    windows = ((17, 96, 96), (17, 128, 192))
-    batch = 1
+    courses = (Course(2000, 2, (17, 96, 96)), Course(steps, 1, (17, 128, 192)))
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         load_modules(folder, VideoVAE.name, self.modules)
         self.vae.encoder.requires_grad_(False)
-        self.optimiser = Muon(self.parameters().items(), 7e-4, vector_lr=5e-4)
+        self.optimiser = Muon(self.parameters().items(), 5e-4, vector_lr=5e-4)
