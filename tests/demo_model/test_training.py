@@ -90,8 +90,8 @@ def test_weights_of_a_part_are_read_by_the_next(tmp_path: Path) -> None:
     assert all(torch.equal(through[name], tensor) for name, tensor in other.state_dict().items())
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 90), (90, 4)])
-def test_orthogonal_matrices(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(8, 8), (4, 90), (90, 4), (3, 16, 40)])
+def test_orthogonal_matrices(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
     assert values.min() > 0.6

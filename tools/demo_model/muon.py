@@ -17,14 +17,21 @@ _NEWTON_SCHULZ = (
 )
 
 
+# A matrix with more rows and columns than this is cut into pieces of so many rows: its cost grows with the cube.
+_WIDE, _PIECE = 128, 64
+
+
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are all about 1, by five odd polynomials of degree 5."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() * 1.01 + 1e-7)
+    """The nearest matrix (or stack of matrices) whose singular values are all about 1, by five odd polynomials of degree 5."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    if torch.cpu._is_avx512_bf16_supported():
+        x = x.bfloat16()
     for a, b, c in _NEWTON_SCHULZ:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,7 +88,8 @@ class Muon(torch.optim.Optimizer):
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
         rows, columns = update.shape
-        update = orthogonalise(update) * (0.2 * math.sqrt(max(rows, columns)))
+        pieces = update.view(-1, _PIECE, columns) if min(rows, columns) > _WIDE and rows % _PIECE == 0 else update
+        update = orthogonalise(pieces) * (0.2 * math.sqrt(max(pieces.shape[-2:])))
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.view_as(parameter), alpha=-group["lr"])
