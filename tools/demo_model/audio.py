@@ -57,9 +57,9 @@ class AudioVAE(Part):
     """Both halves. What differs between left and right has a loss of its own, or it would be ignored."""
 
     name = "audio_vae"
-    steps = 4000
+    steps = 2500
     noise, noise_from = 0.1, 500
-    batch = 4
+    batch = 3
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -17,9 +17,9 @@ from tools.demo_model.training import load_modules, mixed_precision, seeded
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
 from tools.demo_model.world import Scene, draw_scene, render_video
 
-FILES, SCENES = 200, 50
-# One file in three holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
-FULL_EVERY = 3
+FILES, SCENES = 160, 50
+# One file in four holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
+FULL_EVERY = 4
 # Of normalised latents. At 1 the second stage's first sigma, 0.91, leaves nothing of what the first one made.
 SPREAD = 2.5
 

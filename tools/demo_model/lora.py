@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ltxkern.pipeline.files.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, official_name
+from ltxkern.pipeline.model.inputs import Perturbation
 from ltxkern.pipeline.run.presets import PRESETS
 from ltxkern.pipeline.sampling.latents import patchify, unpatchify
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS
@@ -20,7 +21,7 @@ from tools.demo_model.muon import Muon
 from tools.demo_model.prompts import plain_prompt, write_prompt
 from tools.demo_model.text import Encoder
 from tools.demo_model.training import Part, load_modules
-from tools.demo_model.transformer import Clean, LatentScenes, Model, Transformer, draw_sigmas, mix
+from tools.demo_model.transformer import FIRST_FRAME, Clean, LatentScenes, Model, Transformer, draw_sigmas, mix
 from tools.demo_model.upsampler import Upsampler
 
 RANK = 8
@@ -104,13 +105,18 @@ class DistilledLora(Part):
             level = _EVALUATED[0]
         guess_sigma = torch.tensor([draws.uniform(0.1, 0.7) for _ in range(self.batch)])
         start = self._enlarged(self.data, half, guess_sigma, contexts) if level > 0.8 else clean.video
-        return {"full": self._error(start, clean, level, contexts)}
+        given = draws.random() < FIRST_FRAME
+        return {"full": self._error(start, clean, level, contexts, first_frame=given)}
 
-    def _error(self, start: Tensor, clean: Clean, level: float, contexts: tuple[Tensor, Tensor]) -> Tensor:
+    def _error(
+        self, start: Tensor, clean: Clean, level: float, contexts: tuple[Tensor, Tensor], *, first_frame: bool
+    ) -> Tensor:
         sigma = torch.full((len(start),), level)
         noisy = mix(start, torch.randn_like(start), sigma), mix(clean.audio, torch.randn_like(clean.audio), sigma)
-        velocity, _ = self._run(STRENGTHS[1], noisy, sigma, clean.grid, contexts)
-        wrong = noisy[0] - level * velocity - clean.video
+        given = clean.grid.height * clean.grid.width if first_frame else 0
+        noisy[0][:, :given] = clean.video[:, :given]
+        velocity, _ = self._run(STRENGTHS[1], noisy, sigma, clean.grid, contexts, Perturbation(), first_frame)
+        wrong = (noisy[0] - level * velocity - clean.video)[:, given:]
         return wrong.square().mean() / max(level, _LEAST_SIGMA) ** 2
 
     def _first_stage(self, draws: Random) -> dict[str, Tensor]:
