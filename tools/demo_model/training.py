@@ -14,6 +14,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -164,7 +165,10 @@ def _work(make: Callable[[Path], Part], folder: Path, rank: int, workers: int, m
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.append(number))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    # A worker may get no time for long where others want the cores; that is no reason to give up.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(days=7)
+    )
     torch.manual_seed(0)
     part = make(folder)
     start, before = _restore(part)

@@ -100,6 +100,7 @@ class VideoVAE(Part):
 
     name = "video_vae"
     steps = 12000
+    evaluate_steps = 1000
     decay_share = 0.4
     noise = 0.1
     noise_from = 2000
@@ -113,7 +114,7 @@ class VideoVAE(Part):
         self.modules = {"video_vae": vae}
         self.optimiser = Muon(self.parameters().items(), 1e-3, vector_lr=1e-3)
         draws = Random(seeded(self.name, "evaluation"))
-        self.scenes = [draw_scene(draws, held_out=True, shapes=1) for _ in range(16)]
+        self.scenes = [draw_scene(draws, held_out=True, shapes=1) for _ in range(12)]
 
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         course = next(course for course in self.courses if step < course.until)
