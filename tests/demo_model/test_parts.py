@@ -1,6 +1,5 @@
 """The parts of the demo's training: each takes a step that its checkpoint can hold, and the files load as the real model's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -20,7 +19,7 @@ FILES = 3
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Latents of noise in place of encoded scenes, and the checkpoints that parts leave to each other."""
     place = tmp_path_factory.mktemp("demo_model")
     (place / "latents").mkdir()
@@ -29,16 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         half = 2 * torch.randn(latents.SCENES, 32, 7, 4, 6, generator=draws) + 1
         sound = torch.randn(latents.SCENES, 1, audio.LATENTS, 16, generator=draws)
         tensors = {"half": half, "audio": sound}
-        if number % latents.FULL_EVERY == 0 or number == 1:
+        if number != 2:
             tensors["full"] = interpolate(half, size=(7, 8, 12))
         tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         save_file(tensors, place / "latents" / f"{number:04}.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (latents, transformer, upsampler):
-            patch.setattr(module, "FILES", FILES)
-        patch.setattr(upsampler, "FULL_EVERY", 1)
-        patch.setattr(upsampler, "load", lambda folder, number: latents.load(folder, 0 if number == 2 else number))
-        yield place
+    return place
 
 
 def step(part: Part, number: int = 0) -> dict[str, float]:
@@ -99,7 +93,7 @@ def test_normalised_latents_have_the_spread(folder: Path) -> None:
 def test_a_first_frame_that_is_given_is_not_noise(folder: Path) -> None:
     model = transformer.Model()
     torch.nn.init.normal_(model.transformer.proj_out.weight)
-    data = transformer.LatentScenes(folder, 0)
+    data = transformer.LatentScenes(folder, test=True)
     clean = data.batch([0, 1])
     contexts = model.contexts(*text.Encoder()(["a red circle", ""]))
     sigma = torch.tensor([0.5, 0.9])

@@ -56,7 +56,7 @@ def _handlers() -> Iterator[None]:
 
 
 def run(part: type[Part], folder: Path, name: str) -> dict[str, Tensor]:
-    training._work(part, folder, 0, 1, str(folder / f"rendezvous-{name}"))
+    training._work(part, folder, part.steps, 0, 1, str(folder / f"rendezvous-{name}"))
     return torch.load(checkpoint(folder, "line"))["modules"]["layer"]
 
 

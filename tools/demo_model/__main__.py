@@ -21,9 +21,10 @@ BEFORE_LATENTS: tuple[type[Part], ...] = (VideoVAE, AudioVAE, Vocoder)
 AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer, DistilledLora, VideoDecoder)
 
 
-def _train(parts: tuple[type[Part], ...], folder: Path, workers: int) -> None:
+def _train(parts: tuple[type[Part], ...], folder: Path, share: float, workers: int) -> None:
     for part in parts:
-        if progress_of(folder, part.name) < part.steps and not train(part, folder, workers=workers):
+        steps = max(2, round(part.steps * share))
+        if progress_of(folder, part.name) < steps and not train(part, folder, steps, workers=workers):
             sys.exit(f"stopped; the same command goes on with {part.name}")
 
 
@@ -31,14 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/demo_model"), help="checkpoints and logs")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread; they change the result")
+    parser.add_argument("--share", type=float, default=1.0, help="of steps and scenes; a small one is a rehearsal")
     arguments = parser.parse_args()
-    folder, workers = arguments.folder, arguments.workers
+    folder, workers, share = arguments.folder, arguments.workers, arguments.share
     # The usual way out, so that workers are ended as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
-    _train(BEFORE_LATENTS, folder, workers)
-    if latents.missing(folder):
-        latents.prepare(folder, workers)
-    _train(AFTER_LATENTS, folder, workers)
+    _train(BEFORE_LATENTS, folder, share, workers)
+    latents.prepare(folder, max(latents.FEWEST_FILES, round(latents.FILES * share)), workers)
+    _train(AFTER_LATENTS, folder, share, workers)
     Trained.load(folder).write(folder / "files")
     print(f"written to {folder / 'files'}; python -m tools.demo_model.measure --files {folder / 'files'} measures them")
 

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tools.demo_model.audio import AudioVAE, encode_audio, log_mel, sound_of
 from tools.demo_model.configuration import plain
@@ -17,7 +18,7 @@ from tools.demo_model.training import load_modules, mixed_precision, seeded
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
 from tools.demo_model.world import Scene, draw_scene, render_video
 
-FILES, SCENES = 160, 50
+FILES, FEWEST_FILES, SCENES = 160, 5, 50
 # One file in four holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
 FULL_EVERY = 4
 # Of normalised latents. At 1 the second stage's first sigma, 0.91, leaves nothing of what the first one made.
@@ -42,8 +43,9 @@ def _path(folder: Path, number: int) -> Path:
     return folder / "latents" / f"{number:04}.safetensors"
 
 
-def missing(folder: Path) -> list[int]:
-    return [number for number in range(FILES) if not _path(folder, number).is_file()]
+def stored(folder: Path) -> list[int]:
+    """Numbers of the files that are there."""
+    return sorted(int(path.stem) for path in (folder / "latents").glob("*.safetensors"))
 
 
 def load(folder: Path, number: int) -> Latents:
@@ -51,11 +53,14 @@ def load(folder: Path, number: int) -> Latents:
     return Latents(scenes_of(number), tensors["half"], tensors.get("full"), tensors["audio"])
 
 
-def prepare(folder: Path, workers: int) -> None:
-    """Writes the files that are missing; the workers share them out, and end with the program."""
+def prepare(folder: Path, files: int, workers: int) -> None:
+    """Writes those of the first files that are missing; the workers share them out, and end with the program."""
     (folder / "latents").mkdir(parents=True, exist_ok=True)
+    missing = sorted(set(range(files)) - set(stored(folder)))
+    if not missing:
+        return
     context = mp.get_context("spawn")
-    processes = [context.Process(target=_write, args=(folder, rank, workers)) for rank in range(workers)]
+    processes = [context.Process(target=_write, args=(folder, missing[rank::workers])) for rank in range(workers)]
     for process in processes:
         process.daemon = True
         process.start()
@@ -66,14 +71,12 @@ def prepare(folder: Path, workers: int) -> None:
 
 
 @torch.no_grad()
-def _write(folder: Path, rank: int, workers: int) -> None:
+def _write(folder: Path, numbers: list[int]) -> None:
     torch.set_num_threads(1)
     video, audio = plain("video_vae"), plain("audio_vae")
     load_modules(folder, VideoVAE.name, {"video_vae": video})
     load_modules(folder, AudioVAE.name, {"audio_vae": audio})
-    for number in missing(folder):
-        if number % workers != rank:
-            continue
+    for number in tqdm(numbers, desc=f"latents from {numbers[0]}" if numbers else "latents", mininterval=30):
         scenes = scenes_of(number)
         tensors = {"half": _encode(video, scenes, HEIGHT // 2, WIDTH // 2)}
         if number % FULL_EVERY == 0:
@@ -111,7 +114,7 @@ class Statistics(NamedTuple):
 
 def statistics(folder: Path) -> Statistics:
     """Of the first files; normalised latents have a standard deviation of `SPREAD` in every channel."""
-    some = [load(folder, number) for number in range(1, min(FILES, 13))]
+    some = [load(folder, number) for number in stored(folder)[1:13]]
     half = torch.cat([latents.half for latents in some]).float().transpose(0, 1).flatten(1)
     audio = torch.cat([latents.audio for latents in some]).float().transpose(1, 2).flatten(2).flatten(0, 1)
     return Statistics(half.mean(1), half.std(1) / SPREAD, audio.mean(0), audio.std(0) / SPREAD)

@@ -77,7 +77,7 @@ class DistilledLora(Part):
         self.modules = {"factors": self.factors}
         self.optimiser = Muon(self.parameters().items(), 1e-3, vector_lr=1e-3)
         self.encoder = Encoder()
-        self.data, self.test = LatentScenes(folder), LatentScenes(folder, 0)
+        self.data, self.test = LatentScenes(folder), LatentScenes(folder, test=True)
 
     def _run(self, strength: float, *inputs: Any) -> tuple[Tensor, Tensor]:
         names = {f"transformer.{n}": w for n, w in self.factors.merged(self.model.transformer, strength).items()}

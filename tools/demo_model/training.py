@@ -119,12 +119,13 @@ def _restore(part: Part) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
-def train(make: Callable[[Path], Part], folder: Path, *, workers: int = WORKERS) -> bool:
+def train(make: Callable[[Path], Part], folder: Path, steps: int, *, workers: int = WORKERS) -> bool:
     """Trains a part to its last step.
 
     Args:
         make: a module's function or class that builds the part; called in each worker.
         folder: of checkpoints and logs.
+        steps: in all.
         workers: processes; the result depends on their number.
 
     Returns:
@@ -134,7 +135,7 @@ def train(make: Callable[[Path], Part], folder: Path, *, workers: int = WORKERS)
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as meeting:
         processes = [
-            context.Process(target=_work, args=(make, folder, rank, workers, f"{meeting}/rendezvous"))
+            context.Process(target=_work, args=(make, folder, steps, rank, workers, f"{meeting}/rendezvous"))
             for rank in range(workers)
         ]
         for process in processes:
@@ -160,7 +161,7 @@ def train(make: Callable[[Path], Part], folder: Path, *, workers: int = WORKERS)
     return not stopped
 
 
-def _work(make: Callable[[Path], Part], folder: Path, rank: int, workers: int, meeting: str) -> None:
+def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, workers: int, meeting: str) -> None:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.append(number))
@@ -171,6 +172,7 @@ def _work(make: Callable[[Path], Part], folder: Path, rank: int, workers: int, m
     )
     torch.manual_seed(0)
     part = make(folder)
+    part.steps = steps
     start, before = _restore(part)
     began = saved = time.monotonic()
     sums: dict[str, float] = {}

@@ -20,7 +20,7 @@ from ltxkern.pipeline.sampling.latents import (
 )
 from tools.demo_model.audio import FRAME_RATE
 from tools.demo_model.configuration import CONFIGS
-from tools.demo_model.latents import FILES, load, statistics
+from tools.demo_model.latents import load, statistics, stored
 from tools.demo_model.muon import Muon
 from tools.demo_model.prompts import plain_prompt, write_prompt
 from tools.demo_model.text import DROPPED, Encoder, with_filler, without_meaning
@@ -65,18 +65,19 @@ class Clean(NamedTuple):
 class LatentScenes:
     """All encoded scenes in memory, as batches of normalised tokens."""
 
-    def __init__(self, folder: Path, first: int = 1) -> None:
-        stored = [load(folder, number) for number in (range(1) if first == 0 else range(first, FILES))]
+    def __init__(self, folder: Path, *, test: bool = False) -> None:
+        numbers = stored(folder)
+        files = [load(folder, number) for number in (numbers[:1] if test else numbers[1:])]
         self.statistics = statistics(folder)
-        self.scenes = [scene for latents in stored for scene in latents.scenes]
-        self.half = torch.cat([latents.half for latents in stored])
-        self.audio = torch.cat([latents.audio for latents in stored])
-        self.full = torch.cat([latents.full for latents in stored if latents.full is not None])
-        sizes = [len(latents.scenes) for latents in stored]
+        self.scenes = [scene for latents in files for scene in latents.scenes]
+        self.half = torch.cat([latents.half for latents in files])
+        self.audio = torch.cat([latents.audio for latents in files])
+        self.full = torch.cat([latents.full for latents in files if latents.full is not None])
+        sizes = [len(latents.scenes) for latents in files]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self.with_full = [
             start + place
-            for latents, start, size in zip(stored, starts, sizes, strict=True)
+            for latents, start, size in zip(files, starts, sizes, strict=True)
             if latents.full is not None
             for place in range(size)
         ]
@@ -156,7 +157,7 @@ class Transformer(Part):
         self.modules = {"model": self.model}
         self.optimiser = Muon(self.parameters().items(), 2e-3, vector_lr=2e-3, tables=("table", "registers"))
         self.encoder = Encoder()
-        self.data, self.test = LatentScenes(folder), LatentScenes(folder, 0)
+        self.data, self.test = LatentScenes(folder), LatentScenes(folder, test=True)
 
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         full = step % self.full_every == self.full_every - 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tools.demo_model.configuration import plain
-from tools.demo_model.latents import FILES, FULL_EVERY, load, statistics
+from tools.demo_model.latents import load, statistics, stored
 from tools.demo_model.muon import Muon
 from tools.demo_model.training import Part
 
@@ -27,7 +27,7 @@ class Upsampler(Part):
         self.upsampler = plain("upsampler")
         self.modules = {"upsampler": self.upsampler}
         self.optimiser = Muon(self.parameters().items(), 1.5e-3, vector_lr=1e-3)
-        pairs = [load(folder, number) for number in range(0, FILES, FULL_EVERY)]
+        pairs = [latents for number in stored(folder) if (latents := load(folder, number)).full is not None]
         self.half = torch.cat([latents.half for latents in pairs])
         self.full = torch.cat([latents.full for latents in pairs if latents.full is not None])
         self.test = len(pairs[0].half)
