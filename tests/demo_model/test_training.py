@@ -70,8 +70,9 @@ def test_a_stopped_training_ends_as_one_that_ran_through(tmp_path: Path) -> None
     assert progress_of(tmp_path / "stopped", "line") == 60
     assert all(torch.equal(through[name], again[name]) for name in through)
     lines = [json.loads(line) for line in (tmp_path / "through" / "line.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [50]
-    assert lines[0]["test"] == 1.0
+    assert [line["step"] for line in lines] == [50, 60]
+    assert [line["test"] for line in lines] == [1.0, 1.0]
+    assert lines[1]["error"] < lines[0]["error"]
 
 
 def test_the_rate_rises_stays_and_falls() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
     part.steps = steps
     start, before = _restore(part)
     began = saved = time.monotonic()
-    sums: dict[str, float] = {}
+    recent: dict[str, list[float]] = {}
     with tqdm(total=part.steps, initial=start, desc=part.name, disable=rank > 0, mininterval=30) as bar:
         for step in range(start, part.steps):
             torch.manual_seed(seeded(part.name, step, rank))
@@ -188,11 +189,11 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
             part.optimiser.zero_grad(set_to_none=True)
             bar.update()
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(loss.detach()) / LOG_STEPS
+                recent.setdefault(name, []).append(float(loss.detach()))
             done, last = step + 1, step + 1 == part.steps
             if rank == 0:
-                if done % LOG_STEPS == 0:
-                    figures: dict[str, Any] = {name: round(value, 5) for name, value in sums.items()}
+                if done % LOG_STEPS == 0 or last:
+                    figures: dict[str, Any] = {name: round(fmean(values), 5) for name, values in recent.items()}
                     if done % part.evaluate_steps == 0 or last:
                         torch.manual_seed(seeded(part.name, "evaluate"))
                         figures |= {name: round(value, 4) for name, value in part.evaluate().items()}
@@ -201,7 +202,7 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
                     _save(part, done, before + now - began)
                     saved = time.monotonic()
             if done % LOG_STEPS == 0:
-                sums = {}
+                recent = {}
             if stop:
                 break
     dist.destroy_process_group()
@@ -214,12 +215,13 @@ def _log(part: Part, step: int, seconds: float, figures: dict[str, Any]) -> None
 
 def _share(parameters: list[nn.Parameter], stop: bool, save: bool) -> tuple[bool, bool]:
     """Averages gradients over the workers, and tells each whether any wants to stop or to save."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    # What one worker's batch left out another's may have used.
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([float(stop), float(save)])])
     dist.all_reduce(flat)
     count = dist.get_world_size()
     place = 0
-    for grad in grads:
-        grad.copy_(flat[place : place + grad.numel()].view_as(grad) / count)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = flat[place : place + grad.numel()].view_as(grad) / count
         place += grad.numel()
     return bool(flat[-2]), bool(flat[-1])
