@@ -155,7 +155,7 @@ class Transformer(Part):
         super().__init__(folder)
         self.model = Model()
         self.modules = {"model": self.model}
-        self.optimiser = Muon(self.parameters().items(), 2e-3, vector_lr=2e-3, tables=("table", "registers"))
+        self.optimiser = Muon(self.parameters().items(), 3e-3, vector_lr=2e-3, tables=("table", "registers"))
         self.encoder = Encoder()
         self.data, self.test = LatentScenes(folder), LatentScenes(folder, test=True)
 
