@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.media import write_mp4
 from tools.demo_model.export import LORA, MODEL, TEXT, UPSCALER
 from tools.demo_model.judge import Verdict, judge, read_clip, scores
@@ -51,11 +52,11 @@ def open_model(files: Path, **settings: Any) -> HQTwoStagePipeline:
     )
 
 
-def follow(pipeline: HQTwoStagePipeline, chosen: Iterable[Task], folder: Path, **options: Any) -> list[Verdict]:
+def follow(pipeline: Callable[..., HQOutput], chosen: Iterable[Task], folder: Path, **options: Any) -> list[Verdict]:
     """Generates the task's videos into a folder and judges what is decoded from them.
 
     Args:
-        pipeline: an open model.
+        pipeline: an open model, or its call with a fault in it.
         chosen: what to generate.
         folder: where each mp4 stays, in order.
         options: of the call, in place of the demo's sizes.
