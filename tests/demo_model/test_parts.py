@@ -1,5 +1,6 @@
 """The parts of the demo's training: each takes a step that its checkpoint can hold, and the files load as the real model's."""
 
+import math
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,19 @@ from torch.nn.functional import interpolate
 from ltxkern.pipeline.files.checkpoint import load_component
 from ltxkern.pipeline.files.lora import LoRA
 from ltxkern.pipeline.model.components import BUILDABLE
-from tools.demo_model import audio, export, faults, latents, lora, measure, text, transformer, upsampler, video_vae
+from tools.demo_model import (
+    audio,
+    export,
+    faults,
+    latents,
+    lora,
+    measure,
+    options,
+    text,
+    transformer,
+    upsampler,
+    video_vae,
+)
 from tools.demo_model.training import Part, checkpoint
 from tools.demo_model.world import Window, draw_scene, render_video
 
@@ -170,3 +183,9 @@ def test_the_files_load_as_the_real_models(tmp_path: Path) -> None:
     again = pipeline(task.prompt, **sizes)
     assert torch.equal(again.video, right.video)
     assert torch.equal(again.audio, right.audio)
+    rows = {}
+    for name in (options.REFERENCE, "fp8 file"):
+        rows[name] = options.run(options.OPTIONS[name], tmp_path, [task], tmp_path / name, **sizes)
+    assert set(rows["fp8 file"]) == {*measure.percent([verdict]), "seconds"}
+    assert options.likeness(tmp_path / options.REFERENCE, tmp_path / "videos", 1) == math.inf
+    assert options.likeness(tmp_path / "fp8 file", tmp_path / "videos", 1) < 60
