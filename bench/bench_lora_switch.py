@@ -12,8 +12,7 @@ every Linear adds its product in the forward: no switch, but each forward pays; 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase, merge_phase_pair
 from ltxkern.pipeline.model.transformer import LTX2Transformer
 from report import Record, size
-from timing import CallTimer, interleave, summarise
+from timing import CallTimer, interleave, summarise, synchronize, timed
 
 MODES = ("resident", "snapshot", "inplace", "original")
 STRENGTHS = (0.25, 0.5)
@@ -71,19 +70,6 @@ class Job:
     def models(self) -> tuple[LTX2Transformer, Any]:
         """The toolkit's and diffusers', on the same weights."""
         return build(self.case, self.blocks, DTYPES[self.dtype], self.run.device)
-
-    def timed(self, action: Callable[[], object]) -> float:
-        """Seconds of an action with everything it queued finished."""
-        self.synchronize()
-        start = time.perf_counter()
-        action()
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
 
     def row(self, what: str, provider: str, samples: Sequence[float], **more: Any) -> Record:
         """One row from samples in seconds; the clocks are read beside it."""
@@ -134,16 +120,16 @@ def measure_baseline(job: Job, provider: str) -> Record:
             change(module.weight, *factors[name], old, new)
 
     on_gpu = run.device.type == "cuda"
-    job.synchronize()
+    synchronize(run.device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
     before = torch.cuda.memory_allocated(run.device) if on_gpu else 0
     samples, share = [], 0.0
     for index in range(run.settings.rounds):
-        samples.append(job.timed(lambda: switch(*STRENGTHS)))
+        samples.append(timed(lambda: switch(*STRENGTHS), run.device))
         if index == 0:
             share = (modules[probe].weight == expected).double().mean().item()
-        samples.append(job.timed(lambda: switch(*STRENGTHS[::-1])))
+        samples.append(timed(lambda: switch(*STRENGTHS[::-1]), run.device))
     return job.row(
         "switch",
         provider,
@@ -187,7 +173,7 @@ def measure_both_phases(job: Job) -> list[Record]:
             for name, module in modules.items():
                 merge(module.weight, spare[name], name, phases)
 
-        samples = [job.timed(both) for _ in range(job.run.settings.rounds + 1)][1:]
+        samples = [timed(both, job.run.device) for _ in range(job.run.settings.rounds + 1)][1:]
         records.append(job.row("both phases", provider, samples, bytes=3 * linear_bytes(model), bit_equal=equal))
     return records
 
@@ -213,18 +199,18 @@ def measure_forwards(job: Job) -> list[Record]:
     del model
     modules, forward = linears(twin), diffusers_forward(twin, inputs)
 
-    def timed() -> tuple[list[float], str]:
+    def sampled() -> tuple[list[float], str]:
         timer = CallTimer(forward, [()], run.device, run.settings)
         return interleave({"": timer}, run.settings.rounds, run.note_clocks)[""], timer.kind
 
     plain = forward()[0]
     hooks = add_dynamic(modules, factors, STRENGTHS[1])
-    dynamic, with_hooks = timed(), forward()[0]
+    dynamic, with_hooks = sampled(), forward()[0]
     for hook in hooks:
         hook.remove()
     for name, module in modules.items():
         merge_lora_(module.weight, *factors[name], STRENGTHS[1], rounding="reference")
-    merged = timed()
+    merged = sampled()
     # The hooks do what a merge does, or the baseline would be none.
     error = (forward()[0] - with_hooks).double().norm() / (forward()[0] - plain).double().norm()
     floor = summarise(merged[0]).median
@@ -253,15 +239,15 @@ def measure_mode(job: Job, mode: str) -> list[Record]:
         torch.cuda.reset_peak_memory_stats(run.device)
     with TwoStageDeviceManager(mode, device=run.device) as manager:
         manager.attach(model)
-        prepared = job.timed(lambda: manager.prepare(first, second))
+        prepared = timed(lambda: manager.prepare(first, second), run.device)
         switches = []
         for _ in range(run.settings.rounds):
             for phase in (second, first):
                 # As a run does: the other phase may travel while a stage computes.
                 manager.begin_stage("stage", forwards=1)
-                job.synchronize()
+                synchronize(run.device)
                 manager.end_stage("stage")
-                switches.append(job.timed(lambda p=phase: manager.switch_lora_phase(p)))
+                switches.append(timed(lambda p=phase: manager.switch_lora_phase(p), run.device))
         in_force = manager.mode
     more = {
         "bytes": 2 * linear_bytes(model),

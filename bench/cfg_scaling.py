@@ -7,7 +7,6 @@ alone, one after the other, so that no two disturb each other; the collective is
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +26,8 @@ from ltxkern.pipeline.sampling.guidance import (
     SingleBranchPolicy,
 )
 from ltxkern.pipeline.sampling.latents import LatentState
+from machine import best_device
+from timing import timed
 
 RANKS = (1, 2, 3, 4)
 HEADER = 512
@@ -56,17 +57,7 @@ class Row:
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Fastest of `repeats` calls after two warm ones: other work on the machine only adds."""
-    return min([timed(work) for _ in range(2 + repeats)][2:])
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call with everything it queued finished."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
+    return min([timed(work, best_device()) for _ in range(2 + repeats)][2:])
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

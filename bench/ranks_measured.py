@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfg_scaling import contexts, options, states, timed
+from cfg_scaling import contexts, options, states
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel, run_cfg_parallel
@@ -28,6 +28,8 @@ from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards, ev
 from ltxkern.pipeline.run.request import GenerationRequest
 from ltxkern.pipeline.run.stage import BranchForward
 from ltxkern.pipeline.sampling.guidance import HQ_GUIDANCE, GuidedDenoiser, MultiModalPolicy, SingleBranchPolicy
+from machine import best_device
+from timing import timed
 
 TOKENS, AUDIO_TOKENS, HEADS, WIDTH, AUDIO_WIDTH, BLOCKS, CHANNELS = 32640, 126, 32, 128, 64, 48, 128
 FORWARDS = 7
@@ -56,7 +58,7 @@ def medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     for index in range(rounds + 2):
         for name, work in works.items():
             dist.barrier()
-            seconds = timed(work)
+            seconds = timed(work, best_device())
             if index >= 2:
                 taken[name].append(seconds)
     return {name: median(seconds) for name, seconds in taken.items()}
@@ -112,7 +114,7 @@ def exchange(given: argparse.Namespace) -> None:
     total = 0
     for name, part in parts.items():
         before = replace(sequence.traffic)
-        seconds = timed(part)
+        seconds = timed(part, best_device())
         sent, received = sequence.traffic.sent - before.sent, sequence.traffic.received - before.received
         times = 1 if name == "velocity" else BLOCKS
         total += times * received

@@ -73,6 +73,21 @@ def summarise(samples: Sequence[float]) -> Summary:
     return Summary(ordered[0], rank(0.2), median, rank(0.8), len(ordered))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where it is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call with everything it queued finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 class CallTimer:
     """Times `function(*buffer)`, each call on the next buffer, so that no call finds its data in the last-level cache.
 
@@ -126,11 +141,11 @@ class CallTimer:
         """Whether the GPU may need less than 100 us: it does, or the host needs most of the time to issue the launches."""
         if self._estimate < GRAPH_BELOW or self._estimate >= CAPTURE_BELOW:
             return self._estimate < GRAPH_BELOW
-        self._synchronize()
+        synchronize(self._device)
         start = self._clock()
         self._step()
         issued = self._clock() - start
-        self._synchronize()
+        synchronize(self._device)
         return issued > self._estimate / 2
 
     def _step(self) -> None:
@@ -138,16 +153,12 @@ class CallTimer:
         self._next = (index + 1) % len(self._buffers)
         self._kept[index] = self._function(*self._buffers[index])
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
     def _timed_wall(self, calls: int) -> float:
-        self._synchronize()
+        synchronize(self._device)
         start = self._clock()
         for _ in range(calls):
             self._step()
-        self._synchronize()
+        synchronize(self._device)
         return (self._clock() - start) / calls
 
     def _events(self, calls: int, run: Callable[[], None] | None = None) -> list[float]:
@@ -157,7 +168,7 @@ class CallTimer:
             start.record()
             (run or self._step)()
             end.record()
-        self._synchronize()
+        synchronize(self._device)
         return sorted(start.elapsed_time(end) * 1e-3 for start, end in pairs)
 
     def _capture(self) -> None:
@@ -181,7 +192,7 @@ class CallTimer:
         except RuntimeError as error:
             # A capture that fails leaves its own stream current.
             torch.cuda.set_stream(current)
-            self._synchronize()
+            synchronize(self._device)
             first = error.__context__ or error
             self.note = f"not capturable, timed with launch overhead: {str(first).splitlines()[0]}"
             return
@@ -212,7 +223,7 @@ class CallTimer:
     def call_once(self) -> None:
         """One call on the next buffer, finished when this returns; for clocks outside."""
         self._step()
-        self._synchronize()
+        synchronize(self._device)
 
     def sample_round(self, settings: Settings | None = None) -> list[float]:
         """Seconds per call, after a warm-up: the samples of one round."""

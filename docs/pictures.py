@@ -93,7 +93,8 @@ def draw_schedule(request: GenerationRequest) -> None:
     plt.close(figure)
 
 
-# A room may import rooms of lower bands, and those to its right. Group and colour of each band, and its rooms with what they hold.
+# A room may import rooms of lower bands. Within a band imports go to the right, if at all: memory and results know nothing of one
+# another, nor do compiled and triton. Group and colour of each band, and its rooms with what they hold.
 BANDS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("", GREY, [("commands", "generate, batch, plan,\ndoctor, compare")]),
     ("pipeline", GREEN, [("generator", "HQTwoStagePipeline")]),
@@ -143,7 +144,7 @@ def draw_rooms() -> None:
     axes.text(
         6.6,
         -(len(BANDS) - 1) * step,
-        "a room may import what stands\nbelow it, and to its right",
+        "imports go down, and within a row\nto the right, if at all",
         ha="right",
         va="center",
         fontsize=7.5,

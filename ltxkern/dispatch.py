@@ -25,11 +25,14 @@ from torch import Tensor
 
 from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
+from ltxkern.compiled import driver
 from ltxkern.registration import refuse_gradients, register, register_in_place
 
 logger = logging.getLogger("ltxkern")
 
 BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
+# Those whose tensors lie on a CUDA device.
+DEVICE_BACKENDS = BACKENDS[:3]
 
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
@@ -81,7 +84,7 @@ def _disabled() -> frozenset[str]:
 
 @functools.cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend cannot run in this process at all, or None if it can."""
+    """Why a backend cannot run in this process, or None if it can; asked again once CUDA is in use, and after a fork."""
     if backend == "torch":
         return None
     if backend in _disabled():
@@ -94,7 +97,24 @@ def unavailable(backend: str) -> str | None:
         return "triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return None if torch.cuda.is_available() else "no CUDA device: torch.cuda.is_available() is false"
+    return driver.no_device()
+
+
+def _ask_again() -> None:
+    """Forget which backends can run: what was found out holds no longer."""
+    unavailable.cache_clear()
+    for op in _registry.values():
+        op._present.clear()
+
+
+os.register_at_fork(after_in_child=_ask_again)
+
+
+def _waiting(backend: str) -> bool:
+    """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
+    if backend not in DEVICE_BACKENDS or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
@@ -221,9 +241,11 @@ class Op:
         return unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
-        if names not in self._present:
-            self._present[names] = tuple(name for name in names or BACKENDS if self.missing(name) is None)
-        return self._present[names]
+        found = self._present.get(names)
+        if found is None:
+            found = tuple(name for name in names or BACKENDS if not _waiting(name) and self.missing(name) is None)
+            self._present[names] = found
+        return found
 
     def select(self, args: Any) -> str:
         """Name of the first permitted backend that serves these arguments.

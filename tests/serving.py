@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import ltxkern
+from ltxkern.compiled import extension
 
+# Without them a test that names the backend "cpu" would have nothing to test.
+needs_cpu_kernels = pytest.mark.skipif(
+    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
+)
 Test = TypeVar("Test", bound=Callable[..., None])
 
 

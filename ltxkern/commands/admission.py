@@ -20,10 +20,14 @@ def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, G
     """
     admission = _admission()
     chosen = options.find_model_options(arguments, admission)
+    if chosen is None:
+        _admit_named(admission, arguments)
+        raise admission.refusal()
     _admit_files(admission, chosen, arguments)
     request = admission.attempt("", lambda: options.make_request(arguments, chosen, admission))
+    if request is None:
+        raise admission.refusal()
     admission.close()
-    assert request is not None
     return chosen, request
 
 
@@ -35,6 +39,9 @@ def read_model_options(arguments: argparse.Namespace) -> options.ModelOptions:
     """
     admission = _admission()
     chosen = options.find_model_options(arguments, admission)
+    if chosen is None:
+        _admit_named(admission, arguments)
+        raise admission.refusal()
     _admit_files(admission, chosen, arguments)
     admission.close()
     return chosen
@@ -44,6 +51,20 @@ def _admission() -> Admission:
     from ltxkern.pipeline.planning.admission import Admission
 
     return Admission(options.spelled)
+
+
+def _admit_named(admission: Admission, arguments: argparse.Namespace) -> None:
+    """Check the pictures and the places of LoRAs, which need no model to be judged."""
+    from ltxkern.pipeline.planning.admission import admit_images
+    from ltxkern.pipeline.run.request import GenerationRequest
+
+    for name, texts in (("lora", arguments.lora), ("distilled_lora", [arguments.distilled_lora])):
+        for path in [options.with_strength(text)[0] for text in texts if text is not None]:
+            if options.names_no_place(path):
+                admission.add(name, f"there is no file {path}")
+    request = admission.attempt("", lambda: GenerationRequest(images=arguments.image))
+    if request is not None:
+        admit_images(admission, request.images, arguments.num_frames or request.num_frames)
 
 
 def _admit_files(admission: Admission, chosen: options.ModelOptions, arguments: argparse.Namespace) -> None:

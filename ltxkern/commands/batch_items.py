@@ -70,6 +70,8 @@ def _item(text: str, line: int, taken: set[str]) -> Item:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         return Item(name, line, {}, f"line {line} is not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
+        return Item(name, line, {}, f"line {line} is not JSON that can be read: {error}")
     if not isinstance(content, dict):
         return Item(name, line, {}, f'line {line} must be an object such as {{"prompt": "..."}}')
     given = content.pop("name", None)

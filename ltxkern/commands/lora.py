@@ -22,6 +22,7 @@ KINDS = {
     "Difference": "plain difference",
     "ScaledDifference": "bias of a LoRA",
     "Decomposed": "weight decomposition (DoRA)",
+    "Sum": "sum of two",
 }
 
 
@@ -72,10 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(found: LoRAFile, changes: dict[str, Change]) -> list[str]:
     """One line for each thing that a header tells."""
-    from ltxkern.pipeline.files.lora_kinds import Decomposed
+    from ltxkern.pipeline.files.lora_kinds import Decomposed, Sum
     from ltxkern.pipeline.files.lora_layout import layouts_of
 
-    inner = [change.inner if isinstance(change, Decomposed) else change for change in changes.values()]
+    parts = [part for change in changes.values() for part in (change.changes if isinstance(change, Sum) else (change,))]
+    inner = [part.inner if isinstance(part, Decomposed) else part for part in parts]
     example = next(iter(next(iter(found.targets.values())).values())).tensor.key
     writers = [layout.writer for layout in layouts_of(found.written, found.header.tensors)]
     alphas = ("none" if change.alpha is None else f"{change.alpha:g}" for change in inner)

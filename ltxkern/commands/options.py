@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,11 +211,11 @@ def names_no_place(text: str) -> bool:
     return not place.exists() and ("/" not in text.strip("./") or place.is_absolute() or text.startswith("."))
 
 
-def find_model_options(arguments: argparse.Namespace, admission: Admission) -> ModelOptions:
-    """Find the model and resolve everything beside it; parts that are not there are noted in `admission`.
+def find_model_options(arguments: argparse.Namespace, admission: Admission) -> ModelOptions | None:
+    """Find the model and resolve everything beside it; whatever cannot be served is noted in `admission`.
 
-    Raises:
-        ValueError: the first option that cannot be served.
+    Returns:
+        None where an option is wrong that the others depend on.
     """
     from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
@@ -222,16 +223,16 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
 
-    preset = find_preset(arguments.pipeline)
+    preset = admission.attempt("", lambda: find_preset(arguments.pipeline))
     given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)
-    first, second = (
-        default if value is None else value for value, default in zip(given, preset.distilled_strengths, strict=True)
-    )
-    loras = tuple(_with_strength(text) for text in arguments.lora)
-    for strength in (first, second):
-        require_strength("distilled LoRA", strength)
-    for path, strength in loras:
-        require_strength(f"lora {path}", strength, signed=True)
+    usual = preset.distilled_strengths if preset is not None else (0.0, 0.0)
+    first, second = (default if value is None else value for value, default in zip(given, usual, strict=True))
+    loras = tuple(with_strength(text) for text in arguments.lora)
+    for name, strength, signed in [
+        *(("distilled LoRA", strength, False) for strength in (first, second)),
+        *((f"lora {path}", strength, True) for path, strength in loras),
+    ]:
+        admission.attempt("", partial(require_strength, name, strength, signed=signed))
     parts = {name: part for name in PARTS if (part := getattr(arguments, name)) is not None}
     for name, part in list(parts.items()):
         if names_no_place(part):
@@ -239,18 +240,20 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
             del parts[name]
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
-        raise ValueError(f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
-    backends = tuple(backend_names(arguments.backend, "backend")) if arguments.backend else ()
-    with _backend_choice(backends):
-        pass  # refuses a backend that cannot run here
-    model = FoundModel.of(arguments.model, variant=arguments.variant, **parts)
+        admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
+    backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
+    device = admission.attempt("", lambda: find_device(arguments.device))
+    model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
+    small = model is not None and model.is_demo and device is not None and device.type == "cpu"
+    dtype = admission.attempt("", lambda: _find_dtype(arguments.dtype or ("fp32" if small else "bf16")))
+    if preset is None or backends is None or device is None or model is None or dtype is None:
+        return None
     warn_if_unfit(preset, model, (first, second))
-    device = find_device(arguments.device)
     return ModelOptions(
         model=model,
         preset=preset,
         device=device,
-        dtype=_find_dtype(arguments.dtype or ("fp32" if model.is_demo and device.type == "cpu" else "bf16")),
+        dtype=dtype,
         device_mode=arguments.device_mode,
         backends=backends,
         loras=loras,
@@ -258,6 +261,13 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         distilled_strengths=(first, second),
         embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
     )
+
+
+def _find_backends(text: str | None, names: Callable[[str, str], Iterable[str]]) -> tuple[str, ...]:
+    """The backends that --backend names; refuses those that cannot run here."""
+    backends = tuple(names(text, "backend")) if text else ()
+    with _backend_choice(backends):
+        return backends
 
 
 def make_request(arguments: argparse.Namespace, chosen: ModelOptions, admission: Admission) -> GenerationRequest:
@@ -310,14 +320,18 @@ def _find_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def _with_strength(text: str) -> tuple[str, float]:
+def with_strength(text: str) -> tuple[str, float]:
     """ "PATH[:STRENGTH]" as path and strength, with a sign or without; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
     if Path(text).expanduser().exists() or not colon:
         return text, 1.0
     try:
         return path, float(strength)
-    except ValueError:
+    except ValueError as error:
+        if path.endswith(".safetensors") or Path(path).expanduser().exists():
+            raise ValueError(
+                f"lora {path}: the strength must be a finite number such as -0.5, got {strength!r}"
+            ) from error
         return text, 1.0
 
 

@@ -72,6 +72,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ValueError(f"config {path}{where}: not valid YAML ({reason})") from error
+    except (ValueError, RecursionError) as error:  # a date that is none, lists within lists without end
+        raise ValueError(f"config {path}: not valid YAML ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"config {path}: expected a mapping of options to values, got {type(content).__name__}")
     actions = {action.dest: action for action in parser._actions}

@@ -62,96 +62,9 @@ def _noise(noise_ptr, stats_ptr, row, at, valid, dtype: tl.constexpr):
 
 
 @triton.jit
-def _midpoint_tile(
+def _half_step_tile(
     pid,
-    latent_ptr,
-    x0_ptr,
-    noise_ptr,
-    mask_ptr,
-    clean_ptr,
-    stats_ptr,
-    mid_ptr,
-    anchor_ptr,
-    length,
-    blocks,
-    C,
-    c,
-    a,
-    b,
-    s,
-    REFINE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    compute: tl.constexpr = anchor_ptr.dtype.element_ty
-    row, first, at, valid = _locate(pid, length, blocks, BLOCK)
-    mask = None
-    kept = None
-    if mask_ptr is not None:
-        mask, kept = _token_mask(mask_ptr, clean_ptr, first, at, valid, C, BLOCK)
-    start = tl.load(latent_ptr + at, mask=valid, other=0.0).to(compute)
-    target = _prediction(x0_ptr, at, valid, mask, kept, compute)
-    moved = start + scalar(c, compute) * (target - start)
-    noise = _noise(noise_ptr, stats_ptr, row, at, valid, compute)
-    moved = scalar(a, compute) * start + scalar(b, compute) * moved + scalar(s, compute) * noise
-    if mask is not None and kept is not None:
-        moved = moved * mask.to(compute) + kept.to(compute)
-    tl.store(mid_ptr + at, narrow(moved, mid_ptr.dtype.element_ty), mask=valid)
-    anchor = start
-    if REFINE:
-        anchor = (moved - scalar(c, compute) * target) * (1.0 / (1.0 - scalar(c, tl.float64))).to(compute)
-    tl.store(anchor_ptr + at, anchor, mask=valid)
-
-
-@triton.jit
-def _midpoint_kernel(
-    latent_ptr,
-    x0_ptr,
-    noise_ptr,
-    mask_ptr,
-    clean_ptr,
-    stats_ptr,
-    mid_ptr,
-    anchor_ptr,
-    length,
-    blocks,
-    C,
-    latent2_ptr,
-    x02_ptr,
-    noise2_ptr,
-    mask2_ptr,
-    clean2_ptr,
-    stats2_ptr,
-    mid2_ptr,
-    anchor2_ptr,
-    length2,
-    blocks2,
-    C2,
-    programs,
-    c: tl.float64,
-    a: tl.float64,
-    b: tl.float64,
-    s: tl.float64,
-    REFINE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Half-step 1 of one modality (the first `programs` programs) and of a second one, if there is one."""
-    pid = tl.program_id(0).to(tl.int64)
-    if pid < programs:
-        _midpoint_tile(
-            pid, latent_ptr, x0_ptr, noise_ptr, mask_ptr, clean_ptr, stats_ptr, mid_ptr, anchor_ptr,
-            length, blocks, C, c, a, b, s, REFINE, BLOCK,
-        )  # fmt: skip
-    elif latent2_ptr is not None:
-        _midpoint_tile(
-            pid - programs, latent2_ptr, x02_ptr, noise2_ptr, mask2_ptr, clean2_ptr, stats2_ptr, mid2_ptr, anchor2_ptr,
-            length2, blocks2, C2, c, a, b, s, REFINE, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _advance_tile(
-    pid,
-    anchor_ptr,
+    state_ptr,
     x0_ptr,
     x0_mid_ptr,
     noise_ptr,
@@ -159,36 +72,45 @@ def _advance_tile(
     clean_ptr,
     stats_ptr,
     out_ptr,
+    anchor_ptr,
     length,
     blocks,
     C,
-    hb1,
-    hb2,
+    w,
+    w_mid,
     a,
     b,
     s,
+    REFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    compute: tl.constexpr = anchor_ptr.dtype.element_ty
+    compute: tl.constexpr = (state_ptr if anchor_ptr is None else anchor_ptr).dtype.element_ty
     row, first, at, valid = _locate(pid, length, blocks, BLOCK)
     mask = None
     kept = None
     if mask_ptr is not None:
         mask, kept = _token_mask(mask_ptr, clean_ptr, first, at, valid, C, BLOCK)
-    start = tl.load(anchor_ptr + at, mask=valid, other=0.0)
-    early = _prediction(x0_ptr, at, valid, mask, kept, compute)
-    late = _prediction(x0_mid_ptr, at, valid, mask, kept, compute)
-    moved = start + (scalar(hb1, compute) * (early - start) + scalar(hb2, compute) * (late - start))
+    start = tl.load(state_ptr + at, mask=valid, other=0.0).to(compute)
+    target = _prediction(x0_ptr, at, valid, mask, kept, compute)
+    move = scalar(w, compute) * (target - start)
+    if x0_mid_ptr is not None:
+        move += scalar(w_mid, compute) * (_prediction(x0_mid_ptr, at, valid, mask, kept, compute) - start)
+    moved = start + move
     noise = _noise(noise_ptr, stats_ptr, row, at, valid, compute)
     moved = scalar(a, compute) * start + scalar(b, compute) * moved + scalar(s, compute) * noise
     if mask is not None and kept is not None:
         moved = moved * mask.to(compute) + kept.to(compute)
     tl.store(out_ptr + at, narrow(moved, out_ptr.dtype.element_ty), mask=valid)
+    if anchor_ptr is not None:
+        anchor = start
+        if REFINE:
+            anchor = (moved - scalar(w, compute) * target) * (1.0 / (1.0 - scalar(w, tl.float64))).to(compute)
+        tl.store(anchor_ptr + at, anchor, mask=valid)
 
 
 @triton.jit
-def _advance_kernel(
-    anchor_ptr,
+def _half_step_kernel(
+    state_ptr,
     x0_ptr,
     x0_mid_ptr,
     noise_ptr,
@@ -196,10 +118,11 @@ def _advance_kernel(
     clean_ptr,
     stats_ptr,
     out_ptr,
+    anchor_ptr,
     length,
     blocks,
     C,
-    anchor2_ptr,
+    state2_ptr,
     x02_ptr,
     x0_mid2_ptr,
     noise2_ptr,
@@ -207,28 +130,33 @@ def _advance_kernel(
     clean2_ptr,
     stats2_ptr,
     out2_ptr,
+    anchor2_ptr,
     length2,
     blocks2,
     C2,
     programs,
-    hb1: tl.float64,
-    hb2: tl.float64,
+    w: tl.float64,
+    w_mid: tl.float64,
     a: tl.float64,
     b: tl.float64,
     s: tl.float64,
+    REFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Half-step 2 of one modality (the first `programs` programs) and of a second one, if there is one."""
+    """A half-step of one modality (the first `programs` programs) and of a second one, if there is one.
+
+    The first half-step has an anchor to write, the second a prediction at the midpoint to read.
+    """
     pid = tl.program_id(0).to(tl.int64)
     if pid < programs:
-        _advance_tile(
-            pid, anchor_ptr, x0_ptr, x0_mid_ptr, noise_ptr, mask_ptr, clean_ptr, stats_ptr, out_ptr,
-            length, blocks, C, hb1, hb2, a, b, s, BLOCK,
+        _half_step_tile(
+            pid, state_ptr, x0_ptr, x0_mid_ptr, noise_ptr, mask_ptr, clean_ptr, stats_ptr, out_ptr, anchor_ptr,
+            length, blocks, C, w, w_mid, a, b, s, REFINE, BLOCK,
         )  # fmt: skip
-    elif anchor2_ptr is not None:
-        _advance_tile(
-            pid - programs, anchor2_ptr, x02_ptr, x0_mid2_ptr, noise2_ptr, mask2_ptr, clean2_ptr, stats2_ptr, out2_ptr,
-            length2, blocks2, C2, hb1, hb2, a, b, s, BLOCK,
+    elif state2_ptr is not None:
+        _half_step_tile(
+            pid - programs, state2_ptr, x02_ptr, x0_mid2_ptr, noise2_ptr, mask2_ptr, clean2_ptr, stats2_ptr, out2_ptr,
+            anchor2_ptr, length2, blocks2, C2, w, w_mid, a, b, s, REFINE, BLOCK,
         )  # fmt: skip
 
 
@@ -286,30 +214,31 @@ def launch_sde_step(out: Tensor, args: StepArguments) -> None:
 
 
 def _launch_pairs(
-    kernel: Any,
-    modalities: Sequence[tuple[list[Tensor | None], Tensor | None]],
+    columns: Sequence[Sequence[Tensor | None]],
+    stats: Sequence[Tensor | None],
     coefficients: Sequence[float],
-    options: dict[str, Any],
+    refine: bool = False,
 ) -> None:
-    """Two modalities a launch; a modality is its pointers, whose first is the state, and its statistics."""
-    filled = [(pointers, stats) for pointers, stats in modalities if pointers[0] is not None and pointers[0].numel()]
+    """Two modalities a launch; each is an entry of every column, the pointers that a tile takes, the state's first."""
+    filled = []
+    for pointers, statistics in zip(zip(*columns, strict=True), stats, strict=True):
+        state = pointers[0]
+        assert state is not None
+        if state.numel():
+            filled.append((pointers, *_slices(state, statistics), state.shape[-1]))
     for i in range(0, len(filled), 2):
         pair = filled[i : i + 2]
-        cuts = []
-        for pointers, stats in pair:
-            assert pointers[0] is not None
-            cuts.append((*_slices(pointers[0], stats), pointers[0].shape[-1]))
-        block = _block([length for _, length, _ in cuts])
+        block = _block([length for _, _, length, _ in pair])
         args: list[Any] = []
         programs = []
-        for (pointers, _), (slices, length, channels) in zip(pair, cuts, strict=True):
+        for pointers, slices, length, channels in pair:
             blocks = ceil_div(length, block)
             args += [*pointers, length, blocks, channels]
             programs.append(slices * blocks)
         if len(pair) == 1:
-            args += [None] * len(pair[0][0]) + [0, 0, 0]
-        kernel[(sum(programs),)](
-            *args, programs[0], *coefficients, BLOCK=block, num_warps=4, enable_fp_fusion=False, **options
+            args += [None] * len(columns) + [0, 0, 0]
+        _half_step_kernel[(sum(programs),)](
+            *args, programs[0], *coefficients, REFINE=refine, BLOCK=block, num_warps=4, enable_fp_fusion=False
         )
 
 
@@ -317,17 +246,14 @@ def launch_midpoint(out: Sequence[Tensor], args: MidpointArguments) -> None:
     """Half-step 1 on contiguous tensors: x_mid of all modalities, then the anchors of all, in `out`."""
     targets = dense(out)
     count = len(args.latent)
-    # All lists up to the statistics are pointers of the kernel, then come x_mid and anchor.
-    pointers = [list(one) for one in zip(*args[:6], targets[:count], targets[count:], strict=True)]
-    modalities = list(zip(pointers, args.noise_stats, strict=True))
-    _launch_pairs(_midpoint_kernel, modalities, args.coefficients, {"REFINE": args.refine})
+    weight, *step = args.coefficients
+    columns = (args.latent, args.x0, [None] * count, *args[2:6], targets[:count], targets[count:])
+    _launch_pairs(columns, args.noise_stats, (weight, 0.0, *step), args.refine)
     hand_back(out, targets)
 
 
 def launch_advance(out: Sequence[Tensor], args: AdvanceArguments) -> None:
     """Half-step 2 on contiguous tensors: the next latent of each modality in `out`."""
     targets = dense(out)
-    pointers = [list(one) for one in zip(*args[:7], targets, strict=True)]
-    modalities = list(zip(pointers, args.noise_stats, strict=True))
-    _launch_pairs(_advance_kernel, modalities, args.coefficients, {})
+    _launch_pairs((*args[:7], targets, [None] * len(targets)), args.noise_stats, args.coefficients)
     hand_back(out, targets)

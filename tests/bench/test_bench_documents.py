@@ -1,7 +1,6 @@
 """Quoted figures stand in results files; the pages come from results files alone."""
 
 import json
-from pathlib import Path
 
 import pytest
 import quoted
@@ -9,7 +8,7 @@ import report_docs
 from report import write_json
 from tiny import record, results
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT
 
 
 @pytest.fixture

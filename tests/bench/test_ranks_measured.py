@@ -1,24 +1,17 @@
 """The scripts behind docs/parallel.md run: on one rank, on two, and the exchange whose bytes the document quotes."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+from tests.processes import ROOT, python
+
 SMALL = ["--height", "64", "--width", "128", "--num-frames", "9", "--device", "cpu"]
 
 
 def printed(script: str, *options: str, ranks: int = 1) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "bench" / script), *options]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python(*launcher, ROOT / "bench" / script, *options, seconds=200).stdout
 
 
 def test_one_rank_is_compared_with_none() -> None:

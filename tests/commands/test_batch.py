@@ -1,8 +1,6 @@
 """`ltxkern batch` in one process and under torchrun: resuming, refusals, the bits of `generate`."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 
 from ltxkern.cli import main
 from tests.commands.typed import BATCH, write
+from tests.processes import python
 
 
 def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,13 +79,10 @@ def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """Three ranks share out every item, one item is refused on all of them, one rank speaks; run again alone, nothing runs."""
     path = write(tmp_path, {"prompt": "rain", "name": "rain"}, {"prompt": "snow", "height": 65}, {"prompt": "fog"})
     folder, alone = tmp_path / "ranks", tmp_path / "alone"
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(root)}
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "ltxkern"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "ltxkern"]
 
     def batch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-        line = [*command, "batch", str(path), "-o", str(folder), *BATCH]
-        return subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=200)
+        return python(*command, "batch", path, "-o", folder, *BATCH, status=None, seconds=200)
 
     first = batch(folder, *several)
     assert first.returncode != 0
@@ -95,6 +91,6 @@ def test_a_batch_under_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "cfg parallel on 3 ranks: 10 evaluations exchanged in 12 collectives" in first.stderr
     assert main(["batch", str(path), "-o", str(folder), *BATCH]) == 2
     assert f"2 of 3 done (2 before), in {folder}" in capsys.readouterr().out
-    assert batch(alone, sys.executable, "-m", "ltxkern").returncode == 2
+    assert batch(alone, "-m", "ltxkern").returncode == 2
     for name in ("rain", "00003"):
         assert (folder / f"{name}.safetensors").read_bytes() == (alone / f"{name}.safetensors").read_bytes()

@@ -25,6 +25,8 @@ def test_items_are_lines(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{prompt}", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON that can be read: maximum recursion"),
+        ('{"prompt": "b", "seed": ' + "9" * 5000 + "}", "line 2 is not JSON that can be read: Exceeds the limit"),
         ("[1]", "line 2 must be an object"),
         ({"prompt": "b", "name": "../up"}, "line 2: name must be letters, digits, dots and dashes"),
         ({"prompt": "b", "name": 7}, "line 2: name must be letters"),

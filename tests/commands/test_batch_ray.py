@@ -11,6 +11,7 @@ from ltxkern.cli import main
 from ltxkern.commands.batch_items import Item, Manifest, Outcome
 from ltxkern.commands.batch_ray import Placement, run_with_ray
 from tests.commands.typed import BATCH, write
+from tests.processes import ROOT
 
 
 class Toy:
@@ -38,14 +39,13 @@ def ray_cluster() -> Iterator[None]:
     ray = pytest.importorskip(
         "ray", reason='RAY IS NOT INSTALLED, so nothing shows that batches spread: pip install "ltxkern[ray]"'
     )
-    root = str(Path(__file__).parents[2])
     ray.init(
         num_cpus=2,
         num_gpus=0,
         include_dashboard=False,
         logging_level="ERROR",
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )
     yield
     ray.shutdown()

@@ -1,6 +1,8 @@
 """`ltxkern lora`: what it tells about a file, and whether the file fits."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,3 +69,16 @@ def test_it_knows_every_layout_of_the_table(tmp_path, capsys, layout):
     save_file({a: torch.zeros(2, 64), b: torch.zeros(576, 2)}, tmp_path / "lora.safetensors")
     assert main(["lora", str(tmp_path / "lora.safetensors"), "--model", "demo"]) == 0
     assert layout.writer in capsys.readouterr().out.splitlines()[1]
+
+
+def test_it_imports_no_model_library(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    k = f"lora_unet_{K.replace('.', '_')}"
+    save_file({f"{k}.lora_down.weight": torch.zeros(4, 4096), f"{k}.lora_up.weight": torch.zeros(4096, 4)}, path)
+    code = (
+        "import sys\nfrom ltxkern.cli import main\nfile = sys.argv[1]\n"
+        "assert main(['lora', file]) == 0\nassert main(['lora', file, '--model', 'demo']) == 2\n"
+        "assert not {'diffusers', 'transformers', 'triton'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

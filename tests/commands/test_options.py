@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ltxkern.cli import main
 from ltxkern.commands import admission, options
+from ltxkern.pipeline.files.demo import demo_lora
 from tests.commands.typed import refused
 
 
@@ -75,6 +76,11 @@ def bad_lora(folder: Path) -> Path:
         (["--audio-rescale-scale", "-1"], "rescale must be at least 0"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--lora", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        (
+            ["--lora", "nowhere.safetensors:half"],
+            "nowhere.safetensors: the strength must be a finite number such as -0.5, got 'half'",
+        ),
+        (["--lora", "nowhere.safetensors:"], "the strength must be a finite number such as -0.5, got ''"),
         (["--distilled-strength-stage-1", "-0.5"], "strength must be a finite number of at least 0"),
         (["--model", "nowhere.safetensors"], "nowhere.safetensors: no such file or folder"),
         (["-o", "/nowhere/at/all/out.mp4"], "/nowhere/at/all"),
@@ -97,6 +103,11 @@ def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], options: 
 def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["-o", str(tmp_path / "out.mp4")]
     assert "nothing.to_q" in refused(capsys, "--lora", str(bad_lora(tmp_path)), *out)
+    good = tmp_path / "good.safetensors"
+    save_file(demo_lora(), good)
+    twice = refused(capsys, "--lora", f"{good}:0.5", "--lora", f"{tmp_path}/./good.safetensors:-1", "--dry-run", *out)
+    assert "--lora: " in twice
+    assert "good.safetensors is given twice: give it once, with the sum of the strengths" in twice
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(bad_lora(tmp_path).read_bytes()[:-8])
     assert "cut.safetensors" in refused(capsys, "--lora", str(cut), *out)
@@ -108,7 +119,8 @@ def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
 def test_a_lora_strength_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], strength: str) -> None:
-    sentence = refused(capsys, "--lora", f"{bad_lora(tmp_path)}:{strength}", "-o", str(tmp_path / "out.mp4"))
+    save_file(demo_lora(), tmp_path / "good.safetensors")
+    sentence = refused(capsys, "--lora", f"{tmp_path}/good.safetensors:{strength}", "-o", str(tmp_path / "out.mp4"))
     assert "strength must be a finite number, got" in sentence
 
 

@@ -1,7 +1,5 @@
 """The command on several ranks: options that contradict each other, one process, and torchrun."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ from ltxkern.commands import parallel
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.parallel.ranks import Started
 from tests.commands.typed import SMALL
-from tests.pipeline.parallel.jobs import ENVIRONMENT, ROOT, arguments
+from tests.pipeline.parallel.jobs import arguments
+from tests.processes import python
 
 
 class Sharing:
@@ -70,12 +69,9 @@ def test_options_that_fit() -> None:
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     """Four ranks, three branches: by default one rank has no part; the file equals one process's."""
     command = ["-m", "ltxkern", "generate", *SMALL[:-1], "--device", "cpu", "-o"]
-    single = [sys.executable, *command, str(tmp_path / "one.safetensors")]
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    several += [*command, str(tmp_path / "four.safetensors")]
-    for line in (single, several):
-        done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    python(*command, tmp_path / "one.safetensors", seconds=200)
+    done = python(*several, *command, tmp_path / "four.safetensors", seconds=200)
     assert done.stdout.splitlines() == [str(tmp_path / "four.safetensors")]
     assert "cfg parallel on 3 ranks: 5 evaluations exchanged in 6 collectives" in done.stderr
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "four.safetensors").read_bytes()

@@ -53,6 +53,13 @@ def test_marks_are_skipped(tmp_path: Path, encoding: str, capsys: pytest.Capture
     assert "128x192" in capsys.readouterr().out
 
 
+def test_a_date_that_is_none_is_said_with_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("prompt: 2024-13-45\n")
+    assert f"config {tmp_path}/run.yaml: not valid YAML (month must be" in refused(
+        capsys, "--config", f"{tmp_path}/run.yaml"
+    )
+
+
 def test_null_in_a_file_is_not_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
     names = ("seed", "frame-rate", "model", "device-mode", "image", "lora", "quiet", "output", "eta", "height")
@@ -92,11 +99,12 @@ def test_home_in_every_option(
     assert "23.976 fps" in said
 
 
-@pytest.mark.parametrize("rate", ["24000/1001", "23.976", "23.98"])
+@pytest.mark.parametrize("rate", ["24000/1001", " 24000 / 1001", "23.976", "23.98"])
 def test_a_rate_as_a_fraction(capsys: pytest.CaptureFixture[str], rate: str) -> None:
-    assert main([*DRY, "--frame-rate", rate]) == 0
+    assert main([*DRY, f"--frame-rate={rate}"]) == 0
     assert "23.976 fps" in capsys.readouterr().out
     assert "frame_rate must be a positive number" in refused(capsys, "--frame-rate", "0")
+    assert "frame_rate must be between 1 and 300, got 1e+09: use 300" in refused(capsys, "--frame-rate", "1e9")
     with pytest.raises(SystemExit):
         main([*DRY, "--frame-rate", "24:1"])
     assert "fps must be a positive number or a fraction such as 24000/1001, got 24:1" in capsys.readouterr().err

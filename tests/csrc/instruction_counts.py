@@ -2,9 +2,8 @@
 
 The hot path is the way from a kernel's entry to an EXIT that makes the most 16-byte accesses to global memory, and of these the one
 of fewest instructions. So it takes no early exit, no branch for operands that are absent or of a dtype read in smaller pieces, and
-no slow path of a division. A loop without jumps out of its middle counts as its hottest way round, `trips` times where it has
-16-byte accesses and once where it has none. What the path has is divided by the packs of the result that a thread makes; what a row
-costs once is in it.
+no slow path of a division. A loop without jumps out of its middle counts once, as its hottest way round. What the path has is
+divided by the packs of the result that a thread makes; what a row costs once is in it.
 
 `python -m tests.csrc.instruction_counts` writes the baseline that test_instruction_counts.py holds the kernels of PACKS to.
 """
@@ -13,15 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ltxkern.compiled import nvrtc
 from tests.csrc import registered
-from tests.csrc.kernel_resources import cuobjdump
+from tests.csrc.kernel_resources import told
 
 BASELINE = Path(__file__).with_name("instruction_counts.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -45,10 +42,6 @@ class Counts(NamedTuple):
 
     def __add__(self, other: Counts) -> Counts:  # type: ignore[override]
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
-
-    def times(self, factor: int) -> Counts:
-        """All of them that many times."""
-        return Counts(*(factor * a for a in self))
 
     def hotter(self, other: Counts | None) -> bool:
         """Whether a path with these is the one to count."""
@@ -83,14 +76,8 @@ class Block(NamedTuple):
 
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """Instructions of every function by its mangled name, without the padding behind it."""
-    tool = cuobjdump()
-    assert tool is not None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([str(tool), "--dump-sass", file.name], text=True)
     functions: dict[str, list[Instruction]] = {}
-    for line in text.splitlines():
+    for line in told(cubin, "--dump-sass").splitlines():
         if "Function :" in line:
             functions[line.split(":", 1)[1].strip()] = current = []
         elif (match := _LINE.match(line)) and match[3] != "NOP":
@@ -130,65 +117,53 @@ def blocks(instructions: Sequence[Instruction]) -> list[Block]:
     return result
 
 
-class HotPath(NamedTuple):
-    """What a path adds up to, and its blocks."""
-
-    counts: Counts
-    blocks: tuple[int, ...]
-
-
-def _hottest(flow: Sequence[Block], at: int, until: int | None, trips: int, without: str | None) -> HotPath | None:
-    """From block `at` to the end of the thread, or through the loop that ends with block `until`."""
+def _hottest(flow: Sequence[Block]) -> Counts | None:
+    """What the hot path from the first block to the end of the thread adds up to."""
     loops = {
         target: i for i, block in enumerate(flow) for target in block.follows if target is not None and target <= i
     }
-    known: dict[tuple[int, int | None], HotPath | None] = {}
+    known: dict[tuple[int, int | None], Counts | None] = {}
 
-    def walk(i: int, stop: int | None, inside: int | None) -> HotPath | None:
+    def walk(i: int, stop: int | None, inside: int | None) -> Counts | None:
         if (i, stop) in known:
             return known[i, stop]
-        block, best = flow[i], None
-        own = NOTHING
+        block, best, own = flow[i], None, NOTHING
         for instruction in block.instructions:
             own = own + instruction.counts
-        if without and re.search(without, "\n".join(f"{one.name} {one.operands}" for one in block.instructions)):
-            return None
         if i == stop:
-            return HotPath(own, (i,))
+            return own
         if i in loops and i != inside and (last := loops[i]) != stop:
-            round_trip = walk(i, last, i) if last != i else HotPath(own, (i,))
+            round_trip = walk(i, last, i) if last != i else own
             after = [target for target in flow[last].follows if target is None or target > last]
-            if round_trip is not None:
-                more = round_trip.counts.times(trips if round_trip.counts.wide else 1)
-                for target in after:
-                    rest = HotPath(NOTHING, ()) if target is None else walk(target, stop, inside)
-                    if rest is not None and (more + rest.counts).hotter(best.counts if best else None):
-                        best = HotPath(more + rest.counts, (*round_trip.blocks, *rest.blocks))
+            for target in after:
+                rest = NOTHING if target is None else walk(target, stop, inside)
+                if round_trip is not None and rest is not None and (round_trip + rest).hotter(best):
+                    best = round_trip + rest
         for target in block.follows:
             if target is not None and target <= i:
                 continue
             if target is None and stop is not None:
                 continue
-            rest = HotPath(NOTHING, ()) if target is None else walk(target, stop, inside)
-            if rest is not None and (own + rest.counts).hotter(best.counts if best else None):
-                best = HotPath(own + rest.counts, (i, *rest.blocks))
+            rest = NOTHING if target is None else walk(target, stop, inside)
+            if rest is not None and (own + rest).hotter(best):
+                best = own + rest
         if i != inside:
             known[i, stop] = best
         return best
 
-    return walk(at, until, None)
+    return walk(0, None, None)
 
 
-def hot_path(instructions: Sequence[Instruction], trips: int = 1, without: str | None = None) -> HotPath:
-    """The hot path of a kernel; blocks with an instruction that matches `without` are off it.
+def hot_path(instructions: Sequence[Instruction]) -> Counts:
+    """What the hot path of a kernel adds up to.
 
     Raises:
         ValueError: there is none.
     """
-    path = _hottest(blocks(instructions), 0, None, trips, without)
-    if path is None:
+    counts = _hottest(blocks(instructions))
+    if counts is None:
         raise ValueError("no path leads from the entry to an EXIT")
-    return path
+    return counts
 
 
 def counted_kernels() -> dict[str, list[str]]:
@@ -206,22 +181,8 @@ def count(kernels: Sequence[str], architecture: str) -> dict[str, dict[str, floa
     functions, rows = disassemble(cubin), {}
     for kernel, name in zip(kernels, mangled, strict=True):
         packs = PACKS[kernel.split("<")[0].removeprefix("ltxk::")]
-        rows[kernel] = {field: value / packs for field, value in hot_path(functions[name]).counts._asdict().items()}
+        rows[kernel] = {field: value / packs for field, value in hot_path(functions[name])._asdict().items()}
     return rows
-
-
-def show(kernel: str, architecture: str, trips: int, without: str | None) -> str:
-    """The disassembly of a kernel's hot path, block by block."""
-    cubin, (name,) = nvrtc.compile_cubin([kernel], architecture)
-    instructions = disassemble(cubin)[name]
-    path, flow = hot_path(instructions, trips, without), blocks(instructions)
-    lines = [f"{kernel} {path.counts._asdict()}"]
-    for i in path.blocks:
-        lines.append(f"block {i}: {len(flow[i].instructions)} instructions, then {flow[i].follows}")
-        lines += [
-            f"    {one.address:05x} {one.predicate or ''} {one.name} {one.operands}" for one in flow[i].instructions
-        ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 from ltxkern.compiled import nvrtc
 from tests.csrc.shim_build import shim
 
@@ -22,13 +24,31 @@ ARCHITECTURE = "sm_90"
 _ROW = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def cuobjdump() -> Path | None:
-    """The one that Triton brings, or None."""
+def tool(name: str = "cuobjdump") -> Path | None:
+    """One that Triton brings, or None."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
     return path if path.is_file() else None
+
+
+def told(cubin: bytes, *options: str, by: str = "cuobjdump") -> str:
+    """What a tool says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([str(tool(by)), *options, file.name], text=True)
+
+
+def require_nvrtc(what: str, *, read: bool = True) -> None:
+    """Skips where there is no NVRTC, or no tool to `read` what it makes; `what` is then not tested."""
+    try:
+        nvrtc._nvrtc().getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"{what} NOT TESTED: {error}")
+    if read and tool() is None:
+        pytest.skip(f"{what} NOT TESTED: no cuobjdump; triton brings one")
 
 
 def kernels_by_header() -> dict[str, list[str]]:
@@ -42,12 +62,7 @@ def kernels_by_header() -> dict[str, list[str]]:
 def measure(kernels: list[str], architecture: str = ARCHITECTURE) -> dict[str, dict[str, int]]:
     """Registers, stack and local bytes of kernels of one header."""
     cubin, names = nvrtc.compile_cubin(kernels, architecture)
-    tool = cuobjdump()
-    assert tool is not None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([str(tool), "--dump-resource-usage", file.name], text=True)
+    text = told(cubin, "--dump-resource-usage")
     rows = {name: (int(r), int(stack), int(local)) for name, r, stack, _, local in _ROW.findall(text)}
     return {
         kernel: {"registers": rows[name][0], "stack": rows[name][1], "local": rows[name][2]}

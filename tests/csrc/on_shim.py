@@ -50,6 +50,17 @@ def run_step(step: Step, tensors: Sequence[Tensor | None], first: int = 0, count
         shim().only_blocks(0, 0)
 
 
+def noting(kernels: list[str]) -> Run:
+    """What runs a call and writes its kernels down."""
+
+    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
+        for step in steps:
+            kernels.extend([step.kernel] if isinstance(step, Launch) else [])
+            run_step(step, tensors)
+
+    return run
+
+
 def last_blocks(count: int) -> Run:
     """What runs the last blocks of each launch alone."""
 
@@ -99,7 +110,7 @@ def on_shim(
         return None if backend == "cpu" else reason_of(backend)
 
     reason_of = dispatch.unavailable
-    changes = {"program": program, "device_limits": lambda index: H200, "refuse_device": lambda tensor: None}
+    changes = {"program": program, "device_limits": lambda index: H200, "refuse_device": lambda *_: None}
     before = torch.are_deterministic_algorithms_enabled()
     shim().schedule(seed, shuffle=shuffle)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import filecmp
 import functools
 import importlib.util
 import shutil
@@ -40,10 +42,25 @@ def build(*, sanitize: bool = False) -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DLTXK_SANITIZE={'ON' if sanitize else 'OFF'}",
     ]
-    for command in (configure, [cmake, "--build", str(folder), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return next(folder.glob("_shim*.so"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Of several processes that start together one builds, and the others find everything done.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [cmake, "--build", str(folder), "--parallel", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return published(next(folder.glob("_shim*.so")))
+
+
+def published(made: Path) -> Path:
+    """A copy that takes its place whole: the linker writes over its own output, which another process may have loaded."""
+    place, fresh = (made.parent / folder / made.name for folder in ("whole", "fresh"))
+    if not place.exists() or not filecmp.cmp(made, place, shallow=False):
+        for path in (place, fresh):
+            path.parent.mkdir(exist_ok=True)
+        shutil.copy2(made, fresh)
+        fresh.replace(place)
+    return place
 
 
 def load(path: Path) -> ModuleType:

@@ -1,16 +1,16 @@
 """Every case of the table and every kernel of the norms on the shim: odd widths, misaligned tensors, block sizes, schedules."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
-from ltxkern.compiled.steps import Launch, Step
+from ltxkern.compiled.steps import Launch, divider
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -21,11 +21,13 @@ from tests.csrc.kernel_runs import (
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import on_shim, run_step
+from tests.csrc.on_shim import FEW_PROCESSORS, H200, noting, on_shim
 from tests.csrc.shim_build import shim
 from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
 from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
 
+# Numbers that kernels divide are below 2^31.
+MOST = (1 << 31) - 1
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 
 
@@ -54,13 +56,6 @@ def whole_warps(op: str, dtype: torch.dtype) -> int:
 def test_every_case_of_whole_warps(case: OpCase) -> None:
     """In fresh memory and in place, one warp a row and three; the kernels know their dtypes, but for what these leave out."""
     kernels: list[str] = []
-
-    def run(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
     for dtype in case.dtypes:
         # Three warps share a row, or one has it alone; heads of 32 packs of pairs are the longest.
         for warps in (1, 3) if case.op != "qk_norm_rope" else (1,):
@@ -69,7 +64,7 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             with ltxkern.use_backend("torch"):
                 wanted = case.run(tensors, **changed)
             kernels.clear()
-            with on_shim(seed=warps, run=run), ltxkern.use_backend("cpu"):
+            with on_shim(seed=warps, run=noting(kernels)), ltxkern.use_backend("cpu"):
                 results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
                 kept = {name: value.clone() for name, value in tensors.items()}
                 outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
@@ -142,17 +137,10 @@ def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
 
 
 def test_partials_of_many_chunks_are_finalised_by_their_own_kernel() -> None:
-    kernels = []
-
-    def noted(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> None:
-        for step in steps:
-            assert isinstance(step, Launch)
-            kernels.append(step.kernel)
-            run_step(step, tensors)
-
+    kernels: list[str] = []
     x = noise(1, 2, 1500)
     with (
-        on_shim(seed=0, run=noted),
+        on_shim(seed=0, run=noting(kernels)),
         forced(partial(group_norm.two_pass, chunk_bytes=4, threads=32)),
         ltxkern.use_backend("cpu"),
     ):
@@ -191,6 +179,53 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
             results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
     assert torch.equal(*results)
+
+
+# A group that a cluster holds, and one that none does.
+ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS)}
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("kernel", ON_CHIP)
+def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
+    """And gives their bits; one that holds as much takes the kernel on chip."""
+    shape, groups, limits = ON_CHIP[kernel]
+    given = group_norm_of("two_pass", shape, torch.bfloat16)
+    kernels: list[str] = []
+    asked: list[str] = []
+
+    def answer(many: int) -> Tensor:
+        def holds(launch: Launch) -> int:
+            asked.append(launch.kernel)
+            return many
+
+        with on_shim(limits=limits._replace(held=holds), run=noting(kernels)), ltxkern.use_backend("cpu"):
+            return given.run(groups, poisoned(given.x))
+
+    few = answer(held)
+    assert kernels == [
+        "ltxk::group_norm_stats<ltxk::bf16, 8>",
+        "ltxk::group_norm_finalize",
+        "ltxk::group_norm_apply<ltxk::bf16, 8>",
+    ]
+    chip = f"ltxk::group_norm_{kernel}<ltxk::bf16, 8>"
+    assert chip in asked
+    kernels.clear()
+    torch.testing.assert_close(answer(1 << 20), few)
+    assert kernels == [chip]
+    with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
+        assert torch.equal(few, given.run(groups, poisoned(given.x)))
+
+
+@settings(deadline=None)
+@given(by=strategies.integers(1, MOST), times=strategies.integers(0, MOST))
+def test_division_by_a_prepared_number(by: int, times: int) -> None:
+    """Next to multiples of the divisor, of powers of two and of the largest numbers, where a rounded factor would show."""
+    for divisor in {by, *(min(MOST, max(1, (1 << by.bit_length()) + offset)) for offset in (-1, 0, 1)), MOST - by % 3}:
+        multiple = times % (MOST // divisor + 1) * divisor
+        for number in {*range(multiple - 1, multiple + 2), divisor - 1, divisor, MOST - 1, MOST}:
+            if 0 <= number <= MOST:
+                assert shim().divide(number, divider(divisor)) == number // divisor, (number, divisor)
 
 
 def test_a_divergent_program_is_refused() -> None:

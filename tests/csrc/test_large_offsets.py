@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltxkern
-from ltxkern.compiled import combine_guidance, extension, normalize_noise
+from ltxkern.compiled import combine_guidance, normalize_noise
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, Step
 from ltxkern.layout import ceil_div, round_up
@@ -30,6 +30,7 @@ from tests.csrc.on_shim import last_blocks, on_shim, run_step
 from tests.csrc.shim_build import ROOT
 from tests.ops.contract import assert_same, noise
 from tests.ops.op_cases import BF16, CASES, F32, F64, OpCase, Size
+from tests.serving import needs_cpu_kernels
 
 HALF = 1 << 30
 TOKENS = 16
@@ -305,9 +306,7 @@ def test_group_norm_on_chip(kernel: str) -> None:
     torch.testing.assert_close(out[0, -1].double(), exact, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.skipif(
-    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
-)
+@needs_cpu_kernels
 def test_strides_of_rows_on_the_cpu() -> None:
     """The CPU kernels, on few rows that lie more than 2^31 elements apart."""
     width, apart = 24, (1 << 31) + 32

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, python
+
 LIMIT = 8 << 20
 
 pytestmark = [
@@ -36,6 +37,14 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next((target / "ltxkern").glob("_C*.so"))
 
 
+def shown(extension: Path, what: str) -> str:
+    """What a process prints of the extension's module `m`."""
+    load = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s)"
+    )
+    return python("-c", f"{load}; s.loader.exec_module(m); print({what})", extension).stdout
+
+
 def test_size(extension: Path) -> None:
     assert extension.stat().st_size < LIMIT
 
@@ -49,46 +58,47 @@ def test_it_needs_no_driver_and_no_torch_library(extension: Path) -> None:
 
 def test_it_loads_without_a_device_and_says_so(extension: Path) -> None:
     ctypes.CDLL(str(extension))
-    script = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(len(m.kernels()) > 0, m.cuda_unavailable())"
-    )
-    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True)
-    assert shown.startswith("True ")
+    assert shown(extension, "len(m.kernels()) > 0, m.cuda_unavailable()").startswith("True ")
 
 
 def test_registered_kernels_are_those_of_the_shim(extension: Path) -> None:
     from tests.csrc.shim_build import shim
 
-    script = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
-        "s.loader.exec_module(m); print(*m.kernels(), sep='\\n')"
-    )
-    shown = subprocess.check_output([sys.executable, "-c", script, str(extension)], text=True).splitlines()
-    assert shown == list(shim().kernels())
+    assert shown(extension, "*m.kernels(), sep='\\n'").splitlines() == list(shim().kernels())
 
 
-OLDER_NVCC = """#!/usr/bin/env bash
-if [ "$*" = "--version" ]; then echo "Cuda compilation tools, release 12.4, V12.4.131"; exit; fi
-case "$*" in *_1[0-9][0-9]*) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
+OTHER_NVCC = """#!/usr/bin/env bash
+if [ "$*" = "--version" ]; then echo "Cuda compilation tools, release {release}, V{release}.131"; exit; fi
+case "$*" in {unknown}) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
 exec {nvcc} "$@"
 """
 
 
-def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("release", "unknown", "processor", "architectures"),
+    [
+        ("12.4", "*_1[0-9][0-9]*", "x86_64", "80-real;90-real;90-virtual"),
+        ("13.0", "*_101*", "aarch64", "110-real;87-real;80-real;90-real;100-real;120-real;120-virtual"),
+    ],
+)
+def test_an_nvcc_builds_for_what_it_knows(
+    tmp_path: Path, release: str, unknown: str, processor: str, architectures: str
+) -> None:
     import pybind11
 
-    older = tmp_path / "bin" / "nvcc"
-    older.parent.mkdir()
-    older.write_text(OLDER_NVCC.format(nvcc=shutil.which("nvcc")))
-    older.chmod(0o755)
-    folders = (str(older.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    other = tmp_path / "bin" / "nvcc"
+    other.parent.mkdir()
+    other.write_text(OTHER_NVCC.format(release=release, unknown=unknown, nvcc=shutil.which("nvcc")))
+    other.chmod(0o755)
+    folders = (str(other.parent), str(Path(sys.executable).parent), os.environ["PATH"])
     environment = os.environ | {"PATH": os.pathsep.join(folders)}
     environment.pop("CUDACXX", None)
     command = [
         *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DLTXKERN_CUDA=ON"),
         *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
+        # An override of the processor goes with one of the system.
+        *(f"-DCMAKE_SYSTEM_PROCESSOR={processor}", "-DCMAKE_SYSTEM_NAME=Linux"),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "CUDA ON 80-real;90-real;90-virtual" in done.stdout
+    assert f"CUDA ON {architectures}, OpenMP" in done.stdout

@@ -19,17 +19,13 @@ HEADERS = sorted(
 
 @pytest.fixture(autouse=True)
 def nvrtc_works() -> None:
-    try:
-        nvrtc._nvrtc().getVersion()
-    except (ImportError, OSError, RuntimeError) as error:
-        pytest.skip(f"NVRTC TIER NOT TESTED: {error}")
+    kernel_resources.require_nvrtc("NVRTC TIER", read=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("header", HEADERS)
 def test_every_kernel_compiles_within_its_registers(header: str) -> None:
-    if kernel_resources.cuobjdump() is None:
-        pytest.skip("KERNEL RESOURCES NOT TESTED: no cuobjdump; triton brings one")
+    kernel_resources.require_nvrtc("KERNEL RESOURCES")
     baseline = json.loads(kernel_resources.BASELINE.read_text())
     for kernel, row in kernel_resources.measure(kernel_resources.kernels_by_header()[header]).items():
         assert row["stack"] == row["local"] == 0, f"{kernel} uses local memory: {row}"

@@ -42,17 +42,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("width", [16, 13, 1024])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_a_row_whose_index_is_out_of_range_is_nan(op: str, dtype: torch.dtype, width: int, index: torch.dtype) -> None:
-    """Nothing outside the tables is read for it, and the other rows are as they were."""
-    tensors = test_row_index.drawn((2, 5, width), dtype, count=2)
-    rows = torch.tensor([[0, 1, -1, 0, 2], [torch.iinfo(index).max, 1, 1, torch.iinfo(index).min, 0]], dtype=index)
-    good = (rows >= 0) & (rows < 2)
     with dispatch.use_backend("cpu"):
-        result = test_row_index.OPS[op](tensors, rows=rows)
-        expected = test_row_index.OPS[op](tensors, rows=rows * good)
-    pairs = [(result, expected)] if op != "gated_norm" else list(zip(result, expected, strict=True))
-    for one, other in pairs:
-        assert torch.equal(one[good], other[good])
-        assert bool(one[~good].isnan().all())
+        test_row_index.nan_where_out_of_range(op, dtype, width, index)
 
 
 def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None] | None:

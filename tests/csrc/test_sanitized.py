@@ -1,12 +1,11 @@
 """The CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer: tests of the shim again, in one subprocess."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.csrc.shim_build import ROOT, build
+from tests.csrc.shim_build import build
+from tests.processes import python
 
 # Every case and every kernel of the norms; of the op tests odd sizes, views and in-place calls, in one block size, as fibers decide
 # the order.
@@ -39,14 +38,9 @@ def preload() -> str:
 @pytest.mark.slow
 def test_no_access_outside_and_no_undefined_behaviour() -> None:
     module = build(sanitize=True)
-    environment = os.environ | {
+    options = {
         "LD_PRELOAD": preload(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", SCRIPT, str(module), CASES, *FILES]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    assert " passed" in done.stdout
+    assert " passed" in python("-c", SCRIPT, module, CASES, *FILES, **options).stdout

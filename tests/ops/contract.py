@@ -10,14 +10,28 @@ ACTIVATIONS = [torch.float16, torch.bfloat16, torch.float32]
 SAMPLER = [*ACTIVATIONS, torch.float64]
 
 
-def assert_as_close(actual: Tensor, composition: Tensor, exact: Tensor, *, factor: float = 1.5) -> None:
-    """error(op vs fp64) <= factor x error(torch composition vs fp64), RMS and max; half an ulp of the largest value is free.
+def assert_as_close(
+    actual: Tensor,
+    composition: Tensor,
+    exact: Tensor,
+    *,
+    factor: float = 1.5,
+    free: float | None = None,
+    wide: float = 0.0,
+) -> None:
+    """error(op vs fp64) <= factor x error(torch composition vs fp64), RMS and max.
 
     Args:
         actual: the op's result.
         composition: the torch ops that it replaces, in the same dtype.
         exact: the same mathematics in fp64 on the same inputs.
+        factor: of the composition's error.
+        free: what is allowed beside it, as a part of the largest value: half an ulp of it.
+        wide: the tolerance of results in fp64, where it is given: their composition is not what they are held to.
     """
+    if wide and actual.dtype == torch.float64:
+        torch.testing.assert_close(actual, exact, atol=wide, rtol=wide)
+        return
     assert actual.dtype == composition.dtype
     assert actual.shape == composition.shape == exact.shape
     assert exact.dtype == torch.float64
@@ -25,9 +39,10 @@ def assert_as_close(actual: Tensor, composition: Tensor, exact: Tensor, *, facto
         return
     assert bool(actual.isfinite().all()), "the op leaves non-finite values"
     ours, theirs = (actual.double() - exact).abs(), (composition.double() - exact).abs()
-    rounding = float(exact.abs().max()) * torch.finfo(actual.dtype).eps / 2
-    assert float(ours.max()) <= factor * float(theirs.max()) + rounding
-    assert float(ours.square().mean().sqrt()) <= factor * float(theirs.square().mean().sqrt()) + rounding
+    rounding = float(exact.abs().max()) * (torch.finfo(actual.dtype).eps / 2 if free is None else free)
+    for kind, measure in (("maximum", Tensor.max), ("RMS", lambda error: error.square().mean().sqrt())):
+        got, limit = float(measure(ours)), factor * float(measure(theirs)) + rounding
+        assert got <= limit, f"{kind} error against fp64 is {got:.3e}, allowed {limit:.3e}"
 
 
 def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -55,6 +70,33 @@ def channels_last(x: Tensor) -> Tensor:
 def misaligned(x: Tensor, by: int = 1) -> Tensor:
     """The same values, contiguous, `by` elements past an aligned address."""
     return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
+
+
+def by_threads(call: Callable[[], Any]) -> list[Any]:
+    """What a call gives on one, two and three threads of torch."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+def assert_gradients(
+    op: Callable[..., Any], composition: Callable[..., Any], *given: Tensor, near: float = 1e-5
+) -> None:
+    """The gradients of an op are those of the torch composition, through another power of each result."""
+    sides = []
+    for function in (op, composition):
+        leaves = [value.detach().clone().requires_grad_() for value in given]
+        results = function(*leaves)
+        parts = [results] if isinstance(results, Tensor) else results
+        sum(part.pow(power).sum() for power, part in enumerate(parts, start=2)).backward()
+        sides.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=near, rtol=near)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import dispatch, schema
-from tests.ops.contract import assert_same, compiled, strided, transposed
+from tests.ops.contract import assert_same, by_threads, compiled, strided, transposed
 from tests.ops.op_cases import BF16, CASES, F32, MAIN, OpCase, Size
 from tests.serving import backends_of, serving
 
@@ -84,15 +84,10 @@ def test_empty(case: OpCase, backend: str, size: Size) -> None:
 @over([case for case in CASES if not case.in_place])
 def test_equal_bits_on_repeat_for_any_threads(case: OpCase, backend: str) -> None:
     tensors = case.tensors(BF16, Size(2, 61, 300))
-    before = torch.get_num_threads()
     with serving(backend):
         expected = case.run(tensors)
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                assert_same(case.run(tensors), expected)
-        finally:
-            torch.set_num_threads(before)
+        for results in by_threads(lambda: case.run(tensors)):
+            assert_same(results, expected)
 
 
 class HandedOverError(Exception):

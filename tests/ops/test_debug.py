@@ -5,19 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from ltxkern import debug
-from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Argument, Call, Launch, Zero
-
-ROOT = Path(__file__).resolve().parents[2]
-
-needs_extension = pytest.mark.skipif(
-    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
-)
+from tests.processes import ROOT
+from tests.serving import needs_cpu_kernels
 
 CALLS = """
 import sys, torch, ltxkern
@@ -56,7 +50,7 @@ def lines(level: str) -> dict[str, list[str]]:
 GIVEN = "gated_residual(x bfloat16 1x3x8, y bfloat16 1x3x8, gate bfloat16 1x1x8) by"
 
 
-@needs_extension
+@needs_cpu_kernels
 @pytest.mark.parametrize("way", ["eager", "out", "compiled"])
 def test_a_call_is_one_line(way: str) -> None:
     (line,) = lines("1")[way]
@@ -66,14 +60,14 @@ def test_a_call_is_one_line(way: str) -> None:
     assert re.search(r"; not cuda \([^()]+\), nvrtc \([^()]+\), triton \([^()]+\)$", line)
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_an_op_that_works_in_place_reads_and_writes_its_first_argument() -> None:
     (line,) = lines("1")["in place"]
     assert "merge_lora_(weight float32 4x4, lora_a [float32 2x4], lora_b [float32 4x2], scale [0.5], " in line
     assert f" by cpu: 2 calls, {64 + 32 + 32} bytes read, 64 bytes written; " in line
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_a_backend_that_refuses_the_case_is_named_with_its_reason() -> None:
     pytest.importorskip("triton")
     script = """
@@ -92,14 +86,14 @@ def test_the_reference_is_told_by_what_torch_runs() -> None:
     assert steps == [*["torch _to_copy"] * 4, "torch add", "torch mul"]
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_level_2_adds_the_steps() -> None:
     assert [line for line in lines("2")["eager"] if not line.startswith("gated")] == ["  gated_residual_rows"]
     assert lines("2")["in place"][1:] == ["  torch mm", "  torch add_"]
     assert {name: said[0] for name, said in lines("2").items()} == {name: said[0] for name, said in lines("1").items()}
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_copies_around_a_kernel_are_steps() -> None:
     first, *steps = lines("2")["copies"]
     assert "x bfloat16 1x8x3 strides 24x1x8, " in first
@@ -107,7 +101,7 @@ def test_copies_around_a_kernel_are_steps() -> None:
     assert set(steps[:-1]) == {"  torch clone"}
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_triton_launches_note_themselves() -> None:
     pytest.importorskip("triton")
     script = "import torch, ltxkern\nwith ltxkern.use_backend('triton'): ltxkern.pixel_norm_silu(torch.ones(1, 3, 8))"

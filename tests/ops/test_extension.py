@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,62 +18,22 @@ from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Argument, pack
 from ltxkern.ops.group_norm_silu import Arguments
 from tests.ops.contract import noise
-
-ROOT = Path(__file__).resolve().parents[2]
-
-needs_extension = pytest.mark.skipif(
-    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
-)
+from tests.processes import ROOT, python
+from tests.serving import needs_cpu_kernels
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return python("-c", script, status=None, **environment)
 
 
-COMPARE = """
-import torch, ltxkern
-from ltxkern.compiled import extension
-torch.manual_seed(0)
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for shape, groups in (((2, 12, 5, 7), 4), ((1, 4, 2311), 2), ((1, 35, 3), 5)):
-        for last in (False, True):
-            x = torch.randn(shape).to(dtype)
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
-            weight = torch.randn(shape[1])
-            with ltxkern.use_backend("cpu"):
-                ours = ltxkern.group_norm_silu(x, weight, weight, groups), ltxkern.pixel_norm_silu(x, weight=weight)
-            wanted = (
-                ltxkern.reference.group_norm_silu(x.double(), weight.double(), weight.double(), groups),
-                ltxkern.reference.pixel_norm_silu(x.float(), 1e-8, weight),
-            )
-            for one, other in zip(ours, wanted):
-                tolerance = 2 * torch.finfo(dtype).eps
-                torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=max(tolerance, 4e-6))
-print(extension.module().isa())
-"""
-
-
-@needs_extension
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
-def test_instruction_sets(isa: str) -> None:
-    done = run(COMPARE, LTXKERN_CPU_ISA=isa)
-    if "this processor has no" in done.stderr:
-        pytest.skip(f"{isa} OBJECTS NOT TESTED: this processor has no {isa}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == isa
-
-
-@needs_extension
+@needs_cpu_kernels
 def test_an_unknown_instruction_set_is_named() -> None:
     done = run("import ltxkern; print(ltxkern.capabilities()['group_norm_silu']['cpu'])", LTXKERN_CPU_ISA="sse9")
     assert done.returncode != 0
     assert "LTXKERN_CPU_ISA must be base, avx2 or avx512, got sse9" in done.stderr
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_raw_addresses_give_the_same_bits() -> None:
     x, weight = noise(1, 6, 37), noise(6, seed=1)
     plain, raw = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
@@ -89,7 +48,7 @@ def test_raw_addresses_give_the_same_bits() -> None:
         program.raw(1, [0])
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_meta_tensors_and_wrong_arguments_are_refused() -> None:
     program = extension.module().CpuProgram(1)
     with pytest.raises(KeyError, match="no CPU kernel"):
@@ -123,7 +82,7 @@ def other_sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ask_again()
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_an_extension_of_other_sources_is_refused_before_the_call(
     other_sources: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,7 +101,7 @@ def test_an_extension_of_other_sources_is_refused_before_the_call(
     assert re.match(words, caplog.messages[0])
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_the_extension_knows_its_sources() -> None:
     assert extension.module().source_digest == sources.packaged() == sources.digest(ROOT / "csrc")
 
@@ -179,18 +138,42 @@ def test_the_package_works_without_the_extension() -> None:
     assert "ltxkern._C" in done.stdout
 
 
-def test_importing_touches_nothing() -> None:
-    script = (
-        "import sys, ltxkern; print([m for m in ('ltxkern._C', 'cupy', 'triton', 'diffusers') if m in sys.modules])"
-    )
-    assert run(script).stdout.strip() == "[]"
-
-
 def test_a_switched_off_backend_says_so() -> None:
     done = run(
         "import ltxkern; print(ltxkern.capabilities()['group_norm_silu']['cpu'])", LTXKERN_DISABLE="group_norm_silu:cpu"
     )
     assert "switched off" in done.stdout
+
+
+ASKED = """
+import os, torch, ltxkern
+from ltxkern import dispatch
+from ltxkern.compiled import driver
+asked = []
+driver.no_device = lambda: asked.append(1) or "no device, said the test"
+x = torch.ones(3, 4)
+def candidates():
+    ltxkern.pixel_norm_silu(x)
+    return dispatch.registered()["pixel_norm_silu"]._present[None]
+"""
+
+
+def test_calls_on_the_cpu_ask_no_device() -> None:
+    """Until CUDA is in use; then what was found out before is forgotten, and so it is in a forked process."""
+    script = ASKED + (
+        "first = candidates(); assert not asked and not {'cuda', 'nvrtc', 'triton'} & set(first)\n"
+        "assert dispatch.unavailable('triton') == 'no device, said the test'; assert asked\n"
+        "driver.no_device = lambda: None\n"
+        "assert dispatch.unavailable('triton')\n"
+        "for call, _ in torch.cuda._queued_calls: call()\n"
+        "assert dispatch.unavailable('triton') is None and 'triton' in candidates()\n"
+        "driver.no_device = lambda: 'forked'\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if dispatch.unavailable('triton') == 'forked' and candidates() == first else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0 and 'triton' in candidates()\n"
+    )
+    done = run(script, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("entry", ["no_such_op:cpu", "gpu"])
@@ -200,7 +183,7 @@ def test_a_wrong_entry_of_what_is_switched_off_is_an_error(entry: str) -> None:
     assert f"LTXKERN_DISABLE={entry}: unknown" in done.stderr
 
 
-@needs_extension
+@needs_cpu_kernels
 def test_receipts_name_the_backend() -> None:
     with ltxkern.use_backend("cpu"):
         ltxkern.pixel_norm_silu(torch.ones(1, 4, 3))

@@ -9,8 +9,18 @@ from torch import Tensor, nn
 
 import ltxkern
 from ltxkern.ops.group_norm_silu import reference
-from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, noise, poisoned, strided, transposed
-from tests.serving import over_backends, serving
+from tests.ops.contract import (
+    ACTIVATIONS,
+    assert_as_close,
+    assert_gradients,
+    by_threads,
+    channels_last,
+    noise,
+    poisoned,
+    strided,
+    transposed,
+)
+from tests.serving import needs_cpu_kernels, over_backends, serving
 
 SHAPES = [
     ((2, 12, 3, 5, 7), 4),
@@ -89,7 +99,7 @@ def test_mean_of_ten_thousand_deviations(backend: str, last: bool) -> None:
     assert_as_close(out, reference(x, None, None, 4), exact(x, None, None, 4, None, None))
 
 
-@pytest.mark.skipif("cpu" not in ltxkern.backends(), reason="CPU KERNELS NOT TESTED: not built")
+@needs_cpu_kernels
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_a_large_mean_costs_half_a_unit_of_it(last: bool) -> None:
     """The mean in fp32 is the only loss, which torch's own channels-last kernel exceeds a thousandfold."""
@@ -159,12 +169,11 @@ def test_other_layouts(backend: str, layout: Any) -> None:
     torch.testing.assert_close(out, reference(x, None, None, 3, 1e-5, residual), atol=2e-6, rtol=1e-5)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 def test_stores_past_the_caches_change_no_bit(dtype: torch.dtype, offset: int) -> None:
     """The CPU kernel writes large results past the caches, but neither in place nor to unaligned rows."""
-    if ltxkern.capabilities()["group_norm_silu"]["cpu"] is not None:
-        pytest.skip("no CPU backend")
     x = noise(1, 4, 1, (5 << 20) // dtype.itemsize + 3 * offset, dtype=dtype)
     out = poisoned(x)
     with ltxkern.use_backend("cpu"):
@@ -173,34 +182,18 @@ def test_stores_past_the_caches_change_no_bit(dtype: torch.dtype, offset: int) -
     assert torch.equal(out, x)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    if ltxkern.capabilities()["group_norm_silu"]["cpu"] is not None:
-        pytest.skip("no CPU backend")
-    threads = torch.get_num_threads()
-    try:
-        for shape, groups in [((1, 6, 9001), 2), ((1, 8, 40, 50), 1), ((2, 64, 100), 32)]:
-            for x in (noise(*shape), channels_last(noise(*shape))):
-                results = []
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    with ltxkern.use_backend("cpu"):
-                        results.append(ltxkern.group_norm_silu(x, None, None, groups))
-                assert torch.equal(results[0], results[1])
-                assert torch.equal(results[0], results[2])
-    finally:
-        torch.set_num_threads(threads)
+@needs_cpu_kernels
+@pytest.mark.parametrize(("shape", "groups"), [((1, 6, 9001), 2), ((1, 8, 40, 50), 1), ((2, 64, 100), 32)])
+def test_threads_do_not_change_a_bit(shape: tuple[int, ...], groups: int) -> None:
+    for x in (noise(*shape), channels_last(noise(*shape))):
+        with ltxkern.use_backend("cpu"):
+            first, *others = by_threads(lambda x=x: ltxkern.group_norm_silu(x, None, None, groups))
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_backward_is_that_of_the_composition() -> None:
-    x, weight = noise(2, 4, 3, 3).requires_grad_(), noise(4, seed=1).requires_grad_()
-    bias = noise(4, seed=2).requires_grad_()
-    ltxkern.group_norm_silu(x, weight, bias, 2).square().sum().backward()
-    ours = [t.grad.clone() for t in (x, weight, bias)]
-    for tensor in (x, weight, bias):
-        tensor.grad = None
-    reference(x, weight, bias, 2).square().sum().backward()
-    for mine, tensor in zip(ours, (x, weight, bias), strict=True):
-        torch.testing.assert_close(mine, tensor.grad)
+    given = (noise(2, 4, 3, 3), noise(4, seed=1), noise(4, seed=2))
+    assert_gradients(lambda *t: ltxkern.group_norm_silu(*t, 2), lambda *t: reference(*t, 2), *given, near=1.3e-6)
 
 
 def test_errors_name_the_parameter() -> None:
@@ -219,9 +212,8 @@ def test_errors_name_the_parameter() -> None:
         ltxkern.group_norm_silu(x, None, None, 2, out=torch.zeros(1, 6, 4, dtype=torch.float16))
 
 
+@needs_cpu_kernels
 def test_a_bad_direct_call_is_refused_with_words() -> None:
-    if ltxkern.capabilities()["group_norm_silu"]["cpu"] is not None:
-        pytest.skip("no CPU backend")
     arguments = (torch.zeros(1, 6, 4), torch.ones(5), torch.ones(6), 2, 1e-5, None, None)
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="needs 6 values per parameter"):
         torch.ops.ltxkern.group_norm_silu(*arguments)

@@ -1,38 +1,31 @@
 """Every CPU kernel in each instruction set that this processor has: rows around a register, misaligned, with odd ends."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from ltxkern.compiled import extension
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import python
+from tests.serving import needs_cpu_kernels
 
 COMPARE = """
 import itertools
 from ltxkern.compiled import extension
+from tests.ops import test_group_norm_silu as group_norm, test_pixel_norm_silu as pixel_norm
 from tests.ops.contract import ACTIVATIONS
 from tests.ops.op_cases import CASES, Size, held_to_torch
 
 for case, dtype, width in itertools.product(CASES, ACTIVATIONS, (1, 7, 33, 261)):
     if dtype in case.dtypes:
         held_to_torch(case, "cpu", dtype, Size(2, 5, width), shift=3)
+for dtype, (shape, groups), last in itertools.product(ACTIVATIONS, group_norm.SHAPES, (False, True)):
+    group_norm.test_contract("cpu", dtype, shape, groups, last, full=True)
+    pixel_norm.test_contract("cpu", dtype, shape, last, weighted=True)
 print(extension.module().isa())
 """
 
 
-@pytest.mark.skipif(
-    extension.unavailable("cpu") is not None, reason=f"CPU KERNELS NOT TESTED: {extension.unavailable('cpu')}"
-)
+@needs_cpu_kernels
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_op(isa: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LTXKERN_CPU_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", COMPARE, status=None, LTXKERN_CPU_ISA=isa)
     if "this processor has no" in done.stderr:
         pytest.skip(f"{isa} OBJECTS NOT TESTED: this processor has no {isa}")
     assert done.returncode == 0, done.stderr[-3000:]

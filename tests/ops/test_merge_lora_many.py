@@ -11,7 +11,7 @@ from ltxkern.compiled import merge_lora as launch
 from ltxkern.ops.merge_lora import OP, Arguments, refuse_cuda
 from tests.ops.contract import assert_same, noise
 from tests.ops.test_merge_lora import lora
-from tests.serving import over_backends, serving
+from tests.serving import needs_cpu_kernels, over_backends, serving
 
 
 @over_backends("merge_lora_")
@@ -86,9 +86,8 @@ def test_all_layers_or_none(spoil: Callable[..., None], error: type[Exception], 
     assert not bool(memory.any())
 
 
+@needs_cpu_kernels
 def test_a_layer_without_a_backend_changes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    if ltxkern.capabilities()["merge_lora_"]["cpu"] is not None:
-        pytest.skip("no CPU backend")
     # The refusals of the CUDA tiers, which decline fp64.
     monkeypatch.setitem(OP._backends, "cpu", OP._backends["cpu"]._replace(refuse=refuse_cuda))
     weights, a, b, memory = three_layers()

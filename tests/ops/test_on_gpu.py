@@ -15,9 +15,14 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import dispatch
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import nvrtc
+from ltxkern.compiled.programs import limits_of
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.ops.float8 import to_e4m3
+from ltxkern.ops.group_norm_silu import Arguments
 from tests.csrc import kernel_runs
+from tests.ops import test_row_index
 from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, noise
 from tests.ops.op_cases import BF16, CASES, STEP, OpCase, Size, held_to_torch
 from tests.serving import serving
@@ -171,19 +176,11 @@ def test_merge_of_many_tiles(tier: str, dtype: torch.dtype, half: torch.dtype, c
 
 
 @over_tiers
-def test_a_row_whose_index_is_out_of_range_is_nan(tier: str) -> None:
+@pytest.mark.parametrize("op", test_row_index.OPS)
+def test_a_row_whose_index_is_out_of_range_is_nan(tier: str, op: str) -> None:
     use(tier)
-    x, tables = drawn(5, 64), drawn(2, 3, 64).unbind(1)
-    rows = torch.tensor([0, -1, 1, 2, 1 << 40], device=x.device)
-    with ltxkern.use_backend(tier):
-        results = [
-            *ltxkern.gated_residual_rms_norm_modulate(x, x, *tables, rows=rows),
-            ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows),
-            ltxkern.gated_residual(x, x, tables[0], rows=rows),
-        ]
-    for result in results:
-        assert result.isnan().all(-1).tolist() == [False, True, False, True, True]
-        assert bool(result[[0, 2]].isfinite().all())
+    with torch.device("cuda"), ltxkern.use_backend(tier):
+        test_row_index.nan_where_out_of_range(op, BF16, 64, torch.int64)
 
 
 @over_tiers
@@ -206,6 +203,29 @@ def test_every_group_norm_kernel(tier: str, dtype: torch.dtype, shape: tuple[int
             atol=2e-5,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@over_tiers
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_the_device_holds_what_was_counted(tier: str, shape: tuple[int, ...]) -> None:
+    """Else every call takes the two passes that are there for other devices."""
+    use(tier)
+    x = torch.empty(shape, device="cuda", dtype=BF16)
+    limits = limits_of(tier, x)
+    assert limits is not None
+    case = group_norm.describe(x, Arguments(x, None, None, 32, 1e-5, None, None), limits)
+    assert group_norm.choose(case, limits) == group_norm.choose(case, limits._replace(held=None))
+
+
+def test_nvrtc_is_not_loaded_within_a_capture() -> None:
+    use("nvrtc")
+    # Of a size that no other test has: its program is not made yet.
+    x = drawn(1, 8, 56)
+    nvrtc._functions.clear()
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with ltxkern.use_backend("nvrtc"), pytest.raises(RuntimeError, match="once before the capture"), graph:
+        ltxkern.gated_residual(x, x, x)
+    assert ltxkern.gated_residual(x, x, x).isfinite().all()
 
 
 @over_backends

@@ -1,5 +1,6 @@
 """qk_norm_rope: both layouts against fp64, tables shared by the batch, calls around it, errors."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, noise
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_gradients, noise
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
@@ -110,16 +111,9 @@ def test_no_rotation_is_the_norm(backend: str) -> None:
 @over_backends("qk_norm_rope")
 @LAYOUTS
 def test_gradients(backend: str, layout: str) -> None:
-    given = inputs((2, 3, 2, 4))
-    ours = [value.clone().requires_grad_() for value in given]
-    theirs = [value.clone().requires_grad_() for value in given]
+    op = functools.partial(ltxkern.qk_norm_rope, layout=layout)
     with serving(backend):
-        q, k = ltxkern.qk_norm_rope(*ours, layout=layout)
-        (q.pow(3).sum() + k.square().sum()).backward()
-    q, k = composition(*theirs, layout)
-    (q.pow(3).sum() + k.square().sum()).backward()
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4)
+        assert_gradients(op, functools.partial(composition, layout=layout), *inputs((2, 3, 2, 4)), near=1e-4)
 
 
 @over_backends("qk_norm_rope")

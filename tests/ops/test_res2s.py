@@ -11,7 +11,7 @@ import ltxkern
 from ltxkern import Res2sStep, res2s_steps
 from tests.ops.contract import SAMPLER, assert_as_close, assert_same, noise, poisoned, transposed
 from tests.ops.test_res2s_sde_step import SHAPES, sde
-from tests.serving import over_backends, serving
+from tests.serving import needs_cpu_kernels, over_backends, serving
 
 REFINED, LARGE = res2s_steps([0.9, 0.7, 0.1])
 STEPS = pytest.mark.parametrize("step", [REFINED, LARGE], ids=["refined", "large"])
@@ -72,10 +72,7 @@ def test_midpoint(backend: str, dtype: torch.dtype, shape: tuple[int, ...], step
     exact, refined = midpoint(given["latent"], given["x0"], given["noise"], step, masks.get("mask"), masks.get("clean"))
     assert (middle.dtype, anchor.dtype) == (dtype, torch.float64)
     torch.testing.assert_close(anchor, refined, atol=1e-12, rtol=1e-12)
-    if dtype == torch.float64:
-        torch.testing.assert_close(middle, exact, atol=1e-13, rtol=1e-13)
-    else:
-        assert_as_close(middle, exact.to(dtype), exact)
+    assert_as_close(middle, exact.to(dtype), exact, wide=1e-13)
 
 
 @over_backends("res2s_advance")
@@ -91,10 +88,7 @@ def test_advance(backend: str, dtype: torch.dtype, shape: tuple[int, ...], step:
         out = ltxkern.res2s_advance(*call, **masks)
     exact = advance(*call, masks.get("mask"), masks.get("clean"))
     assert out.dtype == dtype
-    if dtype == torch.float64:
-        torch.testing.assert_close(out, exact, atol=1e-13, rtol=1e-13)
-    else:
-        assert_as_close(out, exact.to(dtype), exact)
+    assert_as_close(out, exact.to(dtype), exact, wide=1e-13)
 
 
 @over_backends("res2s_midpoint")
@@ -181,11 +175,10 @@ def test_outputs_in_lists(backend: str) -> None:
     assert_same(lists, expected)
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
 def test_stores_past_the_caches_change_no_bit(offset: int) -> None:
     """The CPU kernel writes large fp64 results past the caches: bit-equal to the same tokens in two small calls."""
-    if ltxkern.capabilities()["res2s_midpoint"]["cpu"] is not None:
-        pytest.skip("no CPU backend")
     tokens, half = 8000, 4000
     latent, x0, second, draw = (noise(1, tokens, 127 + offset, dtype=torch.float64, seed=seed) for seed in range(4))
     memory = torch.full((3, latent.numel() + 1), torch.nan, dtype=torch.float64)

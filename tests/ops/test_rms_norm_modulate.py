@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, doubles, noise
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_gradients, assert_same, doubles, noise
 from tests.serving import over_backends, serving
 
 SHAPES = [(1, 6, 8), (2, 7, 13), (3, 1, 1), (5, 64), (1, 127, 40), (2, 3, 1040), (2, 3, 2048), (2, 519), (16,)]
@@ -94,20 +94,16 @@ def test_eps_and_wider_rows(backend: str) -> None:
 
 @over_backends("rms_norm_modulate")
 def test_gradients(backend: str) -> None:
-    names = ("x", "y", "gate", "scale", "shift", "weight")
-    ours = {name: noise(*((6,) if name == "weight" else (2, 3, 6)), seed=k) for k, name in enumerate(names)}
-    theirs = {name: value.clone().requires_grad_() for name, value in ours.items()}
-    ours = {name: value.requires_grad_() for name, value in ours.items()}
+    def twice(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> list[Tensor]:
+        summed, out = ltxkern.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight=weight)
+        return [summed, out, ltxkern.rms_norm_modulate(summed, scale, shift)]
+
+    def plain(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> list[Tensor]:
+        summed = x + y * gate
+        return [summed, norm(summed, scale, shift, weight=weight), norm(summed, scale, shift)]
+
     with serving(backend):
-        summed, out = ltxkern.gated_residual_rms_norm_modulate(**ours)
-        again = ltxkern.rms_norm_modulate(summed, ours["scale"], ours["shift"])
-        (out.square().sum() + summed.sum() + again.pow(3).sum()).backward()
-    plain = theirs["x"] + theirs["y"] * theirs["gate"]
-    modulated = norm(plain, theirs["scale"], theirs["shift"], weight=theirs["weight"])
-    second = norm(plain, theirs["scale"], theirs["shift"])
-    (modulated.square().sum() + plain.sum() + second.pow(3).sum()).backward()
-    for name in names:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, atol=1e-4, rtol=1e-4)
+        assert_gradients(twice, plain, *(noise(2, 3, 6, seed=k) for k in range(5)), noise(6, seed=5), near=1e-4)
 
 
 def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:

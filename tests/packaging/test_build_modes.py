@@ -14,8 +14,7 @@ from types import ModuleType
 import pytest
 
 from ltxkern import sources
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, python
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +72,10 @@ def test_modes(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
         setup_script.extensions()
 
 
-def python(cwd: Path, *arguments: str, **environment: str) -> None:
+def build(folder: Path, *arguments: str, **environment: str) -> None:
     """This interpreter on a build, with its own tools first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "MAX_JOBS": "2"} | environment
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    python(*arguments, folder=folder, PATH=path, MAX_JOBS="2", **environment)
 
 
 def wheel(tmp_path: Path, **environment: str) -> Path:
@@ -92,12 +87,12 @@ def wheel(tmp_path: Path, **environment: str) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for room in ("ltxkern", "csrc"):
         shutil.copytree(ROOT / room, tree / room, ignore=ignored)
-    python(tree, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})")
+    build(tree, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})")
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
         sdist.extractall(tmp_path, filter="data")
     next(tmp_path.glob("ltxkern-*/")).rename(source)
     options = ("-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
-    python(tmp_path, "-m", "pip", "wheel", *options, str(source), **environment)
+    build(tmp_path, "-m", "pip", "wheel", *options, str(source), **environment)
     return next(tmp_path.glob("*.whl"))
 
 
@@ -153,7 +148,7 @@ def test_cpu_wheel(tmp_path: Path) -> None:
     record.write_text("0" * 64)
     assert "built from other sources" in backend_reason(place, "cpu")
     # The unpacked sdist as a checkout: a comment in a header is enough for an extension that is no longer its own.
-    rebuild = partial(python, source, "setup.py", "-q", "build_ext", "--inplace", **building)
+    rebuild = partial(build, source, "setup.py", "-q", "build_ext", "--inplace", **building)
     rebuild()
     assert backend_reason(source, "cpu") == "None"
     with (source / "csrc" / "include" / "ltxkern" / "types.cuh").open("a") as header:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def pipeline(device: str = "cpu") -> HQTwoStagePipeline:
     return HQTwoStagePipeline.from_components(**moved, geometry=geometry)
 
 
+def arguments(data: dict[str, Tensor], contexts: dict[str, Tensor]) -> dict[str, Any]:
+    """What a recorded run was asked for, but for the noise of its samplers."""
+    final = data["stage2/v_out"]
+    return {
+        "embeddings": (contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
+        "negative_embeddings": (contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
+        "image_latents": [[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None,
+        "height": 32 * final.shape[3],
+        "width": 32 * final.shape[4],
+        "num_frames": 8 * (final.shape[2] - 1) + 1,
+        "steps": len(data["stage1/sigmas"]) - 1,
+        "initial_noise": [data[f"init_noise/{i}"] for i in range(4)],
+        "output_type": "latents",
+    }
+
+
 def check(name: str, actual: Tensor, expected: Tensor) -> None:
     actual, expected = actual.cpu(), expected.cpu()
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{name}: {text}")
@@ -63,32 +80,22 @@ def whole_run(name: str, device: str) -> None:
     """One recorded run on a device, every stage against the official one."""
     data = {key: value.to(device) for key, value in golden().group(f"hq/{name}/").items()}
     contexts = {key: value.to(device) for key, value in golden().group("transformer/").items()}
-    final = data["stage2/v_out"]
-    image_latents = [[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None
     seen: dict[str, int] = {}
     output = pipeline(device)(
-        embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
-        negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
-        images=[ImageCondition(Path("given as latents"), 0, 1.0)] if image_latents else [],
-        image_latents=image_latents,
-        height=32 * final.shape[3],
-        width=32 * final.shape[4],
-        num_frames=8 * (final.shape[2] - 1) + 1,
+        **arguments(data, contexts),
+        images=[ImageCondition(Path("given as latents"), 0, 1.0)] if "cond_stage1" in data else [],
         frame_rate=FRAME_RATE,
-        steps=len(data["stage1/sigmas"]) - 1,
-        initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
         sde_noise=[
             {"video": data[f"{stage}/sde_noise_v"].unbind(0), "audio": data[f"{stage}/sde_noise_a"].unbind(0)}
             for stage in ("stage1", "stage2")
         ],
-        output_type="latents",
         callback=lambda stage, done, total, latents: seen.__setitem__(stage, total),
     )
     check("sigmas", torch.tensor(output.stages[0].sigmas), data["stage1/sigmas"])
     check("stage 1 video", output.latents["stage1_video"], data["stage1/v_out"])
     check("stage 1 audio", output.latents["stage1_audio"], data["stage1/a_out"])
     check("upsampled", output.latents["upsampled_video"], data["upsampled"])
-    check("stage 2 video", output.latents["video"], final)
+    check("stage 2 video", output.latents["video"], data["stage2/v_out"])
     assert set(seen) == {"stage 1", "stage 2"}
 
 
@@ -110,17 +117,7 @@ def test_noised_states(name: str) -> None:
 
     pipeline().denoiser_factory = factory
     try:
-        output = pipeline()(
-            embeddings=(contexts["v_ctx_pos"], contexts["a_ctx_pos"]),
-            negative_embeddings=(contexts["v_ctx_neg"], contexts["a_ctx_neg"]),
-            image_latents=[[data["cond_stage1"]], [data["cond_stage2"]]] if "cond_stage1" in data else None,
-            height=32 * final.shape[3],
-            width=32 * final.shape[4],
-            num_frames=8 * (final.shape[2] - 1) + 1,
-            steps=len(data["stage1/sigmas"]) - 1,
-            initial_noise=[data[f"init_noise/{i}"] for i in range(4)],
-            output_type="latents",
-        )
+        output = pipeline()(**arguments(data, contexts))
     finally:
         pipeline().denoiser_factory = None
     check("upsampled", output.latents["upsampled_video"], data["upsampled"])

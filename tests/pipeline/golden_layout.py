@@ -1,7 +1,7 @@
 """Latent layout, noise, conditioning and RoPE against the official numbers in golden.safetensors."""
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -38,9 +38,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+exact = partial(close, tolerance=0.0)
 
 
 def layouts() -> list[tuple[str, dict[str, Any]]]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,11 @@ from triton.runtime.jit import JITFunction
 import ltxkern
 from ltxkern import dispatch
 from ltxkern import triton as tier
+from tests.csrc.kernel_resources import told
 from tests.ops.contract import channels_last
 from tests.ops.op_cases import BF16, F32, F64
 
 ARCHITECTURES = (80, 90, 100, 120)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class NamedTarget:
@@ -198,24 +196,17 @@ def target(arch: int) -> None:
     """Triton compiles for this architecture from now on, and serves what no device holds."""
     triton.runtime.driver.set_active(NamedTarget(arch))
     dispatch.unavailable = lambda backend: None
+    dispatch._waiting = lambda backend: False
     tier.refuse_elsewhere = lambda args: None
 
 
 def resources(cubin: bytes, disassemble: bool) -> dict[str, int]:
     """Registers and stack bytes of a cubin, and its 128-bit global accesses, which take a second of nvdisasm."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = ""
-        if disassemble:
-            command = [TOOLS / "nvdisasm", "-c", "-ndf", file.name]
-            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = told(cubin, "--dump-resource-usage")
     row = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     report = {"registers": row["REG"], "stack": row["STACK"] + row["LOCAL"]}
     if disassemble:
+        sass = told(cubin, "-c", "-ndf", by="nvdisasm")
         report["loads128"] = len(re.findall(r"\bLDG(?:STS)?(?:\.\w+)*\.128\b", sass))
         report["stores128"] = len(re.findall(r"\bSTG(?:\.\w+)*\.128\b", sass))
     return report

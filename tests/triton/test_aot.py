@@ -6,12 +6,11 @@ The baseline is written anew by `python -m tests.triton.aot_compile tests/triton
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
@@ -20,20 +19,14 @@ HERE = Path(__file__).resolve().parent
 REGISTER_SLACK = 16
 
 
-def _run(module: str, *arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", f"tests.triton.{module}", *arguments]
-    run = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-8000:]
-    return run.stdout
+def _run(module: str, *arguments: object) -> str:
+    return python("-m", f"tests.triton.{module}", *arguments, TRITON_INTERPRET="0").stdout
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     path = tmp_path_factory.mktemp("aot") / "report.json"
-    _run("aot_compile", str(path))
+    _run("aot_compile", path)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -42,17 +42,6 @@ struct bf16;
 
 namespace ltxk {
 
-// Rank of this block within its cluster; 0 where the launch has no clusters.
-LTXK_DEVICE u32 cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-#else
-    return 0;
-#endif
-}
-
 // Barrier over all threads of the cluster, ordering shared memory of its blocks.
 LTXK_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

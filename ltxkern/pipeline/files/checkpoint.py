@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, Header, StoredTensor, listed, read_header
+from ltxkern.pipeline.files.headers import (
+    FLOATS,
+    CheckpointError,
+    Header,
+    StoredTensor,
+    listed,
+    read_header,
+    require_counts,
+)
 from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
 from ltxkern.pipeline.files.quantized import read_tensor
@@ -114,6 +122,7 @@ def component_problem(files: ModelFiles, component: str) -> str | None:
 
 
 def _expected(component: str, stored: Stored) -> Shapes:
+    require_counts(stored.path, stored.config)
     try:
         return expected_shapes(component, stored.config)
     except ValueError as error:

@@ -104,10 +104,9 @@ class FoundModel:
         """Shapes of the transformer's parameters by diffusers name, from headers; None where the model is not here."""
         if self.is_demo:
             from ltxkern.pipeline.files.demo import DEMO_CONFIGS
-            from ltxkern.pipeline.model.components import build
+            from ltxkern.pipeline.model.shapes import expected_shapes
 
-            transformer = build("transformer", DEMO_CONFIGS["transformer"])
-            return {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
+            return expected_shapes("transformer", DEMO_CONFIGS["transformer"])
         return None if self.own is None else component_shapes(self.own, "transformer")
 
     def config(self, component: str) -> Mapping[str, Any] | None:

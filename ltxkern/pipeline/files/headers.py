@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ ITEM_BYTES = {
     "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 _SHOWN_KEYS = 8
+_LONGEST_HEADER = 100_000_000  # the format allows no longer one
+_MOST_LAYERS = 1000
+_LAYER_MARK = ".comfy_quant"
+_LONGEST_MARK = 2**16  # bytes; a few words of JSON
 # What people have under a model's name: how it begins, and what it is.
 _OTHER_FILES = (
     (b"version https://git-lfs", "a git-LFS pointer in place of the file: run git lfs pull, or download it again"),
@@ -69,6 +73,29 @@ class Header:
                 found.setdefault(component, []).append(key)
         return found
 
+    @functools.cached_property
+    def layer_formats(self) -> Mapping[str, Mapping[str, Any]]:
+        """How the file says that single weights are quantised, by key: the metadata's list, and the JSON beside them."""
+        listed_layers = self.metadata.get("_quantization_metadata")
+        listed_layers = listed_layers.get("layers") if isinstance(listed_layers, dict) else None
+        described: dict[str, Any] = {}
+        start = ""
+        for layer, words in (listed_layers if isinstance(listed_layers, dict) else {}).items():
+            name = f"{layer.removesuffix('.weight')}.weight"
+            if f"{start}{name}" not in self.tensors:  # the list may leave out what all keys start with
+                start = next((key.removesuffix(name) for key in self.tensors if key.endswith(f".{name}")), start)
+            if f"{start}{name}" in self.tensors:
+                described[f"{start}{name}"] = words
+        marks = [key for key, t in self.tensors.items() if key.endswith(_LAYER_MARK) and t.nbytes <= _LONGEST_MARK]
+        for key, content in zip(marks, read_bytes(self, [self.tensors[key] for key in marks]), strict=True):
+            if (weight := f"{key.removesuffix(_LAYER_MARK)}.weight") in self.tensors:
+                described[weight] = _decoded(content.rstrip(b"\0").decode(errors="replace"))
+        return {
+            key: words if isinstance(words, dict) else {"format": words}
+            for key, words in described.items()
+            if isinstance(words, dict | str)
+        }
+
     @property
     def config(self) -> Mapping[str, Any]:
         """The official configuration, empty where the file carries none."""
@@ -89,7 +116,8 @@ def read_header(path: str | Path) -> Header:
         with path.open("rb") as file:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > size - 8 or size < 8:
+            # Other files may give a length that fits: the first bytes of GGUF read as 14 GB.
+            if length > min(size - 8, _LONGEST_HEADER) or size < 8:
                 what = _other_file(path)
                 reason = f"but {what}" if what else f"or cut off in its header ({size} bytes)"
                 raise CheckpointError(f"{path}: not a safetensors file, {reason}")
@@ -115,7 +143,7 @@ def _header(path: Path, size: int, written: bytes) -> Header:
                 )
             tensors[key], offsets[key], end = tensor, 8 + length + first, max(end, last)
         decoded = {key: _decoded(value) for key, value in metadata.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         what = _other_file(path)
@@ -130,11 +158,14 @@ def _header(path: Path, size: int, written: bytes) -> Header:
     return Header(path, tensors, decoded, offsets)
 
 
-def read_bytes(header: Header, tensor: StoredTensor) -> bytes:
-    """The raw bytes of one small tensor."""
-    with tensor.path.open("rb") as file:
-        file.seek(header.offsets[tensor.key])
-        return file.read(tensor.nbytes)
+def read_bytes(header: Header, tensors: Iterable[StoredTensor]) -> list[bytes]:
+    """The raw bytes of small tensors of a file."""
+    found = []
+    with header.path.open("rb") as file:
+        for tensor in tensors:
+            file.seek(header.offsets[tensor.key])
+            found.append(file.read(tensor.nbytes))
+    return found
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -159,6 +190,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object, got {type(content).__name__}")
     return content
+
+
+def require_counts(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a configuration whose list of layers alone would take minutes to write down.
+
+    Raises:
+        CheckpointError: with the entry.
+    """
+    for name, value in config.items():
+        counts = value if isinstance(value, list | tuple) else [value]
+        if "layers" in name and any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
+            raise CheckpointError(f"{path}: expected at most {_MOST_LAYERS} {name} in its configuration, got {value}")
 
 
 def _other_file(path: Path) -> str:

@@ -7,7 +7,8 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TypeVar
 
 from ltxkern.pipeline.files.headers import CheckpointError, listed, read_header, read_json
 from ltxkern.pipeline.model.components import BUILDABLE
@@ -25,6 +26,12 @@ _WEIGHTS = re.compile(
     r"(?P<stem>[^.]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.safetensors$"
 )
 _NOT_READ = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+P = TypeVar("P", bound=PurePath)
+_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
+# Names of configurations that do not say whose they are.
+_SHARED = ("lora_config", "config", "training_config", "train_config")
+# What a trainer adds to the name of each file that it stores on its way.
+_STEP = re.compile(r"[-_. ]?(?:(?:steps?|epochs?)[-_. ]?\d+|\d{4,})$", re.IGNORECASE)
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -46,13 +53,38 @@ def local_path(path_or_id: str | Path) -> Path:
         return _hub_folder(str(path_or_id))
 
 
+def configurations(file: P) -> list[P]:
+    """Where a configuration of a LoRA file may lie, those of the file alone first."""
+    own = [f"{stem}{suffix}" for stem in (file.stem, _training(file)) for suffix in _SUFFIXES if stem]
+    names = [*own, "adapter_config.json", *(f"{stem}{suffix}" for stem in _SHARED for suffix in _SUFFIXES)]
+    found = [file.with_name(name) for name in dict.fromkeys(names)]
+    # As the official trainer leaves them.
+    return [*found, file.parent.parent / "training_config.yaml"] if file.parent.name == "checkpoints" else found
+
+
+def may_be_of_another(configuration: PurePath, file: PurePath) -> bool:
+    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
+    return configuration.stem in _SHARED and configuration.stem != file.stem
+
+
+def of_other_trainings(file: PurePath, files: Iterable[PurePath]) -> list[PurePath]:
+    """Those weight files of a folder that no configuration describes together with a LoRA file."""
+    return sorted(one for one in files if one.suffix == ".safetensors" and _training(one) != _training(file))
+
+
+def _training(file: PurePath) -> str:
+    """What the files of one training have in common in their names."""
+    return _STEP.sub("", file.stem)
+
+
 def local_lora(path_or_id: str | Path) -> Path:
     """The file of a LoRA: an existing file, the only one of a folder, or `owner/name[/file.safetensors]` of the hub.
 
-    Of the hub, PEFT's `adapter_config.json` comes with the file where there is one; an earlier download serves offline.
+    Of the hub, the configurations that `configurations` lists come with the file where there are any; an earlier
+    download serves offline.
 
     Raises:
-        CheckpointError: as `local_path`, or several files that may be meant.
+        CheckpointError: as `local_path`, several files that may be meant, or a configuration that the hub does not deliver.
     """
     path = Path(path_or_id).expanduser()
     named = None if path.exists() or path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
@@ -64,9 +96,37 @@ def local_lora(path_or_id: str | Path) -> Path:
             path /= _only_file([file.name for file in path.glob("*.safetensors")], str(path_or_id))
         return path
     path = local_path(named[0])
-    with contextlib.suppress(CheckpointError):
-        _download(named[1], str(Path(named[2]).with_name("adapter_config.json")))
+    _fetch_configurations(named[1], PurePosixPath(named[2]), path)
     return path
+
+
+def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> None:
+    """Downloads what may tell alpha and rank of a LoRA file to where it lies; warns where that cannot be known."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+
+    usual = str(file.with_name("adapter_config.json"))
+    try:
+        there = set(HfApi().list_repo_files(repository))
+    except (HTTPError, OSError) as error:
+        if not any(map(Path.exists, configurations(path))) and try_to_load_from_cache(repository, usual) is None:
+            logger.warning(
+                "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be asked (%s)",
+                repository,
+                file,
+                _first_line(error),
+            )
+        return
+    others = of_other_trainings(file, (name for name in map(PurePosixPath, there) if name.parent == file.parent))
+    for name in configurations(file):
+        if str(name) in there and not (others and may_be_of_another(name, file)):
+            _download(repository, str(name))
+    if usual not in there:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with _hub_errors(f"{repository}/{usual}"), contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, usual)  # notes in the cache that there is none
 
 
 def _only_file(names: Iterable[str], where: str) -> str:
@@ -81,15 +141,15 @@ def _only_file(names: Iterable[str], where: str) -> str:
 
 def _hub_files(repository: str) -> list[str]:
     """Names of the files of a repository; offline, of those that were downloaded before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     with _hub_errors(repository):
         try:
-            return [file.filename for file in snapshot_download(repository, dry_run=True)]
-        except DryRunError:
+            return HfApi().list_repo_files(repository)
+        except (HTTPError, OSError):
             folder = Path(snapshot_download(repository, allow_patterns=[]))
-            return [str(file.relative_to(folder)) for file in folder.rglob("*.safetensors")]
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
 
 
 def _download(repository: str, name: str) -> Path:
@@ -102,14 +162,19 @@ def _download(repository: str, name: str) -> Path:
 @contextlib.contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
     """What the hub raises, as one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         yield
     # LocalEntryNotFoundError and OfflineModeIsEnabled are OSErrors through FileNotFoundError and ConnectionError.
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name}: no such path here, and the hub did not deliver it ({reason})") from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: no such path here, and the hub did not deliver it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _hub_folder(repository: str) -> Path:
@@ -317,6 +382,11 @@ def _complete(folder: Path, files: list[Path]) -> list[Path]:
     if whole:
         return whole[:1]
     count = max(numbers.values())
+    if len({match["count"] for file in files if (match := _WEIGHTS.match(file.name))}) > 1:
+        raise CheckpointError(
+            f"{folder}: holds the numbered files of several downloads ({listed([file.name for file in files])}): "
+            "keep those of one"
+        )
     missing = [str(number) for number in range(1, count + 1) if number not in numbers]
     if missing:
         raise CheckpointError(f"{folder}: of {count} files, number {', '.join(missing)} is missing: download it")

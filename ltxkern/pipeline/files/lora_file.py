@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +18,15 @@ from ltxkern.pipeline.files.hub import local_lora
 from ltxkern.pipeline.files.lora_kinds import (
     Change,
     Decomposed,
+    Difference,
     KroneckerProduct,
     LoRAFactors,
     PartsMissingError,
     ScaledDifference,
+    Sum,
     build_change,
 )
-from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key
+from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key, unread
 from ltxkern.pipeline.files.lora_scale import Statement, effective_alpha, statements
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ _FLOAT8 = tuple(
 # Parts whose rows are the rows of the weight: those of a fused projection can be cut.
 _ROWS = ("b", "diff", "diff_b", "bias", "hada_w1_a", "hada_w2_a", "magnitude")
 _BESIDE = ("alpha", "a_scale", "b_scale")
+_HADAMARD = ("hada_w1_a", "hada_w2_a")
 _UNCUT = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
@@ -70,8 +73,11 @@ class Stored(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        """Of the share."""
+        """Of the share, as a matrix where it is a convolution's kernel of one element."""
         shape = self.tensor.shape
+        # PEFT's magnitude of a kernel is a row where that of a matrix is a column: it stays what it is.
+        while len(shape) > 2 and shape[-1] == 1 and "lora_magnitude" not in self.tensor.key:
+            shape = shape[:-1]
         return shape if self.share[1] == 1 or not shape else (shape[0] // self.share[1], *shape[1:])
 
 
@@ -118,6 +124,7 @@ class LoRAFile:
     def _changes(self, file: Any, read: bool) -> dict[str, Change]:
         found: dict[str, Change] = {}
         halves: list[str] = []
+        others: list[str] = []
         pairs: list[str] = []
         whole: dict[str, Tensor] = {}
         for target, parts in sorted(self.targets.items()):
@@ -126,19 +133,25 @@ class LoRAFile:
             }
             alpha = _alpha(self.path, file.get_tensor(parts["alpha"].tensor.key), target) if "alpha" in parts else None
             try:
-                found |= self._change(target, tensors, alpha)
+                for one, change in self._change(target, tensors, alpha).items():
+                    found[one] = Sum((found[one], change)) if one in found else change
+            except PartsMissingError as error:
+                (halves if error.is_half else others).append(f"{target} {error}")
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.path}: {error}") from error
             except ValueError as error:
-                if isinstance(error, CheckpointError):
-                    raise CheckpointError(f"{self.path}: {error}") from error
-                (halves if isinstance(error, PartsMissingError) else pairs).append(f"{target} {error}")
+                pairs.append(f"{target} {error}")
         problems = [f"{len(halves)} modules without lora_A or lora_B: {listed(halves)}"] if halves else []
+        problems += [f"{len(others)} modules whose parts make no change: {listed(others)}"] if others else []
         problems += [f"{len(pairs)} pairs that are not (R, in) and (out, R): {listed(pairs)}"] if pairs else []
+        problems += list(self._promised())
         if problems:
             raise CheckpointError(f"{self.path} does not fit the transformer; {'; '.join(problems)}")
         return found
 
     def _change(self, target: str, tensors: dict[str, Tensor], alpha: float | None) -> dict[str, Change]:
         bias = tensors.pop("bias", None)
+        beside = tensors.pop("diff") if len(tensors) > 1 and "magnitude" not in tensors and "diff" in tensors else None
         change = build_change(tensors)
         change.shape  # noqa: B018 - raises where the parts do not go together
         inner = change.inner if isinstance(change, Decomposed) else change
@@ -148,15 +161,31 @@ class LoRAFile:
             # LyCORIS stores an alpha that means nothing here; PEFT scales by what its configuration says.
             told = _whole_scale(self.said, names) if alpha is None else None
         elif inner.rank is not None:
-            has_rank = not isinstance(inner, KroneckerProduct)
-            told = effective_alpha(inner.rank if has_rank else None, alpha, self.said, names)
+            told = effective_alpha(inner.rank, alpha, self.said, names)
         if told is not None:
             inner = replace(inner, alpha=told)  # type: ignore[type-var]
             change = replace(change, inner=inner) if isinstance(change, Decomposed) else inner
+        if beside is not None:
+            change = Sum((change, Difference(beside)))
+            change.shape  # noqa: B018 - as above
         found = {target: change}
         if bias is not None:
             found[f"{target}.bias"] = ScaledDifference(bias, told, inner.rank or 1)
         return found
+
+    def _promised(self) -> Iterator[str]:
+        """What a configuration says is in the file, and is not."""
+        factors = {
+            target: parts for target, parts in self.targets.items() if not {"a", *_UNCUT, *_HADAMARD}.isdisjoint(parts)
+        }
+        for statement in self.said:
+            for is_said, part, name in (
+                (statement.decomposed, "magnitude", "weight decomposition (DoRA)"),
+                (statement.biased, "bias", "a bias (lora_B.bias)"),
+            ):
+                missing = [target for target, parts in sorted(factors.items()) if part not in parts]
+                if is_said and missing:
+                    yield f"{len(missing)} modules without {name}, which {statement.where} says they have: {listed(missing)}"
 
     @staticmethod
     def _tensor(file: Any, name: str, parts: Mapping[str, Stored], whole: dict[str, Tensor]) -> Tensor:
@@ -167,7 +196,8 @@ class LoRAFile:
         key = stored.tensor.key
         if key not in whole:
             scale = parts.get(f"{name}_scale")
-            whole[key] = dequantise(file.get_tensor(key), None if scale is None else file.get_tensor(scale.tensor.key))
+            tensor = dequantise(file.get_tensor(key), None if scale is None else file.get_tensor(scale.tensor.key))
+            whole[key] = tensor.reshape(stored.tensor.shape[:1] + stored.shape[1:])
         index, count = stored.share
         return whole[key] if count == 1 else whole[key].chunk(count)[index].contiguous()
 
@@ -308,10 +338,21 @@ def describe_lora_file(path: str | Path, *, transformer: Transformer | None = No
         raise CheckpointError(f"{header.path}: expected factors of floats, got {len(unread)} others: {listed(unread)}")
     _refuse_keys(header.path, targets, unknown, nameless, twice, {a: k for a, k in adapters.items() if a})
     try:
-        said = statements(header)
+        said = statements(header, _ranks(targets.values()))
     except CheckpointError as error:
         raise CheckpointError(f"{header.path}: {error}") from error
     return LoRAFile(header, targets, written, said, left_out)
+
+
+def _ranks(targets: Iterable[Mapping[str, Stored]]) -> set[int]:
+    """All ranks of the factors of a file."""
+    sides = {"a": 0, "hada_w1_b": 0, "lokr_w1_b": 0, "lokr_w2_b": 0}
+    return {
+        parts[name].shape[side]
+        for parts in targets
+        for name, side in sides.items()
+        if name in parts and parts[name].shape
+    }
 
 
 def _targets_of(part: Part, target: str, tensor: StoredTensor, names: ModuleNames) -> list[tuple[str, str, Stored]]:
@@ -342,7 +383,7 @@ def _refuse_keys(
     if unknown or not (targets or nameless):
         raise CheckpointError(
             f"{path}: expected keys diffusion_model.<module>.lora_A.weight and .lora_B.weight, or another layout that "
-            f"`ltxkern lora --layouts` lists, got {listed(unknown) or 'none'}"
+            f"`ltxkern lora --layouts` lists, got {listed([unread(key) for key in unknown]) or 'none'}"
         )
     if nameless:
         count = len(set(nameless))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,15 @@ Factors = tuple[Tensor, Tensor]
 
 
 class PartsMissingError(ValueError):
-    """A change of which parts are not there, or that has parts of several kinds."""
+    """A change of which parts are not there, or that has parts of several kinds.
+
+    is_half: of two factors there is one.
+    """
+
+    def __init__(self, parts: Iterable[str]) -> None:
+        parts = sorted(parts)
+        super().__init__(f"(has only {', '.join(parts) or 'alpha'})")
+        self.is_half = parts in (["a"], ["b"], ["a", "magnitude"], ["b", "magnitude"])
 
 
 class Change(ABC):
@@ -164,6 +172,42 @@ class ScaledDifference(Difference):
 
 
 @dataclass(frozen=True, eq=False)
+class Sum(WholeChange):
+    """Several changes of one parameter, as of factors and a difference beside them: added in fp32, rounded once.
+
+    Args:
+        changes: each with its alpha.
+    """
+
+    changes: tuple[Change, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for change in self.changes for tensor in change.tensors)
+
+    @property
+    def shape(self) -> Shape:
+        shapes = [change.shape for change in self.changes]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"(changes {' and '.join(map(str, shapes))})")
+        return shapes[0]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    def factors(self, tensors: tuple[Tensor, ...], weight: Tensor) -> Factors:
+        waiting, total = iter(tensors), torch.zeros_like(_wide(weight))
+        for change in self.changes:
+            a, b = change.factors(tuple(next(waiting) for _ in change.tensors), weight)
+            if isinstance(change, WholeChange):
+                total.add_(b)
+            else:
+                total.addmm_(b.to(total.dtype), a.to(total.dtype), alpha=change.scale(1.0))
+        return _whole(total, weight)
+
+
+@dataclass(frozen=True, eq=False)
 class HadamardProduct(WholeChange):
     """LoHa: W += scale * (b1 @ a1) * (b2 @ a2), elementwise.
 
@@ -309,7 +353,7 @@ def build_change(parts: Mapping[str, Tensor], alpha: float | None = None) -> Cha
         )
         change = KroneckerProduct(one, two, alpha)
     else:
-        raise PartsMissingError(f"(has only {', '.join(sorted(parts))})")
+        raise PartsMissingError(parts)
     return Decomposed(change, parts["magnitude"]) if "magnitude" in parts else change
 
 

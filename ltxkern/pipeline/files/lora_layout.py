@@ -10,6 +10,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ltxkern.pipeline.files.official_names import TRANSFORMER_PREFIX, diffusers_name, official_name
+from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS
+from ltxkern.pipeline.model.shapes import expected_shapes
 
 Shape = tuple[int, ...]
 
@@ -55,13 +57,22 @@ LAYOUTS = (
     Layout("DiffSynth-Studio", "official", "{}", *_PEFT_DEFAULT),
     Layout("DiffSynth-Studio, whole pipeline", "official", "pipe.dit.{}", *_PEFT_DEFAULT),
     Layout("trainers without .weight", "official", "{}", ".lora_A", ".lora_B"),
+    Layout(
+        "PEFT, adapter last", "diffusers", "base_model.model.{}", ".lora_A.weight.default", ".lora_B.weight.default"
+    ),
+    Layout("official X0Model, saved whole", "official", "velocity_model.{}", *_PEFT),
+    Layout("trainers that wrap the model", "official", "net.{}", *_PEFT),
     Layout("kohya, musubi-tuner", "underscored", "lora_unet_{}", *_KOHYA),
+    Layout("kohya, start in capitals", "underscored", "LORA_UNET_{}", *_KOHYA),
     Layout("OneTrainer", "underscored", "lora_transformer_{}", *_KOHYA),
     Layout("LyCORIS", "underscored", "lycoris_{}", *_KOHYA),
 )
 
 # In front of a module's name, in any order and number.
-STARTS = ("model", "diffusion_model", "transformer", "base_model", "module", "unet", "dit", "pipe", "lora", "lycoris")
+STARTS = (
+    "model", "diffusion_model", "velocity_model", "transformer", "base_model", "module", "unet", "dit", "net", "pipe", "lora",
+    "lycoris",
+)  # fmt: skip
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|processor)(?:\.|$)")
 _FOREIGN = re.compile(
     r"embeddings_connector|text_embedding_projection|text_proj_in|(?:video|audio)_connector|(?:^|[._])connectors?[._]"
@@ -69,14 +80,25 @@ _FOREIGN = re.compile(
 )
 # A factor's scale, where the factor is stored in fp8.
 _SCALES = ("weight_scale", "scale_weight")
+_ADAPTER = r"(?!weight|bias|scale_|input_scale|absmax|quant|nested_|comfy_)\w[\w-]*"
 _PART = re.compile(
     r"(?P<module>.+?)[._](?:"
     r"(?:lora_linear_layer|lora)[._](?P<side>A|B|down|up)"
-    rf"(?:\.(?P<adapter>(?!weight|bias|scale_)\w[\w-]*))?(?:\.(?P<end>weight|bias|{'|'.join(_SCALES)}))?"
-    r"|(?:lora_magnitude_vector|dora_scale)(?:\.(?P<other_adapter>(?!weight)\w[\w-]*))?(?P<magnitude>)(?:\.weight)?"
+    rf"(?:\.(?P<adapter>{_ADAPTER}))?(?:\.(?P<end>weight|bias|{'|'.join(_SCALES)})(?:\.(?P<late_adapter>{_ADAPTER}))?)?"
+    r"|(?:lora_magnitude_vector|dora_scale)"
+    rf"(?:\.(?P<other_adapter>{_ADAPTER}))?(?P<magnitude>)(?:\.weight(?:\.(?P<last_adapter>{_ADAPTER}))?)?"
     r"|(?:lora_|network_)?(?P<alpha>alpha)"
     r"|(?P<other>diff|diff_b|w_norm|b_norm|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)"
     r")"
+)
+# Kinds of change that are not read, by what stands in their keys.
+_UNREAD = (
+    (re.compile(r"hada_t\d|lokr_t\d|lora_mid"), "core of a convolution's Tucker form, which a matrix does not have"),
+    (re.compile(r"lora_E|ranknum"), "AdaLoRA"),
+    (re.compile(r"oft_|boft"), "orthogonal fine-tuning"),
+    (re.compile(r"vera_lambda"), "VeRA"),
+    (re.compile(r"lora_embedding|trainable_tokens"), "of an embedding, which the transformer does not have"),
+    (re.compile(r"absmax|quant_state|quant_map"), "of a quantised factor"),
 )
 _FUSED = {
     "to_qkv": "qkv",
@@ -109,7 +131,8 @@ def read_key(key: str) -> Part | None:
     found = _PART.fullmatch(key)
     if found is None:
         return None
-    module, adapter = found["module"], found["adapter"] or found["other_adapter"] or ""
+    named = (found[f"{place}adapter"] for place in ("", "late_", "other_", "last_"))
+    module, adapter = found["module"], next(filter(None, named), "")
     if found["side"]:
         half, end = "a" if found["side"] in ("A", "down") else "b", found["end"] or "weight"
         if end == "bias":
@@ -119,6 +142,11 @@ def read_key(key: str) -> Part | None:
         return Part(module, "magnitude", adapter)
     part = found["alpha"] or found["other"]
     return Part(module, {"w_norm": "diff", "b_norm": "diff_b"}.get(part, part), adapter)
+
+
+def unread(key: str) -> str:
+    """A key that `read_key` does not know, with what it is where that is known."""
+    return next((f"{key} ({kind})" for pattern, kind in _UNREAD if pattern.search(key)), key)
 
 
 def is_foreign(key: str) -> bool:
@@ -156,13 +184,13 @@ class ModuleNames:
     def __call__(self, name: str) -> str | None:
         """The target in the transformer's own (diffusers) names; None for an underscored name of no, or of several modules."""
         name = _WRAPPERS.sub("", name).strip(".")
-        while (start := name.partition("."))[0] in STARTS and start[2]:
+        while (start := name.partition("."))[0].lower() in STARTS and start[2]:
             name = start[2]
         known = self.shapes if self.shapes is not None else {}
         dotted = _dotted(name)
         if dotted in known or dotted in _OUTER or "." in dotted:
             return dotted if dotted in known or not dotted.endswith(".to_out") else f"{dotted}.0"
-        found = {target for rest in _without_starts(name) for target in self._underscored.get(rest, ())}
+        found = {target for rest in _without_starts(name.lower()) for target in self._underscored.get(rest, ())}
         if len(found) == 1:
             return found.pop()
         # A name like "proj_out" is whole as it is.
@@ -184,7 +212,7 @@ class ModuleNames:
         table: dict[str, set[str]] = {}
         for target in [*targets, *(name for name in fused if name not in targets)]:
             for spelling in {target, _official(target), target.removesuffix(".0")}:
-                table.setdefault(spelling.replace(".", "_"), set()).add(target)
+                table.setdefault(spelling.replace(".", "_").lower(), set()).add(target)
         return table
 
 
@@ -234,7 +262,5 @@ def _without_starts(name: str) -> Iterable[str]:
 
 @functools.cache
 def published_shapes() -> Mapping[str, Shape]:
-    """`parameter_shapes` of the published transformer; imports its code."""
-    from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build
-
-    return parameter_shapes(build("transformer", PRODUCTION_CONFIGS["transformer"]))
+    """`parameter_shapes` of the published transformer."""
+    return parameter_shapes(expected_shapes("transformer", PRODUCTION_CONFIGS["transformer"]))

@@ -168,6 +168,12 @@ def audio_vae_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _generator(config: Mapping[str, Any], final_activation: str | None) -> dict[str, Any]:
     channels = 2 if config["stereo"] else 1
+    for one, other in (
+        ("upsample_rates", "upsample_kernel_sizes"),
+        ("resblock_kernel_sizes", "resblock_dilation_sizes"),
+    ):
+        if len(config[one]) != len(config[other]):
+            raise ValueError(f"vocoder: expected as many {one} as {other}, got {config[one]} and {config[other]}")
     return {
         "in_channels": 64 * channels,
         "hidden_channels": config["upsample_initial_channel"],

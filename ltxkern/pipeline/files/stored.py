@@ -54,7 +54,7 @@ def read_stored(files: ModelFiles, component: str) -> Stored:
     """
     own = files.own(component)
     if own is not None and own.is_dir():
-        return _diffusers(own, component, files.variant)
+        return _diffusers(own, component, files)
     if own is None and component == "upsampler":
         raise CheckpointError("upsampler: none lies with the model; name its file or folder (upsampler=...)")
     if own is None and files.folder is None and not files.shared:
@@ -138,8 +138,12 @@ def _read_section(component: str, path: Path, section: Any, tensors: Mapping[str
         return official_config.connectors_config(section, projection.shape[-1])
     except KeyError as error:
         raise CheckpointError(f"{path}: the configuration of the {component} lacks {error}") from error
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except (TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{path}: the configuration of the {component} has a value of the wrong kind ({error})"
+        ) from error
 
 
 def _named(header: Header, component: str, *, whole: bool) -> dict[str, StoredTensor]:
@@ -186,13 +190,17 @@ def _readings(header: Header, component: str) -> Iterator[dict[str, StoredTensor
             )
 
 
-def _diffusers(folder: Path, component: str, variant: str | None) -> Stored:
+def _diffusers(folder: Path, component: str, files: ModelFiles) -> Stored:
     """A component in a folder of its own, which may also be the whole pipeline's, or hold a bare single file."""
     if (folder / "model_index.json").is_file() and (folder / FOLDERS[component]).is_dir():
         folder = folder / FOLDERS[component]
-    paths = [] if not folder.is_dir() else weight_files(folder, variant)
-    if len(paths) == 1 and not (folder / "config.json").exists() and "config" in read_header(paths[0]).metadata:
-        return _single(ModelFiles(), component, paths[0])
+    paths = [] if not folder.is_dir() else weight_files(folder, files.variant)
+    if len(paths) == 1 and not (folder / "config.json").exists():
+        described = "config" in read_header(paths[0]).metadata
+        if (
+            described or files.shared
+        ):  # a bare file, in a folder or not, borrows the configuration of the model it stands beside
+            return _single(ModelFiles() if described else files, component, paths[0])
     config = read_json(folder / "config.json")
     headers = [read_header(file) for file in paths]
     tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from ltxkern.pipeline.files.headers import FLOATS, CheckpointError, StoredTensor, listed, read_header, read_json
+from ltxkern.pipeline.files.headers import (
+    FLOATS,
+    CheckpointError,
+    StoredTensor,
+    listed,
+    read_header,
+    read_json,
+    require_counts,
+)
 from ltxkern.pipeline.files.hub import weight_files
 from ltxkern.pipeline.files.quantized import read_tensor, with_scales
 
@@ -151,6 +159,7 @@ def _text_shapes(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, 
     wrong = [f"{name} {value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
     if wrong:
         raise CheckpointError(f"{path}: expected whole numbers in its configuration, got {listed(wrong)}")
+    require_counts(path, sizes)
     width, inner, head = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
     queries, keys = sizes["num_attention_heads"] * head, sizes["num_key_value_heads"] * head
     layer = {

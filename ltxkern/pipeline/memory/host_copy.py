@@ -56,13 +56,14 @@ def rebase(tensors: Iterable[Tensor], move: Callable[[torch.UntypedStorage], tor
         tensor.data = target
 
 
-def bring_to(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Moves tensors to a device, storages that they share once; the host waits. A failure leaves all where they were."""
+def bring_to(tensors: Iterable[Tensor], device: torch.device, *, non_blocking: bool = False) -> None:
+    """Moves tensors to a device, storages that they share once. A failure leaves all where they were."""
 
     def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         if storage.device == device:
             return storage
-        return torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage().copy_(storage)
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+        return copy.copy_(storage, non_blocking=non_blocking)
 
     rebase(tensors, move)
 
@@ -101,15 +102,8 @@ class HostCopy:
 
     def lend(self, device: torch.device) -> None:
         """Copies the weights to the device, on the current stream; a failure leaves the module at home."""
-
-        def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-            if storage.device == device:
-                return storage
-            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
-            return copy.copy_(storage, non_blocking=True)
-
         self._away = True
-        rebase(module_tensors(self.module), move)
+        bring_to(module_tensors(self.module), device, non_blocking=True)
 
     def is_home(self) -> bool:
         """Whether the module holds the host weights that this keeps: someone else may have moved or replaced them."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,10 @@ DEFAULT_CRF = 33  # LTX models before 2.4 were trained on first frames compresse
 MAX_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb; decoded, half a gigabyte
 ENCODER_SIDE = 16_384  # libx264 takes no longer one
 ENCODER_PIXELS = 2**26  # a larger frame costs it gigabytes and most of a minute
+_WHOLE_PIXELS = (
+    2**24
+)  # larger pictures are cut to what is seen before they are compressed, and never made floats as a whole
+_LARGEST_COMPRESSED = 8  # areas of the target; what is seen beyond is scaled down first
 _LARGEST_SCALED = 4  # areas of the target; a strip that would grow beyond is sampled where it is seen only
 _SLACK = 1e-3  # by which a renderer's filter may leave 0..1
 _WHOLE_RANGES = (255, 65535)
@@ -138,7 +142,8 @@ def _decoded(opened: Image.Image, name: str) -> Image.Image:
     if opened.format == "PPM":
         tags[_SAMPLE_BITS] = (16,)  # Pillow widens every depth above 8
     opened.load()
-    image = ImageOps.exif_transpose(opened)
+    ImageOps.exif_transpose(opened, in_place=True)  # else a copy, also of what is upright
+    image = opened
     opacity = _opacity(image)
     if opacity is not None and image.mode == "P":
         image = image.convert("RGBA")  # to RGB at once, Pillow warns
@@ -148,7 +153,8 @@ def _decoded(opened: Image.Image, name: str) -> Image.Image:
     if opacity is None or opacity.getextrema()[0] == 255:
         return colour
     logger.warning("%s is transparent in parts: they show black", name)
-    return Image.composite(colour, Image.new("RGB", colour.size), opacity)
+    colour.paste((0, 0, 0), mask=ImageChops.invert(opacity))
+    return colour
 
 
 def _opacity(image: Image.Image) -> Image.Image | None:
@@ -160,7 +166,7 @@ def _opacity(image: Image.Image) -> Image.Image | None:
         return None
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
         image.info["transparency"] = tuple(value >> 8 for value in key)  # a key of 16 bits, pixels that Pillow cut to 8
-    return image.convert("RGBA").getchannel("A")
+    return (image if image.mode == "RGBA" else image.convert("RGBA")).getchannel("A")
 
 
 def _of_bytes(image: Image.Image, tags: Mapping[int, Any], name: str) -> Image.Image:
@@ -185,7 +191,9 @@ def _of_bytes(image: Image.Image, tags: Mapping[int, Any], name: str) -> Image.I
         )
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         values = full - values
-    return Image.fromarray((values * 255 / full).clip(0, 255).round().astype(np.uint8))
+    shown = Image.fromarray((values * 255 / full).clip(0, 255).round().astype(np.uint8))
+    shown.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return shown
 
 
 def _to_srgb(image: Image.Image, name: str) -> Image.Image:
@@ -195,7 +203,7 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     if not profile:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
@@ -206,15 +214,19 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _within_encoder(image: Image.Image, height: int, width: int) -> Image.Image:
-    """A picture as it is where the encoder takes it; else the part that height x width shows, scaled down if still needed."""
-    if max(image.size) <= ENCODER_SIDE and image.width * image.height <= ENCODER_PIXELS:
+    """A picture as it is where the encoder takes it; else the part that height x width shows, scaled down if still needed.
+
+    So what compressing costs follows the target, beyond what is small in any case.
+    """
+    largest = min(ENCODER_PIXELS, max(_WHOLE_PIXELS, _LARGEST_COMPRESSED * height * width))
+    if max(image.size) <= ENCODER_SIDE and image.width * image.height <= largest:
         return image
     seen = (
         min(image.width, math.ceil(image.height * width / height)),
         min(image.height, math.ceil(image.width * height / width)),
     )
     left, top = (image.width - seen[0]) // 2, (image.height - seen[1]) // 2
-    scale = min(1.0, ENCODER_SIDE / max(seen), math.sqrt(ENCODER_PIXELS / (seen[0] * seen[1])))
+    scale = min(1.0, ENCODER_SIDE / max(seen), math.sqrt(largest / (seen[0] * seen[1])))
     size = (max(1, int(seen[0] * scale)), max(1, int(seen[1] * scale)))
     box = (left, top, left + seen[0], top + seen[1])
     return image.crop(box) if size == seen else image.resize(size, Image.Resampling.BICUBIC, box)
@@ -253,7 +265,7 @@ def resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
     """Scale (1, 3, H, W), bytes or fp32, until it covers height x width, then crop the centre.
 
     Scale = max of the two ratios, size = ceil, bilinear without antialiasing, align_corners False, floor offsets. Of a strip
-    and of what is larger than the encoder's pictures the same samples are taken without the rest: memory follows the target.
+    and of a large picture the same samples are taken without the rest: memory follows the target.
 
     Returns:
         (1, 3, height, width) fp32.
@@ -261,7 +273,7 @@ def resize_to_cover(pixels: Tensor, height: int, width: int) -> Tensor:
     scale = max(height / pixels.shape[2], width / pixels.shape[3])
     size = (math.ceil(pixels.shape[2] * scale), math.ceil(pixels.shape[3] * scale))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    within = pixels.shape[2] * pixels.shape[3] <= ENCODER_PIXELS
+    within = pixels.shape[2] * pixels.shape[3] <= _WHOLE_PIXELS
     if within and size[0] * size[1] <= _LARGEST_SCALED * height * width:
         pixels = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False)
         return pixels[:, :, top : top + height, left : left + width]

@@ -54,10 +54,14 @@ class Admission:
         Raises:
             CheckpointError: all problems, where there is any.
         """
-        if len(self.problems) == 1:
-            raise CheckpointError(self.problems[0])
         if self.problems:
-            raise CheckpointError("\n  ".join([f"{len(self.problems)} problems:", *self.problems]))
+            raise self.refusal()
+
+    def refusal(self) -> CheckpointError:
+        """All problems as one error."""
+        if len(self.problems) == 1:
+            return CheckpointError(self.problems[0])
+        return CheckpointError("\n  ".join([f"{len(self.problems)} problems:", *self.problems]))
 
 
 def admit_model(
@@ -80,6 +84,10 @@ def admit_model(
         required: every component that a run needs must be there.
     """
     names = [name for name in BUILDABLE if stages > 1 or name != "upsampler"]
+    if model.is_demo:
+        for name in ("upsampler", "text_encoder"):
+            if (path := getattr(model, name)) is not None:
+                admission.add(name, f"the demo brings its own: name the model that {path} goes with")
     files = None if model.is_demo else _files_here(admission, model, fetch=fetch)
     if files is not None:
         own = {*files.parts, *(name for name in ("upsampler", "text_encoder") if getattr(model, name) is not None)}
@@ -99,8 +107,12 @@ def admit_model(
     if loras:
         config = admission.attempt("model", lambda: _transformer_config(model, files))
         transformer = None if config is None else admission.attempt("model", lambda: linear_skeleton(config))
+    given: set[Path] = set()
     for name, path in loras:
-        admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]
+        found = admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]
+        if found is not None and found.path.absolute() in given:
+            admission.add(name, f"{path} is given twice: give it once, with the sum of the strengths")
+        given |= set() if found is None else {found.path.absolute()}
 
 
 def _files_here(admission: Admission, model: FoundModel, *, fetch: bool) -> ModelFiles | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def frame_rate(value: str | float | Fraction) -> Fraction:
         ValueError: not a positive number or fraction.
     """
     try:
-        rate = Fraction(value.strip() if isinstance(value, str) else value)
+        rate = Fraction(re.sub(r"\s*/\s*", "/", value.strip()) if isinstance(value, str) else value)
     except (ValueError, OverflowError, ZeroDivisionError):
         rate = Fraction(0)
     broadcast = round(rate / _BROADCAST) * _BROADCAST

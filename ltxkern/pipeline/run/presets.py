@@ -78,7 +78,8 @@ def tell_distilled(model: FoundModel) -> tuple[bool | None, str]:
     Its header comes first: a text of the metadata or the configuration that names it so, a flag like `is_distilled`, or the list of
     allowed steps of older distilled files. Then the name of the file, folder or hub repository.
     """
-    checkpoint = model.own.checkpoint if model.own is not None else None
+    # The transformer is what was distilled, wherever the rest comes from.
+    checkpoint = None if model.own is None else model.own.parts.get("transformer", model.own.checkpoint)
     said: list[tuple[str, str]] = []
     if checkpoint is not None and checkpoint.is_file():
         try:

@@ -39,6 +39,9 @@ from ltxkern.pipeline.sampling.latents import (
 )
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
 
+# Frames per second: the model's positions are seconds, and it saw videos of at most 20; H.264 carries no more than 300.
+FRAME_RATES = (1, 300)
+
 __all__ = [
     "DEFAULT_NEGATIVE_PROMPT",
     "PRESETS",
@@ -187,6 +190,12 @@ class GenerationRequest:
         require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
         require_frame_count(whole("num_frames", self.num_frames), geometry.temporal_ratio)
         require_positive("frame_rate", self.frame_rate)
+        low, high = FRAME_RATES
+        if not low <= self.frame_rate <= high:
+            raise ValueError(
+                f"frame_rate must be between {low} and {high}, got {self.frame_rate:g}: "
+                f"use {low if self.frame_rate < low else high}"
+            )
         self._require_seeds()
         self._require_steps()
         if self.sounds_from not in ("stage1", "stage2"):

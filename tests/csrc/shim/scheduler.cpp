@@ -47,7 +47,6 @@ struct Fiber {
 
 struct Block {
     Dim3 index;
-    unsigned rank = 0;
     unsigned stalled = 0;  // rounds that the scheduler leaves this block out
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::map<const void*, std::vector<unsigned char>> shared;
@@ -133,7 +132,6 @@ void sync_block(const void* site) { wait_at(State::kBlock, site); }
 void sync_cluster(const void* site) { wait_at(State::kCluster, site); }
 void yield() { leave(false); }
 unsigned lane() { return current->thread % 32; }
-unsigned rank_in_cluster() { return current->block->rank; }
 
 void sync_warp(unsigned mask, const void* site) { exchange(mask, 0, lane(), site); }
 
@@ -276,7 +274,6 @@ static void run_together(std::vector<std::unique_ptr<Block>>& blocks, unsigned c
     per_cluster.resize(clusters.size());
     for (std::size_t b = 0; b < blocks.size(); ++b) {
         Block& block = *blocks[b];
-        block.rank = static_cast<unsigned>(b % cluster);
         clusters[b / cluster].push_back(&block);
         block.cluster = &clusters[b / cluster];
         per_block.emplace_back();

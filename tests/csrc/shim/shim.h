@@ -46,7 +46,6 @@ unsigned vote(unsigned mask, bool value, const void* site);
 // What all lanes of the warp published, by lane.
 void gather(std::uint64_t value, std::uint64_t (&values)[32], const void* site);
 unsigned lane();
-unsigned rank_in_cluster();
 void* peer_memory(void* local, unsigned rank);
 void yield();
 
@@ -99,7 +98,6 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 }
 
 namespace ltxk {
-inline unsigned cluster_rank() { return shim::rank_in_cluster(); }
 #define cluster_sync() shim_cluster_sync(LTXK_SITE)
 inline void shim_cluster_sync(const void* site) { shim::sync_cluster(site); }
 template <class T>

@@ -30,6 +30,7 @@ def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:
         "pickle": (b"PK\3\4" + bytes(99), "but a zip archive"),
         "answer": (b"Invalid username or password.", "but a text that begins 'Invalid username or password.'"),
         "long": (whole + bytes(8), "8 bytes follow its last tensor"),
+        "deep": ((200_000).to_bytes(8, "little") + b"[" * 200_000, "its header is not readable"),
         "json": ((16).to_bytes(8, "little") + b'["no", "object"]', "not a safetensors file"),
     }
     for name, (content, message) in cases.items():
@@ -41,6 +42,16 @@ def test_broken_files(official: dict[str, Path], tmp_path: Path) -> None:
             load_component(path, "vocoder")
         with pytest.raises(CheckpointError, match=message):
             load_lora(path)
+
+
+def test_a_first_word_that_would_be_a_header_of_gigabytes(tmp_path: Path) -> None:
+    """The mark and version of GGUF read as a length that a large file has; nothing of it may be read into memory."""
+    path = tmp_path / "ltx-Q8_0.safetensors"
+    with path.open("wb") as file:
+        file.write(b"GGUF\3\0\0\0")
+        file.truncate(20 * 2**30)
+    with pytest.raises(CheckpointError, match="but a GGUF file, which is not read here"):
+        read_header(path)
 
 
 def test_a_tensor_whose_bytes_are_not_its_shape(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.sent: list[str] = []
+        self.forbidden: set[str] = set()
 
     def add(self, repository: str, *names: str) -> None:
         for name in names:
@@ -47,6 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"] and "api" in self.server.forbidden:
+            self.send(b"", body, 403)
+            return
         if parts[:2] == ["api", "models"]:
             folder = self.server.root / parts[2] / parts[3]
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
@@ -62,6 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send(json.dumps(about).encode(), body)
             return
         name = "/".join(parts[4:])
+        if name in self.server.forbidden:
+            self.send(b"", body, 403)
+            return
         file = self.server.root / parts[0] / parts[1] / name
         if not file.is_file():
             self.send(b"", body, 404)
@@ -177,6 +184,46 @@ def test_a_lora_by_its_hub_name_with_its_configuration(
     assert path.with_name("adapter_config.json").exists() == (beside in files)
     offline(monkeypatch)
     assert local_lora(name) == path
+
+
+@pytest.mark.parametrize(
+    ("files", "beside"),
+    [
+        (["l.safetensors", "l.json", "config.yaml", "README.md", "x.yaml"], ["config.yaml", "l.json"]),
+        (["s/l_step_0500.safetensors", "s/l_step_0250.safetensors", "s/config.yaml", "config.json"], ["s/config.yaml"]),
+        (["l.safetensors", "other.safetensors", "config.json", "adapter_config.json"], ["adapter_config.json"]),
+    ],
+)  # fmt: skip
+def test_configurations_come_with_a_lora(hub: Hub, files: list[str], beside: list[str]) -> None:
+    hub.add("owner/lora", *files)
+    local_lora(f"owner/lora/{files[0]}")
+    assert sorted(hub.sent) == sorted([files[0], *beside])
+
+
+def test_a_configuration_that_the_hub_withholds_is_no_missing_one(hub: Hub) -> None:
+    hub.add("owner/lora", "l.safetensors", "adapter_config.json")
+    hub.forbidden.add("adapter_config.json")
+    with pytest.raises(CheckpointError, match=r"owner/lora/adapter_config\.json: .* the hub did not deliver it"):
+        local_lora("owner/lora/l.safetensors")
+
+
+def test_what_cannot_be_known_about_a_configuration_is_said(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add("owner/lora", "l.safetensors", "m.safetensors")
+    local_path("owner/lora/l.safetensors")  # as another tool downloads it
+    hub.forbidden.add("api")
+    assert local_lora("owner/lora/l.safetensors").is_file()
+    assert (
+        "owner/lora/l.safetensors: whether a configuration that tells its alpha lies beside it is not known"
+        in caplog.text
+    )
+    hub.forbidden.clear()
+    local_lora("owner/lora/l.safetensors")
+    caplog.clear()
+    offline(monkeypatch)
+    assert local_lora("owner/lora/l.safetensors").is_file()
+    assert caplog.text == ""
 
 
 def test_a_lora_that_is_one_of_several_is_refused_by_name(hub: Hub, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def decomposed(delta: torch.Tensor, magnitude: torch.Tensor):
 # Parts of one module, and what they add at strength 1: a difference, or a function of the weight.
 KINDS = {
     "difference": ({"diff": draw(*SHAPE) / 16}, draw(*SHAPE) / 16),
+    "kernels of a difference": ({"diff": draw(*SHAPE)[..., None] / 16}, draw(*SHAPE) / 16),
+    "factors beside a difference": (
+        FACTORS | {"alpha": torch.tensor(1.5), "diff": draw(*SHAPE) / 16}, B @ A / 2 + draw(*SHAPE) / 16,
+    ),
+    "loha beside a difference": (HADA | {"w_norm": draw(*SHAPE) / 16}, HADA_DELTA + draw(*SHAPE) / 16),
     "loha": (HADA, HADA_DELTA),
     "loha with alpha": (HADA | ALPHA, HADA_DELTA * 2),
     "lokr, whole": ({"lokr_w1": W1, "lokr_w2": W2} | ALPHA, torch.kron(W1, W2)),
@@ -130,6 +135,11 @@ def test_biases_and_other_parameters_fit_by_their_whole_names():
         (HADA | {"hada_w2_b": draw(3, 47)}, r"products \(80, 48\) and \(80, 47\)"),
         ({"lokr_w1": W1, "lokr_w2": draw(20, 15)}, r"expected \(80, 48\), got \(80, 45\)"),
         (FACTORS | {"dora_scale": draw(79, 1)}, r"weight \(80, 48\), magnitude \(79, 1\)"),
+        (FACTORS | {"diff": draw(48, 80)}, r"pairs that .*changes \(80, 48\) and \(48, 80\)"),
+        (FACTORS | {"diff": draw(*SHAPE), "dora_scale": ROWS}, "1 modules whose parts make no change: .*a, b, diff, magnitude"),
+        (FACTORS | {"lora_magnitude_vector": ROWS[None, :, :, None]}, r"magnitude \(1, 80, 1, 1\)"),
+        ({"lora_A.weight": draw(3, 48, 3, 3), "lora_B.weight": B}, r"A \(3, 48, 3, 3\)"),
+        ({"alpha": torch.tensor(1.0)}, "1 modules whose parts make no change: .*has only alpha"),
         ({"diff": draw(48, 80)}, r"expected \(80, 48\), got \(48, 80\)"),
         ({"diff_b": draw(79)}, r"1\.0\.bias \(expected \(80,\), got \(79,\)\)"),
     ],
@@ -137,3 +147,12 @@ def test_biases_and_other_parameters_fit_by_their_whole_names():
 def test_parts_that_do_not_fit(tmp_path, parts, message):
     with pytest.raises(ValueError, match=message):
         lora_of(tmp_path, parts, small_model())
+
+
+def test_two_changes_of_one_bias_are_added(tmp_path):
+    model = small_model(dtype=torch.float64)
+    parts = FACTORS | ALPHA | {"lora_B.bias": draw(80), "diff_b": draw(80, seed=1)}
+    phase = LoRAPhase(((lora_of(tmp_path, parts, model), 0.5),))
+    bias = model.get_submodule(MODULE).bias.detach()
+    added = merge_phase(bias.clone(), f"{MODULE}.bias", phase, rounding="single") - bias
+    torch.testing.assert_close(added, draw(80).double() + 0.5 * draw(80, seed=1), rtol=1e-5, atol=1e-7)

@@ -107,16 +107,20 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     underscored = draw(st.booleans())
     starts = draw(st.lists(st.sampled_from([s for s in STARTS if s != "lora" or underscored]), max_size=4))
     cut = draw(st.integers(0, len(starts))) if underscored else len(starts)
+    place = draw(st.sampled_from(sorted(PLACES)))
+    start = "".join(f"{s}." for s in starts[:cut]) + "".join(f"{s}_" for s in starts[cut:])
     return {
-        "start": "".join(f"{s}." for s in starts[:cut]) + "".join(f"{s}_" for s in starts[cut:]),
+        "start": start.upper() if draw(st.booleans()) else start,
         "names": draw(st.sampled_from(("underscored", "underscored diffusers") if underscored else ("official", "diffusers"))),
         "halves": draw(st.sampled_from(HALVES)),
+        "kernel": draw(st.sampled_from(((), (), (1,), (1, 1), (1, 1, 1)))),
+        "late": draw(st.booleans()),
         "adapter": draw(st.sampled_from(("", ".default", ".my-style_2", ".0"))),
         "end": draw(st.sampled_from((".weight", ""))),
         "fused": draw(st.sampled_from((None, None, "to_qkv", "qkv"))),
         "alpha": draw(st.sampled_from((None, 1.0, 4.0, 6.5))),
         "root": draw(st.booleans()),
-        "place": draw(st.sampled_from(sorted(PLACES))),
+        "place": place,
     }  # fmt: skip
 
 
@@ -168,7 +172,8 @@ def write(folder: Path, layout: dict[str, Any]) -> tuple[Path, dict[str, LoRAFac
     for module, pair in written.items():
         key = layout["start"] + spelled(module, layout["names"])
         for half, tensor in zip(layout["halves"], pair, strict=True):
-            tensors[f"{key}.{half}{layout['adapter']}{layout['end']}"] = tensor.clone()
+            ends = (layout["adapter"], layout["end"])[:: -1 if layout["late"] and layout["end"] else 1]
+            tensors[f"{key}.{half}{''.join(ends)}"] = tensor.reshape(*tensor.shape, *layout["kernel"]).clone()
         if alpha is not None and told is None:
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
     metadata, beside = told or ({}, {})
@@ -230,6 +235,9 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         (["x.oft_blocks"], r"got x\.oft_blocks"),
         (["x.lora_mid.weight"], r"got x\.lora_mid\.weight"),
         (["x.hada_t1"], r"got x\.hada_t1"),
+        (["x.lokr_t2"], r"got x\.lokr_t2 \(core of a convolution's Tucker form"),
+        (["x.lora_A.weight.absmax"], r"got x\.lora_A\.weight\.absmax \(of a quantised factor"),
+        (["x.lora_E"], r"got x\.lora_E \(AdaLoRA\)"),
         (["vae.decoder.conv_in.weight"], r"got vae\.decoder"),
         (["transformer.transformer_blocks.0.attn1.to_k.lora.down.weight"], "1 parts are there twice: .*lora"),
         (["proj_in.lora_A.one.weight", "proj_out.lora_A.two.weight"], "expected one adapter, got 2: one, two"),

@@ -43,6 +43,7 @@ def names(folder: Path, variant: str | None = None) -> list[str]:
         (["PLAIN.fp16", "PLAIN.bf16"], None, "found the variants bf16, fp16: name one"),
         (["PLAIN", "PLAIN.fp16"], "fp61", "has no variant 'fp61': use fp16, or none"),
         (["PLAIN-00001-of-00003", "PLAIN-00003-of-00003"], None, "of 3 files, number 2 is missing"),
+        (["PLAIN-00001-of-00002", "PLAIN-00002-of-00002", "PLAIN-00001-of-00001"], None, "the numbered files of several downloads"),
     ],
 )  # fmt: skip
 def test_the_weights_of_a_folder(

@@ -84,6 +84,11 @@ def test_parts_beside_a_model_borrow_its_configuration(
     files = find_model(official["checkpoint"], transformer=paths["transformer"], vocoder=paths["vocoder"])
     components = load_components(files, dtype=torch.float32)
     assert torch.equal(components.transformer.proj_in.weight, 2 * demo.transformer.proj_in.weight)  # type: ignore[union-attr]
+    (tmp_path / "folder").mkdir()
+    bare_file = paths["transformer"].rename(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    in_folder = load_component(find_model(official["checkpoint"], transformer=bare_file.parent), "transformer")
+    assert torch.equal(in_folder.proj_in.weight, components.transformer.proj_in.weight.bfloat16())  # type: ignore[union-attr]
+    bare_file.rename(paths["transformer"])
     assert torch.equal(components.vocoder.vocoder.conv_in.weight, demo.vocoder.vocoder.conv_in.weight)  # type: ignore[union-attr]
     with pytest.raises(
         CheckpointError, match=r"transformer\.safetensors: its header has no configuration of the transformer"

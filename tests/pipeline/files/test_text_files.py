@@ -87,6 +87,7 @@ def test_scaled_weights_are_multiplied_out(gemma: Path) -> None:
         (lambda config: config["text_config"].update(vocab_size=300), r"1 mismatched: .*embed_tokens\.weight \(expected \(300,"),
         (lambda config: config["text_config"].update(num_hidden_layers=3), r"13 missing: layers\.2\."),
         (lambda config: config["text_config"].update(num_hidden_layers=1), r"13 unexpected: layers\.1\."),
+        (lambda config: config["text_config"].update(num_hidden_layers=10**9), "at most 1000 num_hidden_layers"),
         (lambda config: config["text_config"].update(intermediate_size=48), "6 mismatched"),
         (lambda config: config["text_config"].update(hidden_size="wide"), "expected whole numbers in its configuration"),
         (lambda config: config.update(model_type="llama"), "describes a llama, expected Gemma 3"),

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
+from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.merge import merge_phase
 
@@ -97,6 +97,26 @@ def assert_switches(
     for phase in to:
         manager.switch_lora_phase(phase)
         assert_weights(model, expected[phase])
+
+
+class Fresh(NamedTuple):
+    """A model, its pristine weights, phases of random LoRAs, and what fresh merges of these give."""
+
+    model: Blocks
+    pristine: dict[str, Tensor]
+    phases: tuple[LoRAPhase, ...]
+    expected: dict[LoRAPhase, dict[str, Tensor]]
+
+
+def fresh(*more: LoRAPhase, user: bool = False, **size: int) -> Fresh:
+    """Phases of both stages; with `user` a third of two LoRAs; what fresh merges of those and of `more` give."""
+    model = small_model(**size)
+    distilled = random_lora("distilled", model, seed=1)
+    phases = tuple(lora_phases([], distilled))
+    if user:
+        phases += (LoRAPhase(((random_lora("user", model, seed=2), 0.4), (distilled, 0.25))),)
+    pristine = linear_weights(model)
+    return Fresh(model, pristine, phases, fresh_merges(pristine, [*phases, *more]))
 
 
 class Shared(nn.Module):

@@ -16,6 +16,7 @@ from ltxkern.pipeline.memory.table import LoRAPhaseError
 from tests.pipeline.memory.lora_models import (
     assert_switches,
     assert_weights,
+    fresh,
     fresh_merges,
     linear_weights,
     prepared,
@@ -87,12 +88,7 @@ def is_one_of(model, expected):
 def test_an_exception_anywhere_in_a_switch(mode, error, fail_at):
     """Every merge of a switch fails once; afterwards the phase is true or the model does not run, and a switch mends it."""
     for count in itertools.count():
-        model = small_model(blocks=2)
-        lora, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
-        pristine = linear_weights(model)
-        phases = lora_phases([], lora)
-        third = LoRAPhase(((user, 0.4), (lora, 0.25)))
-        expected = fresh_merges(pristine, [*phases, third])
+        model, pristine, (*phases, third), expected = fresh(user=True, blocks=2)
         x = torch.randn(1, 48).bfloat16()
         with prepared(model, phases, mode) as manager:
             fail_at(count, error)
@@ -118,10 +114,7 @@ def test_an_exception_anywhere_in_a_switch(mode, error, fail_at):
 @pytest.mark.parametrize("mode", MODES)
 def test_an_exception_anywhere_in_prepare(mode, fail_at):
     for count in itertools.count():
-        model = small_model(blocks=1)
-        pristine = linear_weights(model)
-        phases = lora_phases([], random_lora("distilled", model, seed=1))
-        expected = fresh_merges(pristine, [*phases, NO_LORA])
+        model, pristine, phases, expected = fresh(NO_LORA, blocks=1)
         with TwoStageDeviceManager(mode) as manager:
             manager.attach(model)
             fail_at(count)
@@ -143,9 +136,7 @@ def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkey
     """After a failure in `prepare` there may be a correction and no checksum yet: a wrong ratio would go unnoticed."""
     monkeypatch.setattr(stores, "binary_ratio", lambda *_: 1.0)
     for count in range(30):
-        model = small_model(blocks=1)
-        phases = lora_phases([], random_lora("distilled", model, seed=1))
-        expected = fresh_merges(linear_weights(model), phases)
+        model, _, phases, expected = fresh(blocks=1)
         with TwoStageDeviceManager("inplace") as manager:
             manager.attach(model)
             fail_at(count)
@@ -185,12 +176,7 @@ class InterruptAtLine:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ctrl_c_at_any_line_of_a_switch(mode):
-    model = small_model(blocks=1)
-    lora, user = random_lora("distilled", model, seed=1), random_lora("user", model, seed=2)
-    pristine = linear_weights(model)
-    phases = lora_phases([], lora)
-    third = LoRAPhase(((user, 0.4), (lora, 0.25)))
-    expected = fresh_merges(pristine, [*phases, third])
+    model, pristine, (*phases, third), expected = fresh(user=True, blocks=1)
     with prepared(model, phases, mode) as manager:
         # A prime step, so that every place of the loops is met by and by.
         for line in itertools.count(0, 3):
@@ -218,14 +204,11 @@ def test_ctrl_c_at_any_line_of_close(mode, from_file, tmp_path):
     settings = {"mode": "original", "offload": True} if mode == "offload" else {"mode": mode}
     x = torch.randn(1, 16).bfloat16()
     for line in itertools.count(0, 7):
-        model = small_model(blocks=1, width=16, hidden=24)
-        pristine = linear_weights(model)
+        model, pristine, phases, expected = fresh(blocks=1, width=16, hidden=24)
         if not line:
             save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
         manager = TwoStageDeviceManager(**settings)
         manager.attach(model, pristine=tmp_path if from_file else None)
-        phases = lora_phases([], random_lora("distilled", model, seed=1))
-        expected = fresh_merges(pristine, phases)
         manager.prepare(*phases)
         try:
             with InterruptAtLine(line):

@@ -12,8 +12,7 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from tests.pipeline.memory.lora_models import (
     Shared,
     assert_weights,
-    fresh_merges,
-    linear_weights,
+    fresh,
     prepared,
     random_lora,
     small_model,
@@ -30,10 +29,7 @@ def merged_copy(model, weights):
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4])
 def test_offloaded_blocks_compute_with_the_merged_weights(blocks):
-    model = small_model(blocks=blocks)
-    pristine = linear_weights(model)
-    phases = lora_phases([], random_lora("distilled", model, seed=1))
-    expected = fresh_merges(pristine, [*phases, NO_LORA])
+    model, pristine, phases, expected = fresh(NO_LORA, blocks=blocks)
     reference = {phase: merged_copy(model, weights) for phase, weights in expected.items()}
     x = torch.randn(2, 48).bfloat16()
     with prepared(model, phases, "original", offload=True) as manager:

@@ -12,6 +12,8 @@ from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.transformer import LTX2Transformer
 from ltxkern.pipeline.run.stage import BranchForward, batched_runner
 from ltxkern.pipeline.sampling.guidance import (
+    COND,
+    NEG,
     CFGBranch,
     CFGPolicy,
     GuidanceRequest,
@@ -142,10 +144,10 @@ class Mean(CFGPolicy):
     def build(cls, request: Any, positive: Any, negative: Any = None) -> "Mean":
         if negative is None:
             raise ValueError("negative is needed for a mean: give it")
-        return cls((CFGBranch("for", True, positive), CFGBranch("against", False, negative)))
+        return cls((CFGBranch(COND, True, positive), CFGBranch(NEG, False, negative)))
 
     def combine(self, predictions: Any) -> dict[str, Tensor]:
-        first, second = predictions["for"], predictions["against"]
+        first, second = predictions[COND], predictions[NEG]
         return {name: (first[name] + second[name]) / 2 for name in first}
 
 

@@ -214,6 +214,30 @@ def test_transparency_shows_black_with_a_word(
     assert ("transparent" in caplog.text) == (opacity < 255)
 
 
+def test_a_grey_profile_holds_for_16_bits_too(tmp_path: Path) -> None:
+    """A file of 16 bits shows what the same file of 8 bits does."""
+    linear = _grey_profile(1.0)
+    Image.new("L", (32, 32), 64).save(tmp_path / "8.png", icc_profile=linear)
+    Image.fromarray(np.full((32, 32), 64 * 257, np.uint16)).save(tmp_path / "16.png", icc_profile=linear)
+    shown = [np.asarray(read_picture(tmp_path / f"{bits}.png")) for bits in (8, 16)]
+    assert (shown[0] == shown[1]).all()
+    assert abs(int(shown[0][0, 0, 0]) - 137) <= 2
+
+
+def _grey_profile(gamma: float) -> bytes:
+    """A grey ICC profile of version 2: a white point and one tone curve."""
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    start = 128 + 4 + 2 * 12
+    tags = struct.pack(">I", 2) + b"".join(
+        struct.pack(">4sII", name, place, length)
+        for name, place, length in ((b"wtpt", start, 20), (b"kTRC", start + 20, 14))
+    )
+    head = struct.pack(">I4sI4s4s4s", start + 36, bytes(4), 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + tags + white + curve
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
 def test_the_first_of_several_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
     first, second = (Image.new("RGB", (64, 32), grey) for grey in ((60, 60, 60), (200, 200, 200)))
@@ -279,6 +303,10 @@ def test_a_huge_picture_is_scaled_before_the_encoder(tmp_path: Path, monkeypatch
     path = save(tmp_path / "a.png", picture(600, 1200))
     pixels = load_image(path, 128, 192)
     assert seen == [(209, 313, 3)]
+    # What is compressed is a few areas of the target where that is less.
+    monkeypatch.setattr(pictures, "_WHOLE_PIXELS", 2**14)
+    load_image(path, 64, 96)
+    assert seen.pop() == (181, 271, 3)
     assert (pixels - load_image(path, 128, 192, crf=0)).abs().mean() < 0.08
     load_image(save(tmp_path / "b.png", picture(256, 256)), 128, 192)
     assert seen[-1] == (256, 256, 3)
@@ -309,7 +337,7 @@ def test_a_huge_picture_stays_bytes_until_it_is_sampled(monkeypatch: pytest.Monk
     largest = []
     real = torch.Tensor.index_select
     monkeypatch.setattr(torch.Tensor, "index_select", lambda *given: largest.append(given[0].dtype) or real(*given))
-    monkeypatch.setattr(pictures, "ENCODER_PIXELS", 90 * 120 - 1)
+    monkeypatch.setattr(pictures, "_WHOLE_PIXELS", 90 * 120 - 1)
     torch.testing.assert_close(resize_to_cover(pixels, 64, 96), scaled, rtol=0, atol=1e-3)
     assert largest[0] == torch.uint8
 

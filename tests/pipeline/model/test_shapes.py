@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from ltxkern.pipeline.files.demo import DEMO_CONFIGS
 from ltxkern.pipeline.files.official_names import official_name
 from ltxkern.pipeline.model.components import BUILDABLE, PRODUCTION_CONFIGS, build
 from ltxkern.pipeline.model.shapes import Shapes, expected_shapes, linear_skeleton
+from tests.processes import python
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "data" / "official_shapes.json").read_text())
 
@@ -94,4 +93,4 @@ def test_shapes_need_no_model_library() -> None:
         "linear_skeleton(PRODUCTION_CONFIGS['transformer'])\n"
         "assert not {'diffusers', 'transformers'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)

@@ -7,32 +7,15 @@ import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from torch import Tensor, nn
 
+from examples.patch_vae import small_vae
 
-def tiny_video_vae(channels: int = 8, dtype: torch.dtype = torch.float32) -> AutoencoderKLLTX2Video:
+
+def tiny_video_vae(dtype: torch.dtype = torch.float32) -> AutoencoderKLLTX2Video:
     """The production graph with few channels: 32x32x8 compression, random weights, statistics that are not the identity."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=channels,
-        block_out_channels=(8, 16, 32, 32),
-        down_block_types=("LTX2VideoDownBlock3D",) * 4,
-        decoder_block_out_channels=(8, 16, 16, 32),
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        spatio_temporal_scaling=(True,) * 4,
-        decoder_spatio_temporal_scaling=(True,) * 4,
-        decoder_inject_noise=(False,) * 5,
-        downsample_type=("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-        upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
-        upsample_residual=(False,) * 4,
-        upsample_factor=(2, 2, 1, 2),
-        decoder_causal=False,
-        decoder_spatial_padding_mode="zeros",
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
-    )
-    vae.latents_mean.copy_(torch.linspace(-0.5, 0.5, channels))
-    vae.latents_std.copy_(torch.linspace(0.5, 1.5, channels))
-    return vae.to(dtype).eval()
+    vae = small_vae()
+    vae.latents_mean.copy_(torch.linspace(-0.5, 0.5, 8))
+    vae.latents_std.copy_(torch.linspace(0.5, 1.5, 8))
+    return vae.to(dtype)
 
 
 def tiny_audio_vae(dtype: torch.dtype = torch.float32) -> AutoencoderKLLTX2Audio:

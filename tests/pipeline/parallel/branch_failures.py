@@ -135,14 +135,19 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def child(folder: Path, port: int, name: str, rank: int) -> None:
-    """One rank, its stderr in a file."""
+def launched(folder: Path, port: int, name: str, rank: int, size: int) -> None:
+    """Makes this process one rank of a job, its stderr in a file."""
     with (folder / f"{name} {rank}.txt").open("wb") as file:
         os.dup2(file.fileno(), 2)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     # The store belongs to the launcher, as with torchrun; each scenario stands for one of its jobs.
     os.environ |= place | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": name}
     torch.set_num_threads(1)
+
+
+def child(folder: Path, port: int, name: str, rank: int) -> None:
+    """One rank of a scenario."""
+    launched(folder, port, name, rank, RANKS)
     run(rank, **SCENARIOS[name](rank))
 
 

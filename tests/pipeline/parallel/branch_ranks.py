@@ -67,12 +67,22 @@ def reference(models: Mapping[torch.dtype, Components], folder: Path) -> None:
         save_file({key: value.clone() for key, value in latents.items()}, folder / f"{name}.safetensors")
 
 
-def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int, rank: int, size: int) -> None:
-    """Every case on one of several ranks; rank 0 compares with the reference."""
+@contextlib.contextmanager
+def joined(folder: Path, port: int, rank: int, size: int) -> Iterator[tuple[Ranks, dict[str, Any]]]:
+    """The ranks of a job, and the results of this one, which go into its file."""
     faulthandler.dump_traceback_later(90, exit=True)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
     results: dict[str, Any] = {}
     with Ranks.join(store, rank, size, backend="gloo") as ranks:
+        yield ranks, results
+        (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
+        ranks.finish()
+    dist.destroy_process_group()
+
+
+def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int, rank: int, size: int) -> None:
+    """Every case on one of several ranks; rank 0 compares with the reference."""
+    with joined(folder, port, rank, size) as (ranks, results):
         for name, arguments in cases(folder).items():
             share = CFGParallel(ranks=ranks)
             latents = generate(models, arguments, share).latents
@@ -83,9 +93,6 @@ def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int,
                 "collectives": share.traffic.collectives,
                 "received": share.traffic.received,
             }
-        (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
-        ranks.finish()
-    dist.destroy_process_group()
 
 
 def forked(target: Callable[..., None], *arguments: Any, count: int = 1) -> list[int | None]:

@@ -2,29 +2,15 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+from tests.processes import python
 
 
 def start(module: str, folder: Path) -> dict[str, Any]:
     """Results that a program of ranks left in `folder`."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-m", module, folder, seconds=400)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results | {"stderr": done.stderr}
 

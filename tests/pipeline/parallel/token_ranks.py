@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
 import os
 import signal
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,10 +25,10 @@ from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import predict_velocity_batched
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.parallel.by_token import SequenceParallel
-from ltxkern.pipeline.parallel.ranks import RankError, Ranks
+from ltxkern.pipeline.parallel.ranks import RankError
 from ltxkern.pipeline.sampling.guidance import CFGBranch
-from tests.pipeline.parallel.branch_failures import OPTIONS
-from tests.pipeline.parallel.branch_ranks import cases, forked, generate, launcher
+from tests.pipeline.parallel.branch_failures import OPTIONS, launched
+from tests.pipeline.parallel.branch_ranks import cases, forked, generate, joined, launcher
 
 DEGREES = (2, 3, 4)  # the demo has 4 heads: 3 ranks get 2, 1 and 1
 CASES = ("t2v", "i2v", "batch")
@@ -111,10 +109,7 @@ def save(latents: Mapping[str, Tensor], path: Path) -> None:
 
 def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int, rank: int, size: int) -> None:
     """Every case on one of several ranks."""
-    faulthandler.dump_traceback_later(90, exit=True)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
-    results: dict[str, Any] = {}
-    with Ranks.join(store, rank, size, backend="gloo") as ranks:
+    with joined(folder, port, rank, size) as (ranks, results):
         sequence = SequenceParallel(ranks=ranks)
         results["forwards"] = forwards(models[torch.float32].transformer, sequence)
         results["out of step"] = out_of_step(sequence)
@@ -126,20 +121,13 @@ def rank_main(models: Mapping[torch.dtype, Components], folder: Path, port: int,
             expected = load_file(folder / f"{name.replace('bf16', 't2v')}.safetensors")
             counted = [traffic.evaluations, traffic.collectives, traffic.sent, traffic.received]
             results[name] = {"error": difference(output.latents, expected), "traffic": counted}
-        (folder / f"{size}-{rank}.json").write_text(json.dumps(results))
-        ranks.finish()
-    dist.destroy_process_group()
 
 
 def failing_rank(
     models: Mapping[torch.dtype, Components], folder: Path, port: int, how: str, rank: int, size: int
 ) -> None:
     """Rank 1 is killed in stage 2, between the collectives of a forward, or raises there."""
-    with (folder / f"{how} {rank}.txt").open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    torch.set_num_threads(1)
+    launched(folder, port, how, rank, size)
     with parallel.job(argparse.Namespace(**OPTIONS)) as job:
         share = CFGParallel(ranks=job.ranks, sequence=SequenceParallel(ranks=job.ranks))
         if rank == 1:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from ltxkern.pipeline.files.official_names import official_name
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS
 from ltxkern.pipeline.model.shapes import expected_shapes
 from ltxkern.pipeline.planning.admission import Admission
-from tests.commands.typed import SIZE, write
+from tests.commands.typed import SIZE, run, write
 from tests.official_files import (
     DEMO_SECTIONS,
     PRODUCTION_SECTIONS,
@@ -31,6 +28,7 @@ from tests.official_files import (
     write_official,
     write_official_demo,
 )
+from tests.processes import python
 
 GEMMA = {
     "vocab_size": 262208, "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
@@ -116,63 +114,64 @@ def test_pictures_and_sizes_stand_in_the_same_list(
     assert "none.png' does not exist" in found[3]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("wrong", [["--model", "/nowhere/m.safetensors"], ["--dtype", "bf17"], ["--pipeline", "hp"]])
+def test_a_wrong_choice_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, wrong: list[str]
+) -> None:
+    others = [
+        "--lora",
+        "/nowhere/l.safetensors:-1",
+        "--image",
+        "none.png",
+        "--device-mode",
+        "fast",
+        "--vocoder",
+        "/no/v",
+    ]
+    assert main([*COMMANDS[command](tmp_path), *wrong, *others]) == 2
+    said = "\n".join(sentences(capsys))
+    for part in (
+        wrong[1],
+        "--lora: there is no file /nowhere/l.safetensors",
+        "'none.png' does not exist",
+        "'fast'",
+        "/no/v",
+    ):
+        assert part in said, (part, said)
+
+
+def test_the_demo_brings_its_own_parts(demo_files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", "--prompt", "a", "--dry-run", *SIZE, *options(demo_files)[2:6]]
+    assert main(given) == 2
+    assert [line.split(" ")[0] for line in sentences(capsys)] == ["--upsampler:", "--text-encoder:"]
+
+
 def test_what_a_run_needs_and_nobody_named(
     demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = write_official(tmp_path / "m.safetensors", load_file(demo_files["checkpoint"]), DEMO_SECTIONS)
-    assert main(["generate", "--prompt", "a", "--model", str(alone), *SIZE, "-o", str(tmp_path / "o.mp4")]) == 2
+    asked = ["--model", str(alone), "-o", str(tmp_path / "o.mp4")]
+    assert run(*asked) == 2
     found = sentences(capsys)
     assert [line.split(" ")[0] for line in found] == ["--distilled-lora:", "--upsampler:", "--text-encoder:"]
     # A plan and a dry run judge what is named.
-    assert main(["generate", "--prompt", "a", "--model", str(alone), *SIZE, "--dry-run"]) == 0
-    one_stage = [
-        "--pipeline",
-        "one-stage",
-        "--text-encoder",
-        str(demo_files["text_encoder"]),
-        "--embedding-cache",
-        "off",
-    ]
-    assert (
-        main(
-            [
-                "generate",
-                "--prompt",
-                "a",
-                "--model",
-                str(alone),
-                *SIZE,
-                *one_stage,
-                "--quiet",
-                "-o",
-                str(tmp_path / "o.mp4"),
-            ]
-        )
-        == 0
-    )
+    assert run(*asked, "--dry-run") == 0
+    encoder = str(demo_files["text_encoder"])
+    assert run(*asked, "--pipeline", "one-stage", "--text-encoder", encoder, "--embedding-cache", "off") == 0
 
 
 def test_parts_in_place_of_a_model(
     demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
-        "generate",
-        "--prompt",
-        "a",
-        *SIZE,
-        "--quiet",
-        "--embedding-cache",
-        "off",
-        "-o",
-        str(tmp_path / "o.safetensors"),
-    ]
+    given = ["--embedding-cache", "off", "-o", str(tmp_path / "o.safetensors")]
     parts = [f"--transformer={demo_files['checkpoint']}", *options(demo_files)[2:]]
-    assert main([*given, *parts]) == 0
+    assert run(*given, *parts) == 0
     latents = load_file(tmp_path / "o.safetensors")
-    assert main([*given, *options(demo_files)]) == 0
+    assert run(*given, *options(demo_files)) == 0
     assert all(torch.equal(tensor, latents[name]) for name, tensor in load_file(tmp_path / "o.safetensors").items())
     capsys.readouterr()
-    assert main([*given, *parts, "--video-vae", "/nowhere/v.safetensors", "--vocoder", str(demo_files["lora"])]) == 2
+    assert run(*given, *parts, "--video-vae", "/nowhere/v.safetensors", "--vocoder", str(demo_files["lora"])) == 2
     found = sentences(capsys)
     assert found[0] == "--video-vae: there is no file or folder /nowhere/v.safetensors"
     assert found[1].startswith(f"--vocoder: {demo_files['lora']}: holds no tensors of the vocoder")
@@ -297,8 +296,7 @@ def test_seconds_for_the_files_of_the_whole_model(tmp_path: Path) -> None:
         "assert not {'diffusers', 'transformers'} & set(sys.modules)\n"
         "print(sum(os.times()[:2]))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    done = python("-c", code)
     assert done.stderr.strip().count("\n") == 0
     assert "1 wrong shape: model.diffusion_model.proj_out.weight (expected (128, 4096), got (128, 4000))" in done.stderr
     assert float(done.stdout) < 5

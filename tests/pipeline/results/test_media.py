@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -27,8 +24,7 @@ from ltxkern.pipeline.results.media import (
     write_mp4,
 )
 from tests.pipeline.results.samples import leftovers, tone, video
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import python
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -166,8 +162,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     """Also in another process, on one core only, with another thread count."""
     first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
     write_mp4(first, video(33, 96, 128).split(9), tone(66000), 24.0)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", SCRIPT, str(second)], env=environment, check=True)
+    python("-c", SCRIPT, second)
     assert first.read_bytes() == second.read_bytes()
 
 

@@ -65,5 +65,9 @@ def test_the_merged_lora_makes_a_checkpoint_a_distilled_one(tmp_path: Path, capl
     warn_if_unfit(PRESETS["distilled"], model, (1.0, 1.0))
     warn_if_unfit(PRESETS["distilled"], FoundModel.of("demo"), (0.0, 0.0))
     assert not caplog.messages
+    distilled = found(tmp_path, "ltx-2.3-22b-distilled.safetensors", PLAIN)
+    mixed = FoundModel.of(model.name, transformer=distilled.name)  # the transformer decides, wherever the rest lies
+    assert tell_distilled(mixed)[0] is True
+    assert tell_distilled(FoundModel.of(distilled.name, transformer=model.name))[0] is False
     hub = FoundModel.of("owner/LTX-2.3-distilled-diffusers")
     assert tell_distilled(hub) == (True, "its name is LTX-2.3-distilled-diffusers")

@@ -77,6 +77,8 @@ REFUSED = [
     ({"height": 0}, "height 0 is not a positive multiple of 64: use 64"),
     ({"num_frames": 120}, "num_frames 120 is not 8k\\+1: use 113 or 121"),
     ({"frame_rate": float("nan")}, "frame_rate must be a positive number"),
+    ({"frame_rate": 1e9}, "frame_rate must be between 1 and 300, got 1e\\+09: use 300"),
+    ({"frame_rate": 0.5}, "frame_rate must be between 1 and 300, got 0.5: use 1"),
     ({"steps": 1}, "steps must be at least 2"),
     ({"seed": 2**64}, "seed must be between"),
     ({"audio_source": "both"}, "audio_source must be"),

@@ -11,9 +11,7 @@ from torch import Tensor
 import ltxkern
 from ltxkern.pipeline.sampling.guidance import (
     COND,
-    HQ_AUDIO,
     HQ_GUIDANCE,
-    HQ_VIDEO,
     MODALITY,
     NEG,
     PERTURBED,
@@ -29,7 +27,7 @@ from ltxkern.pipeline.sampling.guidance import (
 )
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
-from tests.golden import open_golden
+from tests.pipeline.model.test_branches import Mean
 
 POSITIVE = {"video_context": "vp", "audio_context": "ap"}
 NEGATIVE = {"video_context": "vn", "audio_context": "an"}
@@ -54,19 +52,6 @@ class Recorder:
         self.calls.append((branch.name, sigma))
         factor = {COND: 0.5, NEG: 0.3, PERTURBED: 0.4, MODALITY: 0.45}[branch.name]
         return {name: factor * torch.tanh(latent) + 0.1 * sigma for name, latent in latents.items()}
-
-
-def test_presets_are_the_official_ones() -> None:
-    official = open_golden().metadata["hq_params"]
-    for scales, name in ((HQ_VIDEO, "video"), (HQ_AUDIO, "audio")):
-        assert official[name] == {
-            "cfg_scale": scales.cfg,
-            "modality_scale": scales.modality,
-            "rescale_scale": scales.rescale,
-            "skip_step": scales.skip_step,
-            "stg_blocks": list(scales.stg_blocks),
-            "stg_scale": scales.stg,
-        }
 
 
 def test_hq_runs_three_branches() -> None:
@@ -274,20 +259,7 @@ def test_a_runner_takes_the_place_of_the_serial_one() -> None:
 
 
 def test_a_policy_of_ones_own() -> None:
-    class Average(CFGPolicy):
-        """Mean of two conditional branches."""
-
-        def __init__(self, branches: tuple[CFGBranch, ...]) -> None:
-            self.branches = branches
-
-        @classmethod
-        def build(cls, request: Any, positive: Any, negative: Any = None) -> "Average":
-            return cls((CFGBranch(COND, True, positive), CFGBranch(NEG, True, negative)))
-
-        def combine(self, predictions: Any) -> dict[str, Tensor]:
-            return {name: (predictions[COND][name] + predictions[NEG][name]) / 2 for name in predictions[COND]}
-
-    denoiser = GuidedDenoiser(Average.build(None, POSITIVE, NEGATIVE), Recorder())
+    denoiser = GuidedDenoiser(Mean.build(None, POSITIVE, NEGATIVE), Recorder())
     out = denoiser({"video": torch.ones(1, 2, 2)}, 0.0, step=0, substep=False)
     torch.testing.assert_close(out["video"], 0.4 * torch.tanh(torch.ones(1, 2, 2)))
 

@@ -20,6 +20,7 @@ from ltxkern.triton import (
     pixel_norm_silu,
     res2s,
 )
+from tests.ops import test_row_index
 from tests.ops.contract import noise
 from tests.ops.op_cases import BY_NAME, F32, SCALES, OpCase, Size
 from tests.triton.exact import hold
@@ -328,21 +329,8 @@ def test_repeats_are_bit_identical() -> None:
         assert torch.equal(case.run(tensors)[0], case.run(tensors)[0])
 
 
+@pytest.mark.parametrize("op", test_row_index.OPS)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_whose_index_is_out_of_range_is_nan(index: torch.dtype, dtype: torch.dtype) -> None:
-    x, y, tables = torch.randn(2, 5, 13).to(dtype), torch.randn(2, 5, 13).to(dtype), torch.randn(3, 2, 13).to(dtype)
-    rows = torch.tensor([[0, 1, -1, 0, 2], [torch.iinfo(index).max, 1, 1, torch.iinfo(index).min, 0]], dtype=index)
-    good = (rows >= 0) & (rows < 2)
-
-    def results(rows: torch.Tensor) -> list[torch.Tensor]:
-        both = ltxkern.gated_residual_rms_norm_modulate(x, y, *tables, rows=rows)
-        return [
-            *both,
-            ltxkern.rms_norm_modulate(x, *tables[:2], rows=rows),
-            ltxkern.gated_residual(x, y, tables[0], rows=rows),
-        ]
-
-    for result, expected in zip(results(rows), results(rows * good), strict=True):
-        assert torch.equal(result[good], expected[good])
-        assert result[~good].isnan().all()
+def test_a_row_whose_index_is_out_of_range_is_nan(op: str, index: torch.dtype, dtype: torch.dtype) -> None:
+    test_row_index.nan_where_out_of_range(op, dtype, 13, index)
