@@ -48,9 +48,9 @@ SECTIONS: dict[str, Any] = {
         "decoder_blocks": [
             ["res_x", {"num_layers": 1}], ["compress_space", {"multiplier": 1}],
             ["res_x", {"num_layers": 1}], ["compress_time", {"multiplier": 1}],
-            ["res_x", {"num_layers": 1}], ["compress_all", {"multiplier": 1}],
-            ["res_x", {"num_layers": 1}], ["compress_all", {"multiplier": 2}],
-            ["res_x", {"num_layers": 1}],
+            ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 1}],
+            ["res_x", {"num_layers": 2}], ["compress_all", {"multiplier": 2}],
+            ["res_x", {"num_layers": 2}],
         ],
         "patch_size": 4, "causal_decoder": False, "timestep_conditioning": False, "decoder_base_channels": 32,
         "spatial_padding_mode": "zeros",
@@ -75,7 +75,7 @@ SECTIONS: dict[str, Any] = {
         "bwe": _CORE | {
             "upsample_initial_channel": 32, "upsample_rates": [6, 5, 2, 2, 2], "upsample_kernel_sizes": [12, 11, 4, 4, 4],
             "apply_final_activation": False, "input_sampling_rate": 16000, "output_sampling_rate": 48000,
-            "hop_length": 80, "n_fft": 512, "win_size": 512, "num_mels": 64,
+            "hop_length": 80, "n_fft": 256, "win_size": 256, "num_mels": 64,
         },
     },
 }
