@@ -62,8 +62,13 @@ def configurations(file: P) -> list[P]:
     return [*found, file.parent.parent / "training_config.yaml"] if file.parent.name == "checkpoints" else found
 
 
-def may_be_of_another(configuration: PurePath, file: PurePath) -> bool:
-    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
+def may_be_of_another(configuration: PurePath, file: PurePath, others: Iterable[PurePath]) -> bool:
+    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it.
+
+    others: weight files of other trainings there. PEFT's configuration is that of PEFT's file where there is one.
+    """
+    if configuration.name == "adapter_config.json":
+        return any(other.name == "adapter_model.safetensors" for other in others)
     return configuration.stem in _SHARED and configuration.stem != file.stem
 
 
@@ -119,7 +124,7 @@ def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> N
         return
     others = of_other_trainings(file, (name for name in map(PurePosixPath, there) if name.parent == file.parent))
     for name in configurations(file):
-        if str(name) in there and not (others and may_be_of_another(name, file)):
+        if str(name) in there and not (others and may_be_of_another(name, file, others)):
             _download(repository, str(name))
     if usual not in there:
         from huggingface_hub import hf_hub_download
