@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ def local_path(path_or_id: str | Path) -> Path:
     Raises:
         CheckpointError: neither is there, the hub does not deliver, or the repository does not say which file is meant.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(os.path.expanduser(path_or_id))
     if path.exists():
         return path
     one_file = None if path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
@@ -91,7 +92,7 @@ def local_lora(path_or_id: str | Path) -> Path:
     Raises:
         CheckpointError: as `local_path`, several files that may be meant, or a configuration that the hub does not deliver.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(os.path.expanduser(path_or_id))
     named = None if path.exists() or path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
     if not path.exists() and named is None and _HUB_ID.fullmatch(str(path_or_id)):
         named = _HUB_FILE.fullmatch(f"{path_or_id}/{_only_file(_hub_files(str(path_or_id)), str(path_or_id))}")

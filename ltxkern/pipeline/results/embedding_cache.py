@@ -26,7 +26,7 @@ def default_folder() -> Path:
     """LTXKERN_CACHE/embeddings, else the user's cache folder."""
     chosen = os.environ.get("LTXKERN_CACHE")
     base = (
-        Path(chosen).expanduser()
+        Path(os.path.expanduser(chosen))
         if chosen
         else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltxkern"
     )
@@ -61,7 +61,7 @@ class EmbeddingCache:
     def __init__(
         self, folder: str | Path | None = None, *, model: str, revision: str, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        self._folder = Path(folder).expanduser() if folder is not None else default_folder()
+        self._folder = Path(os.path.expanduser(folder)) if folder is not None else default_folder()
         self._model = model
         self._revision = revision
         self._dtype = dtype
