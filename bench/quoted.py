@@ -19,7 +19,7 @@ from report import Record, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-GENERATED = ("performance.md",)
+GENERATED = ("performance.md", "predicted.md")
 
 MARKER = re.compile(r"(?P<figure>-?\d[\d,]*(?:\.\d+)?)\s*[^\d<]{0,24}<!-- result: (?P<file>[^#\s]+)#(?P<row>.+?) -->")
 ANY_MARKER = re.compile(r"<!-- (result: .+?|not measured: .+?) -->")
@@ -108,7 +108,7 @@ def faults_in(path: Path, results: Path = RESULTS) -> list[Fault]:
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    """README, CONTRIBUTING and docs, without what is generated whole from results files."""
+    """README, CONTRIBUTING and docs, without what is generated whole."""
     found = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
     return [path for path in found if path.exists() and path.name not in GENERATED]
 

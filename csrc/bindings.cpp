@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -83,13 +84,17 @@ struct CpuProgram : ltxk::Program {
     using Program::Program;
 };
 
+const ltxk::KernelEntry& kernel_named(const std::string& kernel) {
+    auto found = ltxk::kernel_table().find(kernel);
+    if (found == ltxk::kernel_table().end()) throw py::key_error("no kernel " + kernel + " in this build");
+    return found->second;
+}
+
 void add_launch(DeviceProgram& program, const std::string& kernel, std::tuple<unsigned, unsigned, unsigned> grid, unsigned block,
                 unsigned shared_bytes, unsigned cluster, bool cooperative, const py::bytes& parameters,
                 const Relocations& relocations) {
-    auto found = ltxk::kernel_table().find(kernel);
-    if (found == ltxk::kernel_table().end()) throw py::key_error("no kernel " + kernel + " in this build");
     ltxk::Step step;
-    step.kernel = &found->second;
+    step.kernel = &kernel_named(kernel);
     step.shape = {{std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}, block, shared_bytes, cluster, cooperative};
     unpack(step, parameters, relocations);
     program.add(std::move(step));
@@ -124,8 +129,18 @@ void call_device(DeviceProgram& program, const py::args& tensors) {
     if (exchange->current_work_stream(arguments.device.device_type, arguments.device.device_id, &stream) != 0)
         throw py::error_already_set();
 #endif
+    py::gil_scoped_release release;
     program.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
 }
+
+std::size_t held(const std::string& kernel, unsigned block, unsigned shared_bytes, unsigned cluster, bool cooperative, int device) {
+    const ltxk::KernelEntry& entry = kernel_named(kernel);
+    py::gil_scoped_release release;
+    ltxk::runtime::Current current(device);
+    return ltxk::runtime::held(entry, {{cluster, 1, 1}, block, shared_bytes, cluster, cooperative});
+}
+
+std::optional<std::string> reason(const std::string& text) { return text.empty() ? std::nullopt : std::optional(text); }
 
 void call_cpu(const CpuProgram& program, int threads, const py::args& tensors) {
     Arguments arguments = resolve(tensors, program.argument_count(), false);
@@ -147,7 +162,11 @@ extern const char* const source_digest;
 PYBIND11_MODULE(LTXK_MODULE, module) {
     module.doc() = "Kernels of ltxkern: see ltxkern.compiled.extension, which is the only caller.";
     module.def("use_exchange_api", &use_exchange_api);
-    module.def("cuda_unavailable", [] { return ltxk::runtime::unavailable(); }, "Why no CUDA kernel can run, or None.");
+    module.def("cuda_unavailable", [] { return reason(ltxk::runtime::unavailable()); }, py::call_guard<py::gil_scoped_release>(),
+               "Why no CUDA kernel can run in this process as it is now, or None.");
+    module.def("cuda_unserved", [](int device) { return reason(ltxk::runtime::unserved(device)); },
+               py::call_guard<py::gil_scoped_release>(), "Why this build has no code for a device, or None.");
+    module.def("held", &held, "Clusters of a launch (blocks, without clusters) that a device holds at once; 0 where it cannot run it.");
     module.def("isa", [] { return std::string(ltxk::isa_name(ltxk::best_isa())); }, "Instruction set of the CPU kernels.");
     module.def("kernels", [] {
         std::vector<std::string> names;
@@ -167,7 +186,9 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
         .def("__call__", &call_device, "Run on torch tensors, on the current stream of their device.")
         .def("raw",
              [](DeviceProgram& program, const std::vector<std::uint64_t>& raw, int device, std::uint64_t stream) {
-                 program.run_device(as_addresses(raw, program.argument_count()).data(), device, reinterpret_cast<void*>(stream));
+                 auto addresses = as_addresses(raw, program.argument_count());
+                 py::gil_scoped_release release;
+                 program.run_device(addresses.data(), device, reinterpret_cast<void*>(stream));
              },
              "Run on raw device addresses (0: absent) and a raw stream.");
     py::class_<CpuProgram>(module, "CpuProgram")

@@ -26,17 +26,19 @@ void Program::fill(const Step& step, const void* const* addresses, std::vector<s
     }
 }
 
+void Program::prepare(int device) {
+    // Devices beyond the 64th are prepared at every call, which is right and slow.
+    const std::uint64_t bit = static_cast<unsigned>(device) < 64 ? std::uint64_t{1} << device : 0;
+    if (prepared_.load(std::memory_order_acquire) & bit) return;
+    std::lock_guard<std::mutex> lock(preparing_);
+    for (const Step& step : steps_)
+        if (step.kernel) runtime::prepare(*step.kernel, step.shape);
+    prepared_.fetch_or(bit, std::memory_order_release);
+}
+
 void Program::run_device(const void* const* addresses, int device, void* stream) {
-    struct Current {
-        int previous;
-        ~Current() { runtime::restore(previous); }
-    } current{runtime::enter(device)};
-    if (prepared_.size() <= static_cast<std::size_t>(device)) prepared_.resize(device + 1, false);
-    if (!prepared_[device]) {
-        for (const Step& step : steps_)
-            if (step.kernel) runtime::prepare(*step.kernel, step.shape);
-        prepared_[device] = true;
-    }
+    runtime::Current current(device);
+    prepare(device);
     std::vector<std::uint64_t> parameters;
     for (const Step& step : steps_) {
         if (!step.kernel) {

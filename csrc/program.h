@@ -4,7 +4,9 @@
 // current stream. The same launches serve the prebuilt tier, the NVRTC tier and the CPU shim of the tests.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -36,15 +38,18 @@ public:
     std::size_t argument_count() const { return argument_count_; }
     void add(Step step);
     // Addresses are in call order, null for an absent tensor. `device` and `stream` are for device programs, `threads` for CPU programs.
+    // Threads may run the same program at once.
     void run_device(const void* const* addresses, int device, void* stream);
     void run_cpu(const void* const* addresses, int threads) const;
 
 private:
+    void prepare(int device);
     void fill(const Step& step, const void* const* addresses, std::vector<std::uint64_t>& parameters) const;
 
     std::size_t argument_count_;
     std::vector<Step> steps_;
-    std::vector<bool> prepared_;  // per device
+    std::mutex preparing_;
+    std::atomic<std::uint64_t> prepared_{0};  // a bit per device
 };
 
 // Best instruction set of this processor that has objects in this build, or the one LTXKERN_CPU_ISA names.

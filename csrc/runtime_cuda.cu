@@ -13,15 +13,50 @@ static void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-const char* unavailable() {
-    static const std::string reason = [] {
-        int count = 0;
-        cudaError_t status = cudaGetDeviceCount(&count);
-        cudaGetLastError();
-        if (status != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(status);
-        return std::string(count == 0 ? "no CUDA device" : "");
-    }();
-    return reason.empty() ? nullptr : reason.c_str();
+static std::string dotted(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+std::string unavailable() {
+    int count = 0, driver = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    cudaGetLastError();
+    if (status == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess) {
+        if (driver == 0) return "no CUDA device: there is no NVIDIA driver";
+        // A runtime works with every driver of its own major version, and newer ones.
+        constexpr int kMajor = CUDART_VERSION / 1000;
+        std::string least = kMajor == 12 ? " to 525 or newer" : kMajor == 13 ? " to 580 or newer" : "";
+        return "the NVIDIA driver supports CUDA " + dotted(driver) + ", this build needs " + dotted(CUDART_VERSION) +
+               ": update the driver" + least + (kMajor > 12 ? ", or install the wheel for CUDA 12.8, whose version ends in +cu128" : "");
+    }
+    if (status != cudaSuccess) return std::string("no CUDA device: ") + cudaGetErrorString(status);
+    return count == 0 ? "no CUDA device" : "";
+}
+
+// A kernel that is loaded at its first use is so outside the rules that a capture of any thread lays on all of them.
+class Relaxed {
+public:
+    Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    Relaxed(const Relaxed&) = delete;
+    Relaxed& operator=(const Relaxed&) = delete;
+
+private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+std::string unserved(int device) {
+    Current current(device);
+    Relaxed relaxed;
+    cudaFuncAttributes attributes;
+    cudaError_t status = cudaFuncGetAttributes(&attributes, kernel_table().begin()->second.function);
+    cudaGetLastError();
+    if (status == cudaSuccess) return "";
+    if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction)
+        return std::string("the kernels of this build do not load: ") + cudaGetErrorString(status);
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+    std::string capability = std::to_string(major) + "." + std::to_string(minor);
+    return "this build has no code for compute capability " + capability + ": rebuild it with TORCH_CUDA_ARCH_LIST=" + capability;
 }
 
 int enter(int device) {
@@ -41,6 +76,7 @@ void zero(void* address, std::size_t bytes, void* stream) {
 }
 
 void prepare(const KernelEntry& kernel, const LaunchShape& shape) {
+    Relaxed relaxed;
     cudaFuncAttributes now;
     check(cudaFuncGetAttributes(&now, kernel.function), "cudaFuncGetAttributes");
     // Static shared memory counts against the 48 KiB that need no request.
@@ -53,13 +89,11 @@ void prepare(const KernelEntry& kernel, const LaunchShape& shape) {
           "cudaFuncSetAttribute");
 }
 
-void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void* stream) {
-    cudaLaunchAttribute attributes[2];
+static cudaLaunchConfig_t configured(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2]) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(shape.grid[0], shape.grid[1], shape.grid[2]);
     config.blockDim = dim3(shape.block);
     config.dynamicSmemBytes = shape.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     if (shape.cluster > 1) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
@@ -71,6 +105,41 @@ void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* par
         attributes[config.numAttrs].val.cooperative = 1;
         ++config.numAttrs;
     }
+    return config;
+}
+
+static int attribute(cudaDeviceAttr wanted) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, wanted, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+std::size_t held(const KernelEntry& kernel, const LaunchShape& shape) {
+    Relaxed relaxed;
+    cudaFuncAttributes fixed;
+    check(cudaFuncGetAttributes(&fixed, kernel.function), "cudaFuncGetAttributes");
+    if (shape.shared_bytes + fixed.sharedSizeBytes > static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) ||
+        shape.block > static_cast<unsigned>(fixed.maxThreadsPerBlock) || (shape.cluster > 1 && !attribute(cudaDevAttrClusterLaunch)) ||
+        (shape.cooperative && !attribute(cudaDevAttrCooperativeLaunch)))
+        return 0;
+    prepare(kernel, shape);
+    int count = 0;
+    if (shape.cluster > 1) {
+        cudaLaunchAttribute attributes[2];
+        cudaLaunchConfig_t config = configured(shape, attributes);
+        check(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config), "cudaOccupancyMaxActiveClusters");
+        return count;
+    }
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel.function, shape.block, shape.shared_bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return static_cast<std::size_t>(count) * attribute(cudaDevAttrMultiProcessorCount);
+}
+
+void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void* stream) {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = configured(shape, attributes);
+    config.stream = static_cast<cudaStream_t>(stream);
     void* arguments[] = {const_cast<void*>(parameters)};
     check(cudaLaunchKernelExC(&config, kernel.function, arguments), "kernel launch");
 }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import debug, sources
+from ltxkern.compiled import driver
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
 logger = logging.getLogger("ltxkern")
@@ -76,6 +77,22 @@ def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
     return debug.recorded(calls, lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors)))
 
 
+@functools.cache
+def held(tier: str, device: int, kernel: str, block: int, shared_bytes: int, cluster: int, cooperative: bool) -> int:
+    """Clusters of a launch (blocks, without clusters) that a device holds at once, as its driver says; 0: it cannot run it."""
+    if tier == "nvrtc":
+        from ltxkern.compiled import nvrtc
+
+        return nvrtc.held(kernel, block, shared_bytes, cluster, cooperative, device)
+    found: int = module().held(kernel, block, shared_bytes, cluster, cooperative, device)
+    return found
+
+
+def unserved(tier: str, device: int) -> str | None:
+    """Why a CUDA tier has no code for a device, or None if it has; NVRTC compiles for the one that is there."""
+    return None if tier == "nvrtc" else module().cuda_unserved(device)
+
+
 def _has_exchange_api() -> bool:
     return hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
@@ -108,7 +125,7 @@ def _extension_missing() -> str | None:
 
 
 def unavailable(tier: str) -> str | None:
-    """Why a compiled tier ("cuda", "nvrtc", "cpu") cannot run in this process, or None if it can."""
+    """Why a compiled tier ("cuda", "nvrtc", "cpu") cannot run in this process as it is now, or None if it can."""
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
@@ -120,7 +137,5 @@ def unavailable(tier: str) -> str | None:
             return f"no CPU kernels for instruction set {module().isa()} in this build"
         return None
     if (reason := module().cuda_unavailable()) is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device: torch.cuda.is_available() is false"
-    return None
+        return driver.forked() or reason
+    return driver.no_device()

@@ -190,8 +190,8 @@ def pipeline(case: Case, team: int, teams: int, kept_bytes: int, threads: int = 
     return (Zero(WORKSPACE, counters), launch), counters + 16 * groups * team
 
 
-def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
-    """Blocks per group for `resident`: the most that run all groups in one wave, else the fewest that hold a group."""
+def _cluster_size(case: Case, limits: DeviceLimits) -> tuple[int, int] | None:
+    """Blocks per group for `resident`, and the groups at once: the most that run all in one wave, else the fewest that hold one."""
     groups = case.samples * case.groups
     vector = _on_chip_vector(case)
     if case.group_length * case.itemsize > 8 << 20 or (vector == 1 and case.group_length > 1 << 14):
@@ -207,9 +207,22 @@ def _cluster_size(case: Case, limits: DeviceLimits) -> int | None:
             # Registers let 1024 threads in: see the kernel's launch bounds.
             by_threads = 1024 // _resident_threads(part, vector)
             per_processor = min(by_threads, (limits.shared_bytes + 1024) // (shared + STATIC_SHARED + 1024))
-            fitting.append((size, groups * size <= limits.multiprocessors * per_processor))
-    waves = [size for size, one_wave in fitting if one_wave]
-    return max(waves) if waves else min((size for size, _ in fitting), default=None)
+            fitting.append((size, limits.multiprocessors * per_processor // size))
+    waves = [(size, at_once) for size, at_once in fitting if groups <= at_once]
+    return max(waves) if waves else min(fitting, default=None)
+
+
+def _held(limits: DeviceLimits, steps: tuple[Step, ...], counted: int) -> int:
+    """Clusters or blocks of the last launch that the device holds at once, as it says; without an answer what was counted."""
+    launch = steps[-1]
+    assert isinstance(launch, Launch)
+    return counted if limits.held is None else limits.held(launch)
+
+
+def _worth_its_waves(case: Case, limits: DeviceLimits, held: int, counted: int) -> bool:
+    """Whether a launch that holds `held` groups at once, where `counted` were expected, still costs at most two passes."""
+    groups = case.samples * case.groups
+    return held > 0 and 2 * ceil_div(groups, held) <= _two_pass_units(case, limits) * ceil_div(groups, max(1, counted))
 
 
 def _team_count(case: Case, blocks: int, slot_bytes: int) -> int:
@@ -235,7 +248,7 @@ def _pipeline_units(case: Case, limits: DeviceLimits, slot_bytes: int, teams: in
 
 
 def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
-    """The launches that move the fewest bytes on this device, as predicted.
+    """The launches that move the fewest bytes on this device, as predicted; two passes where it does not hold what was counted.
 
     A group that fits a block or a cluster is read once. An activation that stays in half of L2 takes two passes, the second from
     L2. Larger ones take the pipeline, which keeps two groups on chip, where that moves less than two passes.
@@ -243,15 +256,20 @@ def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step
     """
     if case.channels_last:
         return columns(case, 4 * limits.multiprocessors)
-    if (cluster := _cluster_size(case, limits)) is not None:
-        return resident(case, cluster, **threads)
+    if (found := _cluster_size(case, limits)) is not None:
+        cluster, at_once = found
+        planned = resident(case, cluster, **threads)
+        if _worth_its_waves(case, limits, _held(limits, planned[0], at_once), at_once):
+            return planned
     blocks = 2 * limits.multiprocessors
     slot = (((limits.shared_bytes + 1024) // 2 - 1024 - STATIC_SHARED - _table_bytes(case)) // 2) // 16 * 16
     vectors = case.aligned and case.positions % case.vector == 0 and case.group_length < 1 << 31
     if vectors and slot > 0:
         teams = _team_count(case, blocks, slot)
         if WAITING * _pipeline_units(case, limits, slot, teams) < _two_pass_units(case, limits):
-            return pipeline(case, blocks // teams, teams, slot, **threads)
+            planned = pipeline(case, blocks // teams, teams, slot, **threads)
+            if _held(limits, planned[0], blocks) >= blocks // teams * teams:
+                return planned
     return two_pass(case, **threads)
 
 

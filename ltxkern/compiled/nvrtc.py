@@ -23,18 +23,13 @@ import torch
 from torch import Tensor
 
 from ltxkern import sources
-from ltxkern.compiled.steps import Launch, Step, Zero, grid3, pack
+from ltxkern.compiled import driver
+from ltxkern.compiled.steps import Launch, Step, Zero
 
 logger = logging.getLogger("ltxkern")
 
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
 _MAGIC = b"ltxkern-cubin-1\n"
-# Numbers of the driver's function and launch attributes.
-_STATIC_SHARED = 1
-_MAX_DYNAMIC_SHARED = 8
-_SHARED_CARVEOUT = 9
-_COOPERATIVE = 2
-_CLUSTER_DIMENSION = 4
 
 
 @functools.cache
@@ -140,135 +135,70 @@ def cubin(kernel: str, architecture: str) -> tuple[bytes, str]:
     return compiled, name
 
 
-class _Attribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16))
+_functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+_loading = threading.Lock()
 
 
-class _Config(ctypes.Structure):
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(status: int, what: str) -> None:
-    if status != 0:
-        message = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(message))
-        raise RuntimeError(f"{what}: {(message.value or b'unknown error').decode()}")
-
-
-def _bind_context(device: int) -> None:
-    """The device's primary context, which torch uses too, becomes current in a thread that has none."""
-    context = ctypes.c_void_p()
-    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
-    if not context.value:
-        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
-        _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
-
-
-@functools.cache
 def _function(kernel: str, device: int) -> ctypes.c_void_p:
-    major, minor = torch.cuda.get_device_capability(device)
-    image, name = cubin(kernel, f"sm_{major}{minor}")
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
-    return function
+    """A kernel on the current device, `device`: compiled and loaded by the first that asks.
+
+    Raises:
+        RuntimeError: it is not loaded, and the current stream is being captured.
+    """
+    if (found := _functions.get((kernel, device))) is not None:
+        return found
+    with _loading:
+        if (found := _functions.get((kernel, device))) is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{kernel} is not loaded yet, and a CUDA graph capture is no time to compile and load it: "
+                    "make the same call once before the capture"
+                )
+            major, minor = torch.cuda.get_device_capability(device)
+            found = _functions[kernel, device] = driver.load(*cubin(kernel, f"sm_{major}{minor}"))
+    return found
 
 
-_shared_allowed: dict[tuple[str, int], int] = {}
-_shared_lock = threading.Lock()
-
-
-def _allow_shared(kernel: str, device: int, bytes_wanted: int) -> None:
-    """Allows dynamic shared memory beyond what a kernel has without a request: 48 KiB less its static memory. Never lowered."""
-    if bytes_wanted <= _shared_allowed.get((kernel, device), 0):
-        return
-    function, static = _function(kernel, device), ctypes.c_int()
-    _check(_driver().cuFuncGetAttribute(ctypes.byref(static), _STATIC_SHARED, function), "cuFuncGetAttribute")
-    with _shared_lock:
-        if bytes_wanted <= _shared_allowed.get((kernel, device), 0):
-            return
-        if bytes_wanted + static.value > 48 << 10:
-            for attribute, value in ((_MAX_DYNAMIC_SHARED, bytes_wanted), (_SHARED_CARVEOUT, 100)):
-                _check(_driver().cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
-        _shared_allowed[kernel, device] = bytes_wanted
-
-
-def _zero(step: Zero) -> Callable[[list[int], int, int], None]:
-    def run(addresses: list[int], device: int, stream: int) -> None:
-        address = ctypes.c_uint64(addresses[step.target.index] + step.target.offset)
-        size = ctypes.c_size_t(step.bytes)
-        status = _driver().cuMemsetD8Async(address, ctypes.c_ubyte(0), size, ctypes.c_void_p(stream))
-        _check(status, "cuMemsetD8Async")
-
-    return run
-
-
-def _launch(step: Launch) -> Callable[[list[int], int, int], None]:
-    template, relocations = pack(step.parameters)
-    attributes = (_Attribute * 2)()
-    count = 0
-    if step.cluster > 1:
-        attributes[count].id = _CLUSTER_DIMENSION
-        attributes[count].value[:3] = (step.cluster, 1, 1)
-        count += 1
-    if step.cooperative:
-        attributes[count].id = _COOPERATIVE
-        attributes[count].value[0] = 1
-        count += 1
-    grid, block = (ctypes.c_uint * 3)(*grid3(step.grid)), (ctypes.c_uint * 3)(step.block, 1, 1)
-
-    def run(addresses: list[int], device: int, stream: int) -> None:
-        parameters = bytearray(template)
-        for slot, argument, offset in relocations:
-            address = addresses[argument]
-            parameters[8 * slot : 8 * slot + 8] = (address + offset if address else 0).to_bytes(8, "little")
-        buffer = (ctypes.c_char * len(parameters)).from_buffer(parameters)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        function = _function(step.kernel, device)
-        _allow_shared(step.kernel, device, step.shared_bytes)
-        config = _Config(grid, block, step.shared_bytes, stream, attributes, count)
-        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launch of {step.kernel}")
-
-    return run
+def held(kernel: str, block: int, shared_bytes: int, cluster: int, cooperative: bool, device: int) -> int:
+    """Clusters of a launch (blocks, without clusters) that a device holds at once; 0 where it cannot run it."""
+    with driver.on_device(device):
+        return driver.held(_function(kernel, device), block, shared_bytes, cluster, cooperative, device)
 
 
 def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:
-    """The steps as a callable on `arguments` tensors; kernels are compiled when it first runs."""
-    runners = [_zero(step) if isinstance(step, Zero) else _launch(step) for step in steps]
+    """The steps as a callable on `arguments` tensors; kernels are compiled and loaded when it first runs on a device."""
+    runners = [driver.zeroing(step) if isinstance(step, Zero) else driver.launching(step) for step in steps]
+    prepared: dict[int, list[ctypes.c_void_p | None]] = {}
+
+    def prepare(device: int) -> list[ctypes.c_void_p | None]:
+        # All before the first launch: a step that cannot be loaded leaves no part of the call in a captured graph.
+        functions = [None if isinstance(step, Zero) else _function(step.kernel, device) for step in steps]
+        for step, function in zip(steps, functions, strict=True):
+            if isinstance(step, Launch) and function is not None:
+                driver.allow_shared(function, step.shared_bytes)
+        prepared[device] = functions
+        return functions
 
     def run(*tensors: Tensor | None) -> None:
         if len(tensors) != arguments:
             raise TypeError(f"program takes {arguments} tensors, got {len(tensors)}")
         device = next(tensor.device.index for tensor in tensors if tensor is not None)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        with torch.cuda.device(device):
-            _bind_context(device)
+        with driver.on_device(device):
+            functions = prepared.get(device) or prepare(device)
             stream = torch._C._cuda_getCurrentRawStream(device)
-            for runner in runners:
-                runner(addresses, device, stream)
+            for runner, function in zip(runners, functions, strict=True):
+                runner(function, addresses, stream)
 
     return run
 
 
-@functools.cache
 def unavailable() -> str | None:
-    """Why this tier cannot run in this process, or None if it can."""
+    """Why this tier cannot run in this process as it is now, or None if it can."""
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed: pip install 'ltxkern[cuda13]' (or [cuda12])"
-    if not torch.cuda.is_available():
-        return "no CUDA device: torch.cuda.is_available() is false"
+    if (reason := driver.no_device()) is not None:
+        return reason
     try:
         include_directory()
         _nvrtc().getVersion()

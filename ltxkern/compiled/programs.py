@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled import extension
-from ltxkern.compiled.steps import Call, Step
+from ltxkern.compiled.steps import Call, Launch, Step
 from ltxkern.compiled.tensors import DeviceLimits, device_limits, refuse_device
 
 # Threads of a block of the elementwise kernels.
@@ -33,9 +33,18 @@ def workspace(tier: str, case: Any, x: Tensor) -> Tensor | None:
     return torch.empty(case.workspace_bytes, dtype=torch.uint8, device=x.device)
 
 
+@functools.cache
+def _limits(tier: str, device: int) -> DeviceLimits:
+    def held(launch: Launch) -> int:
+        shape = launch.block, launch.shared_bytes, launch.cluster, launch.cooperative
+        return extension.held(tier, device, launch.kernel, *shape)
+
+    return device_limits(device)._replace(held=held)
+
+
 def limits_of(tier: str, x: Tensor) -> DeviceLimits | None:
     """Limits of x's device, for a case whose launches depend on them; None for the tier "cpu"."""
-    return None if tier == "cpu" else device_limits(x.device.index)
+    return None if tier == "cpu" else _limits(tier, x.device.index)
 
 
 def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
@@ -46,7 +55,7 @@ def refuse_elsewhere(tier: str, args: Sequence[Any]) -> str | None:
             continue
         if isinstance(value, Tensor):
             if tier != "cpu":
-                return refuse_device(value)
+                return refuse_device(tier, value)
             if not value.is_cpu:
                 return f"needs CPU tensors, got {value.device}"
         elif isinstance(value, (list, tuple)) and (reason := refuse_elsewhere(tier, value)) is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ltxkern.compiled import extension
+from ltxkern.compiled.steps import Launch
 
 CUDA_NAMES = {torch.float32: "float", torch.float16: "ltxk::f16", torch.bfloat16: "ltxk::bf16", torch.float64: "double"}
 CPU_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
@@ -46,6 +50,8 @@ class DeviceLimits(NamedTuple):
     multiprocessors: int
     shared_bytes: int
     l2_bytes: int
+    # Clusters of a launch (blocks, without clusters) that it holds at once; None: as counted from the limits.
+    held: Callable[[Launch], int] | None = None
 
     @property
     def cluster_blocks(self) -> int:
@@ -63,14 +69,14 @@ def device_limits(index: int) -> DeviceLimits:
     )
 
 
-def refuse_device(x: Tensor) -> str | None:
-    """Why the CUDA tiers cannot serve this tensor for where it lies, or None."""
-    return _refuse_capability(x.device.index) if x.is_cuda else f"needs CUDA tensors, got {x.device}"
+def refuse_device(tier: str, x: Tensor) -> str | None:
+    """Why a CUDA tier cannot serve this tensor for where it lies, or None."""
+    return _refuse_capability(tier, x.device.index) if x.is_cuda else f"needs CUDA tensors, got {x.device}"
 
 
 @functools.cache
-def _refuse_capability(index: int) -> str | None:
+def _refuse_capability(tier: str, index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
-    if capability >= (8, 0):
-        return None
-    return f"needs compute capability 8.0 or newer, cuda:{index} has {capability}"
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, cuda:{index} has {capability}"
+    return extension.unserved(tier, index)

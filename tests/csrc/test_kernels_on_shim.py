@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled.steps import Launch, divider
+from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -19,11 +22,12 @@ from tests.csrc.kernel_runs import (
     group_norm_of,
     planners_of,
 )
-from tests.csrc.on_shim import noting, on_shim
+from tests.csrc.on_shim import FEW_PROCESSORS, H200, noting, on_shim
 from tests.csrc.shim_build import shim
-from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
-from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, held_to_torch, misaligned, noise, poisoned
 
+# Numbers that kernels divide are below 2^31.
+MOST = (1 << 31) - 1
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 
 
@@ -175,6 +179,53 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
         with on_shim(64, seed=3), ltxkern.use_backend("cpu"):
             results.append(ltxkern.pixel_norm_silu(x, 1e-6, out=out))
     assert torch.equal(*results)
+
+
+# A group that a cluster holds, and one that none does.
+ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS)}
+
+
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("kernel", ON_CHIP)
+def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
+    """And gives their bits; one that holds as much takes the kernel on chip."""
+    shape, groups, limits = ON_CHIP[kernel]
+    given = group_norm_of("two_pass", shape, torch.bfloat16)
+    kernels: list[str] = []
+    asked: list[str] = []
+
+    def answer(many: int) -> Tensor:
+        def holds(launch: Launch) -> int:
+            asked.append(launch.kernel)
+            return many
+
+        with on_shim(limits=limits._replace(held=holds), run=noting(kernels)), ltxkern.use_backend("cpu"):
+            return given.run(groups, poisoned(given.x))
+
+    few = answer(held)
+    assert kernels == [
+        "ltxk::group_norm_stats<ltxk::bf16, 8>",
+        "ltxk::group_norm_finalize",
+        "ltxk::group_norm_apply<ltxk::bf16, 8>",
+    ]
+    chip = f"ltxk::group_norm_{kernel}<ltxk::bf16, 8>"
+    assert chip in asked
+    kernels.clear()
+    torch.testing.assert_close(answer(1 << 20), few)
+    assert kernels == [chip]
+    with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
+        assert torch.equal(few, given.run(groups, poisoned(given.x)))
+
+
+@settings(deadline=None)
+@given(by=strategies.integers(1, MOST), times=strategies.integers(0, MOST))
+def test_division_by_a_prepared_number(by: int, times: int) -> None:
+    """Next to multiples of the divisor, of powers of two and of the largest numbers, where a rounded factor would show."""
+    for divisor in {by, *(min(MOST, max(1, (1 << by.bit_length()) + offset)) for offset in (-1, 0, 1)), MOST - by % 3}:
+        multiple = times % (MOST // divisor + 1) * divisor
+        for number in {*range(multiple - 1, multiple + 2), divisor - 1, divisor, MOST - 1, MOST}:
+            if 0 <= number <= MOST:
+                assert shim().divide(number, divider(divisor)) == number // divisor, (number, divisor)
 
 
 def test_a_divergent_program_is_refused() -> None:

@@ -67,27 +67,38 @@ def test_registered_kernels_are_those_of_the_shim(extension: Path) -> None:
     assert shown(extension, "*m.kernels(), sep='\\n'").splitlines() == list(shim().kernels())
 
 
-OLDER_NVCC = """#!/usr/bin/env bash
-if [ "$*" = "--version" ]; then echo "Cuda compilation tools, release 12.4, V12.4.131"; exit; fi
-case "$*" in *_1[0-9][0-9]*) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
+OTHER_NVCC = """#!/usr/bin/env bash
+if [ "$*" = "--version" ]; then echo "Cuda compilation tools, release {release}, V{release}.131"; exit; fi
+case "$*" in {unknown}) echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1;; esac
 exec {nvcc} "$@"
 """
 
 
-def test_an_older_nvcc_builds_for_what_it_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("release", "unknown", "processor", "architectures"),
+    [
+        ("12.4", "*_1[0-9][0-9]*", "x86_64", "80-real;90-real;90-virtual"),
+        ("13.0", "*_101*", "aarch64", "110-real;87-real;80-real;90-real;100-real;120-real;120-virtual"),
+    ],
+)
+def test_an_nvcc_builds_for_what_it_knows(
+    tmp_path: Path, release: str, unknown: str, processor: str, architectures: str
+) -> None:
     import pybind11
 
-    older = tmp_path / "bin" / "nvcc"
-    older.parent.mkdir()
-    older.write_text(OLDER_NVCC.format(nvcc=shutil.which("nvcc")))
-    older.chmod(0o755)
-    folders = (str(older.parent), str(Path(sys.executable).parent), os.environ["PATH"])
+    other = tmp_path / "bin" / "nvcc"
+    other.parent.mkdir()
+    other.write_text(OTHER_NVCC.format(release=release, unknown=unknown, nvcc=shutil.which("nvcc")))
+    other.chmod(0o755)
+    folders = (str(other.parent), str(Path(sys.executable).parent), os.environ["PATH"])
     environment = os.environ | {"PATH": os.pathsep.join(folders)}
     environment.pop("CUDACXX", None)
     command = [
         *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DLTXKERN_CUDA=ON"),
         *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
+        # An override of the processor goes with one of the system.
+        *(f"-DCMAKE_SYSTEM_PROCESSOR={processor}", "-DCMAKE_SYSTEM_NAME=Linux"),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "CUDA ON 80-real;90-real;90-virtual" in done.stdout
+    assert f"CUDA ON {architectures}, OpenMP" in done.stdout

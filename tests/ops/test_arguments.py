@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ltxkern
+from ltxkern.verify.cases import MAIN, STEP, OpCase
 from tests.ops.contract import noise
-from tests.ops.op_cases import MAIN, STEP, OpCase
 
 NEGATIVE = ("eps", "sigma", "sigma_next", "eta")
 

@@ -145,6 +145,37 @@ def test_a_switched_off_backend_says_so() -> None:
     assert "switched off" in done.stdout
 
 
+ASKED = """
+import os, torch, ltxkern
+from ltxkern import dispatch
+from ltxkern.compiled import driver
+asked = []
+driver.no_device = lambda: asked.append(1) or "no device, said the test"
+x = torch.ones(3, 4)
+def candidates():
+    ltxkern.pixel_norm_silu(x)
+    return dispatch.registered()["pixel_norm_silu"]._present[None]
+"""
+
+
+def test_calls_on_the_cpu_ask_no_device() -> None:
+    """Until CUDA is in use; then what was found out before is forgotten, and so it is in a forked process."""
+    script = ASKED + (
+        "first = candidates(); assert not asked and not {'cuda', 'nvrtc', 'triton'} & set(first)\n"
+        "assert dispatch.unavailable('triton') == 'no device, said the test'; assert asked\n"
+        "driver.no_device = lambda: None\n"
+        "assert dispatch.unavailable('triton')\n"
+        "for call, _ in torch.cuda._queued_calls: call()\n"
+        "assert dispatch.unavailable('triton') is None and 'triton' in candidates()\n"
+        "driver.no_device = lambda: 'forked'\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if dispatch.unavailable('triton') == 'forked' and candidates() == first else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0 and 'triton' in candidates()\n"
+    )
+    done = run(script, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("entry", ["no_such_op:cpu", "gpu"])
 def test_a_wrong_entry_of_what_is_switched_off_is_an_error(entry: str) -> None:
     done = run("import torch, ltxkern; ltxkern.pixel_norm_silu(torch.ones(1, 4, 3))", LTXKERN_DISABLE=f"torch,{entry}")

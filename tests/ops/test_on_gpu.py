@@ -15,12 +15,16 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import dispatch
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled import nvrtc
+from ltxkern.compiled.programs import limits_of
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.ops.float8 import to_e4m3
+from ltxkern.ops.group_norm_silu import Arguments
+from ltxkern.verify.cases import BF16, CASES, STEP, OpCase, Size
 from tests.csrc import kernel_runs
 from tests.ops import test_row_index
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, noise
-from tests.ops.op_cases import BF16, CASES, STEP, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, held_to_torch, noise
 from tests.serving import serving
 
 pytestmark = [
@@ -199,6 +203,29 @@ def test_every_group_norm_kernel(tier: str, dtype: torch.dtype, shape: tuple[int
             atol=2e-5,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@over_tiers
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_the_device_holds_what_was_counted(tier: str, shape: tuple[int, ...]) -> None:
+    """Else every call takes the two passes that are there for other devices."""
+    use(tier)
+    x = torch.empty(shape, device="cuda", dtype=BF16)
+    limits = limits_of(tier, x)
+    assert limits is not None
+    case = group_norm.describe(x, Arguments(x, None, None, 32, 1e-5, None, None), limits)
+    assert group_norm.choose(case, limits) == group_norm.choose(case, limits._replace(held=None))
+
+
+def test_nvrtc_is_not_loaded_within_a_capture() -> None:
+    use("nvrtc")
+    # Of a size that no other test has: its program is not made yet.
+    x = drawn(1, 8, 56)
+    nvrtc._functions.clear()
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with ltxkern.use_backend("nvrtc"), pytest.raises(RuntimeError, match="once before the capture"), graph:
+        ltxkern.gated_residual(x, x, x)
+    assert ltxkern.gated_residual(x, x, x).isfinite().all()
 
 
 @over_backends

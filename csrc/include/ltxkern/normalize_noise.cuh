@@ -32,17 +32,35 @@ LTXK_DEVICE double element(const void* x, i64 type, i64 at) {
     return value[0];
 }
 
-// Moments of one chunk, the mean relative to `origin`: the threads take V elements each in turn.
+// The threads take V elements each in turn, of `count` from `first` on, in this order; four loads are under way before the first is used.
+template <int V, class Use>
+LTXK_DEVICE void each_element(const void* x, i64 type, i64 first, i64 count, Use use) {
+    constexpr int kBatch = 4;
+    i64 i = static_cast<i64>(threadIdx.x) * V, step = static_cast<i64>(blockDim.x) * V;
+    for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
+        Raw<V> raws[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) raws[b] = load_raw<V>(x, type, first + i + b * step);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+            double values[V];
+            convert(raws[b], type, values);
+            use(values, first + i + b * step);
+        }
+    }
+    for (; i < count; i += step) {
+        double values[V];
+        load_typed(x, type, first + i, values);
+        use(values, first + i);
+    }
+}
+
+// Moments of one chunk, the mean relative to `origin`.
 template <int V>
 LTXK_DEVICE NoisePartial chunk_moments(const void* x, i64 type, i64 first, i64 count, double origin, BlockMoments<double>& scratch) {
     double pivot = element(x, type, first);
     ShiftedSums sums;
-#pragma unroll 4
-    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
-        double values[V];
-        load_typed(x, type, first + i, values);
-        sums.add(values, pivot);
-    }
+    each_element<V>(x, type, first, count, [&](double (&values)[V], i64) { sums.add(values, pivot); });
     Moments<double> all = merge_block(sums.moments(pivot - origin), scratch);
     return {all.mean, all.m2};
 }
@@ -97,13 +115,11 @@ __global__ void __launch_bounds__(256) noise_apply(NoiseChunks p) {
     for (i64 i = threadIdx.x; i < p.flag_count; i += blockDim.x) flag += p.flags[i];
     if (p.flag_count) factor += sum_block(flag, scratch);
     i64 first = slice * p.length + chunk * p.chunk, count = chunk_size(p, chunk);
-    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < count; i += static_cast<i64>(blockDim.x) * V) {
-        double values[V];
-        load_typed(p.x, p.type, first + i, values);
+    each_element<V>(p.x, p.type, first, count, [&](double (&values)[V], i64 at) {
 #pragma unroll
         for (int k = 0; k < V; ++k) values[k] = ((values[k] - origin) - all.mean) * factor;
-        store_typed(p.out, p.type, first + i, values);
-    }
+        store_typed(p.out, p.type, at, values);
+    });
 }
 
 }  // namespace ltxk

@@ -1,14 +1,41 @@
-// The part of the CUDA runtime that csrc/runtime_cuda.cu calls, with the device's rules for shared memory and no device.
+// The part of the CUDA runtime that csrc/runtime_cuda.cu calls, with the device's rules for shared memory and captures, and no device.
 #pragma once
 
 #include <cstddef>
 #include <map>
+#include <string>
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDeviceFunction = 98,
+    cudaErrorNoDevice = 100,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorStreamCaptureUnsupported = 900
+};
 using cudaStream_t = void*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
+    cudaDevAttrComputeCapabilityMinor = 76,
+    cudaDevAttrCooperativeLaunch = 95,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrClusterLaunch = 120
+};
+#ifndef CUDART_VERSION
+#define CUDART_VERSION 13000
+#endif
+
+// What a test may plant: the driver's version, the devices, what one of them holds, the status of loading a kernel.
+inline std::map<std::string, int> planted = {{"driver", 13000}, {"devices", 1}, {"clusters", 16}, {"blocks", 2}, {"load", 0},
+                                             {"sees_clusters", 1}, {"sees_cooperative", 1}};
+inline cudaStreamCaptureMode fake_mode = cudaStreamCaptureModeGlobal;
 
 struct dim3 {
     unsigned x, y, z;
@@ -17,6 +44,7 @@ struct dim3 {
 struct cudaFuncAttributes {
     std::size_t sharedSizeBytes;
     int maxDynamicSharedSizeBytes;
+    int maxThreadsPerBlock;
 };
 struct cudaLaunchAttribute {
     int id;
@@ -39,11 +67,16 @@ struct cudaLaunchConfig_t {
 struct FakeKernel {
     int static_bytes;
     int dynamic_bytes = 48 * 1024 - static_bytes;
+    bool loaded = false;
 };
 inline FakeKernel* fake(const void* function) { return static_cast<FakeKernel*>(const_cast<void*>(function)); }
 
+// Another thread captures all the time: a kernel is loaded in relaxed mode or not at all.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function) {
-    *out = {static_cast<std::size_t>(fake(function)->static_bytes), fake(function)->dynamic_bytes};
+    if (planted["load"]) return static_cast<cudaError_t>(planted["load"]);
+    if (!fake(function)->loaded && fake_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
+    fake(function)->loaded = true;
+    *out = {static_cast<std::size_t>(fake(function)->static_bytes), fake(function)->dynamic_bytes, 512};
     return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -55,9 +88,39 @@ inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {
     return static_cast<int>(config->dynamicSmemBytes) > fake(function)->dynamic_bytes ? cudaErrorInvalidValue : cudaSuccess;
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* function, const cudaLaunchConfig_t* config) {
+    bool cluster = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeClusterDimension;
+    if (!cluster || config->gridDim.x % config->attrs[0].val.clusterDim.x) return cudaErrorInvalidValue;
+    *count = static_cast<int>(config->dynamicSmemBytes) > fake(function)->dynamic_bytes ? 0 : planted["clusters"];
+    return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void* function, int, std::size_t bytes) {
+    *count = static_cast<int>(bytes) > fake(function)->dynamic_bytes ? 0 : planted["blocks"];
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = std::map<int, int>{{16, 132}, {75, 11}, {76, 0}, {95, planted["sees_cooperative"]}, {97, 227 * 1024},
+                                {120, planted["sees_clusters"]}}.at(attribute);
+    return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    cudaStreamCaptureMode before = fake_mode;
+    fake_mode = *mode;
+    *mode = before;
+    return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t status) {
+    return status == cudaErrorStreamCaptureUnsupported ? "operation not permitted when stream is capturing"
+           : status == cudaErrorNoDevice               ? "no CUDA-capable device is detected"
+                                                       : "invalid argument";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    if (planted["driver"] / 1000 < CUDART_VERSION / 1000) return cudaErrorInsufficientDriver;
+    *count = planted["devices"];
+    return *count ? cudaSuccess : cudaErrorNoDevice;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = planted["driver"], cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void*, int, std::size_t, cudaStream_t) { return cudaSuccess; }

@@ -1,0 +1,125 @@
+"""The model names what binds, the committed page is what the budget gives, and a measured figure stands beside its prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import budget
+import model
+import predict
+import predicted_page
+import pytest
+from cards import CARDS
+from command_line import suites
+from report import write_json
+from tiny import FACTS, record, results
+
+ROOT = Path(__file__).resolve().parents[2]
+BASELINE = budget.read()
+# 268 MB read and written, nothing in the way.
+ROW = budget.Row(
+    *("cuda", "copy made_up bf16", "kernel", 16384, 256, 32, 0, 64, 1 << 24),
+    **{
+        "issue": 20,
+        "mufu": 0,
+        "double": 0,
+        "lsu": 2,
+        "shared": 0,
+        "wavefronts": 8,
+        "in_flight": 4,
+        "waits": 1,
+        "near_waits": 0,
+    },
+    **{"cycles": 100, "reads": {"0": 1 << 28}, "again": 0, "window": 0, "writes": 1 << 28},
+)
+FLOOR = (1 << 29, 0)
+
+
+@pytest.fixture(scope="module")
+def by_card():
+    return predict.everywhere(BASELINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "card", "limit"),
+    [
+        ({}, "h200", "bytes"),
+        ({"issue": 400}, "h200", "issue"),
+        ({"mufu": 60}, "h200", "MUFU"),
+        ({"double": 120}, "rtx4090", "fp64"),
+        ({"wavefronts": 400}, "h200", "shared"),
+        ({"wavefronts": 400, "lsu": 100}, "h200", "LSU"),
+        ({"again": 1 << 31}, "h200", "L2"),
+        ({"waits": 40, "warps": 8}, "h200", "latency"),
+        ({"packs": 1 << 8, "blocks": 1, "reads": {}, "writes": 4096}, "h200", "launch"),
+    ],
+)
+def test_what_binds_is_named(changes, card, limit) -> None:
+    row, floor = ROW._replace(**changes), FLOOR if limit != "launch" else (4096, 0)
+    plain, changed = model.predict([ROW], FLOOR, CARDS[card]), model.predict([row], floor, CARDS[card])
+    assert changed.limit == limit
+    assert plain.percent_of_roof == pytest.approx(97.5, abs=2.5)
+    if limit not in ("bytes", "launch"):
+        assert changed.time_us > 1.5 * plain.time_us
+
+
+def test_a_second_launch_reads_from_the_second_cache() -> None:
+    small = ROW._replace(reads={"0": 20 << 20}, writes=0)
+    after = {left: model.memory_bytes(small, CARDS["h200"], [left]) for left in (20 << 20, 30 << 20)}
+    assert after[20 << 20] == 0 < after[30 << 20]
+
+
+def test_every_production_call_is_predicted_on_both_tiers(by_card) -> None:
+    expected = {(suite.op, case.name) for suite in suites() for case in suite.cases if case.size != "small"}
+    for found in by_card.values():
+        tiers = {tier: {(one.op, one.case) for one in found if one.tier == tier} for tier in budget.TIERS}
+        # The others are torch's own product, or refused.
+        assert {case for case in expected - tiers["cuda"] if case[0] != "merge_lora"} == set()
+        assert {case for case in expected - tiers["triton"] if case[0] != "merge_lora"} == set()
+        assert all(0 < one.percent_of_roof <= one.best_percent + 1 <= 101 for one in found)
+
+
+def test_a_wrong_card_is_answered_with_the_names(capsys) -> None:
+    with pytest.raises(SystemExit):
+        predict.main(["--card", "h300"])
+    assert "--card must be one of h100, h200, b200, rtx4090, rtx5090, got 'h300'" in capsys.readouterr().err
+
+
+def test_rows_are_written_as_json(tmp_path, capsys) -> None:
+    assert predict.main(["--card", "RTX 4090", "--output-json", str(tmp_path / "new" / "rows.json")]) == 0
+    assert "not measured" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert len(rows) > 80
+    names = {
+        "op",
+        "case",
+        "dtype",
+        "tier",
+        "percent_of_roof",
+        "limit",
+        "instructions_per_16_bytes",
+        "time_us",
+        "bytes",
+        "roof",
+    }
+    assert all(names <= row.keys() and row["kind"] == "prediction" and row["card"] == "rtx4090" for row in rows)
+
+
+def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
+    expected = predicted_page.page(by_card, ROOT / "bench" / "results")
+    assert (ROOT / "docs" / "predicted.md").read_text() == expected, "run python bench/predict.py --docs"
+    assert "is a prediction" in expected
+
+
+def test_a_measured_figure_stands_beside_its_prediction(tmp_path, by_card) -> None:
+    one = next(one for one in by_card["h200"] if one.tier == "triton")
+    row = dataclasses.replace(
+        record("ltxkern triton", 40.0, percent_of_roof=61.7), op=one.op, case=one.case, dtype=one.dtype
+    )
+    measured = results(row)
+    write_json(dataclasses.replace(measured, machine={**FACTS, "gpu": "NVIDIA H200"}), tmp_path / "m.json")
+    lines = [line for line in predicted_page.page(by_card, tmp_path).splitlines() if "H200: 62" in line]
+    assert len(lines) == 1
+    assert f"| {one.case} " in lines[0]
