@@ -1,7 +1,5 @@
 """RMSNorm of queries and keys over all heads together, then rotary position embedding."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from ltxkern.trust import proofs
-
 logger = logging.getLogger("ltxkern")
 
 
@@ -69,6 +67,9 @@ class Trust:
         self._heeded.add(kind)
         if _ignoring:
             return True
+        # Here and below: an import of the package needs no proofs.
+        from ltxkern.trust import proofs
+
         for backend in self._backends:
             for device, verdict in proofs.verdicts(kind, self._name, backend).items():
                 if verdict is not None and not verdict.passed:
@@ -86,6 +87,8 @@ class Trust:
             args: of the call.
             device: of its tensors.
         """
+        from ltxkern.trust import proofs
+
         asked = not _ignoring and backend != "torch" and probing()
         if asked and None in proofs.verdicts(device.type, self._name, backend).values():
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

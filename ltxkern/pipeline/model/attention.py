@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ltxkern.ops.gated_residual import head_gate
 from ltxkern.ops.qk_norm_rope import RotaryTables, qk_norm_rope
+from ltxkern.pipeline.model.attention_choice import softmax_attention
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
@@ -48,22 +48,17 @@ def attend(
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
         q, k, v = (tensor.unflatten(2, (attention.heads, -1)) for tensor in (query, key, value))
         if shards is None:
-            result = _softmax_attention(q, k, v)
+            result = softmax_attention(q, k, v)
         elif context is None:
-            result = shards.self_attention(q, k, v, _softmax_attention)
+            result = shards.self_attention(q, k, v, softmax_attention)
         else:
-            result = shards.attention_from_outside(q, k, v, _softmax_attention)
+            result = shards.attention_from_outside(q, k, v, softmax_attention)
         result = result.flatten(2, 3).to(query.dtype)
     if isinstance(keep, Tensor):
         result = result * keep + value * (1 - keep)
     if attention.to_gate_logits is not None:
         result = head_gate(result.unflatten(2, (attention.heads, -1)), attention.to_gate_logits(x)).flatten(2, 3)
     return attention.to_out[0](result)
-
-
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B, T, H, d) queries over (B, L, H, d) keys and values."""
-    return dispatch_attention_fn(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False)
 
 
 def _queries_and_keys(
