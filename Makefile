@@ -8,10 +8,16 @@ DEMO    ?= demo.mp4
 BUDGET  ?= 540
 PROMPT  ?= a red kite over a winter beach, waves and gulls
 
-.PHONY: demo test docs setup setup-dev lint bench gpu-proof release clean
+DEMO_MODEL ?= build/demo_model
+
+.PHONY: demo demo-model test docs setup setup-dev lint bench gpu-proof release clean
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
+
+# Trains the demo's model: hours on two cores. It can be stopped at any time, and the same command goes on.
+demo-model: setup
+	$(PY) -m tools.demo_model --folder $(DEMO_MODEL)
 
 # Two processes of one thread each: threads that spin on a busy machine cost more than they give.
 test: setup-dev lint docs

@@ -19,6 +19,7 @@ def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, G
         ValueError: everything that cannot be served, in one list.
     """
     admission = _admission()
+    _admit_output(admission, arguments)
     chosen = options.find_model_options(arguments, admission)
     if chosen is None:
         _admit_named(admission, arguments)
@@ -51,6 +52,15 @@ def _admission() -> Admission:
     from ltxkern.pipeline.planning.admission import Admission
 
     return Admission(options.spelled)
+
+
+def _admit_output(admission: Admission, arguments: argparse.Namespace) -> None:
+    """Check where the result goes; a dry run may be made elsewhere than the run, and judges the suffix alone."""
+    from ltxkern.pipeline.results.atomic import output_kind, writable_output
+
+    if arguments.command == "generate":
+        check = output_kind if arguments.dry_run else writable_output
+        admission.attempt("output", lambda: check(arguments.output))
 
 
 def _admit_named(admission: Admission, arguments: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def read_items(path: str | Path) -> list[Item]:
 def _item(text: str, line: int, taken: set[str]) -> Item:
     name = f"{line:05d}"
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_twins)
     except json.JSONDecodeError as error:
         return Item(name, line, {}, f"line {line} is not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
@@ -84,6 +84,14 @@ def _item(text: str, line: int, taken: set[str]) -> Item:
     return Item(given, line, options)
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose last value would win unseen where a name is there twice."""
+    names = [name.replace("-", "_") for name, _ in pairs]
+    if twins := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twins)} is there twice")
+    return dict(pairs)
+
+
 def digest(item: Item, settings: Mapping[str, Any]) -> str:
     """What an item's result depends on, as 16 hex digits; settings: the options of the whole batch."""
     text = json.dumps([dict(item.options), dict(settings)], sort_keys=True, default=str)
@@ -94,7 +102,7 @@ class Manifest:
     """The outcomes of a batch folder, one JSON line each, appended as they come; a later line replaces an earlier one."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.path = self.folder / MANIFEST
         self.outcomes: dict[str, Outcome] = {}
         if self.path.exists():

@@ -215,7 +215,7 @@ def spelled(name: str) -> str:
 
 def names_no_place(text: str) -> bool:
     """Whether nothing lies at this path and it cannot be the name of something on the hub either."""
-    place = Path(text).expanduser()
+    place = Path(os.path.expanduser(text))
     return not place.exists() and ("/" not in text.strip("./") or place.is_absolute() or text.startswith("."))
 
 
@@ -336,12 +336,12 @@ def _find_dtype(name: str) -> torch.dtype:
 def with_strength(text: str) -> tuple[str, float]:
     """ "PATH[:STRENGTH]" as path and strength, with a sign or without; an existing file wins over a suffix."""
     path, colon, strength = text.rpartition(":")
-    if Path(text).expanduser().exists() or not colon:
+    if Path(os.path.expanduser(text)).exists() or not colon:
         return text, 1.0
     try:
         return path, float(strength)
     except ValueError as error:
-        if path.endswith(".safetensors") or Path(path).expanduser().exists():
+        if path.endswith(".safetensors") or Path(os.path.expanduser(path)).exists():
             raise ValueError(
                 f"lora {path}: the strength must be a finite number such as -0.5, got {strength!r}"
             ) from error

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def _prefixes(text: str) -> Iterator[Path]:
     """The paths that "PATH[:FRAME[:STRENGTH]]" may mean."""
     parts = text.split(":")
     for count in range(len(parts), 0, -1):
-        yield Path(":".join(parts[:count])).expanduser()
+        yield Path(os.path.expanduser(":".join(parts[:count])))
 
 
 def _close(ranks: Ranks) -> None:

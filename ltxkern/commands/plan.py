@@ -39,10 +39,10 @@ def _gib(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; status 2 with the nearest request that fits where this one does not."""
-    from rich.console import Console
-
     chosen, request = admission.read_options(arguments)
     made = chosen.plan(request, device_free=arguments.device_free_gib, host_free=arguments.host_free_gib)
+    from rich.console import Console  # what is refused is refused without it
+
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(made.table())

@@ -39,7 +39,7 @@ def read_text(path: str | Path, name: str) -> str:
     Raises:
         ValueError: there is no such file, or a line of it is in another encoding than the file's mark says (UTF-8 without one).
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise ValueError(f"{name}: there is no file {path}")
     content = file.read_bytes()
@@ -84,6 +84,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
             close = difflib.get_close_matches(name, actions, n=1)
             hint = f": did you mean {close[0].replace('_', '-')}?" if close else ""
             raise ValueError(f"config {path}: unknown option {key}{hint}")
+        if name in values:
+            raise ValueError(f"config {path}: {name} is there twice")
         if value is not None:
             values[name] = _config_value(actions[name], key, value, path)
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class HQOutput:
         kind = output_kind(path)
         if kind == "latents":
             media.write_latents(path, self.latents["video"], self.latents["audio"])
-            return Path(path).expanduser()
+            return Path(os.path.expanduser(path))
         if self.video is None:
             raise ValueError(
                 f'{path}: this output holds latents only: save to .safetensors, or use output_type="video"'
@@ -60,4 +61,4 @@ class HQOutput:
             media.write_mp4(path, chunks, self.audio, self.frame_rate, self.sample_rate, progress=progress)
         else:
             media.write_frames(path, chunks, self.audio, self.sample_rate, progress=progress)
-        return Path(path).expanduser()
+        return Path(os.path.expanduser(path))

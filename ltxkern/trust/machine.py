@@ -31,5 +31,5 @@ def nvidia_driver() -> str:
 def cache_folder() -> Path:
     """LTXKERN_CACHE, else `ltxkern` in the user's cache folder."""
     if chosen := os.environ.get("LTXKERN_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltxkern"

@@ -27,12 +27,13 @@ def test_items_are_lines(tmp_path: Path) -> None:
         ("{prompt}", "line 2 is not JSON"),
         ("[" * 100_000, "line 2 is not JSON that can be read: maximum recursion"),
         ('{"prompt": "b", "seed": ' + "9" * 5000 + "}", "line 2 is not JSON that can be read: Exceeds the limit"),
+        ('{"prompt": "b", "num-frames": 9, "num_frames": 17}', "line 2 is not JSON that can be read: num_frames is there twice"),
         ("[1]", "line 2 must be an object"),
         ({"prompt": "b", "name": "../up"}, "line 2: name must be letters, digits, dots and dashes"),
         ({"prompt": "b", "name": 7}, "line 2: name must be letters"),
         ({"prompt": "b", "name": "00001"}, "line 2: the name '00001' is taken"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_line_spoils_no_other(tmp_path: Path, line: Any, words: str) -> None:
     first, second = read_items(write(tmp_path, {"prompt": "a"}, line))
     assert first.error is None

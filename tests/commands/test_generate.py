@@ -88,6 +88,15 @@ def test_dry_run_prints_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert "31 evaluations x 3 branches = 93 forwards" in text
     assert "7 evaluations x 1 branches = 7 forwards" in text
     assert "0.909375 0.725 0.421875 0" in text
+    assert "unknown suffix '.mov'" in refused(capsys, "--dry-run", "-o", "nowhere/a.mov")
+
+
+def test_the_output_is_judged_with_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-o", f"{tmp_path}/nowhere/a.mp4", "--image", "~nobody-of-this-name/a.png", "--height", "100") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 4
+    for part in ("3 problems", "--output: output", "nowhere' does not exist", "--image: image '~nobody", "height 100"):
+        assert part in said
 
 
 def test_the_distilled_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

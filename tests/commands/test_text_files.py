@@ -87,11 +87,16 @@ def test_home_in_every_option(
     for name in ("model", "upsampler", "text_encoder", "embedding_cache", "distilled_lora"):
         assert getattr(parser.parse_args([f"--{name.replace('_', '-')}=~/no"]), name) == f"{tmp_path}/no"
     assert f"{tmp_path}/no" in refused(capsys, "-o", "~/no/a.mp4")
+    assert "~nobody-of-this-name' does not exist" in refused(capsys, "-o", "~nobody-of-this-name/a.mp4")
     assert f"{tmp_path}/no" in refused(capsys, "~/no", command="batch")
     assert f"{tmp_path}/no" in refused(capsys, "~/no.mp4", "~/no.mp4", command="compare")
     config = tmp_path / "run.yaml"
     config.write_text("image: ['~/p.png:0:0.5']\nlora: ~/no.safetensors\noutput: ~/no/a.mp4\n")
-    assert f"{tmp_path}/no.safetensors" in refused(capsys, "--config=~/run.yaml")
+    assert main([*DRY[:-1], "--config=~/run.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert all(f"{tmp_path}/no{end}" in said for end in (".safetensors", "' does not exist"))
+    config.write_text("num-frames: 9\nnum_frames: 17\n")
+    assert "run.yaml: num_frames is there twice" in refused(capsys, "--config=~/run.yaml")
     config.write_text("image: ['~/p.png:0:0.5', '~/p.png']\nframe-rate: 24000/1001\n")
     assert main([*DRY, "--config=~/run.yaml"]) == 0
     said = capsys.readouterr().out

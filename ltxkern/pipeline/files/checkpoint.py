@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def _as_files(files: ModelFiles | str | Path, component: str) -> ModelFiles:
         return files
     if component == "upsampler":
         return ModelFiles(upsampler=local_path(files))
-    path = Path(files).expanduser()
+    path = Path(os.path.expanduser(files))
     if path.is_dir() and not (path / "model_index.json").is_file() and (path / "config.json").is_file():
         return ModelFiles(parts={component: path})
     return find_model(files)

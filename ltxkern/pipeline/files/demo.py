@@ -15,8 +15,8 @@ from ltxkern.pipeline.files.lora_layout import ModuleNames, read_key
 from ltxkern.pipeline.files.official_names import LORA_PREFIX, TRANSFORMER_PREFIX, official_name
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, Components, build, component_dtype
 
-_TEXT_WIDTH = 32
-_TEXT_LAYERS = 2
+TEXT_WIDTH = 32
+TEXT_LAYERS = 2
 DEMO_TEXT_TOKENS = 256
 DEMO_LORA_RANK = 4
 
@@ -28,7 +28,7 @@ DEMO_CONFIGS: dict[str, dict[str, Any]] = {
         "audio_attention_head_dim": 8, "audio_cross_attention_dim": 32, "num_layers": 2,
     },
     "connectors": PRODUCTION_CONFIGS["connectors"] | {
-        "caption_channels": _TEXT_WIDTH, "text_proj_in_factor": _TEXT_LAYERS + 1,
+        "caption_channels": TEXT_WIDTH, "text_proj_in_factor": TEXT_LAYERS + 1,
         "video_connector_num_attention_heads": 4, "video_connector_attention_head_dim": 16,
         "video_connector_num_layers": 2, "audio_connector_num_attention_heads": 4,
         "audio_connector_attention_head_dim": 8, "audio_connector_num_layers": 2,
@@ -60,7 +60,7 @@ def build_demo(seed: int = 0, dtype: torch.dtype = torch.float32, *, device: str
         modules: dict[str, Any] = {name: build(name, config, device="cpu") for name, config in DEMO_CONFIGS.items()}
         modules["text_encoder"] = demo_text_encoder()
     for name, module in modules.items():
-        _draw_weights(name, module, seed)
+        draw_weights(name, module, seed)
         # The plain method: diffusers' own warns about a cast that is meant here.
         torch.nn.Module.to(module, device=device, dtype=component_dtype(name, dtype))
     return Components(tokenizer=_tokenizer(), **modules)
@@ -98,7 +98,8 @@ def _normal(seed: int, name: str, shape: torch.Size | tuple[int, ...]) -> torch.
 
 
 @torch.no_grad()
-def _draw_weights(component: str, module: Any, seed: int) -> None:
+def draw_weights(component: str, module: Any, seed: int) -> None:
+    """Fills every parameter of a component with draws of a scale that keeps activations near 1."""
     for name, parameter in module.named_parameters():
         draw = _normal(seed, f"{component}/{name}", parameter.shape)
         parameter.copy_(_scaled(name, draw))
@@ -106,7 +107,7 @@ def _draw_weights(component: str, module: Any, seed: int) -> None:
         for generator, gain in ((module.vocoder, 0.03), (module.bwe_generator, 0.01)):
             # The residual blocks add up; a quiet last layer keeps the waveform inside [-1, 1].
             generator.conv_out.weight.mul_(gain)
-        _fill_spectrogram(module.mel_stft)
+        fill_spectrogram(module.mel_stft)
     if component in ("video_vae", "audio_vae"):
         module.latents_mean.copy_(0.1 * _normal(seed, f"{component}/mean", module.latents_mean.shape))
         module.latents_std.copy_(1 + 0.1 * _normal(seed, f"{component}/std", module.latents_std.shape).clamp(-2, 2))
@@ -129,7 +130,7 @@ def _scaled(name: str, draw: torch.Tensor) -> torch.Tensor:
     return draw / math.sqrt(math.prod(draw.shape[1:]))
 
 
-def _fill_spectrogram(mel_stft: Any) -> None:
+def fill_spectrogram(mel_stft: Any) -> None:
     """Windowed Fourier rows and triangular mel filters, which a checkpoint would bring along."""
     basis = mel_stft.stft_fn.forward_basis
     rows, _, length = basis.shape
@@ -146,15 +147,19 @@ def _fill_spectrogram(mel_stft: Any) -> None:
     mel_stft.mel_basis.copy_(torch.minimum(rising, falling).clamp(min=0))
 
 
-def demo_text_encoder() -> Any:
-    """The text encoder without its weights drawn; on the meta device where that is the default."""
+def demo_text_encoder(words: int | None = None) -> Any:
+    """The text encoder without its weights drawn; on the meta device where that is the default.
+
+    Args:
+        words: rows of its vocabulary; None for those of the demo's tokenizer.
+    """
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {
-        "vocab_size": len(_vocabulary()),
-        "hidden_size": _TEXT_WIDTH,
-        "intermediate_size": 2 * _TEXT_WIDTH,
-        "num_hidden_layers": _TEXT_LAYERS,
+        "vocab_size": words or len(_vocabulary()),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": TEXT_LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,

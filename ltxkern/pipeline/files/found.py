@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,7 +69,7 @@ class FoundModel:
         if name == "demo" and given:
             here = ModelFiles(variant=variant).with_parts(None, None, **given)
             return cls(str(next(iter(here.parts.values()))), here, upsampler, text_encoder, {}, variant)
-        on_hub = "/" in name and not name.endswith(".safetensors") and not Path(model).expanduser().exists()
+        on_hub = "/" in name and not name.endswith(".safetensors") and not Path(os.path.expanduser(model)).exists()
         own = None if name == "demo" or on_hub else find_model(model, variant=variant, **given)
         return cls(name, own, upsampler, text_encoder, given, variant)
 
@@ -85,7 +86,7 @@ class FoundModel:
     @property
     def path(self) -> Path | None:
         """The model's own file or folder; None for the demo and for a hub id."""
-        path = Path(self.name).expanduser()
+        path = Path(os.path.expanduser(self.name))
         return None if self.is_demo or not path.exists() else path
 
     @cached_property

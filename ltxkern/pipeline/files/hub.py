@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ def local_path(path_or_id: str | Path) -> Path:
     Raises:
         CheckpointError: neither is there, the hub does not deliver, or the repository does not say which file is meant.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(os.path.expanduser(path_or_id))
     if path.exists():
         return path
     one_file = None if path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
@@ -62,8 +63,13 @@ def configurations(file: P) -> list[P]:
     return [*found, file.parent.parent / "training_config.yaml"] if file.parent.name == "checkpoints" else found
 
 
-def may_be_of_another(configuration: PurePath, file: PurePath) -> bool:
-    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it."""
+def may_be_of_another(configuration: PurePath, file: PurePath, others: Iterable[PurePath]) -> bool:
+    """Whether the name of a configuration beside a LoRA file does not say that it belongs to it.
+
+    others: weight files of other trainings there. PEFT's configuration is that of PEFT's file where there is one.
+    """
+    if configuration.name == "adapter_config.json":
+        return any(other.name == "adapter_model.safetensors" for other in others)
     return configuration.stem in _SHARED and configuration.stem != file.stem
 
 
@@ -86,7 +92,7 @@ def local_lora(path_or_id: str | Path) -> Path:
     Raises:
         CheckpointError: as `local_path`, several files that may be meant, or a configuration that the hub does not deliver.
     """
-    path = Path(path_or_id).expanduser()
+    path = Path(os.path.expanduser(path_or_id))
     named = None if path.exists() or path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
     if not path.exists() and named is None and _HUB_ID.fullmatch(str(path_or_id)):
         named = _HUB_FILE.fullmatch(f"{path_or_id}/{_only_file(_hub_files(str(path_or_id)), str(path_or_id))}")
@@ -119,7 +125,7 @@ def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> N
         return
     others = of_other_trainings(file, (name for name in map(PurePosixPath, there) if name.parent == file.parent))
     for name in configurations(file):
-        if str(name) in there and not (others and may_be_of_another(name, file)):
+        if str(name) in there and not (others and may_be_of_another(name, file, others)):
             _download(repository, str(name))
     if usual not in there:
         from huggingface_hub import hf_hub_download

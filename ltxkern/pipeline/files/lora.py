@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from ltxkern.pipeline.files.hub import local_lora
-from ltxkern.pipeline.files.lora_file import Transformer, dequantise, misfits, read_changes
-from ltxkern.pipeline.files.lora_kinds import Change, LoRAFactors
+from ltxkern.pipeline.files.lora_file import Transformer, dequantise, read_changes
+from ltxkern.pipeline.files.lora_kinds import Change, LoRAFactors, misfits
 from ltxkern.pipeline.files.lora_layout import parameter_shapes
 
 # Name and scale of every LoRA that touches one weight: weights with equal keys hold equal bits.

@@ -25,8 +25,18 @@ from ltxkern.pipeline.files.lora_kinds import (
     ScaledDifference,
     Sum,
     build_change,
+    misfits,
 )
-from ltxkern.pipeline.files.lora_layout import ModuleNames, Part, Shape, is_foreign, parameter_shapes, read_key, unread
+from ltxkern.pipeline.files.lora_layout import (
+    ModuleNames,
+    Part,
+    Shape,
+    is_foreign,
+    parameter_shapes,
+    read_key,
+    spellings,
+    unread,
+)
 from ltxkern.pipeline.files.lora_scale import Statement, effective_alpha, statements
 
 logger = logging.getLogger(__name__)
@@ -156,7 +166,7 @@ class LoRAFile:
         change.shape  # noqa: B018 - raises where the parts do not go together
         inner = change.inner if isinstance(change, Decomposed) else change
         told: float | None = None
-        names = (target, self.written[target])
+        names = (target, self.written[target], *(name for few in spellings(target).values() for name in few))
         if isinstance(inner, KroneckerProduct) and inner.is_whole:
             # LyCORIS stores an alpha that means nothing here; PEFT scales by what its configuration says.
             told = _whole_scale(self.said, names) if alpha is None else None
@@ -274,22 +284,6 @@ def check_lora_file(path: str | Path, *, transformer: Transformer | None = None)
         if problems:
             raise CheckpointError(f"{found.path} does not fit the transformer; {'; '.join(problems)}")
     return found
-
-
-def misfits(changes: Mapping[str, Change], shapes: Mapping[str, Shape]) -> list[str]:
-    """What of these changes a transformer with these parameters does not have: one text for modules, one for shapes."""
-    unknown = sorted(set(changes) - set(shapes))
-    wrong = []
-    for target, change in sorted(changes.items()):
-        if target not in shapes:
-            continue
-        try:
-            if change.shape != shapes[target]:
-                wrong.append(f"{target} (expected {shapes[target]}, got {change.shape})")
-        except ValueError as error:
-            wrong.append(f"{target} {error}")
-    problems = [f"{len(unknown)} modules the transformer does not have: {listed(unknown)}"] if unknown else []
-    return problems + ([f"{len(wrong)} of the wrong shape: {listed(wrong)}"] if wrong else [])
 
 
 def describe_lora_file(path: str | Path, *, transformer: Transformer | None = None) -> LoRAFile:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.files.headers import listed
+
 Shape = tuple[int, ...]
 Factors = tuple[Tensor, Tensor]
 
@@ -355,6 +357,22 @@ def build_change(parts: Mapping[str, Tensor], alpha: float | None = None) -> Cha
     else:
         raise PartsMissingError(parts)
     return Decomposed(change, parts["magnitude"]) if "magnitude" in parts else change
+
+
+def misfits(changes: Mapping[str, Change], shapes: Mapping[str, Shape]) -> list[str]:
+    """What of these changes a transformer with these parameters does not have: one text for modules, one for shapes."""
+    unknown = sorted(set(changes) - set(shapes))
+    wrong = []
+    for target, change in sorted(changes.items()):
+        if target not in shapes:
+            continue
+        try:
+            if change.shape != shapes[target]:
+                wrong.append(f"{target} (expected {shapes[target]}, got {change.shape})")
+        except ValueError as error:
+            wrong.append(f"{target} {error}")
+    problems = [f"{len(unknown)} modules the transformer does not have: {listed(unknown)}"] if unknown else []
+    return problems + ([f"{len(wrong)} of the wrong shape: {listed(wrong)}"] if wrong else [])
 
 
 _KRONECKER = [

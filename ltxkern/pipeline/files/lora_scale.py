@@ -8,14 +8,14 @@ import logging
 import math
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from ltxkern.pipeline.files.headers import CheckpointError, Header
 from ltxkern.pipeline.files.hub import configurations, may_be_of_another, of_other_trainings
-from ltxkern.pipeline.files.lora_layout import STARTS
+from ltxkern.pipeline.files.lora_layout import STARTS, is_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ _STABILISED = ("use_rslora", "rslora", "rs_lora", "use_rs_lora", "rank_stabilize
 _DECOMPOSED = ("use_dora", "dora_wd", "weight_decompose", "lora_decompose")
 _ABOUT_LORA = re.compile(r"lora|peft|adapter|network", re.IGNORECASE)
 _OTHERS = re.compile(r"text_encoder|text_model|connector|optim|sched|loss|(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
+_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _OFF = ("", "0", "false", "no", "none", "null", "off", "[]", "{}")
 # Starts of the factors: those that need base weights of their own, and those that leave the base weights alone.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
@@ -62,7 +63,7 @@ class Statement:
         where: the place, for messages.
         rank, alpha: None where it does not say.
         rank_pattern, alpha_pattern: values of modules whose names end like the key, a regular expression.
-        stabilised: the product is scaled by alpha / sqrt(rank).
+        stabilised: the product is scaled by alpha / sqrt(rank); None where it does not say.
         decomposed, biased: each module has a magnitude, or a bias of its own.
         refusal: why what it says cannot be merged; "" where it can.
         is_sure: it speaks of a LoRA beyond doubt.
@@ -73,7 +74,7 @@ class Statement:
     alpha: float | None = None
     rank_pattern: dict[str, float] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    stabilised: bool = False
+    stabilised: bool | None = None
     decomposed: bool = False
     biased: bool = False
     refusal: str = ""
@@ -116,18 +117,19 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
     Raises:
         CheckpointError: a configuration of the file's own cannot be read, or a change is described that is not merged.
     """
-    keys = list(header.tensors)
-    folded = any(".lora_A" in key for key in keys) and not any(key.endswith("alpha") for key in keys)
-    reader = _Reader(_FOLDED if folded else {})
+    keys = [key for key in header.tensors if not is_foreign(key)]
+    has_alphas = any(key.endswith("alpha") for key in keys)
+    reader = _Reader(_FOLDED if any(".lora_A" in key for key in keys) and not has_alphas else {}, has_alphas)
     try:
         # A file's entries lie in no order of anybody's.
         found = list(reader.said(dict(sorted(header.metadata.items())), "its header", plain=True))
     except RecursionError as error:
         raise CheckpointError("its header is nested too deeply") from error
+    others = of_other_trainings(header.path, header.path.parent.glob("*.safetensors"))
     for beside in configurations(header.path):
         if not beside.is_file():
             continue
-        name, is_shared = beside.name, may_be_of_another(beside, header.path)
+        name, is_shared = beside.name, may_be_of_another(beside, header.path, others)
         try:
             plain = not is_shared or "lora" in name
             told = list(reader.said(_read_configuration(beside), f"{name} beside it", plain=plain))
@@ -139,16 +141,17 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
                 raise CheckpointError(what) from error
             _warn(f"{header.path}: {what}: it is not taken into account")
             continue
-        found += _meant(told, header.path, ranks) if is_shared else told
+        found += _meant(told, header.path, ranks, others) if is_shared else told
     if refusal := next((statement.refusal for statement in found if statement.refusal), ""):
         raise CheckpointError(refusal)
     return found
 
 
-def _meant(told: Iterable[Statement], path: Path, ranks: Collection[int]) -> list[Statement]:
+def _meant(
+    told: Iterable[Statement], path: Path, ranks: Collection[int], others: Sequence[PurePath]
+) -> list[Statement]:
     """Of what a configuration says that any model may have beside it, what is about this file."""
     about = [statement for statement in told if statement.ranks & set(ranks) or (statement.ranks and statement.is_sure)]
-    others = of_other_trainings(path, path.parent.glob("*.safetensors"))
     if about and others:
         suffix = PurePath(about[0].where.partition(" beside")[0]).suffix
         _warn(
@@ -239,10 +242,11 @@ class _Reader:
 
     Args:
         folded: names of alphas that do not count where the name beside them is in the same mapping.
+        has_alphas: tensors tell what a word for an alpha leaves open.
     """
 
-    def __init__(self, folded: Mapping[str, str]) -> None:
-        self.folded = folded
+    def __init__(self, folded: Mapping[str, str], has_alphas: bool) -> None:
+        self.folded, self.has_alphas = folded, has_alphas
         # YAML may hold one mapping in many places, and within itself.
         self.seen: dict[int, Any] = {}
 
@@ -269,7 +273,7 @@ class _Reader:
             if pattern and rest:
                 group.setdefault(pattern, {})[rest] = value
             else:
-                group[name.removeprefix("ss_").lstrip("-").lower()] = value
+                group[_CAPITAL.sub("_", name.removeprefix("ss_").strip("-")).replace("-", "_").lower()] = value
         for prefix, group in groups.items():
             inner = f"{path}.{prefix}".strip(".")
             if _OTHERS.search(inner):
@@ -282,7 +286,8 @@ class _Reader:
     def statement(self, group: Mapping[str, Any], where: str, path: str, plain: bool) -> Iterator[Statement]:
         """What one mapping says; nothing where it does not speak of a LoRA."""
         is_sure = any(name in group for name in (*_ALPHAS, *_RANKS, *_PATTERNS, "peft_type"))
-        plain = is_sure or (plain and not path) or _ABOUT_LORA.search(path) is not None
+        names_both = "alpha" in group and ("rank" in group or "r" in group)
+        plain = is_sure or (plain and (not path or names_both)) or _ABOUT_LORA.search(path) is not None
         place = where if not path else f"{where} ({path})"
         statement = Statement(place, is_sure=is_sure or re.search("lora|peft|adapter", path) is not None)
         refusals = [_unmerged(group, place)]
@@ -295,14 +300,21 @@ class _Reader:
             if len(set(values.values())) > 1:
                 told = " and ".join(f"{name} {value:g}" for name, value in values.items())
                 refusals.append(f"{place} contradicts itself about the {attribute}: {told}")
-            counting = (value for name, value in values.items() if self.folded.get(name) not in group)
-            setattr(statement, attribute, next(counting, None))
-        for name in _PATTERNS:
-            listed = _decoded(group.get(name))
-            numbers = {key: _number(value) for key, value in listed.items()} if isinstance(listed, dict) else {}
-            setattr(statement, name, {key: number for key, number in numbers.items() if number is not None})
-        statement.stabilised, statement.decomposed, statement.biased = (
-            any(_is_on(group.get(name)) for name in names) for names in (_STABILISED, _DECOMPOSED, ("lora_bias",))
+            counting = [name for name in names if self.folded.get(name) not in group]
+            setattr(statement, attribute, next((values[name] for name in counting if name in values), None))
+            # One number per module may stand under the name itself.
+            for name in (f"{attribute}_pattern", *counting):
+                listed = _decoded(group.get(name))
+                numbers = {key: _number(value) for key, value in listed.items()} if isinstance(listed, dict) else {}
+                pattern = getattr(statement, f"{attribute}_pattern")
+                pattern |= {key: number for key, number in numbers.items() if number is not None}
+                is_word = isinstance(listed, (str, list)) and name in _ALPHAS and name not in values and _is_on(listed)
+                if is_word and not self.has_alphas and _number(listed) is None and _decoded(listed) != 0:
+                    refusals.append(f"{place} says {name} {listed!r}: expected a number")
+        said = [_is_on(group[name]) for name in _STABILISED if group.get(name) is not None]
+        statement.stabilised = any(said) if said else None
+        statement.decomposed, statement.biased = (
+            any(_is_on(group.get(name)) for name in names) for names in (_DECOMPOSED, ("lora_bias",))
         )
         statement.refusal = next((refusal for refusal in refusals if refusal), "")
         if statement != Statement(place, is_sure=statement.is_sure):
@@ -363,7 +375,12 @@ def effective_alpha(
             f"the alpha of {names[0]} is 0, which some tools read as no change and some as alpha = rank: store the rank, "
             "or leave the alpha out"
         )
-    stabilised = rank is not None and any(statement.stabilised for statement in said)
+    roots = {statement.stabilised: statement.where for statement in said if statement.stabilised is not None}
+    if rank is not None and len(roots) > 1:
+        raise CheckpointError(
+            f"{names[0]} is scaled by alpha / sqrt(rank) by {roots[True]}, and by alpha / rank by {roots[False]}"
+        )
+    stabilised = rank is not None and True in roots
     alpha, place = tensor, "its alpha tensor"
     for statement in said:
         told_rank, told = statement.of(names)

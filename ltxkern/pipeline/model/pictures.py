@@ -81,7 +81,7 @@ def read_picture(path: str | Path) -> Image.Image:
         ValueError: there is no such file, it is no picture, it has more than MAX_PIXELS (found before they are decoded), or
             values without a known range.
     """
-    file, name = Path(path).expanduser(), f"image {str(path)!r}"
+    file, name = Path(os.path.expanduser(path)), f"image {str(path)!r}"
     if not os.path.exists(file):  # of pathlib's, some raise where a name is too long
         raise ValueError(f"{name} " + ("is a link to nothing" if os.path.islink(file) else "does not exist"))
     if not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,7 +135,7 @@ def _transformer_config(model: FoundModel, files: ModelFiles | None) -> Mapping[
 
 def _is_here(path: str | Path) -> bool:
     """Whether looking a path up downloads nothing: it exists, or it cannot be the name of something on the hub."""
-    return Path(path).expanduser().exists() or "/" not in str(path).strip("./")
+    return Path(os.path.expanduser(path)).exists() or "/" not in str(path).strip("./")
 
 
 def admit_images(admission: Admission, images: Sequence[object], num_frames: int) -> None:

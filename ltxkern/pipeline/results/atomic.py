@@ -33,7 +33,7 @@ def output_kind(path: str | Path) -> OutputKind:
     Raises:
         ValueError: any other suffix, with the legal ones.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.name.lower() in (".mp4", ".safetensors"):
         raise ValueError(f"output {str(path)!r} has no name before the suffix: {_LEGAL}")
     if os.path.isdir(file) or str(path).endswith(("/", os.sep)) or not file.suffix:
@@ -53,7 +53,7 @@ def output_target(path: str | Path) -> Path:
         ValueError: links that lead in a circle, a name that no file can bear, or something there that must not be replaced: a
             device, a pipe, a read-only file.
     """
-    target = Path(os.path.realpath(Path(path).expanduser()))
+    target = Path(os.path.realpath(os.path.expanduser(path)))
     try:
         mode = target.lstat().st_mode
     except FileNotFoundError:

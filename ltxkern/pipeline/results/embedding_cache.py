@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class EmbeddingCache:
     def __init__(
         self, folder: str | Path | None = None, *, model: str, revision: str, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        self._folder = Path(folder).expanduser() if folder is not None else default_folder()
+        self._folder = Path(os.path.expanduser(folder)) if folder is not None else default_folder()
         self._model = model
         self._revision = revision
         self._dtype = dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -338,7 +339,7 @@ def probe_mp4(path: str | Path) -> Mp4Info:
     import av
 
     try:
-        with Path(path).expanduser().open("rb") as file, av.open(file) as container:
+        with Path(os.path.expanduser(path)).open("rb") as file, av.open(file) as container:
             video = container.streams.video[0]
             sound = container.streams.audio[0] if container.streams.audio else None
             frames = samples = 0

@@ -140,6 +140,10 @@ PLACES: dict[str, Any] = {
         {"ss_network_dim": str(RANK), "ss_network_alpha": str(alpha), "use_rslora": str(root)},
         {},
     ),
+    "parameters": lambda alpha, root: ({"hyper": json.dumps([{"params": {"rank": RANK, "alpha": alpha, "useRslora": root}}])}, {}),
+    "one for all": lambda alpha, root: (
+        {"lora-rank": str(RANK), "lora-alpha": json.dumps({".*": alpha}), "use-rslora": str(root)}, {},
+    ),
     "flat": lambda alpha, root: ({"rank": str(RANK), "alpha": str(alpha), "use_rslora": str(root).lower()}, {}),
     "ai-toolkit": lambda alpha, root: (
         {"config": json.dumps({"network": {"linear": RANK, "linear_alpha": alpha, "use_rslora": root}, "optim": {"alpha": 0.9}})},

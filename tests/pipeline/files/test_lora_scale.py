@@ -43,6 +43,11 @@ from tests.pipeline.files.one_module import one_module
         ({"ss_network_dim": "4", "ss_network_alpha": "8", "ss_network_args": '["rs_lora=True"]'}, 16.0, None, 4.0),
         ({"ss_network_dim": "4", "ss_network_alpha": "8", "ss_network_args": '{"rs_lora": "True"}'}, 8.0, None, 4.0),
         ({"lora_alpha": " .5e1", "r": "4.0"}, None, None, 1.25),
+        ({"hyper": '{"params": {"rank": 4, "alpha": 8}}'}, None, None, 2.0),
+        ({"m": '{"loraRank": 4, "lora-alpha": 8}'}, None, None, 2.0),
+        ({"lora_alpha": '{"attn1.to_k": 8}', "r": "4"}, None, None, 2.0),
+        ({"m": '{"r": 4, "lora_alpha": 64, "alpha_pattern": {"transformer_blocks_0_attn1_to_k": 8}}'}, None, None, 2.0),
+        ({"ss_network_module": "networks.lora", "ss_network_alpha": "Dynamic"}, None, None, 1.0),
         ({}, None, {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False,
                     "init_lora_weights": "gaussian", "modules_to_save": None, "layer_replication": None, "fan_in_fan_out": True,
                     "use_qalora": False, "target_parameters": [], "use_rslora": False, "loftq_config": {}, "inference_mode": True,
@@ -62,6 +67,12 @@ def test_where_alpha_is_told(tmp_path, metadata, alpha, beside, scale):
         ({"lora_alpha": "16"}, 8.0, None, r"alpha 8 by its alpha tensor, and alpha 16 by its header"),
         ({"lora_alpha": "16"}, None, {"lora_alpha": 4}, r"alpha 16 by its header, and alpha 4 by adapter_config\.json"),
         ({"lora_alpha": "16", "ss_network_alpha": "8"}, None, None, "itself about the alpha: lora_alpha 16 and network_alpha 8"),
+        ({"lora_alpha": "sixteen"}, None, None, "says lora_alpha 'sixteen': expected a number"),
+        ({"lora_alpha": "[8]"}, None, None, r"says lora_alpha \[8\]: expected a number"),
+        ({"use_rslora": "true", "lora_alpha": "8"}, None, {"lora_alpha": 8, "use_rslora": False},
+         r"by alpha / sqrt\(rank\) by its header, and by alpha / rank by adapter_config\.json"),
+        ({"use_rslora": "false", "lora_alpha": "8"}, None, {"lora_alpha": 8, "use_rslora": True},
+         r"by alpha / sqrt\(rank\) by adapter_config\.json beside it, and by alpha / rank by its header"),
         ({"a": '{"lora_alpha": 16}', "b": '{"lora_alpha": 8}'}, None, None, r"16 by its header \(.\), and alpha 8 by its header"),
         ({"r": "8"}, None, None, r"rank 4 by the shapes of its factors, and rank 8 by its header"),
         ({"m": '{"r": 4, "rank_pattern": {"to_k": 16}}'}, None, {}, r"rank 4 by .*, and rank 16 by its header \(m\)"),
@@ -134,13 +145,16 @@ TRANSFORMER = {"_class_name": "LTX2VideoTransformer3DModel", "dim": 4, "alpha": 
         ("../training_config.yaml", TRAINER, 2.0, ""),
         ("config.yaml", "a: &a {lora: {rank: 4, alpha: 8}, b: *a}", 2.0, ""),
         ("other.json", PEFT, 1.0, ""),
+        ("adapter_config.json", PEFT, 2.0, ""),
         ("config.json", PEFT | {"r": 8}, "rank 4 by the shapes of its factors, and rank 8 by config.json", ""),
         ("config.json", PEFT | {"use_dora": True}, "1 modules without weight decomposition", ""),
         ("mine.yaml", "a: *nowhere", "mine.yaml beside it is no readable configuration", ""),
         ("mine.json", "[" * 100_000, "mine.json beside it is no readable configuration", ""),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("others", [[], ["mine_000000250.safetensors"], ["another.safetensors"]])
+@pytest.mark.parametrize(
+    "others", [[], ["mine_000000250.safetensors"], ["another.safetensors"], ["adapter_model.safetensors"]]
+)
 def test_configurations_beside_the_file(tmp_path, caplog, name, content, scale, warning, others):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
@@ -154,7 +168,9 @@ def test_configurations_beside_the_file(tmp_path, caplog, name, content, scale, 
     writers = {".json": json.dumps, ".toml": _toml}
     written = content if isinstance(content, str) else writers.get(Path(name).suffix, yaml.safe_dump)(content)
     (folder / name).write_text(written)
-    is_others = "another.safetensors" in others and not name.startswith(("mine", "other"))
+    own = ("mine", "other") if "adapter_model.safetensors" in others else ("mine", "other", "adapter_config")
+    another = [other for other in others if not other.startswith("mine")]
+    is_others = bool(another) and not name.startswith(own)
     if isinstance(scale, str) and not is_others:
         with pytest.raises(CheckpointError, match=scale):
             LoRA.from_file(path)
@@ -166,7 +182,7 @@ def test_configurations_beside_the_file(tmp_path, caplog, name, content, scale, 
     assert (f"{Path(name).name} beside it" in caplog.text) == bool(warning or tells)
     assert warning in caplog.text
     if tells:
-        assert "for another.safetensors lies there too; if it is meant, name it mine_000000500." in caplog.text
+        assert f"for {another[0]} lies there too; if it is meant, name it mine_000000500." in caplog.text
 
 
 def _toml(content: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import ltxkern
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.schedule import ltx2_sigmas
 from tests.pipeline.sampling.toy_denoiser import SIGMAS, Toy, draw
@@ -32,21 +31,28 @@ def test_a_batch_with_seeds_is_its_samples_alone() -> None:
             torch.testing.assert_close(both[name][index : index + 1], alone[name], atol=1e-6, rtol=1e-6)
 
 
-# Spread of the result less 1, per (eta, substep_eta): the HQ schedule, and one of 60 steps, where less is due to the step size.
+# Spread of the result less 1, per (eta, substep_eta): as the sampler's documentation has them.
+SHARES = ((0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (1.0, 0.5))
 SPREADS = {
-    (15, 8160): {(0.0, 0.0): -0.078, (0.0, 0.5): -0.097, (0.5, 0.5): -0.119, (1.0, 0.5): -0.298},
-    (60, 4096): {(0.0, 0.0): -0.008, (0.5, 0.5): -0.043, (1.0, 0.5): -0.264},
+    (15, 8160, True): (-0.078, -0.097, -0.118, -0.297),
+    (400, 4096, True): (-0.004, -0.030, -0.039, -0.259),
+    (400, 4096, False): (-0.000, -0.026, -0.035, -0.257),
 }
 
 
 @pytest.mark.parametrize("schedule", SPREADS)
-def test_noise_narrows_a_gaussian_as_documented(schedule: tuple[int, int]) -> None:
-    """Unit-variance Gaussian data, whose best prediction is known: x0 = (1 - s) x / ((1 - s)^2 + s^2)."""
+def test_noise_narrows_a_gaussian_as_documented(schedule: tuple[int, int, bool]) -> None:
+    """Unit-variance Gaussian data, whose best prediction is known: x0 = (1 - s) x / ((1 - s)^2 + s^2).
+
+    The run is linear then: the spread is the length of its answers to the start alone and to each noise alone.
+    """
+    steps, tokens, stretch = schedule
 
     def best(latents: Mapping[str, Tensor], sigma: float, **_: Any) -> dict[str, Tensor]:
         return {name: (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * x for name, x in latents.items()}
 
-    x = ltxkern.normalize_noise(torch.randn(1, 600, 64, generator=torch.Generator().manual_seed(0)).double())
-    for (eta, substep_eta), expected in SPREADS[schedule].items():
-        result = res2s_sample(best, {"video": x}, ltx2_sigmas(*schedule), eta=eta, substep_eta=substep_eta)
-        assert float(result["video"].std()) - 1 == pytest.approx(expected, abs=0.012)
+    start, *noise = torch.eye(2 * steps + 1, dtype=torch.float64).view(-1, 1, 1, 2 * steps + 1)
+    sigmas = ltx2_sigmas(steps, tokens, stretch=stretch)
+    for (eta, substep_eta), expected in zip(SHARES, SPREADS[schedule], strict=True):
+        result = res2s_sample(best, {"video": start}, sigmas, eta=eta, substep_eta=substep_eta, noise={"video": noise})
+        assert float(result["video"].norm()) - 1 == pytest.approx(expected, abs=0.0006)

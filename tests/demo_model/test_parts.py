@@ -1,0 +1,197 @@
+"""The parts of the demo's training: each takes a step that its checkpoint can hold, and the files load as the real model's."""
+
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
+
+from ltxkern.pipeline.files.checkpoint import load_component
+from ltxkern.pipeline.files.lora import LoRA
+from ltxkern.pipeline.model.components import BUILDABLE
+from tools.demo_model import (
+    audio,
+    export,
+    faults,
+    gallery,
+    latents,
+    lora,
+    measure,
+    options,
+    text,
+    transformer,
+    upsampler,
+    video_vae,
+)
+from tools.demo_model.training import Part, checkpoint
+from tools.demo_model.world import Window, draw_scene, render_video
+
+FILES = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of noise in place of encoded scenes, and the checkpoints that parts leave to each other."""
+    place = tmp_path_factory.mktemp("demo_model")
+    (place / "latents").mkdir()
+    for number in range(FILES):
+        draws = torch.Generator().manual_seed(number)
+        half = 2 * torch.randn(latents.SCENES, 32, 7, 4, 6, generator=draws) + 1
+        sound = torch.randn(latents.SCENES, 1, audio.LATENTS, 16, generator=draws)
+        tensors = {"half": half, "audio": sound}
+        if number != 2:
+            tensors["full"] = interpolate(half, size=(7, 8, 12))
+        tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        save_file(tensors, place / "latents" / f"{number:04}.safetensors")
+    return place
+
+
+def step(part: Part, number: int = 0) -> dict[str, float]:
+    torch.manual_seed(0)
+    losses = part.losses(Random(number), number)
+    torch.stack(list(losses.values())).sum().backward()
+    before = [parameter.detach().clone() for parameter in part.parameters().values()]
+    part.optimiser.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, part.parameters().values(), strict=True))
+    torch.save({"modules": {k: m.state_dict() for k, m in part.modules.items()}}, checkpoint(part.folder, part.name))
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def test_audio_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in (audio.AudioVAE, audio.Vocoder):
+        monkeypatch.setattr(part, "batch", 1)
+    first = audio.AudioVAE(folder)
+    first.mels = first.mels[:1]
+    assert step(first)["error"] > 0
+    assert first.evaluate()["log_mel"] > 0
+    vocoder = audio.Vocoder(folder)
+    vocoder.scenes = vocoder.scenes[:1]
+    assert step(vocoder, vocoder.decoded_from)["error"] > 0
+    assert set(vocoder.evaluate()) == {"decibels", "pitch", "side"}
+
+
+def test_video_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_vae.VideoVAE, "courses", (video_vae.Course(1, 1, (9, 64, 64)),))
+    part = video_vae.VideoVAE(folder)
+    assert step(part, 0)["error"] < 2
+    decoder = video_vae.VideoDecoder(folder)
+    assert all(name.startswith("video_vae.decoder.") for name in decoder.parameters())
+
+
+def test_parts_on_latents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, name in (
+        (upsampler.Upsampler, "batch"),
+        (transformer.Transformer, "batch"),
+        (lora.DistilledLora, "half_batch"),
+    ):
+        monkeypatch.setattr(part, name, 2)
+    assert step(upsampler.Upsampler(folder))["error"] > 0
+    model = transformer.Transformer(folder)
+    for number in (0, 2):
+        assert set(step(model, number)) == {"half" if number == 0 else "full", "audio"}
+    distilled = lora.DistilledLora(folder)
+    assert set(step(distilled, 0)) == {"full"}
+    assert set(distilled.losses(Random(2), 2)) == {"half", "audio"}
+
+
+def test_normalised_latents_have_the_spread(folder: Path) -> None:
+    values = latents.statistics(folder)
+    some = values.video(latents.load(folder, 1).half)
+    assert abs(float(some.std()) - latents.SPREAD) < 0.1
+    assert abs(float(some.mean())) < 0.1
+
+
+def test_a_first_frame_that_is_given_is_not_noise(folder: Path) -> None:
+    model = transformer.Model()
+    torch.nn.init.normal_(model.transformer.proj_out.weight)
+    data = transformer.LatentScenes(folder, test=True)
+    clean = data.batch([0, 1])
+    contexts = model.contexts(*text.Encoder()(["a red circle", ""]))
+    sigma = torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        plain, given = (
+            model((clean.video, clean.audio), sigma, clean.grid, contexts, first_frame=flag)[0]
+            for flag in (False, True)
+        )
+    assert not torch.allclose(plain[:, :24], given[:, :24])
+
+
+def test_spectrograms_tell_pitch_and_time() -> None:
+    time = torch.arange(32000) / audio.RATE
+    mel = audio.log_mel(torch.sin(2 * torch.pi * 1000 * time)[None] * (time > 1))
+    assert mel.shape == (1, 200, audio.MELS)
+    assert mel[0, 50].max() < -11
+    centre = float(2595 * torch.log10(torch.tensor(1 + 1000 / 700)) / 2840 * (audio.MELS + 1)) - 1
+    assert abs(int(mel[0, 150].argmax()) - centre) <= 1
+
+
+def test_windows_show_edges() -> None:
+    draws, edges = Random(0), 0
+    for _ in range(40):
+        scene = draw_scene(draws)
+        window = video_vae.draw_window(draws, scene, (49, 128, 192), (9, 64, 64))
+        assert isinstance(window, Window)
+        edges += render_video(scene, 128, 192, 49, window).std((0, 2, 3)).max() > 0.1
+    assert edges >= 36
+
+
+def test_words_and_filler() -> None:
+    made = text.tokenizer()
+    ids = made("A RED, circle... wibble")["input_ids"]
+    assert made.convert_ids_to_tokens(ids) == ["<bos>", "a", "red", "circle", "<unk>"]
+    assert len(made(text.with_filler("a red circle", Random(3)))["input_ids"]) >= 4
+    first, second = (text.Encoder()(["a red circle"])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_files_load_as_the_real_models(tmp_path: Path) -> None:
+    trained = export.Trained()
+    # What training starts at zero would hide what is lost on the way.
+    for tensor in (
+        *trained.factors.b,
+        trained.model.transformer.proj_out.weight,
+        trained.model.transformer.audio_proj_out.weight,
+    ):
+        torch.nn.init.normal_(tensor)
+    trained.write(tmp_path)
+    model, upscaler = tmp_path / export.MODEL, tmp_path / export.UPSCALER
+    assert model.stat().st_size <= export.MOST_BYTES
+    for component in BUILDABLE:
+        module = load_component(upscaler if component == "upsampler" else model, component, dtype=torch.float32)
+        own = {"transformer": trained.model.transformer, "connectors": trained.model.connectors}
+        source = (own.get(component) or getattr(trained, component)).state_dict()
+        assert all(torch.equal(source[name].bfloat16(), part.bfloat16()) for name, part in module.state_dict().items())
+    shapes = {name: tuple(part.shape) for name, part in trained.model.transformer.state_dict().items()}
+    assert len(LoRA.from_file(tmp_path / export.LORA, shapes).factors) == len(trained.factors.names)
+    assert load_file(model).keys() >= {"model.diffusion_model.patchify_proj.weight", "vae.decoder.conv_in.conv.weight"}
+    (task,) = measure.tasks(1)
+    assert task.scene.held_out
+    pipeline = measure.open_model(tmp_path)
+    # At 64 x 64 the video encoder itself is not repeatable.
+    sizes = {"height": 64, "width": 128, "num_frames": 9, "steps": 2}
+    (verdict,) = measure.follow(pipeline, [task], tmp_path / "videos", **sizes)
+    assert set(measure.percent([verdict])) == {"colour", "background", "shape", "motion", "pitch", "side"}
+    assert (tmp_path / "videos" / "000.mp4").is_file()
+    right = pipeline(task.prompt, **sizes)
+    for fault in faults.FAULTS:
+        with faults.planted(pipeline, fault) as call:
+            wrong = call(
+                task.prompt, **{name: size for name, size in sizes.items() if name != "steps" or "sigma" not in fault}
+            )
+        assert not (torch.equal(wrong.video, right.video) and torch.equal(wrong.audio, right.audio)), fault
+    again = pipeline(task.prompt, **sizes)
+    assert torch.equal(again.video, right.video)
+    assert torch.equal(again.audio, right.audio)
+    rows = {}
+    for name in (options.REFERENCE, "fp8 file"):
+        rows[name] = options.run(options.OPTIONS[name], tmp_path, [task], tmp_path / name, **sizes)
+    assert set(rows["fp8 file"]) == {*measure.percent([verdict]), "seconds"}
+    assert options.likeness(tmp_path / options.REFERENCE, tmp_path / "videos", 1) == math.inf
+    assert options.likeness(tmp_path / "fp8 file", tmp_path / "videos", 1) < 60
+    rows = gallery.from_pictures(pipeline, gallery.GIVEN[:1], tmp_path, **sizes)
+    page = gallery.sheet([(task.prompt, right.video), *rows], (32, 48))
+    assert page.size == (6 * 52 - 4, 2 * (32 + 24 + 4))
+    assert page.crop((0, 24, 48, 56)).tobytes() != page.crop((0, 84, 48, 116)).tobytes()

@@ -1,0 +1,88 @@
+"""Faults planted into a pipeline, as people make them: what the demo's model measures must tell each from the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.result import HQOutput
+from ltxkern.pipeline.run import denoising
+from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
+from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.schedule import ltx2_sigmas
+from ltxkern.pipeline.sampling.state import Latents
+
+Call = Callable[..., HQOutput]
+# A production-sized clip's schedule has e^3.5 in place of the e^0.6 of the demo's few tokens; the fault goes the other way.
+_SHIFTED_BY = 3.0
+
+
+class WrongSign(MultiModalPolicy):
+    """Guides towards the negative prompt."""
+
+    def combine(self, predictions: Mapping[str, Prediction]) -> Latents:
+        swapped = {**predictions, COND: predictions[NEG], NEG: predictions[COND]}
+        return super().combine(swapped)
+
+
+def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
+    sigmas = ltx2_sigmas(15, 168, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
+    settings["stage1_sigmas"] = sigmas.tolist()
+
+
+def _wrong_sign(stack: ExitStack, settings: dict[str, Any]) -> None:
+    settings["guidance_policy"] = WrongSign
+
+
+def _phase_not_switched(stack: ExitStack, settings: dict[str, Any]) -> None:
+    settings["distilled_strengths"] = (0.25, 0.25)
+
+
+def _noise_the_wrong_way(stack: ExitStack, settings: dict[str, Any]) -> None:
+    right = LatentState.noise
+
+    def noise(state: LatentState, scale: float = 1.0, **draws: Any) -> LatentState:
+        return right(state, scale if scale == 1.0 else 1.0 - scale, **draws)
+
+    stack.enter_context(patch.object(LatentState, "noise", noise))
+
+
+def _no_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
+    def repeat(upsampler: Any, vae: Any, latent: Tensor) -> Tensor:
+        return latent.repeat_interleave(2, 3).repeat_interleave(2, 4)
+
+    stack.enter_context(patch.object(denoising, "upsample_latent", repeat))
+
+
+# Name of each fault, and what makes it.
+FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
+    "sigma schedule shifted": _shifted_schedule,
+    "guidance sign": _wrong_sign,
+    "phase not switched": _phase_not_switched,
+    "noise and latent exchanged": _noise_the_wrong_way,
+    "left and right exchanged": lambda stack, settings: None,
+    "upsampler skipped": _no_upsampler,
+}
+
+
+@contextmanager
+def planted(pipeline: HQTwoStagePipeline, fault: str) -> Iterator[Call]:
+    """Calls of the pipeline with one of the `FAULTS`."""
+
+    def call(prompt: str, **options: Any) -> HQOutput:
+        output = pipeline(prompt, **options | settings)
+        if fault == "left and right exchanged":
+            output = replace(output, audio=torch.flip(output.audio, [0]))
+        return output
+
+    settings: dict[str, Any] = {}
+    with ExitStack() as stack:
+        FAULTS[fault](stack, settings)
+        yield call

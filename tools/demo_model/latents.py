@@ -1,0 +1,120 @@
+"""Encodes scenes once for the parts that learn from latents: both sizes and the sound, in files of some scenes each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tools.demo_model.audio import AudioVAE, encode_audio, log_mel, sound_of
+from tools.demo_model.configuration import plain
+from tools.demo_model.training import load_modules, mixed_precision, seeded
+from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
+from tools.demo_model.world import Scene, draw_scene, render_video
+
+FILES, FEWEST_FILES, SCENES = 160, 5, 50
+# One file in four holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
+FULL_EVERY = 4
+# Of normalised latents. At 1 the second stage's first sigma, 0.91, leaves nothing of what the first one made.
+SPREAD = 2.5
+
+
+class Latents(NamedTuple):
+    """Latents as the encoders make them: video (N, C, F, H, W) of half and of full size, audio (N, C, T, M)."""
+
+    scenes: list[Scene]
+    half: Tensor
+    full: Tensor | None
+    audio: Tensor
+
+
+def scenes_of(number: int) -> list[Scene]:
+    draws = Random(seeded("latents", number))
+    return [draw_scene(draws, held_out=number == 0) for _ in range(SCENES)]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / "latents" / f"{number:04}.safetensors"
+
+
+def stored(folder: Path) -> list[int]:
+    """Numbers of the files that are there."""
+    return sorted(int(path.stem) for path in (folder / "latents").glob("*.safetensors"))
+
+
+def load(folder: Path, number: int) -> Latents:
+    tensors = load_file(_path(folder, number))
+    return Latents(scenes_of(number), tensors["half"], tensors.get("full"), tensors["audio"])
+
+
+def prepare(folder: Path, files: int, workers: int) -> None:
+    """Writes those of the first files that are missing; the workers share them out, and end with the program."""
+    (folder / "latents").mkdir(parents=True, exist_ok=True)
+    missing = sorted(set(range(files)) - set(stored(folder)))
+    if not missing:
+        return
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_write, args=(folder, missing[rank::workers])) for rank in range(workers)]
+    for process in processes:
+        process.daemon = True
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
+
+
+@torch.no_grad()
+def _write(folder: Path, numbers: list[int]) -> None:
+    torch.set_num_threads(1)
+    video, audio = plain("video_vae"), plain("audio_vae")
+    load_modules(folder, VideoVAE.name, {"video_vae": video})
+    load_modules(folder, AudioVAE.name, {"audio_vae": audio})
+    for number in tqdm(numbers, desc=f"latents from {numbers[0]}" if numbers else "latents", mininterval=30):
+        scenes = scenes_of(number)
+        tensors = {"half": _encode(video, scenes, HEIGHT // 2, WIDTH // 2)}
+        if number % FULL_EVERY == 0:
+            tensors["full"] = _encode(video, scenes, HEIGHT, WIDTH)
+        mels = torch.stack([log_mel(sound_of(scene)) for scene in scenes])
+        tensors["audio"] = encode_audio(audio, mels).bfloat16()
+        temporary = _path(folder, number).with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.replace(_path(folder, number))
+
+
+def _encode(vae: Any, scenes: list[Scene], height: int, width: int) -> Tensor:
+    with mixed_precision():
+        made = [encode(vae, render_video(scene, height, width, FRAMES).transpose(0, 1)[None]) for scene in scenes]
+    return torch.cat(made).bfloat16()
+
+
+class Statistics(NamedTuple):
+    """Mean and divisor of each channel: of video latents (C), of audio ones in the order of packed tokens (C * M)."""
+
+    video_mean: Tensor
+    video_std: Tensor
+    audio_mean: Tensor
+    audio_std: Tensor
+
+    def video(self, latents: Tensor) -> Tensor:
+        """Normalised video latents."""
+        shape = (1, -1, 1, 1, 1)
+        return (latents.float() - self.video_mean.view(shape)) / self.video_std.view(shape)
+
+    def audio(self, tokens: Tensor) -> Tensor:
+        """Normalised packed audio latents (N, T, C * M)."""
+        return (tokens.float() - self.audio_mean) / self.audio_std
+
+
+def statistics(folder: Path) -> Statistics:
+    """Of the first files; normalised latents have a standard deviation of `SPREAD` in every channel."""
+    some = [load(folder, number) for number in stored(folder)[1:13]]
+    half = torch.cat([latents.half for latents in some]).float().transpose(0, 1).flatten(1)
+    audio = torch.cat([latents.audio for latents in some]).float().transpose(1, 2).flatten(2).flatten(0, 1)
+    return Statistics(half.mean(1), half.std(1) / SPREAD, audio.mean(0), audio.std(0) / SPREAD)
