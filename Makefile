@@ -5,9 +5,10 @@ PYTHON  ?= python3
 PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check
 DEMO    ?= demo.mp4
+BUDGET  ?= 540
 PROMPT  ?= a red kite over a winter beach, waves and gulls
 
-.PHONY: demo test docs setup setup-dev lint bench release clean
+.PHONY: demo test docs setup setup-dev lint bench gpu-proof release clean
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
@@ -40,6 +41,10 @@ lint: setup-dev
 
 bench: setup-dev
 	$(PY) bench/run_all.py --cases small
+
+# What waits for a GPU, within so many seconds, in the environment that is there: .venv, else PYTHON. Results go to bench/results.
+gpu-proof:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu_proof.py --budget $(BUDGET)
 
 # The site in build/site; a warning is an error. Nothing is fetched.
 docs: setup-dev

@@ -1,16 +1,20 @@
 """One forward of the LTX-2.3 transformer, random weights: diffusers, torch.compile, the toolkit, and the GEMM and attention floor.
 
+`--count` counts one block of both at the two stages' shapes, from shapes alone: `dit_count.py` says what a video-sized pass is.
 `--blocks N` runs the first N of 48 blocks. The floor replays, each alone, every matrix product and attention call that the
 toolkit's forward makes; what the forward takes beyond it is what fusion can win.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +22,14 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dit_count
 import machine
 from cases import DTYPES, Case, normal
 from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
-from ltxkern.pipeline.sampling.latents import AudioLatentShape, VideoLatentShape, audio_positions, video_positions
+from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
 from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
 from report import Record, size, write_json
 from timing import CallTimer, Summary, interleave, summarise
@@ -65,11 +70,16 @@ class Inputs:
     audio: ModalityInput
 
 
-def build(case: Case, blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[LTX2Transformer, Any]:
-    """The toolkit's transformer with random weights, and diffusers' on the same tensors."""
+def without_data(case: Case, blocks: int) -> tuple[LTX2Transformer, Any]:
+    """The toolkit's transformer and diffusers', on the meta device."""
     arguments = {**CONFIG, **case.options["config"], "num_layers": blocks}
     with torch.device("meta"):
-        ours, theirs = LTX2Transformer(**arguments), LTX2VideoTransformer3DModel(**arguments)
+        return LTX2Transformer(**arguments), LTX2VideoTransformer3DModel(**arguments)
+
+
+def build(case: Case, blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[LTX2Transformer, Any]:
+    """The toolkit's transformer with random weights, and diffusers' on the same tensors."""
+    ours, theirs = without_data(case, blocks)
     ours = torch.nn.Module.to(ours, dtype=dtype).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
     for parameter in ours.parameters():
@@ -81,16 +91,19 @@ def build(case: Case, blocks: int, dtype: torch.dtype, device: torch.device) -> 
 def inputs_of(case: Case, model: LTX2Transformer, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Random tokens and text with true positions."""
     video, audio = VideoLatentShape(*case.shape), AudioLatentShape(case.options["audio"])
-    generator = torch.Generator(device).manual_seed(1)
-    random, text = normal(dtype, device, generator), case.options["text"]
+    text = case.options["text"]
+    if device.type == "meta":
+        random = functools.partial(torch.empty, dtype=dtype, device=device)
+    else:
+        random = normal(dtype, device, torch.Generator(device).manual_seed(1))
 
-    def given(tokens: int, positions: Tensor, width: int) -> ModalityInput:
-        return ModalityInput(random(1, tokens, 128), SIGMA, None, positions, random(1, text, width))
+    def given(shape: VideoLatentShape | AudioLatentShape, width: int) -> ModalityInput:
+        at = LatentState.create(shape, fps=FPS, dtype=dtype, device=device)
+        x, context = random(1, shape.tokens, 128), random(1, text, width)
+        return ModalityInput(x, SIGMA, None, at.positions, context, coordinates=at.coordinates)
 
-    return Inputs(
-        given(case.numel, video_positions(video, FPS, device=device), model.config.cross_attention_dim),
-        given(audio.frames, audio_positions(audio, device=device), model.config.audio_cross_attention_dim),
-    )
+    widths = model.config.cross_attention_dim, model.config.audio_cross_attention_dim
+    return Inputs(given(video, widths[0]), given(audio, widths[1]))
 
 
 def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
@@ -115,6 +128,21 @@ def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
         )
 
     return call
+
+
+def counted(case: Case) -> list[dict[str, Any]]:
+    """What one block launches and moves in bf16, ours and diffusers', from shapes alone."""
+    meta = torch.device("meta")
+    ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 1))
+    inputs = inputs_of(case, ours, torch.bfloat16, meta)
+    calls = {
+        "ltxkern": (ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
+        "diffusers": (theirs, diffusers_forward(theirs, inputs)),
+    }
+    return [
+        dit_count.count_block(model.transformer_blocks[0], call, case.numel).row(case.name, name)
+        for name, (model, call) in calls.items()
+    ]
 
 
 class ContractionLog(TorchDispatchMode):
@@ -193,6 +221,7 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
         return predict_velocity(ours, inputs.video, inputs.audio)
 
     title, theirs_forward = f"{case.name} {blocks} blocks", diffusers_forward(theirs, inputs)
+    toolkit()  # attention kernels are checked at their first use, outside the log
     with ContractionLog() as log:
         result = toolkit()
     expected = theirs_forward()
@@ -275,7 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_dit.py --cases large --blocks 48`."""
     options = parser("One forward of the transformer.")
     options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
+    options.add_argument(
+        "--count", action="store_true", help="count launches and bytes of one block at both stages, and time nothing"
+    )
     parsed = options.parse_args(arguments)
+    if parsed.count:
+        rows = [row for case in CASES if case.size == "large" for row in counted(case)]
+        print(dit_count.table(rows))
+        if parsed.output_json:
+            Path(parsed.output_json).write_text(json.dumps({"definition": dit_count.__doc__, "rows": rows}, indent=1))
+        return 0
     chosen = {"small": "small", "all": "small", "large": "large"}
     names = parsed.cases.split(",")
     picked = [c for c in CASES if parsed.cases == "all-large" or c.size == chosen.get(parsed.cases) or c.name in names]

@@ -1,7 +1,8 @@
 """The static budget: what every launch of the production calls issues, moves and holds on each architecture, by its code.
 
-`python bench/budget.py` writes budget.json anew for all of them; `--architectures sm_90` replaces those rows alone. No GPU, no
-nvcc: NVRTC and Triton's compiler make the code, Triton's disassembler shows it. Look at the difference before committing it.
+`python bench/budget.py` writes results/counted/budget.json anew for all of them; `--architectures sm_90` replaces those rows
+alone. No GPU, no nvcc: NVRTC and Triton's compiler make the code, Triton's disassembler shows it. Look at the difference before
+committing it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from cards import CARDS, Card
 from cases import Case, Suite
 from command_line import suites
 
-BASELINE = Path(__file__).with_name("budget.json")
+BASELINE = Path(__file__).parent / "results" / "counted" / "budget.json"
 TIERS = ("cuda", "triton")
 DTYPES = ("bf16", "fp16", "fp32")
 # The card whose launches stand for an architecture; H100 and H200 differ in nothing that launches depend on.

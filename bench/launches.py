@@ -103,13 +103,17 @@ _INDICES = (torch.int32, torch.int64)
 
 def _kernels(steps: Sequence[Step], tensors: Sequence[Tensor | None]) -> Iterator[Kernel]:
     sizes = tuple(0 if tensor is None else count_bytes(tensor) for tensor in tensors)
+    memory = [
+        None if tensor is None else (tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in tensors
+    ]
     indices = tuple(i for i, tensor in enumerate(tensors) if tensor is not None and tensor.dtype in _INDICES)
     for step in steps:
         if isinstance(step, Launch):
             template, relocations = pack(step.parameters)
             block = bytearray(template)
             for slot, index, offset in relocations:
-                address = 0 if tensors[index] is None else operand_address(index) + offset
+                # What two operands share, as queries and keys their tables, is one in memory.
+                address = 0 if tensors[index] is None else operand_address(memory.index(memory[index])) + offset
                 block[8 * slot : 8 * slot + 8] = address.to_bytes(8, "little")
             numbers = {name: value for name, value in step.parameters.items() if isinstance(value, int)}
             yield Kernel(

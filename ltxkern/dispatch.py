@@ -7,6 +7,9 @@ entries. A call `op(args, out=None)` goes
 2. to `select`: the first backend that is permitted (`use_backend`, LTXKERN_BACKEND), present (`missing`) and does not `refuse` the
    arguments, decided from what it declares and never by catching an exception;
 3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
+
+What `ltxkern verify` stored of this card decides at the first use of a backend whether it is trusted, and which is
+preferred; where nothing is stored, a small probe decides.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from torch import Tensor
 from ltxkern import debug, schema
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver
-from ltxkern.registration import refuse_gradients, register, register_in_place
+from ltxkern.registration import refuse_gradients, register, register_in_place, tensors_of
+from ltxkern.trust.backends import Trust
 
 logger = logging.getLogger("ltxkern")
 
@@ -39,7 +43,9 @@ _registry: dict[str, Op] = {}
 
 
 class BackendError(RuntimeError):
-    """No permitted backend can serve a call; the message gives the reason of each."""
+    """No permitted backend can serve a call; the message gives the reason of each, `given` the op's arguments."""
+
+    given: Any = None
 
 
 class Backend(NamedTuple):
@@ -95,9 +101,7 @@ def unavailable(backend: str) -> str | None:
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return driver.no_device()
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else driver.no_device()
 
 
 def _ask_again() -> None:
@@ -112,9 +116,7 @@ os.register_at_fork(after_in_child=_ask_again)
 
 def _waiting(backend: str) -> bool:
     """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
-    if backend not in DEVICE_BACKENDS or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    return driver.unused(_ask_again)
+    return backend in DEVICE_BACKENDS and os.environ.get("TRITON_INTERPRET") != "1" and driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
@@ -151,11 +153,26 @@ def use_backend(*names: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def handed(call: Callable[[], Any]) -> Any:
+    """The arguments that a public function's call hands to its op, which does not run: no backend is permitted."""
+    token = _forced.set(("none",))
+    try:
+        call()
+    except BackendError as refusal:
+        return refusal.given
+    finally:
+        _forced.reset(token)
+
+
 def capabilities() -> dict[str, dict[str, str | None]]:
     """Table op x backend: None where the backend serves the op in this process, else the reason why not.
 
     A call may still be refused for its own dtype, layout or size; the reason then comes with `BackendError` under `use_backend`.
+    What `ltxkern verify` found wrong on a GPU is told once CUDA is in use.
     """
+    for op in _registry.values():
+        for kind in ("cpu", "cuda")[: 1 + torch.cuda.is_initialized()]:
+            op.heed_proofs(kind)
     return {name: {backend: op.missing(backend) for backend in BACKENDS} for name, op in sorted(_registry.items())}
 
 
@@ -166,7 +183,8 @@ def registered() -> dict[str, Op]:
 
 def served() -> dict[str, set[str]]:
     """Which backends have served each op so far in this process (the receipt that a run's log quotes)."""
-    return {name: set(op.receipts) for name, op in sorted(_registry.items()) if op.receipts}
+    served = {name: op.receipts | op.captured for name, op in sorted(_registry.items())}
+    return {name: backends for name, backends in served.items() if backends}
 
 
 def _needs_dispatcher(args: Sequence[Any]) -> bool:
@@ -177,6 +195,9 @@ def _needs_dispatcher(args: Sequence[Any]) -> bool:
         return True
     grad = torch.is_grad_enabled()
     for value in args:
+        # Most optional arguments are absent, and to ask what they are no instance of takes longer than a tensor.
+        if value is None:
+            continue
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             kind = type(tensor)
             if kind is Tensor or kind is torch.nn.Parameter:
@@ -218,10 +239,13 @@ class Op:
         self.reference = reference
         self.allocate = allocate
         self.differentiable = differentiable
+        # What has served; what has only been captured, so that the next call asks again whether it is trusted.
         self.receipts: set[str] = set()
+        self.captured: set[str] = set()
         self._backends = {backend.name: backend for backend in backends}
         self._kernels: dict[str, Callable[..., None]] = {}
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
+        self._trust = Trust(name, self._backends, BACKENDS)
         self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
         _registry[name] = self
         if allocate is None:
@@ -238,12 +262,12 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if f"{self.name}:{backend}" in _disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
-        return unavailable(backend)
+        return self._trust.refused.get(backend) or unavailable(backend)
 
     def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
         found = self._present.get(names)
         if found is None:
-            found = tuple(name for name in names or BACKENDS if not _waiting(name) and self.missing(name) is None)
+            found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
             self._present[names] = found
         return found
 
@@ -258,11 +282,13 @@ class Op:
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
-        raise BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
+        error = BackendError(f"ltxkern.{self.name}: no permitted backend can serve this call. {reasons}")
+        error.given = args
+        raise error
 
     def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
-        for name in _forced.get() or _environment_choice() or BACKENDS:
+        for name in _forced.get() or _environment_choice() or self._trust.order:
             if name == before:
                 return
             yield name, self.missing(name) or self._backends[name].refuse(args) or ""
@@ -278,15 +304,32 @@ class Op:
         """The reference, as it serves calls."""
         return debug.watch(self, "torch", self.reference)
 
-    def _note(self, backend: str) -> None:
-        if backend not in self.receipts:
-            self.receipts.add(backend)
+    def heed_proofs(self, kind: str) -> None:
+        """Take what is stored of the devices of a kind, "cpu" or "cuda", into account."""
+        if self._trust.heed(kind):
+            self._present.clear()
+
+    def _serving(self, args: Any) -> str:
+        """The backend that serves a call."""
+        backend = self.select(args)
+        return backend if backend in self.receipts else self._first_use(backend, args)
+
+    def _first_use(self, backend: str, args: Any) -> str:
+        """The backend that serves a call for which `select` chose one that is not trusted yet."""
+        device = next((tensor.device for tensor in tensors_of(args)), torch.device("cpu"))
+        while backend not in self._trust.serving:
+            if not self._trust.heed(device.type) and self._trust.admit(backend, self, args, device):
+                break
+            self._present.clear()
+            backend = self.select(args)
+        if backend not in self.receipts | self.captured:
             logger.info("%s is served by %s", self.name, backend)
+        (self.receipts if backend in self._trust.serving else self.captured).add(backend)
+        return backend
 
     def _run(self, args: Any) -> Any:
         assert self.allocate is not None
-        backend = self.select(args)
-        self._note(backend)
+        backend = self._serving(args)
         if backend == "torch":
             return self._composition(*args)
         out = self.allocate(args)
@@ -295,8 +338,7 @@ class Op:
 
     def _run_into(self, out: Any, args: Any) -> None:
         self._signature.check((out,) if isinstance(out, Tensor) else out, args)
-        backend = self.select(args)
-        self._note(backend)
+        backend = self._serving(args)
         if backend != "torch":
             self.kernel(backend)(out, args)
         elif isinstance(out, Tensor):
@@ -307,10 +349,9 @@ class Op:
 
     def _run_in_place(self, args: Any) -> None:
         self._signature.check(args[:1], args)
-        self._change(self.select(args), args)
+        self._change(self._serving(args), args)
 
     def _change(self, backend: str, args: Any) -> None:
-        self._note(backend)
         if backend == "torch":
             self._composition(*args)
         else:
@@ -325,7 +366,7 @@ class Op:
                 self._torch_op.call(*args)
             return
         check_memory()
-        for backend, args in [(self.select(args), args) for args in calls]:
+        for backend, args in [(self._serving(args), args) for args in calls]:
             self._change(backend, args)
 
     def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:

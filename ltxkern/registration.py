@@ -79,14 +79,15 @@ def register(
 
 def refuse_gradients(name: str, args: Sequence[Any]) -> None:
     """RuntimeError where a gradient is wanted of a call that writes into a given tensor."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(args)):
         raise RuntimeError(
             f"ltxkern.{name.removesuffix('_out')} writes into a given tensor and has no backward: "
             "call it under torch.no_grad()"
         )
 
 
-def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+def tensors_of(args: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, lists entered."""
     for value in args:
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, Tensor):

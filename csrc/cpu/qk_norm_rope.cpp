@@ -18,20 +18,59 @@ struct Tables {
     i64 token_stride, head_stride;
 };
 
-// `count` tokens from element `at` on, in fp32.
-static Tables<float> converted(const QkNormRope& p, i64 at, i64 count, float* buffer) {
-    float* into = buffer;
-    for (const void* table : {p.cos, p.sin}) {
-        for (i64 token = 0; token < count; ++token) {
+// Tokens [first, first + count) of one batch item.
+struct Block {
+    i64 batch, first, count;
+};
+
+// A thread's fp32 copy of a block's tables, and which rows of tables by coordinate it has: neighbouring tokens share most of theirs.
+struct Copied {
+    float* values;
+    std::vector<i64> rows;
+    const QkTensor* of;
+};
+
+// The tables of a block by token, in fp32.
+static Tables<float> converted(const QkNormRope& p, const QkTensor& t, const Block& block, Copied& copied) {
+    float* into = copied.values;
+    for (const void* table : {t.cos, t.sin}) {
+        for (i64 token = 0; token < block.count; ++token) {
             for (i64 head = 0; head < p.heads; ++head) {
-                i64 from = at + token * p.table_token + head * p.table_head;
+                i64 from = block.batch * t.table_batch + (block.first + token) * t.table_token + head * t.table_head;
                 float one[1];
-                for (i64 i = 0; i < p.pairs; ++i) *into++ = *as_compute(table, p.table_type, from + i * p.table_pair, 1, one);
+                for (i64 i = 0; i < p.pairs; ++i) *into++ = *as_compute(table, p.table_type, from + i * t.table_pair, 1, one);
             }
         }
     }
     i64 half = p.heads * p.pairs;
-    return {buffer, buffer + count * half, half, p.pairs};
+    return {copied.values, copied.values + block.count * half, half, p.pairs};
+}
+
+// The tables of a block by coordinate, in fp32.
+static Tables<float> gathered(const QkNormRope& p, const QkTensor& t, const Block& block, Copied& copied) {
+    i64 half = p.heads * p.pairs;
+    if (copied.of != &t) {
+        copied.rows.assign(static_cast<std::size_t>(kTokens * p.axes), -1);
+        copied.of = &t;
+    }
+    for (i64 token = 0; token < block.count; ++token) {
+        i64 at = block.batch * t.rows_batch + (block.first + token) * t.rows_token;
+        for (i64 axis = 0; axis < p.axes; ++axis) {
+            i64 row = static_cast<const int*>(t.rows)[at + axis * t.rows_axis];
+            i64& held = copied.rows[static_cast<std::size_t>(token * p.axes + axis)];
+            if (held == row) continue;
+            held = row;
+            float* into = copied.values + token * half;
+            for (const void* table : {t.cos, t.sin}) {
+                i64 from = row * t.table_token + (axis < p.lead ? t.table_pair : 0);
+                float one[1];
+                for (i64 i = axis < p.lead ? axis + p.axes - p.lead : axis - p.lead; i < half; i += p.axes, from += t.table_pair)
+                    into[i] = *as_compute(table, p.table_type, from, 1, one);
+                into += kTokens * half;
+            }
+        }
+    }
+    return {copied.values, copied.values + kTokens * half, half, p.pairs};
 }
 
 // One head: pairs (i, pairs + i).
@@ -59,43 +98,58 @@ static void rotate_interleaved(i64 pairs, const T* x, float rstd, const float* w
     over_registers(2 * pairs, [&](i64 i, auto n) { store_n(out + i, load_n(row + i, n), n); });
 }
 
-// Queries and keys of every token; tables_of(at, count, buffer) gives the tables of `count` tokens from element `at` on.
+static bool same_tables(const QkTensor& q, const QkTensor& k) {
+    bool dense = q.cos == k.cos && q.sin == k.sin && q.table_batch == k.table_batch && q.table_head == k.table_head &&
+                 q.table_token == k.table_token && q.table_pair == k.table_pair;
+    bool rows = q.rows == k.rows && q.rows_batch == k.rows_batch && q.rows_axis == k.rows_axis && q.rows_token == k.rows_token;
+    return dense && rows && q.tokens == k.tokens;
+}
+
+// Queries or keys of every token, or both where they share their tables; tables_of(tensor, block, copied) gives those of a block.
 template <class T, class TablesOf>
 static void rotate_rows(const QkNormRope& p, int threads, const TablesOf& tables_of) {
-    i64 span = 2 * p.pairs, width = p.heads * span, blocks = (p.tokens + kTokens - 1) / kTokens;
+    const QkTensor &q = p.tensor[0], &k = p.tensor[1];
+    bool together = same_tables(q, k);
+    i64 span = 2 * p.pairs, width = p.heads * span;
+    i64 q_blocks = (q.tokens + kTokens - 1) / kTokens, k_blocks = (k.tokens + kTokens - 1) / kTokens;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> memory(static_cast<std::size_t>((2 + kTokens) * width + span));
-        float *weights = memory.data(), *tables_buffer = weights + 2 * width, *head_row = tables_buffer + kTokens * width;
+        float *weights = memory.data(), *head_row = weights + (2 + kTokens) * width;
+        Copied copied{weights + 2 * width, {}, nullptr};
         const float* weight[2];
-        for (i64 k = 0; k < 2; ++k) weight[k] = row_values(p.tensor[k].weight, p.tensor[k].weight_type, 0, width, weights + k * width);
+        for (i64 i = 0; i < 2; ++i) weight[i] = row_values(p.tensor[i].weight, p.tensor[i].weight_type, 0, width, weights + i * width);
 #pragma omp for schedule(static)
-        for (i64 block = 0; block < p.batch * blocks; ++block) {
-            i64 batch = block / blocks, first = block % blocks * kTokens, count = p.tokens - first < kTokens ? p.tokens - first : kTokens;
-            auto tables = tables_of(batch * p.table_batch + first * p.table_token, count, tables_buffer);
+        for (i64 item = 0; item < p.batch * (together ? q_blocks : q_blocks + k_blocks); ++item) {
+            bool of_q = item < p.batch * q_blocks;
+            i64 place = of_q ? item : item - p.batch * q_blocks, blocks = of_q ? q_blocks : k_blocks;
+            const int from = of_q ? 0 : 1, to = of_q && !together ? 1 : 2;
+            i64 first = place % blocks * kTokens, left = p.tensor[from].tokens - first;
+            Block block{place / blocks, first, left < kTokens ? left : kTokens};
+            auto tables = tables_of(p.tensor[from], block, copied);
             const T* x[2];
             T* out[2];
             float rstd[2][kTokens];
-            for (int k = 0; k < 2; ++k) {
-                const QkTensor& t = p.tensor[k];
-                x[k] = static_cast<const T*>(t.x) + batch * t.batch_stride + first * t.token_stride;
-                out[k] = static_cast<T*>(t.out) + (batch * p.tokens + first) * width;
-                for (i64 token = 0; token < count; ++token) {
-                    const T* row = x[k] + token * t.token_stride;
-                    rstd[k][token] = inverse_rms(width, p.eps, [&](i64 i, auto n) { return load_n(row + i, n); });
+            for (int i = from; i < to; ++i) {
+                const QkTensor& t = p.tensor[i];
+                x[i] = static_cast<const T*>(t.x) + block.batch * t.batch_stride + first * t.token_stride;
+                out[i] = static_cast<T*>(t.out) + (block.batch * t.tokens + first) * width;
+                for (i64 token = 0; token < block.count; ++token) {
+                    const T* row = x[i] + token * t.token_stride;
+                    rstd[i][token] = inverse_rms(width, p.eps, [&](i64 at, auto n) { return load_n(row + at, n); });
                 }
             }
             for (i64 head = 0; head < p.heads; ++head) {
-                for (i64 token = 0; token < count; ++token) {
+                for (i64 token = 0; token < block.count; ++token) {
                     i64 at = token * tables.token_stride + head * tables.head_stride;
-                    for (int k = 0; k < 2; ++k) {
-                        const T* from = x[k] + token * p.tensor[k].token_stride + head * span;
-                        T* to = out[k] + token * width + head * span;
-                        const float* scale = weight[k] + head * span;
+                    for (int i = from; i < to; ++i) {
+                        const T* read = x[i] + token * p.tensor[i].token_stride + head * span;
+                        T* write = out[i] + token * width + head * span;
+                        const float* scale = weight[i] + head * span;
                         if (p.interleaved)
-                            rotate_interleaved(p.pairs, from, rstd[k][token], scale, tables.cosine + at, tables.sine + at, to, head_row);
+                            rotate_interleaved(p.pairs, read, rstd[i][token], scale, tables.cosine + at, tables.sine + at, write, head_row);
                         else
-                            rotate_split(p.pairs, from, rstd[k][token], scale, tables.cosine + at, tables.sine + at, to);
+                            rotate_split(p.pairs, read, rstd[i][token], scale, tables.cosine + at, tables.sine + at, write);
                     }
                 }
             }
@@ -105,17 +159,21 @@ static void rotate_rows(const QkNormRope& p, int threads, const TablesOf& tables
 
 template <class T, class Table>
 static void rotate_by_table(const QkNormRope& p, int threads) {
-    rotate_rows<T>(p, threads, [&](i64 at, i64, float*) -> Tables<Table> {
-        return {static_cast<const Table*>(p.cos) + at, static_cast<const Table*>(p.sin) + at, p.table_token, p.table_head};
+    rotate_rows<T>(p, threads, [](const QkTensor& t, const Block& block, Copied&) -> Tables<Table> {
+        i64 at = block.batch * t.table_batch + block.first * t.table_token;
+        return {static_cast<const Table*>(t.cos) + at, static_cast<const Table*>(t.sin) + at, t.table_token, t.table_head};
     });
 }
 
-// Tables of fp32 and of x's dtype are read where they lie, others converted block by block.
+// Tables by token of fp32 and of x's dtype are read where they lie, others copied block by block.
 template <class T>
 static void rotate_activations(const QkNormRope& p, int threads) {
-    if (p.table_pair == 1 && p.table_type == kF32) return rotate_by_table<T, float>(p, threads);
-    if (p.table_pair == 1 && p.table_type == p.type) return rotate_by_table<T, T>(p, threads);
-    rotate_rows<T>(p, threads, [&](i64 at, i64 count, float* buffer) { return converted(p, at, count, buffer); });
+    bool dense = p.tensor[0].table_pair == 1 && p.tensor[1].table_pair == 1;
+    if (p.axes == 0 && dense && p.table_type == kF32) return rotate_by_table<T, float>(p, threads);
+    if (p.axes == 0 && dense && p.table_type == p.type) return rotate_by_table<T, T>(p, threads);
+    rotate_rows<T>(p, threads, [&](const QkTensor& t, const Block& block, Copied& copied) {
+        return p.axes == 0 ? converted(p, t, block, copied) : gathered(p, t, block, copied);
+    });
 }
 
 static void qk_norm_rope(const void* parameters, int threads) {

@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> None:
+def table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their longest cell, but the last: a reason is shown whole, on one line."""
     print(f"\n{title}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
@@ -27,20 +27,24 @@ def run(arguments: argparse.Namespace) -> int:
     import ltxkern
     from ltxkern.dispatch import BACKENDS, unavailable
     from ltxkern.environment import environment
+    from ltxkern.trust import proofs
 
     facts = environment()
     versions = [(name, version or "not installed") for name, version in facts["packages"].items()]
-    _table(f"ltxkern {facts['ltxkern']}, Python {facts['python']}", versions)
+    table(f"ltxkern {facts['ltxkern']}, Python {facts['python']}", versions)
     print(f"\nprocessor: {facts['processor']}, {facts['cores']} cores, torch uses {facts['threads']} threads")
     if not facts["devices"]:
         print("devices: no CUDA device; everything runs on the CPU")
     for device in facts["devices"]:
         gibibytes = device["memory_bytes"] / 2**30
         print(f"device: {device['name']}, capability {device['capability']}, {gibibytes:.0f} GiB")
-    _table("backends, best first", [(name, unavailable(name) or "ready") for name in BACKENDS])
+    for kind in ("cuda", "cpu") if facts["devices"] else ("cpu",):
+        for name, proof in proofs.stored(kind).items():
+            print(f"proof of {name}: {'none, ltxkern verify makes one' if proof is None else proof.when}")
+    table("backends, best first", [(name, unavailable(name) or "ready") for name in BACKENDS])
     capabilities = ltxkern.capabilities()
     served = [(op, *("yes" if row[name] is None else "-" for name in BACKENDS)) for op, row in capabilities.items()]
-    _table("what serves which op here", [("op", *BACKENDS), *served])
+    table("what serves which op here", [("op", *BACKENDS), *served])
     for op, row in capabilities.items():
         for name, reason in row.items():
             if reason is not None and reason != unavailable(name):

@@ -138,6 +138,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("LTXKERN_DEVICE_MODE", "auto"),
         help="auto (default), resident, snapshot, inplace or original",
     )
+    group.add_argument(
+        "--attention",
+        metavar="NAME",
+        default=os.environ.get("LTXKERN_ATTENTION") or "auto",
+        help="attention kernel: auto (default), cudnn, fa3, flash, efficient, math, torch; sage, which only approximates",
+    )
     group.add_argument("--backend", help="force a backend, or several in order: cuda,nvrtc,triton,cpu,torch")
     group.add_argument("--max-batch-size", type=int, default=1, help="guidance branches per forward (default 1)")
 
@@ -151,6 +157,7 @@ class ModelOptions:
     device: torch.device
     dtype: torch.dtype
     device_mode: str
+    attention: str
     backends: tuple[str, ...]
     loras: tuple[tuple[str, float], ...]
     distilled_lora: str | None
@@ -191,6 +198,7 @@ class ModelOptions:
                 dtype=self.dtype,
                 preset=self.preset.name,
                 device_mode=self.device_mode,
+                attention=self.attention,
                 loras=self.loras,
                 distilled_lora=self.distilled_lora,
                 distilled_strengths=self.distilled_strengths,
@@ -220,6 +228,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
+    from ltxkern.pipeline.model.attention_choice import AttentionChoice
     from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
 
@@ -241,6 +250,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
+    attention = admission.attempt("", lambda: AttentionChoice(arguments.attention))
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
     device = admission.attempt("", lambda: find_device(arguments.device))
     model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
@@ -249,12 +259,15 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     if preset is None or backends is None or device is None or model is None or dtype is None:
         return None
     warn_if_unfit(preset, model, (first, second))
+    if attention is not None:
+        admission.attempt("", partial(attention.require, device, dtype, model.config("transformer")))
     return ModelOptions(
         model=model,
         preset=preset,
         device=device,
         dtype=dtype,
         device_mode=arguments.device_mode,
+        attention=arguments.attention,
         backends=backends,
         loras=loras,
         distilled_lora=arguments.distilled_lora,

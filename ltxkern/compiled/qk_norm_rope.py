@@ -2,92 +2,168 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.rows import WARP_PACKS, WIDEST, dense_rows, type_names, vector_of
+from ltxkern.compiled.rows import WARP_PACKS, WIDEST, check_range, dense_rows, type_names, vector_of
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
-from ltxkern.compiled.tensors import param_code
+from ltxkern.compiled.tensors import PARAM_CODES, param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
 
 if TYPE_CHECKING:
     from ltxkern.ops.qk_norm_rope import Arguments
 
-Q, K, Q_WEIGHT, K_WEIGHT, COS, SIN, Q_OUT, K_OUT = (Argument(i) for i in range(8))
-ARGUMENTS = 8
+# Tensors of q, then of k: x, weight, cos, sin, rows, out.
+PER_TENSOR = 6
+ARGUMENTS = 2 * PER_TENSOR
+_FP32 = PARAM_CODES[torch.float32]
+
+
+class TableView(NamedTuple):
+    """How cos and sin lie, strides in elements.
+
+    Attributes:
+        strides: by batch, head, token and pair; of tables by coordinate "token" is a row, "pair" a column.
+        table_rows: rows of tables by coordinate.
+        rows_strides: of the rows that tokens have in those, by batch, axis and token.
+    """
+
+    strides: tuple[int, int, int, int]
+    table_rows: int = 0
+    rows_strides: tuple[int, int, int] = (0, 0, 0)
+
+
+class Side(NamedTuple):
+    """Queries or keys: strides in elements by batch and token."""
+
+    weight_code: int
+    tokens: int
+    strides: tuple[int, int]
+    table: TableView
 
 
 class Case(NamedTuple):
-    """Everything of a call that its launches depend on; strides in elements, those of the tables by batch, head, token and pair."""
+    """Everything of a call that its launches depend on.
+
+    Attributes:
+        axes: coordinates of a token in tables by coordinate; 0 for tables by token.
+        vector: elements of a thread's access.
+    """
 
     type_code: int
-    weight_codes: tuple[int, int]
     table_code: int
-    strides: tuple[tuple[int, int], tuple[int, int]]
-    table_strides: tuple[int, int, int, int]
+    sides: tuple[Side, Side]
     batch: int
-    tokens: int
     heads: int
     pairs: int
+    axes: int
     interleaved: bool
     eps: float
     vector: int
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Tokens of q and of k in all batch items."""
+        return self.batch * self.sides[0].tokens, self.batch * self.sides[1].tokens
+
+    @property
+    def lead(self) -> int:
+        """Places before the first pair, where axes do not divide the pairs."""
+        return -(self.heads * self.pairs) % self.axes if self.axes else 0
+
 
 def _parameters(case: Case) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = {}
-    for index, (x, weight, out) in enumerate(((Q, Q_WEIGHT, Q_OUT), (K, K_WEIGHT, K_OUT))):
-        batch, token = case.strides[index]
-        lies = {"weight_type": case.weight_codes[index], "batch_stride": batch, "token_stride": token}
-        parameters |= nested(f"tensor[{index}]", x=x, weight=weight, out=out, **lies)
-    batch, head, token, pair = case.table_strides
+    for index, side in enumerate(case.sides):
+        x, weight, cos, sin, rows, out = (Argument(index * PER_TENSOR + i) for i in range(PER_TENSOR))
+        lies = dict(zip(("batch_stride", "token_stride"), side.strides, strict=True))
+        table = dict(zip(("table_batch", "table_head", "table_token", "table_pair"), side.table.strides, strict=True))
+        by_axis = dict(zip(("rows_batch", "rows_axis", "rows_token"), side.table.rows_strides, strict=True))
+        parameters |= nested(
+            f"tensor[{index}]",
+            **{"x": x, "weight": weight, "out": out, "cos": cos, "sin": sin, "rows": rows if case.axes else None},
+            **{"weight_type": side.weight_code, **lies, "tokens": side.tokens, **table, **by_axis},
+            table_rows=side.table.table_rows,
+        )
     return {
         **parameters,
-        **{"cos": COS, "sin": SIN, "type": case.type_code, "table_type": case.table_code},
-        **{"table_batch": batch, "table_head": head, "table_token": token, "table_pair": pair},
-        **{"batch": case.batch, "tokens": case.tokens, "heads": case.heads, "pairs": case.pairs},
+        **{"type": case.type_code, "table_type": case.table_code},
+        **{"batch": case.batch, "heads": case.heads, "pairs": case.pairs, "axes": case.axes, "lead": case.lead},
         **{"interleaved": int(case.interleaved), "eps": case.eps},
     }
 
 
+def _sharing(case: Case) -> dict[str, Parameter]:
+    """How the blocks of a launch fall to queries and keys."""
+    q_rows, k_rows = case.rows
+    shared = min(q_rows, k_rows)
+    return {"shared_rows": shared, "in_turn": 2 * shared, "longer": int(k_rows > q_rows)}
+
+
+def _float_bits(value: float) -> int:
+    """A number as the 32 bits of an fp32."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
+
+
 def _in_packs(case: Case) -> Case:
-    """The case with strides and pairs in packs."""
+    """The case with strides and pairs in packs; tables of several coordinates are read element by element, and keep theirs."""
     vector = case.vector
-    (q_batch, q_token), (k_batch, k_token) = case.strides
-    batch, head, token, pair = case.table_strides
-    return case._replace(
-        strides=((q_batch // vector, q_token // vector), (k_batch // vector, k_token // vector)),
-        table_strides=(batch // vector, head // vector, token // vector, pair),
-        pairs=case.pairs // vector,
-    )
+    table_vector = vector if case.axes < 2 else 1
+
+    def packed(side: Side) -> Side:
+        batch, head, token, pair = side.table.strides
+        lies = (batch // table_vector, head // table_vector, token // table_vector, pair)
+        x_strides = (side.strides[0] // vector, side.strides[1] // vector)
+        return side._replace(strides=x_strides, table=side.table._replace(strides=lies))
+
+    return case._replace(sides=(packed(case.sides[0]), packed(case.sides[1])), pairs=case.pairs // vector)
 
 
 def _small(case: Case) -> bool:
-    """Whether 32 bits count the tokens, and the packs of every tensor; a case in packs."""
-    batch, tokens, width = case.batch, case.tokens, 2 * case.heads * case.pairs
-    of_x = [(batch - 1) * x_batch + (tokens - 1) * x_token + width for x_batch, x_token in case.strides]
-    extents = (batch, case.heads, tokens, 1)
-    of_table = (
-        sum((extent - 1) * stride for extent, stride in zip(extents, case.table_strides, strict=True)) + case.pairs
-    )
-    return batch * tokens < 1 << 30 and max(*of_x, of_table, batch * tokens * width) < 1 << 32
+    """Whether 32 bits count the tokens, the table rows' numbers, and the packs of every tensor; a case in packs."""
+    batch, width = case.batch, 2 * case.heads * case.pairs
+    if max(case.rows) >= 1 << 30:
+        return False
+    reach = [max(case.rows) * width]
+    for side in case.sides:
+        x_batch, x_token = side.strides
+        reach.append((batch - 1) * x_batch + (side.tokens - 1) * x_token + width)
+        b, head, token, _ = side.table.strides
+        last = side.table.table_rows - 1 if case.axes else side.tokens - 1
+        reach.append((batch - 1) * b + (case.heads - 1) * head + last * token + width * case.vector)
+        rows_batch, rows_axis, rows_token = side.table.rows_strides
+        reach.append((batch - 1) * rows_batch + case.axes * rows_axis + side.tokens * rows_token)
+    return max(reach) < 1 << 32
 
 
 def _packed(case: Case, threads: int) -> Launch | None:
     """The launch of the kernel that knows its dtypes, for tokens of whole warps and heads that fill a warp; None for others."""
     names = type_names(case.type_code, [case.table_code])
-    if case.vector == 1 or names is None or case.weight_codes != (case.type_code, case.type_code):
+    if case.vector == 1 or names is None or any(side.weight_code != case.type_code for side in case.sides):
+        return None
+    if case.axes not in (0, 1, 3) or (case.axes and case.table_code != _FP32):
         return None
     packs = _in_packs(case)
     width = 2 * packs.heads * packs.pairs
     block = width // WARP_PACKS * 32
     if 32 % packs.pairs or width % WARP_PACKS or not 0 < block <= threads or not _small(packs):
         return None
-    parameters = _parameters(packs) | {"by_tokens": divider(case.tokens), "pairs_log2": packs.pairs.bit_length() - 1}
-    parameters |= {"inverse_width": 1.0 / (2 * case.heads * case.pairs)}
-    return Launch(f"ltxk::qk_norm_rope_packs<{names}>", (2 * case.batch * case.tokens,), block, parameters)
+    pairs_log2 = packs.pairs.bit_length() - 1
+    parameters: dict[str, Parameter] = {
+        **_parameters(packs),
+        **{"lead": case.lead, **_sharing(case), "pairs_log2": pairs_log2, "width": width},
+        **{"inverse_width": _float_bits(1.0 / (2 * case.heads * case.pairs)), "least": _float_bits(case.eps)},
+    }
+    q, k = packs.sides
+    parameters |= {"by_q_tokens": divider(max(1, q.tokens)), "by_k_tokens": divider(max(1, k.tokens))}
+    # 32 packs of pairs on, a thread is at the same place of a later head.
+    heads_on = 32 >> pairs_log2
+    parameters |= {"q_table_step": heads_on * q.table.strides[1], "k_table_step": heads_on * k.table.strides[1]}
+    return Launch(f"ltxk::qk_norm_rope_packs<{names}, {case.axes}>", (sum(case.rows),), block, parameters)
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -96,8 +172,9 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
         return [packed]
     vector = min(case.vector, WIDEST)
     block = min(threads, max(32, round_up(ceil_div(2 * case.heads * case.pairs, vector), 32)))
-    grid = (2 * case.batch * case.tokens,)
-    return [Launch(f"ltxk::qk_norm_rope<{vector}>", grid, block, _parameters(case))]
+    parameters = _parameters(case) | _sharing(case)
+    parameters |= {"by_pairs": divider(case.pairs), "by_axes": divider(max(1, case.axes))}
+    return [Launch(f"ltxk::qk_norm_rope<{vector}>", (sum(case.rows),), block, parameters)]
 
 
 def cpu_calls(case: Case) -> list[Call]:
@@ -105,10 +182,38 @@ def cpu_calls(case: Case) -> list[Call]:
     return [Call("qk_norm_rope", _parameters(case))]
 
 
+def check_rows(args: Arguments) -> None:
+    """Every row that a token has on an axis is one of its tables'.
+
+    Raises:
+        ValueError: one on the host is not.
+    """
+    for name, (cos, _, rows) in (("rows", args.q_tables), ("k_rows", args.k_tables)):
+        if rows is not None and (name == "rows" or args.k_cos is not None):
+            check_range(rows, cos.shape[0], name)
+
+
+def _tables(cos: Tensor, sin: Tensor, rows: Tensor | None, batch: int, pairs: int) -> tuple[Tensor, Tensor, TableView]:
+    """Cosines and sines that lie alike, and how."""
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if rows is None:
+        own, head, token, pair = cos.stride()
+        return cos, sin, TableView((own if cos.shape[0] == batch else 0, head, token, pair))
+    row, column = cos.stride()
+    row_batch, row_axis, row_token = rows.stride()
+    # Of one coordinate a head's pairs lie in a row one after another.
+    head = pairs * column if rows.shape[1] == 1 else 0
+    by_axis = (row_batch if rows.shape[0] == batch else 0, row_axis, row_token)
+    return cos, sin, TableView((0, head, row, column), cos.shape[0], by_axis)
+
+
 def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     """One call on checked arguments."""
-    if args.q.numel() == 0:
+    if args.q.numel() + args.k.numel() == 0:
         return
+    if tier == "cpu" and args.rows is not None:
+        check_rows(args)
     targets = dense(out)
     q, k, q_weight, k_weight = (
         dense_rows(args.q),
@@ -116,30 +221,41 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
         args.q_weight.contiguous(),
         args.k_weight.contiguous(),
     )
-    cos, sin = args.cos, args.sin
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    batch, tokens = q.shape[:2]
-    heads, pairs = cos.shape[1], cos.shape[3]
-    table = (cos.stride(0) if cos.shape[0] == batch else 0, cos.stride(1), cos.stride(2), cos.stride(3))
-    strides = ((q.stride(0), q.stride(1)), (k.stride(0), k.stride(1)))
+    batch, tokens, width = q.shape
+    heads = args.head_count
+    pairs = width // (2 * heads)
+    cos, sin, table = _tables(args.cos, args.sin, args.rows, batch, pairs)
+    k_cos, k_sin, k_table, k_rows = cos, sin, table, args.rows
+    if args.k_cos is not None and args.k_sin is not None:
+        k_rows = args.k_rows
+        k_cos, k_sin, k_table = _tables(args.k_cos, args.k_sin, k_rows, batch, pairs)
+    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
+    axes = 0 if args.rows is None else args.rows.shape[1]
     vector = 1
-    given = [q, k, q_weight, k_weight, cos, sin, *targets]
-    if args.layout == "split" and (table[3] == 1 or pairs == 1):
-        vector = vector_of(q.element_size(), pairs, given, [*strides[0], *strides[1], *table[:3]])
+    if args.layout == "split":
+        aligned, steps = [q, k, q_weight, k_weight, *targets], [*q_strides, *k_strides]
+        # Tables of several coordinates are read element by element, and need not be aligned.
+        if axes < 2:
+            aligned += [cos, sin] if k_cos is cos else [cos, sin, k_cos, k_sin]
+            steps += [*table.strides[:3], *k_table.strides[:3]]
+        if axes > 1 or pairs == 1 or table.strides[3] == k_table.strides[3] == 1:
+            vector = vector_of(q.element_size(), pairs, aligned, steps)
     case = Case(
         type_code=param_code(q),
-        weight_codes=(param_code(q_weight), param_code(k_weight)),
         table_code=param_code(cos),
-        strides=strides,
-        table_strides=table,
+        sides=(
+            Side(param_code(q_weight), tokens, q_strides, table),
+            Side(param_code(k_weight), k.shape[1], k_strides, k_table),
+        ),
         batch=batch,
-        tokens=tokens,
         heads=heads,
         pairs=pairs,
+        axes=axes,
         interleaved=args.layout == "interleaved",
         eps=args.eps,
         vector=vector,
     )
-    program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)(*given)
+    q_tensors = (q, q_weight, cos, sin, args.rows, targets[0])
+    run_program = program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)
+    run_program(*q_tensors, k, k_weight, k_cos, k_sin, k_rows, targets[1])
     hand_back(out, targets)

@@ -183,7 +183,7 @@ def _operand(tensor: Tensor | None, strides: tuple[int, int]) -> Operand | None:
     return None if tensor is None else Operand(param_code(tensor), *strides)
 
 
-def check_range(rows: Tensor, count: int) -> None:
+def check_range(rows: Tensor, count: int, name: str = "rows") -> None:
     """Every index names one of `count` rows. On a device that would be a wait for it, so only host tensors are looked at.
 
     Raises:
@@ -195,7 +195,7 @@ def check_range(rows: Tensor, count: int) -> None:
     least, most = (int(value) for value in rows.aminmax())
     if least < 0 or most >= count:
         wrong = least if least < 0 else most
-        raise ValueError(f"rows must be at least 0 and below {count}, the number of rows of the tables, got {wrong}")
+        raise ValueError(f"{name} must be at least 0 and below {count}, the number of rows of the tables, got {wrong}")
 
 
 def table_rows(table: Tensor, x: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Multi-branch guidance on x0 predictions: combination, standard deviations and rescale."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

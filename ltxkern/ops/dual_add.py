@@ -1,7 +1,5 @@
 """Two sums that share an operand in one pass: a weight with each of two LoRA deltas."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Gated residual of the transformer block, and its per-head attention gate."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

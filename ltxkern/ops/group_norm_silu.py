@@ -1,7 +1,5 @@
 """GroupNorm followed by SiLU, with an optional residual and a folded convolution bias."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """LoRA merge into a weight, in place and in row chunks."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Standardisation of sampler noise, and the mergeable statistics behind it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """PixelNorm (RMS over channels) followed by SiLU."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The res2s sampler between two model calls: SDE step and both half-steps, each one op for video and audio together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Parameter-free (or weighted) RMSNorm followed by adaLN modulation, alone and behind a gated residual."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

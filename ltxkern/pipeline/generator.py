@@ -16,6 +16,7 @@ from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.model.text import PromptEmbeddings
@@ -58,6 +59,7 @@ class HQTwoStagePipeline:
         distilled_lora: LoRA | None = None,
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
+        attention: str | AttentionChoice | None = None,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -70,9 +72,9 @@ class HQTwoStagePipeline:
         self.distilled_lora = distilled_lora
         self.distilled_strengths = distilled_strengths or self.preset.distilled_strengths
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
-        self.geometry = geometry or geometry_from_configs(
-            components.config("transformer"), components.config("audio_vae")
-        )
+        config = components.config("transformer")
+        self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
+        self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
         self._parallel: CFGParallel | None = None
@@ -89,6 +91,7 @@ class HQTwoStagePipeline:
         dtype: torch.dtype = torch.bfloat16,
         preset: str = "hq",
         device_mode: str = "auto",
+        attention: str | None = None,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -107,6 +110,7 @@ class HQTwoStagePipeline:
             dtype: of weights and activations; the vocoder stays fp32.
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
+            attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -156,6 +160,7 @@ class HQTwoStagePipeline:
             distilled_lora=distilled,
             distilled_strengths=strengths,
             device_mode=device_mode,
+            attention=attention,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -285,14 +290,15 @@ class HQTwoStagePipeline:
             phases = phases[: self._parallel.stages(policies[: len(stages)])]
         if phases:
             self._attach(request, phases)
-        latents = run.latents(policies, phases)
+        with use_attention(self.attention):
+            latents = run.latents(policies, phases)
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
         if output_type != "latents" and leads:
             videos, audio = self._decode(latents, tiling, output_type, progress)
-            single = isinstance(request.prompt, str)
-            output.video, output.audio = (videos[0], audio[0]) if single else (videos, audio)
-        output.backends = {name: sorted(names) for name, names in served().items()}
+            output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
+        kernels = served() | {"attention": self.attention.served}
+        output.backends = {name: sorted(names) for name, names in kernels.items()}
         return output
 
     def share_branches(self, parallel: CFGParallel) -> None:
@@ -358,11 +364,10 @@ class HQTwoStagePipeline:
         return videos, waveforms
 
     def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
-        parts = self.components
         report(progress, "audio", 0, 1)
         with (
-            self.manager.component("audio_vae", parts.audio_vae) as audio_vae,
-            self.manager.component("vocoder", parts.vocoder) as vocoder,
+            self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
+            self.manager.component("vocoder", self.components.vocoder) as vocoder,
         ):
             waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
         report(progress, "audio", 1, 1)

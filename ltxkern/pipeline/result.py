@@ -26,7 +26,7 @@ class HQOutput:
         frame_rate, sample_rate: of video and audio.
         seed: the seed of all videos, or theirs in order.
         stages: sizes, schedule and forwards of each.
-        backends: which backend served each op.
+        backends: which backend served each op, and which kernels attention.
     """
 
     video: Any

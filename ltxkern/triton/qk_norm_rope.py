@@ -12,7 +12,7 @@ from ltxkern.layout import dense, hand_back, power_of_two
 from ltxkern.triton.numerics import reciprocal_root
 
 if TYPE_CHECKING:
-    from ltxkern.ops.qk_norm_rope import Arguments
+    from ltxkern.ops.qk_norm_rope import Arguments, RotaryTables
 
 
 @triton.jit
@@ -27,6 +27,28 @@ def _load_pairs(ptr, head, pair, valid, D: tl.constexpr, SPLIT: tl.constexpr, BH
         both = tl.load(at, mask=valid[:, :, None] & (side < 2), other=0.0)
         first, second = tl.split(both)
     return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _load_tables(
+    cos_ptr, sin_ptr, rows_ptr, head, pair, valid, b, t, rope_b, rope_h, rope_t, rope_d, rows_b, rows_a, rows_t, count,
+    D: tl.constexpr, AXES: tl.constexpr, LEAD: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of a token in fp32; by coordinate (AXES > 0) NaN where a row is none of the `count` of the tables."""
+    if AXES == 0:
+        at = b * rope_b + t * rope_t + head.to(tl.int64) * rope_h + pair * rope_d
+        inside = valid
+    else:
+        place = head * (D // 2) + pair + LEAD
+        at = rows_ptr + b * rows_b + t * rows_t
+        row = tl.load(at) + tl.zeros_like(place)
+        for axis in tl.static_range(1, AXES):
+            row = tl.where(place % AXES == axis, tl.load(at + axis * rows_a), row)
+        inside = (row >= 0) & (row < count)
+        at = row.to(tl.int64) * rope_t + place // AXES * rope_d
+    cos = tl.load(cos_ptr + at, mask=valid & inside, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=valid & inside, other=float("nan")).to(tl.float32)
+    return cos, sin
 
 
 @triton.jit
@@ -62,62 +84,112 @@ def _rope_kernel(
     k_weight_ptr,
     cos_ptr,
     sin_ptr,
+    rows_ptr,
+    k_cos_ptr,
+    k_sin_ptr,
+    k_rows_ptr,
     eps,
     inverse,
-    tokens,
+    shared,
     heads,
+    q_tokens,
     q_b,
     q_t,
-    k_b,
-    k_t,
     rope_b,
     rope_h,
     rope_t,
     rope_d,
+    rows_b,
+    rows_a,
+    rows_t,
+    count,
+    k_tokens,
+    k_b,
+    k_t,
+    k_rope_b,
+    k_rope_h,
+    k_rope_t,
+    k_rope_d,
+    k_rows_b,
+    k_rows_a,
+    k_rows_t,
+    k_count,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
     BH: tl.constexpr,
     BP: tl.constexpr,
+    AXES: tl.constexpr,
+    LEAD: tl.constexpr,
 ):
-    """Even programs rotate a token's query, odd ones its key, so that both use the same table lines."""
+    """A token of q or k, in turn as long as both have some, so that neighbours use the same table lines."""
     pid = tl.program_id(0).to(tl.int64)
+    of_q = pid % 2 == 0
     row = pid // 2
-    b = row // tokens
-    t = row % tokens
+    if pid >= 2 * shared:
+        of_q = q_tokens > k_tokens
+        row = pid - shared
     head = tl.arange(0, BH)[:, None]
     pair = tl.arange(0, BP)[None, :]
     valid = (head < heads) & (pair < D // 2)
-    at = b * rope_b + t * rope_t + head.to(tl.int64) * rope_h + pair * rope_d
-    cos = tl.load(cos_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at, mask=valid, other=0.0).to(tl.float32)
     width = heads * D
-    if pid % 2 == 0:
+    if of_q:
+        b = row // q_tokens
+        t = row % q_tokens
+        cos, sin = _load_tables(
+            cos_ptr, sin_ptr, rows_ptr, head, pair, valid, b, t, rope_b, rope_h, rope_t, rope_d, rows_b, rows_a, rows_t,
+            count, D, AXES, LEAD,
+        )  # fmt: skip
         _rotate(
             q_out_ptr + row * width, q_ptr + b * q_b + t * q_t, q_weight_ptr, cos, sin, head, pair, valid, inverse, eps,
             D, SPLIT, BH, BP,
         )  # fmt: skip
     else:
+        b = row // k_tokens
+        t = row % k_tokens
+        cos, sin = _load_tables(
+            k_cos_ptr, k_sin_ptr, k_rows_ptr, head, pair, valid, b, t, k_rope_b, k_rope_h, k_rope_t, k_rope_d, k_rows_b,
+            k_rows_a, k_rows_t, k_count, D, AXES, LEAD,
+        )  # fmt: skip
         _rotate(
             k_out_ptr + row * width, k_ptr + b * k_b + t * k_t, k_weight_ptr, cos, sin, head, pair, valid, inverse, eps,
             D, SPLIT, BH, BP,
         )  # fmt: skip
 
 
+def _lies(x: Tensor, tables: RotaryTables) -> tuple[int, ...]:
+    """Tokens and strides of q or k, those of its tables, and the rows that these have."""
+    cos, _, rows = tables
+    if rows is None:
+        return (
+            x.shape[1],
+            x.stride(0),
+            x.stride(1),
+            cos.stride(0) if cos.shape[0] == x.shape[0] else 0,
+            *cos.stride()[1:],
+            0,
+            0,
+            0,
+            0,
+        )
+    own = rows.stride(0) if rows.shape[0] == x.shape[0] else 0
+    return x.shape[1], x.stride(0), x.stride(1), 0, 0, *cos.stride(), own, rows.stride(1), rows.stride(2), cos.shape[0]
+
+
 def launch(out: tuple[Tensor, Tensor], args: Arguments) -> None:
     """Launch on checked arguments."""
-    q, k, cos = args.q, args.k, args.cos
-    if q.numel() == 0:
+    q, k, heads = args.q, args.k, args.head_count
+    if q.numel() + k.numel() == 0:
         return
     batch, tokens, width = q.shape
-    heads = cos.shape[1]
+    axes = 0 if args.rows is None else args.rows.shape[1]
     depth = width // heads
     targets = dense(out)
     block_heads, block_pairs = power_of_two(heads), power_of_two(depth // 2)
-    _rope_kernel[(2 * batch * tokens,)](
-        *targets, q, k, args.q_weight.contiguous(), args.k_weight.contiguous(), cos, args.sin, args.eps, 1.0 / width, tokens, heads,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        cos.stride(0) if cos.shape[0] == batch else 0, *cos.stride()[1:],
+    _rope_kernel[(batch * (tokens + k.shape[1]),)](
+        *targets, q, k, args.q_weight.contiguous(), args.k_weight.contiguous(), *args.q_tables, *args.k_tables,
+        args.eps, 1.0 / width, batch * min(tokens, k.shape[1]), heads, *_lies(q, args.q_tables), *_lies(k, args.k_tables),
         D=depth, SPLIT=args.layout == "split", BH=block_heads, BP=block_pairs,
+        AXES=axes, LEAD=-(width // 2) % axes if axes else 0,
         num_warps=min(16, max(4, block_heads * block_pairs * 2 // 512)), enable_fp_fusion=True,
     )  # fmt: skip
     hand_back(out, targets)

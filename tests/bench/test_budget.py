@@ -25,8 +25,10 @@ COUNTS = ("issue", "mufu", "double", "lsu", "shared", "wavefronts", "waits")
 GOALS = {
     "ltxk::rms_norm_modulate_packs<ltxk::bf16, ltxk::bf16, false>": 95,
     "ltxk::rms_norm_modulate_packs<ltxk::bf16, ltxk::bf16, true>": 145,
-    "ltxk::qk_norm_rope_packs<ltxk::bf16, float>": 115,
-    "ltxk::qk_norm_rope_packs<ltxk::bf16, ltxk::bf16>": 115,
+    "ltxk::qk_norm_rope_packs<ltxk::bf16, float, 0>": 115,
+    "ltxk::qk_norm_rope_packs<ltxk::bf16, float, 1>": 115,
+    "ltxk::qk_norm_rope_packs<ltxk::bf16, float, 3>": 115,
+    "ltxk::qk_norm_rope_packs<ltxk::bf16, ltxk::bf16, 0>": 115,
     "ltxk::gated_residual_packs<ltxk::bf16, ltxk::bf16>": 75,
     "ltxk::head_gate_packs<ltxk::bf16, ltxk::bf16>": 80,
 }
@@ -124,7 +126,7 @@ def test_nothing_is_worse_than_the_budget(
 def test_the_budget_is_within_the_goals() -> None:
     # A row index costs a few more.
     rows = [row for row in BASELINE.rows["sm_90"] if row.kernel in GOALS and "two_rows" not in row.case]
-    assert {row.kernel for row in rows} >= GOALS.keys() - {"ltxk::qk_norm_rope_packs<ltxk::bf16, float>"}
+    assert {row.kernel for row in rows} >= GOALS.keys()
     assert [row.key for row in rows if row.issue > GOALS[row.kernel]] == []
 
 

@@ -64,8 +64,13 @@ def test_options_reach_the_run(tmp_path: Path) -> None:
         seen.append(video)
 
 
-def test_backend_is_honoured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("-o", str(tmp_path / "out.safetensors"), "--backend", "torch") == 0
+def test_backend_is_honoured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("--backend", "torch", "--attention", "math")
+    with caplog.at_level("INFO", logger="ltxkern"):
+        assert run("-o", str(tmp_path / "out.safetensors"), *options) == 0
+    assert "attention is computed by math on cpu" in caplog.messages
     capsys.readouterr()
     assert "unknown backend 'fast'" in refused(capsys, "--backend", "fast", "-o", str(tmp_path / "o.mp4"))
     if not torch.cuda.is_available():

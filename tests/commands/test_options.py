@@ -87,6 +87,11 @@ def bad_lora(folder: Path) -> Path:
         (["-o", "out.gif"], "unknown suffix '.gif'"),
         (["--pipeline", "fast"], "pipeline must be one of hq, two-stage, one-stage"),
         (["--device-mode", "turbo"], "turbo"),
+        (
+            ["--attention", "fast"],
+            "attention must be one of auto, cudnn, fa3, flash, efficient, math, torch, sage, got 'fast'",
+        ),
+        (["--attention", "cudnn"], "attention cudnn cannot serve float32 on cpu: it runs on cuda, not on cpu"),
         (["--dtype", "int8"], "dtype must be one of bf16, fp16, fp32"),
         (["--device", "foo"], "device must be one of cpu"),
         (["--device", "cuda:99"], "device 'cuda:99' is not there: use one of cpu"),

@@ -11,6 +11,7 @@ from torch import Tensor
 import ltxkern
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, divider
+from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.csrc.kernel_runs import (
     CONTIGUOUS,
     PIPELINES,
@@ -23,8 +24,7 @@ from tests.csrc.kernel_runs import (
 )
 from tests.csrc.on_shim import FEW_PROCESSORS, H200, noting, on_shim
 from tests.csrc.shim_build import shim
-from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, misaligned, noise, poisoned
-from tests.ops.op_cases import CASES, F32, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, held_to_torch, misaligned, noise, poisoned
 
 # Numbers that kernels divide are below 2^31.
 MOST = (1 << 31) - 1

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+import ltxkern
 from ltxkern import dispatch
 from tests.csrc.on_shim import FEW_PROCESSORS, H200, NO_SHARED_MEMORY, on_shim
 from tests.csrc.shim_build import ROOT
-from tests.ops import test_row_index
+from tests.ops import test_qk_norm_rope, test_row_index
 
 # Not about kernels, or about torch's own products.
 ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads", "past_the_caches")
@@ -44,6 +45,26 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_a_row_whose_index_is_out_of_range_is_nan(op: str, dtype: torch.dtype, width: int, index: torch.dtype) -> None:
     with dispatch.use_backend("cpu"):
         test_row_index.nan_where_out_of_range(op, dtype, width, index)
+
+
+@pytest.mark.parametrize("heads", [2, 16], ids=["general", "packs"])
+@pytest.mark.parametrize("axes", [1, 3])
+def test_nan_comes_into_a_token_with_a_row_out_of_range(heads: int, axes: int) -> None:
+    """Of queries and keys, and into no other."""
+    tables = test_qk_norm_rope.by_row(2, 5, heads, 64, axes, torch.float32, 4)
+    x, weight = test_qk_norm_rope.noise(2, 5, 64 * heads, dtype=torch.bfloat16), torch.ones(64 * heads).bfloat16()
+    wrong = tables.rows.clone()
+    for at, value in (((0, axes - 1, 1), -1), ((1, 0, 3), 4 * axes), ((1, axes - 1, 4), torch.iinfo(torch.int32).max)):
+        wrong[at] = value
+    with dispatch.use_backend("cpu"):
+        results, expected = (
+            ltxkern.qk_norm_rope(x, x, weight, weight, tables.cos, tables.sin, rows=rows, heads=heads)
+            for rows in (wrong, tables.rows)
+        )
+    good = (wrong == tables.rows).all(1)
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one[good], other[good])
+        assert bool(one[~good].isnan().any(-1).all())
 
 
 def on_the_shim_alone(test: Callable[..., None]) -> Callable[..., None] | None:

@@ -6,6 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ltxkern
+from ltxkern.verify.cases import OpCase, Size
+from ltxkern.verify.values import channels_last, misaligned, noise, poisoned, strided, transposed
+
+__all__ = ["channels_last", "misaligned", "noise", "poisoned", "strided", "transposed"]
+
 ACTIVATIONS = [torch.float16, torch.bfloat16, torch.float32]
 SAMPLER = [*ACTIVATIONS, torch.float64]
 
@@ -43,33 +49,6 @@ def assert_as_close(
     for kind, measure in (("maximum", Tensor.max), ("RMS", lambda error: error.square().mean().sqrt())):
         got, limit = float(measure(ours)), factor * float(measure(theirs)) + rounding
         assert got <= limit, f"{kind} error against fp64 is {got:.3e}, allowed {limit:.3e}"
-
-
-def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An output full of NaN, so that an element never written is seen."""
-    return torch.full(like.shape, torch.nan, dtype=dtype or like.dtype, device=like.device)
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same values, every second element of a wider tensor."""
-    view = x.repeat_interleave(2, dim=-1)[..., ::2]
-    assert x.shape[-1] < 2 or not view.is_contiguous()
-    return view
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The same values with the last two dims swapped in memory."""
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same values of (N, C, *), channels innermost in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def misaligned(x: Tensor, by: int = 1) -> Tensor:
-    """The same values, contiguous, `by` elements past an aligned address."""
-    return x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
 
 
 def by_threads(call: Callable[[], Any]) -> list[Any]:
@@ -116,13 +95,31 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert_same(one, other)
 
 
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Standard normal numbers of a fixed seed, drawn in fp64 so that every dtype holds the same ones rounded."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
-    return (scale * drawn).to(dtype).to(torch.get_default_device())
-
-
 def doubles(values: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same values in fp64."""
     return [None if value is None else value.double() for value in values]
+
+
+def held_to_torch(case: OpCase, backend: str, dtype: torch.dtype, size: Size, shift: int = 0) -> list[Tensor]:
+    """A call on a backend against the op's reference, tensors up to `shift` elements past an aligned address; the results."""
+    given = {
+        name: misaligned(value, min(place, shift)) if shift and not (case.last and value.dim() == 4) else value
+        for place, (name, value) in enumerate(case.tensors(dtype, size).items())
+    }
+    kept = {name: value.clone() for name, value in given.items()}
+    with ltxkern.use_backend("torch"):
+        wanted = case.run({name: value.clone() for name, value in given.items()} if case.in_place else given)
+    outputs = [poisoned(value) if case.last else misaligned(poisoned(value), shift) for value in wanted if case.out]
+    with ltxkern.use_backend(backend):
+        ours = case.run(given, outputs)
+    for one, other in zip(ours, wanted, strict=True):
+        # Roundings of the compute dtype, one of the result's, and one of each step of a composition in the given dtype.
+        eps = max(torch.finfo(one.dtype).eps, torch.finfo(dtype).eps)
+        near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.float().abs().max()))}
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(
+            one.double(), other.double(), msg=lambda text: f"{case} {dtype} {size}: {text}", **near
+        )
+    written = list(given)[:1] if case.in_place else []
+    assert all(torch.equal(value, kept[name]) for name, value in given.items() if name not in written)
+    return ours

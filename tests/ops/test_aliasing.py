@@ -10,8 +10,8 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern.aliasing import folded, same, share_memory
+from ltxkern.verify.cases import BY_NAME, STEP, WITH_OUT, OpCase
 from tests.ops.contract import compiled, noise
-from tests.ops.op_cases import BY_NAME, STEP, WITH_OUT, OpCase
 from tests.serving import backends_of, serving
 
 CALLS = pytest.mark.parametrize("call", WITH_OUT, ids=str)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ltxkern
+from ltxkern.verify.cases import MAIN, STEP, OpCase
 from tests.ops.contract import noise
-from tests.ops.op_cases import MAIN, STEP, OpCase
 
 NEGATIVE = ("eps", "sigma", "sigma_next", "eta")
 
@@ -43,7 +43,9 @@ CALLS = pytest.mark.parametrize("call", MAIN, ids=str)
 def numbers_of(call: OpCase) -> list[str]:
     """The parameters of an op that are real numbers."""
     parameters = inspect.signature(call.function).parameters.values()
-    return [parameter.name for parameter in parameters if str(parameter.annotation).startswith("float")]
+    return [
+        parameter.name for parameter in parameters if inspect.formatannotation(parameter.annotation).startswith("float")
+    ]
 
 
 def refused(call: OpCase, **changed: Any) -> BaseException:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ltxkern import dispatch, schema
+from ltxkern.verify.cases import BF16, CASES, F32, MAIN, OpCase, Size
 from tests.ops.contract import assert_same, by_threads, compiled, strided, transposed
-from tests.ops.op_cases import BF16, CASES, F32, MAIN, OpCase, Size
 from tests.serving import backends_of, serving
 
 # What opcheck and the tracer see of a variant that they do not see of the main case.

@@ -10,7 +10,8 @@ import itertools
 from ltxkern.compiled import extension
 from tests.ops import test_group_norm_silu as group_norm, test_pixel_norm_silu as pixel_norm
 from tests.ops.contract import ACTIVATIONS
-from tests.ops.op_cases import CASES, Size, held_to_torch
+from ltxkern.verify.cases import CASES, Size
+from tests.ops.contract import held_to_torch
 
 for case, dtype, width in itertools.product(CASES, ACTIVATIONS, (1, 7, 33, 261)):
     if dtype in case.dtypes:

@@ -12,10 +12,10 @@ import torch
 from ltxkern import dispatch, use_backend
 from ltxkern.compiled import extension
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.verify.cases import CASES, Size
 from tests.csrc import registered
 from tests.csrc.registered import Field
 from tests.ops.contract import misaligned
-from tests.ops.op_cases import CASES, Size
 from tests.serving import needs_cpu_kernels
 
 ROOMY = {"major": 9, "minor": 0, "multi_processor_count": 132}

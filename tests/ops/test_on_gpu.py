@@ -21,10 +21,10 @@ from ltxkern.compiled.programs import limits_of
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.ops.float8 import to_e4m3
 from ltxkern.ops.group_norm_silu import Arguments
+from ltxkern.verify.cases import BF16, CASES, STEP, OpCase, Size
 from tests.csrc import kernel_runs
 from tests.ops import test_row_index
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, noise
-from tests.ops.op_cases import BF16, CASES, STEP, OpCase, Size, held_to_torch
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_same, channels_last, held_to_torch, noise
 from tests.serving import serving
 
 pytestmark = [

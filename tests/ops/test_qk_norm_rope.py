@@ -1,4 +1,4 @@
-"""qk_norm_rope: both layouts against fp64, tables shared by the batch, calls around it, errors."""
+"""qk_norm_rope: both layouts against fp64, tables by token and by row, of q and of k, calls around it, errors."""
 
 import functools
 from typing import Any
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import ltxkern
-from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_gradients, noise
+from ltxkern.ops.qk_norm_rope import RotaryTables
+from tests.ops.contract import ACTIVATIONS, assert_as_close, assert_gradients, assert_same, noise
 from tests.serving import over_backends, serving
 
 # batch, tokens, heads, head dim
@@ -76,6 +77,68 @@ def test_contract(backend: str, dtype: torch.dtype, size: tuple[int, int, int, i
         assert_as_close(ours, theirs, double)
 
 
+# batch, tokens of q and of k, heads, head dim, axes: pairs that the axes divide, and that they do not; rows of whole warps last.
+BY_ROW = [
+    (1, 6, 4, 2, 6, 3),
+    (2, 7, 7, 4, 8, 3),
+    (2, 3, 5, 3, 2, 2),
+    (2, 1, 9, 5, 4, 1),
+    (1, 4, 2, 2, 10, 4),
+    (2, 3, 17, 32, 32, 3),
+    (2, 5, 3, 16, 64, 3),
+    (1, 3, 4, 16, 64, 1),
+]
+
+
+def by_row(batch: int, tokens: int, heads: int, dim: int, axes: int, dtype: torch.dtype, seed: int) -> RotaryTables:
+    """Tables of four rows for each axis, and tokens that take them in no order."""
+    angles = 3 * noise(4 * axes, -(-heads * dim // (2 * axes)), dtype=torch.float64, seed=seed)
+    places = (1000 * noise(batch, axes, tokens, seed=seed + 1)).int().remainder(4)
+    rows = places + 4 * torch.arange(axes, dtype=torch.int32)[:, None]
+    return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), rows)
+
+
+@over_backends("qk_norm_rope")
+@pytest.mark.parametrize("size", BY_ROW, ids=str)
+@LAYOUTS
+def test_tables_by_row_give_the_bits_of_tables_by_token(backend: str, size: tuple[int, ...], layout: str) -> None:
+    batch, q_tokens, k_tokens, heads, dim, axes = size
+    for dtype, table_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2):
+        q, k = (noise(batch, n, heads * dim, dtype=dtype, seed=n) for n in (q_tokens, k_tokens))
+        weights = [noise(heads * dim, dtype=dtype, seed=seed) for seed in (2, 3)]
+        of_q = by_row(batch, q_tokens, heads, dim, axes, table_dtype, 4)
+        of_k = by_row(1, k_tokens, heads, dim, axes, table_dtype, 6)
+        cos, sin, k_cos, k_sin = (
+            table.contiguous() for tables in (of_q, of_k) for table in tables.by_token(heads, dim // 2)
+        )
+        with serving(backend):
+            ours = ltxkern.qk_norm_rope(
+                *(q, k, *weights, of_q.cos, of_q.sin),
+                **{"rows": of_q.rows, "heads": heads, "layout": layout},
+                **{"k_cos": of_k.cos, "k_sin": of_k.sin, "k_rows": of_k.rows},
+            )
+            by_token = ltxkern.qk_norm_rope(q, k, *weights, cos, sin, k_cos=k_cos, k_sin=k_sin, layout=layout)
+            alone = [
+                ltxkern.qk_norm_rope(x, x, weight, weight, *tables, layout=layout)[0]
+                for x, weight, tables in zip((q, k), weights, ((cos, sin), (k_cos, k_sin)), strict=True)
+            ]
+        assert_same(by_token, alone)
+        # Narrow tables by row have no kernel of their own: where that of tables by token sums otherwise, a rounding may differ.
+        near = {"rtol": 0, "atol": 0} if table_dtype == torch.float32 else {}
+        torch.testing.assert_close(ours, by_token, **near)
+
+
+@over_backends("qk_norm_rope")
+def test_no_keys(backend: str) -> None:
+    """Queries alone, where the keys have no token."""
+    q, k, *weights, cos, sin = inputs((2, 7, 3, 4))
+    with serving(backend):
+        both, _ = ltxkern.qk_norm_rope(q, k, *weights, cos, sin)
+        alone, none = ltxkern.qk_norm_rope(q, k[:, :0], *weights, cos, sin, k_cos=cos[:, :, :0], k_sin=sin[:, :, :0])
+    assert torch.equal(alone, both)
+    assert none.shape == (2, 0, 12)
+
+
 @over_backends("qk_norm_rope")
 @LAYOUTS
 def test_fp32_tables_on_bf16_states(backend: str, layout: str) -> None:
@@ -129,6 +192,7 @@ def test_a_gradient_of_queries_alone(backend: str) -> None:
 
 def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
     tables = torch.zeros(2, 2, 3, 2)
+    by_rows = {"cos": torch.zeros(5, 2), "sin": torch.zeros(5, 2), "rows": tables[:1, :, :, 0].int(), "heads": 2}
     return [
         ({"layout": "other"}, ValueError, 'layout must be "split" or "interleaved", got \'other\''),
         ({"q": torch.zeros(3, 8)}, ValueError, r"q must be \(B, T, heads \* d\), got shape \(3, 8\)"),
@@ -141,6 +205,36 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"sin": tables[:1]}, ValueError, r"sin must have shape \(2, 2, 3, 2\), got \(1, 2, 3, 2\)"),
         ({"sin": tables.half()}, TypeError, "sin must be torch.float32, got torch.float16"),
         ({"out": (torch.zeros(2, 3, 8), torch.zeros(2, 3, 4))}, ValueError, r"out\[1\] must have shape \(2, 3, 8\)"),
+        ({"k": torch.zeros(2, 4, 8)}, ValueError, r"got \(2, 4, 8\): give tables of its own tokens, k_cos and k_sin"),
+        ({"heads": 4}, ValueError, "heads must be 2, that of cos, got 4: leave it out without rows"),
+        ({"k_sin": tables}, ValueError, "k_cos and k_sin go together, got k_sin alone: give both or neither"),
+        ({"k_cos": tables}, ValueError, "k_cos and k_sin go together, got k_cos alone: give both or neither"),
+        ({"k_cos": tables[:, :1], "k_sin": tables}, ValueError, r"k_cos must be \(1 or 2, 2, 3, d/2\) with heads"),
+        (
+            {"k_cos": tables.half(), "k_sin": tables.half()},
+            TypeError,
+            "k_cos must be torch.float32 as cos, got torch.f",
+        ),
+        *((by_rows | wrong, error, words) for wrong, error, words in wrong_rows()),
+    ]
+
+
+def wrong_rows() -> list[tuple[dict[str, Any], type[Exception], str]]:
+    """What is wrong in a call with tables by row."""
+    rows, own = torch.zeros(1, 2, 3, dtype=torch.int32), {"k_cos": torch.zeros(5, 2), "k_sin": torch.zeros(5, 2)}
+    return [
+        ({"heads": None}, ValueError, "heads must be given with rows, got None"),
+        ({"heads": 3}, ValueError, "heads must divide q's 8 into heads of even width, got 3"),
+        ({"heads": 0}, ValueError, "heads must be at least 1, got 0: use 1"),
+        ({"rows": rows.long()}, TypeError, r"rows must be torch.int32, got torch.int64: use rows.to\(torch.int32\)"),
+        ({"rows": rows[..., :2]}, ValueError, r"rows must be \(1 or 2, axes, 3\), got \(1, 2, 2\)"),
+        ({"rows": rows[:, :1]}, ValueError, r"cos must be \(N, 4\) with rows of 1 axes, got \(5, 2\)"),
+        (own, ValueError, "rows and k_rows go together, got rows alone: give both or neither"),
+        ({"k_rows": rows}, ValueError, "k_cos and k_rows go together, got k_rows alone: give both or neither"),
+        (
+            {"k_cos": torch.zeros(5, 4), "k_sin": torch.zeros(5, 4), "k_rows": rows[:, :1]},
+            *(ValueError, "k_rows must have 2 axes as rows, got 1"),
+        ),
     ]
 
 
@@ -151,3 +245,18 @@ def test_errors(given: dict[str, Any], error: type[Exception], words: str) -> No
     arguments = {name: torch.zeros(size) for name, size in zip(names, sizes, strict=True)}
     with pytest.raises(error, match=words):
         ltxkern.qk_norm_rope(**{**arguments, **given})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("name", ["rows", "k_rows"])
+@pytest.mark.parametrize("wrong", [-1, 12])
+def test_a_wrong_row_on_the_host_is_refused(backend: str, name: str, wrong: int) -> None:
+    x, weight = noise(2, 5, 24), torch.ones(24)
+    cos, sin, rows = by_row(2, 5, 2, 12, 3, torch.float32, 0)
+    given = {"rows": rows, "k_rows": rows.clone()}
+    given[name][1, 2, 3] = wrong
+    with (
+        serving(backend),
+        pytest.raises(ValueError, match=rf"^{name} must be at least 0 and below 12, .* got {wrong}$"),
+    ):
+        ltxkern.qk_norm_rope(x, x, weight, weight, cos, sin, heads=2, k_cos=cos, k_sin=sin, **given)

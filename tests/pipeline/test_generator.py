@@ -28,7 +28,9 @@ def threads() -> Iterator[None]:
 def test_a_request_and_its_keywords_are_one_call(pipeline: HQTwoStagePipeline) -> None:
     changes = {"seed": 11, "eta": 0.25, "substep_eta": 0.125, "distilled_strengths": (0.25, 1.0)}
     request = GenerationRequest(prompt="a kite", **changes, **SMALL)
-    by_request = pipeline.generate(request, output_type="latents").latents
+    output = pipeline.generate(request, output_type="latents")
+    by_request = output.latents
+    assert output.backends["attention"] == ["flash"]
     assert same(by_request, latents(pipeline, **changes))
     for name in changes:
         others = {key: value for key, value in changes.items() if key != name}

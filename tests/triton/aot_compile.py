@@ -23,9 +23,9 @@ from triton.runtime.jit import JITFunction
 import ltxkern
 from ltxkern import dispatch
 from ltxkern import triton as tier
+from ltxkern.verify.cases import BF16, F32, F64
 from tests.csrc.kernel_resources import told
 from tests.ops.contract import channels_last
-from tests.ops.op_cases import BF16, F32, F64
 
 ARCHITECTURES = (80, 90, 100, 120)
 
@@ -116,13 +116,21 @@ def block(*rows: int, by_rows: bool) -> list[Call]:
     ]
 
 
-def attention() -> list[Call]:
-    tables = [empty(1, 32, TOKENS[1], 64, dtype=F32) for _ in range(2)]
+def rotation(*table: int, **more: Any) -> Call:
+    """Queries and keys of the video, by tables of this shape."""
     q, k, *weights = empty(*TOKENS, 4096), empty(*TOKENS, 4096), empty(4096), empty(4096)
+    return partial(ltxkern.qk_norm_rope, q, k, *weights, *(empty(*table, dtype=F32) for _ in range(2)), **more)
+
+
+def attention() -> list[Call]:
     return [
         partial(ltxkern.head_gate, empty(*TOKENS, 32, 128), empty(*TOKENS, 32)),
-        partial(ltxkern.qk_norm_rope, q, k, *weights, *tables),
+        rotation(1, 32, TOKENS[1], 64),
     ]
+
+
+def rotation_by_rows() -> Call:
+    return rotation(16 + 34 + 60, 683, rows=empty(1, 3, TOKENS[1], dtype=torch.int32), heads=32)
 
 
 # Calls of production size, by the name of their row in the baseline.
@@ -154,7 +162,7 @@ PRODUCTION: dict[str, list[Call]] = {
     "dual-add-bf16": [two_adds(BF16)],
     "dual-add-fp32": [two_adds(F32)],
     "block-4096": [*block(1, 1, by_rows=False), *attention()],
-    "block-by-rows-4096": block(2, by_rows=True),
+    "block-by-rows-4096": [*block(2, by_rows=True), rotation_by_rows()],
 }
 # One launch of every kernel, compiled for each architecture; the whole table and its disassembly are for FULL_ARCHITECTURE.
 CORE = (

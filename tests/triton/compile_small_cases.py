@@ -1,4 +1,4 @@
-"""Compiles calls of op_cases.py for one architecture: odd sizes and ones are specialised as on a device.
+"""Compiles calls of ltxkern/verify/cases.py for one architecture: odd sizes and ones are specialised as on a device.
 
 Run without TRITON_INTERPRET: `python -m tests.triton.compile_small_cases ARCH [dtype ...]`; prints the number of kernels.
 """
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from ltxkern import BackendError
-from tests.ops.op_cases import CASES, Size
+from ltxkern.verify.cases import CASES, Size
 from tests.triton.aot_compile import compiled, target
 
 SIZES = [Size(2, 5, 7), Size(1, 1, 16)]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ltxkern import use_backend
+from ltxkern.ops.qk_norm_rope import Arguments
 from ltxkern.ops.rms_norm_modulate import taken
+from ltxkern.verify.cases import OpCase
 from tests.ops import test_combine_guidance as guidance
 from tests.ops import test_gated_residual as gates
 from tests.ops import test_group_norm_silu as group_norm
@@ -21,7 +23,6 @@ from tests.ops import test_qk_norm_rope as rope
 from tests.ops import test_res2s as res2s
 from tests.ops import test_rms_norm_modulate as rms_norm
 from tests.ops.contract import assert_as_close
-from tests.ops.op_cases import OpCase
 from tests.serving import serving
 
 
@@ -45,6 +46,16 @@ def modulated(
     return rms_norm.norm(x, *taken(rows, scale, shift), weight=weight)
 
 
+def rotated(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *, layout: str = "split", **tables: Any) -> Any:
+    rest = {name: tables.get(name) for name in Arguments._fields[8:]}
+    args = Arguments(q, k, q_weight, k_weight, tables["cos"], tables["sin"], 1e-6, layout, **rest)
+    pairs = q.shape[-1] // (2 * args.head_count)
+    return [
+        rope.rotated(rope.normed(x, weight, args.eps), *own.by_token(args.head_count, pairs), layout)
+        for x, weight, own in ((q, q_weight, args.q_tables), (k, k_weight, args.k_tables))
+    ]
+
+
 # By the op's arguments in fp64; where there is none, the composition itself is what a result is held to.
 FORMULAS: dict[str, Callable[..., Any]] = {
     "group_norm_silu": lambda x, num_groups, weight=None, bias=None, residual=None, conv_bias=None: group_norm.exact(
@@ -59,7 +70,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     ),
     "gated_residual": lambda x, y, gate, rows=None: gates.residual(x, y, *taken(rows, gate)),
     "head_gate": gates.gated,
-    "qk_norm_rope": lambda *, layout="split", **given: rope.composition(**given, layout=layout),
+    "qk_norm_rope": rotated,
     "normalize_noise": lambda noise: standardised(noise),
     "channelwise_normalize": standardised,
     "combine_guidance": lambda cond, uncond=None, perturbed=None, isolated=None, **scales: guidance.composition(

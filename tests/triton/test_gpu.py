@@ -9,7 +9,7 @@ import torch
 
 import ltxkern
 from ltxkern import reference, use_backend
-from tests.ops.op_cases import CASES, OpCase, Size
+from ltxkern.verify.cases import CASES, OpCase, Size
 from tests.triton.exact import hold
 
 pytestmark = [

@@ -7,35 +7,94 @@ namespace ltxk {
 
 #include "ltxkern/qk_norm_rope_parameters.cuh"
 
-// Block = one token of q (even) or k (odd): neighbours share the table's lines. V pairs a thread; split layout only for V > 1.
+// Whose token a block has: queries and keys in turn, neighbours that share the lines of a table, then what the longer one has left.
+struct QkPlace {
+    u32 tensor, row;
+};
+// What a launch of either kernel adds: tokens of the shorter tensor, twice that, and which one is the longer.
+struct QkNormRopeLaunch : QkNormRope {
+    i64 shared_rows, in_turn, longer;
+};
+LTXK_DEVICE QkPlace qk_place(const QkNormRopeLaunch& p) {
+    u32 block = blockIdx.x;
+    if (block < static_cast<u32>(p.in_turn)) return {block % 2, block / 2};
+    return {static_cast<u32>(p.longer), block - static_cast<u32>(p.shared_rows)};
+}
+
+struct QkNormRopeRows : QkNormRopeLaunch {
+    i64 by_pairs, by_axes;  // divide by `pairs` and `axes`
+};
+
+// V elements of q, k or a table.
 template <int V>
-__global__ void __launch_bounds__(256) qk_norm_rope(QkNormRope p) {
+LTXK_DEVICE void load_values(const void* base, i64 type, i64 index, float (&values)[V]) {
+    load_params(base, type, index, values);
+}
+template <int V>
+LTXK_DEVICE void store_values(void* base, i64 type, i64 index, const float (&values)[V]) {
+    if (type == kF32) {
+        Pack<float, V> pack;
+#pragma unroll
+        for (int k = 0; k < V; ++k) pack.value[k] = values[k];
+        store(static_cast<float*>(base) + index, pack);
+    } else if (type == kF16) {
+        store(static_cast<f16*>(base) + index, rounded<f16>(values));
+    } else {
+        store(static_cast<bf16*>(base) + index, rounded<bf16>(values));
+    }
+}
+
+// Cosines and sines of pairs [at, at + V) of a token, counted over all heads; NaN where its row is none of the table's.
+template <int V>
+LTXK_DEVICE void load_by_axis(const QkNormRopeRows& p, const QkTensor& t, i64 rows_at, u32 at, float (&cosine)[V], float (&sine)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+        u32 place = at + k + static_cast<u32>(p.lead), column = divide(place, p.by_axes);
+        u32 axis = place - column * static_cast<u32>(p.axes);
+        u32 row = static_cast<const u32*>(t.rows)[rows_at + axis * t.rows_axis];
+        i64 from = row * t.table_token + column * t.table_pair;
+        bool known = row < static_cast<u32>(t.table_rows);
+        cosine[k] = load_param(known ? t.cos : nullptr, p.table_type, from, bits_to_float(0x7fc00000u));
+        sine[k] = load_param(known ? t.sin : nullptr, p.table_type, from, bits_to_float(0x7fc00000u));
+    }
+}
+
+// Block = one token of q or k. V pairs a thread; split layout only for V > 1. Dtypes are known at run time.
+template <int V>
+__global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
     LTXK_SHARED(RowSum, scratch);
-    const QkTensor& t = p.tensor[blockIdx.x % 2];
-    i64 row = blockIdx.x / 2, batch = row / p.tokens, token = row - batch * p.tokens, width = 2 * p.heads * p.pairs;
+    QkPlace place = qk_place(p);
+    const QkTensor& t = p.tensor[place.tensor];
+    u32 batch = place.row / static_cast<u32>(t.tokens), token = place.row - batch * static_cast<u32>(t.tokens);
+    u32 pairs = static_cast<u32>(p.pairs), half = static_cast<u32>(p.heads) * pairs, width = 2 * half, step = blockDim.x * V;
     i64 x_row = batch * t.batch_stride + token * t.token_stride;
     float sum = 0.0f;
-    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < width; i += static_cast<i64>(blockDim.x) * V) {
+    for (u32 i = threadIdx.x * V; i < width; i += step) {
         float values[V];
-        load_typed(t.x, p.type, x_row + i, values);
+        load_values(t.x, p.type, x_row + i, values);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum += values[k] * values[k];
     }
     float rstd = inverse_rms(sum_row(sum, scratch), width, p.eps);
-    i64 table_row = batch * p.table_batch + token * p.table_token;
-    for (i64 i = static_cast<i64>(threadIdx.x) * V; i < p.heads * p.pairs; i += static_cast<i64>(blockDim.x) * V) {
-        i64 head = i / p.pairs, pair = i - head * p.pairs;
-        i64 left = head * 2 * p.pairs + (p.interleaved ? 2 * pair : pair), right = left + (p.interleaved ? 1 : p.pairs);
-        i64 table = table_row + head * p.table_head + pair * p.table_pair;
+    i64 table_row = batch * t.table_batch + token * t.table_token, rows_at = batch * t.rows_batch + token * t.rows_token;
+    i64 out_row = static_cast<i64>(place.row) * width;
+    for (u32 i = threadIdx.x * V; i < half; i += step) {
+        u32 head = divide(i, p.by_pairs), pair = i - head * pairs;
+        u32 left = head * 2 * pairs + (p.interleaved ? 2 * pair : pair), right = left + (p.interleaved ? 1 : pairs);
         float first[V], second[V], weight[V], cosine[V], sine[V];
-        load_typed(t.x, p.type, x_row + left, first);
-        load_typed(t.x, p.type, x_row + right, second);
-        load_typed(p.cos, p.table_type, table, cosine);
-        load_typed(p.sin, p.table_type, table, sine);
-        load_typed(t.weight, t.weight_type, left, weight);
+        load_values(t.x, p.type, x_row + left, first);
+        load_values(t.x, p.type, x_row + right, second);
+        if (t.rows) {
+            load_by_axis(p, t, rows_at, i, cosine, sine);
+        } else {
+            i64 table = table_row + head * t.table_head + pair * t.table_pair;
+            load_values(t.cos, p.table_type, table, cosine);
+            load_values(t.sin, p.table_type, table, sine);
+        }
+        load_values(t.weight, t.weight_type, left, weight);
 #pragma unroll
         for (int k = 0; k < V; ++k) first[k] *= rstd * weight[k];
-        load_typed(t.weight, t.weight_type, right, weight);
+        load_values(t.weight, t.weight_type, right, weight);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
             second[k] *= rstd * weight[k];
@@ -43,27 +102,95 @@ __global__ void __launch_bounds__(256) qk_norm_rope(QkNormRope p) {
             second[k] = second[k] * cosine[k] + first[k] * sine[k];
             first[k] = rotated;
         }
-        store_typed(t.out, p.type, row * width + left, first);
-        store_typed(t.out, p.type, row * width + right, second);
+        store_values(t.out, p.type, out_row + left, first);
+        store_values(t.out, p.type, out_row + right, second);
     }
 }
 
-// What a launch of whole packs adds: strides are counted in packs, `pairs` in packs of half a head, a power of two of at most 32.
-struct QkNormRopePacks : QkNormRope {
-    i64 by_tokens;         // divides a row by `tokens`
-    i64 pairs_log2;
-    double inverse_width;  // 1 / elements of a token
+// What a launch of whole packs adds: strides are counted in packs but for those of `rows`, `pairs` in packs of half a head, a power of
+// two of at most 32.
+struct QkNormRopePacks : QkNormRopeLaunch {
+    i64 pairs_log2, width;
+    i64 inverse_width, least;          // bits of two floats: 1 / elements of a token, and eps
+    i64 by_q_tokens, by_k_tokens;      // divide a row by the tensor's tokens
+    i64 q_table_step, k_table_step;    // from a thread's pack of pairs to its next one
 };
 
-// The kernel above for split pairs, a token whole in its block's registers: x is read once. Activations and weights are T, tables M.
-template <class T, class M>
-__global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
-    constexpr int V = kVector<T>, kPairs = kPacks / 2, kPart = kVector<M>;
-    LTXK_SHARED(RowSum, scratch);
-    const QkTensor& t = p.tensor[blockIdx.x % 2];
-    u32 row = blockIdx.x / 2, batch = divide(row, p.by_tokens), token = row - batch * static_cast<u32>(p.tokens);
+// Tables by token, AXES 0, or by one coordinate of it: neighbouring pairs are neighbours in memory.
+template <class M, int V, int AXES>
+struct QkTables {
+    static constexpr int kPart = kVector<M>;
+    const void *cosines, *sines;
+    u32 at, step;
+    Raw<V> cosine, sine;
+
+    // What to add to a sum of squares: nothing, or NaN where a row is none of the tables'.
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32 head) {
+        float nothing = 0.0f;
+        if constexpr (AXES == 0) {
+            at = batch * static_cast<u32>(t.table_batch);
+        } else {
+            token = static_cast<const u32*>(t.rows)[batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token)];
+            nothing = token < static_cast<u32>(t.table_rows) ? 0.0f : bits_to_float(0x7fc00000u);
+            token = token < static_cast<u32>(t.table_rows) ? token : 0;
+            at = 0;
+        }
+        cosines = t.cos, sines = t.sin;
+        at += token * static_cast<u32>(t.table_token) + head * static_cast<u32>(t.table_head) + (pack & (static_cast<u32>(p.pairs) - 1));
+        step = static_cast<u32>(&t == p.tensor ? p.q_table_step : p.k_table_step);
+        return nothing;
+    }
+    // Of a thread's j-th pack of pairs, element k; called in order.
+    LTXK_DEVICE void take(int j, int k, float& c, float& s) {
+        if (k % kPart == 0) {
+            cosine = load_part<V>(pack_address<M, V>(cosines, at + j * step), k / kPart);
+            sine = load_part<V>(pack_address<M, V>(sines, at + j * step), k / kPart);
+        }
+        c = element<M>(cosine, k % kPart);
+        s = element<M>(sine, k % kPart);
+    }
+};
+
+// Tables by three coordinates: pairs take turns. Pair i of a thread is i % 3 places behind one whose axis it shares, so three
+// addresses and distances known to the compiler serve all of them.
+template <class M, int V>
+struct QkTables<M, V, 3> {
+    const M *cosines[3], *sines[3];
+
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32) {
+        u32 place = pack * V + static_cast<u32>(p.lead), column = place / 3, axis = place - 3 * column;
+        const u32* rows = static_cast<const u32*>(t.rows) + (batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token));
+        float nothing = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 3; ++r) {
+            u32 row = rows[axis * static_cast<u32>(t.rows_axis)];
+            bool here = row < static_cast<u32>(t.table_rows);
+            u32 at = (here ? row : 0) * static_cast<u32>(t.table_token) + column;
+            cosines[r] = static_cast<const M*>(t.cos) + at;
+            sines[r] = static_cast<const M*>(t.sin) + at;
+            nothing = here ? nothing : bits_to_float(0x7fc00000u);
+            bool last = axis == 2;
+            axis = last ? 0 : axis + 1;
+            column += last;
+        }
+        return nothing;
+    }
+    LTXK_DEVICE void take(int j, int k, float& c, float& s) const {
+        int away = 32 * V * j + k;
+        c = to_float(cosines[away % 3][away / 3]);
+        s = to_float(sines[away % 3][away / 3]);
+    }
+};
+
+LTXK_DEVICE float float_of(i64 bits) { return bits_to_float(static_cast<u32>(bits)); }
+
+// One block of the kernel below.
+template <class T, class M, int AXES>
+LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch) {
+    constexpr int V = kVector<T>, kPairs = kPacks / 2;
+    u32 batch = divide(place.row, by_tokens), token = place.row - batch * static_cast<u32>(t.tokens);
     u32 half = static_cast<u32>(p.pairs), pack = threadIdx.x / 32 * (32 * kPairs) + threadIdx.x % 32;
-    u32 head = pack >> static_cast<u32>(p.pairs_log2), left = pack + head * half, width = blockDim.x * kPacks;
+    u32 head = pack >> static_cast<u32>(p.pairs_log2), left = pack + head * half, width = static_cast<u32>(p.width);
     u32 x_row = batch * static_cast<u32>(t.batch_stride) + token * static_cast<u32>(t.token_stride) + left;
     // 32 packs of pairs on, a thread is at the same place of a later head.
     const char *x_left = pack_address<T, V>(t.x, x_row), *x_right = pack_address<T, V>(t.x, x_row + half);
@@ -73,10 +200,8 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
         first[j] = load_pack<T, V>(x_left, 2 * j);
         second[j] = load_pack<T, V>(x_right, 2 * j);
     }
-    u32 table = batch * static_cast<u32>(p.table_batch) + token * static_cast<u32>(p.table_token) +
-                head * static_cast<u32>(p.table_head) + (pack & (half - 1));
-    u32 table_step = static_cast<u32>(p.table_head) << (5 - static_cast<u32>(p.pairs_log2));
-    float sum = 0.0f;
+    QkTables<M, V, AXES> tables;
+    float sum = tables.find(p, t, batch, token, pack, head);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
 #pragma unroll
@@ -86,31 +211,37 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) 
         }
     }
     sum = sum_short_row(sum, scratch);
-    float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
-    u32 out = row * width + left;
+    float rstd = inverse_root(sum * float_of(p.inverse_width) + float_of(p.least));
+    u32 out = place.row * width + left;
     char *out_left = pack_address<T, V>(t.out, out), *out_right = pack_address<T, V>(t.out, out + half);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-        const char *cos_at = pack_address<M, V>(p.cos, table + j * table_step), *sin_at = pack_address<M, V>(p.sin, table + j * table_step);
         Raw<V> first_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left), 2 * j);
         Raw<V> second_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left + half), 2 * j);
         float lefts[V], rights[V];
-        Raw<V> cosine, sine;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-            if (k % kPart == 0) {
-                cosine = load_part<V>(cos_at, k / kPart);
-                sine = load_part<V>(sin_at, k / kPart);
-            }
+            float c, s;
+            tables.take(j, k, c, s);
             float a = element<T>(first[j], k) * (rstd * element<T>(first_weight, k));
             float b = element<T>(second[j], k) * (rstd * element<T>(second_weight, k));
-            float c = element<M>(cosine, k % kPart), s = element<M>(sine, k % kPart);
             lefts[k] = a * c - b * s;
             rights[k] = b * c + a * s;
         }
         store_pack<T>(out_left, 2 * j, rounded_pack<T>(lefts));
         store_pack<T>(out_right, 2 * j, rounded_pack<T>(rights));
     }
+}
+
+// The kernel above for split pairs, a token whole in its block's registers: x is read once. Activations and weights are T, tables M;
+// AXES is 0 for tables by token; with those by three coordinates table_token counts elements. Written out for q and for k, so that
+// what differs between them is a constant of the launch and no load.
+template <class T, class M, int AXES>
+__global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
+    LTXK_SHARED(RowSum, scratch);
+    QkPlace place = qk_place(p);
+    if (place.tensor == 0) qk_packs<T, M, AXES>(p, p.tensor[0], p.by_q_tokens, place, scratch);
+    else qk_packs<T, M, AXES>(p, p.tensor[1], p.by_k_tokens, place, scratch);
 }
 
 }  // namespace ltxk

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor
 
 from ltxkern.ops.gated_residual import head_gate
-from ltxkern.ops.qk_norm_rope import qk_norm_rope
+from ltxkern.ops.qk_norm_rope import RotaryTables, qk_norm_rope
+from ltxkern.pipeline.model.attention_choice import softmax_attention
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
 
-Rope = tuple[Tensor, Tensor]
 Keep = bool | Tensor
 
 
@@ -23,8 +21,8 @@ def attend(
     x: Tensor,
     context: Tensor | None = None,
     *,
-    rope: Rope | None = None,
-    context_rope: Rope | None = None,
+    rope: RotaryTables | None = None,
+    context_rope: RotaryTables | None = None,
     keep: Keep = True,
     shards: TokenShards | None = None,
 ) -> Tensor:
@@ -34,8 +32,8 @@ def attend(
         attention: diffusers' LTX2Attention: its projections, norms and gate.
         x: (B, T, D) queries; the gate's logits come from it.
         context: (B, L, Dc) keys and values; None for self-attention.
-        rope: split tables (cos, sin) of the queries, (B, heads, T, d/2); None for text attention.
-        context_rope: tables of the keys, where they differ.
+        rope: split tables of the queries; None for text attention.
+        context_rope: tables of the keys, where they differ, in the same form.
         keep: False puts the values in the place of the attention result (self-attention that is left out); a (B, 1, 1)
             tensor of 0 and 1 does so for some items of the batch.
         shards: where keys and values are video tokens shared out over ranks; the queries then are this rank's tokens too in
@@ -50,11 +48,11 @@ def attend(
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
         q, k, v = (tensor.unflatten(2, (attention.heads, -1)) for tensor in (query, key, value))
         if shards is None:
-            result = _softmax_attention(q, k, v)
+            result = softmax_attention(q, k, v)
         elif context is None:
-            result = shards.self_attention(q, k, v, _softmax_attention)
+            result = shards.self_attention(q, k, v, softmax_attention)
         else:
-            result = shards.attention_from_outside(q, k, v, _softmax_attention)
+            result = shards.attention_from_outside(q, k, v, softmax_attention)
         result = result.flatten(2, 3).to(query.dtype)
     if isinstance(keep, Tensor):
         result = result * keep + value * (1 - keep)
@@ -63,20 +61,25 @@ def attend(
     return attention.to_out[0](result)
 
 
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(B, T, H, d) queries over (B, L, H, d) keys and values."""
-    return dispatch_attention_fn(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False)
-
-
 def _queries_and_keys(
-    attention: Any, x: Tensor, source: Tensor, rope: Rope | None, context_rope: Rope | None
+    attention: Any, x: Tensor, source: Tensor, rope: RotaryTables | None, context_rope: RotaryTables | None
 ) -> tuple[Tensor, Tensor]:
     query, key = attention.to_q(x), attention.to_k(source)
-    if rope is not None and source is x:
-        first, second = attention.norm_q, attention.norm_k
-        cos, sin = rope
-        return qk_norm_rope(query, key, first.weight, second.weight, cos, sin, eps=first.eps)
-    query, key = attention.norm_q(query), attention.norm_k(key)
+    first, second = attention.norm_q, attention.norm_k
     if rope is None:
-        return query, key
-    return apply_split_rotary_emb(query, rope), apply_split_rotary_emb(key, context_rope or rope)
+        return first(query), second(key)
+    k_cos, k_sin, k_rows = context_rope or (None, None, None)
+    return qk_norm_rope(
+        query,
+        key,
+        first.weight,
+        second.weight,
+        rope.cos,
+        rope.sin,
+        eps=first.eps,
+        rows=rope.rows,
+        heads=None if rope.rows is None else attention.heads,
+        k_cos=k_cos,
+        k_sin=k_sin,
+        k_rows=k_rows,
+    )

@@ -7,8 +7,9 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerB
 from torch import Tensor
 
 from ltxkern.ops.gated_residual import gated_residual
+from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
-from ltxkern.pipeline.model.attention import Keep, Rope, attend
+from ltxkern.pipeline.model.attention import Keep, attend
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
@@ -20,7 +21,7 @@ class CrossStream:
 
     modulation: Tensor  # (B, N, 4 * D): scale, shift for a2v, scale, shift for v2a
     gate: Tensor  # (B, 1, D)
-    rope: Rope
+    rope: RotaryTables
     rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
     shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
 
@@ -32,7 +33,7 @@ class Stream:
     context: Tensor  # (B, L, D)
     modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
     prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
-    rope: Rope
+    rope: RotaryTables
     cross: CrossStream | None  # None where the other modality is absent
     rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
     shards: "TokenShards | None" = None  # where its tokens are shared out over ranks

@@ -220,6 +220,13 @@ class Components:
             return None
         return self._source.config(name)
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of a component's weights, from its module or from its source; None where neither says."""
+        if self.is_loaded(name):
+            return next(vars(self)[name].parameters()).dtype
+        loaded = getattr(self._source, "dtype", None)
+        return None if loaded is None else component_dtype(name, loaded)
+
     def reloadable(self, name: str) -> bool:
         """Whether a released component can be read again."""
         return self._source is not None and self._source.has(name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ltxkern.pipeline.model.decode import normalize
 from ltxkern.pipeline.model.pictures import DEFAULT_CRF, load_image, read_picture
-from ltxkern.pipeline.sampling.latents import LatentState, VideoLatentShape, keyframe_positions, patchify
+from ltxkern.pipeline.sampling.latents import LatentState, VideoLatentShape, keyframe_coordinates, patchify
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLLTX2Video
@@ -166,8 +166,8 @@ def apply_image_conditions(
                 levels=state.levels_with((level,)),
             )
         else:
-            positions = keyframe_positions(
+            place = keyframe_coordinates(
                 shape, condition.frame, fps, device=state.latent.device, spatial_ratio=spatial_ratio
             )
-            state = state.append(torch.zeros_like(tokens), tokens, mask, positions, levels=(level,))
+            state = state.append(torch.zeros_like(tokens), tokens, mask, place, levels=(level,))
     return state

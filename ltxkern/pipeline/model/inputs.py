@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.sampling.coordinates import Coordinates
+
 
 @dataclass(frozen=True)
 class ModalityInput:
@@ -24,6 +26,8 @@ class ModalityInput:
         levels: the distinct values of `mask`, each exactly as fp32, where the caller knows them: the timestep
             embedding and its projection are then computed once per value and not once per token. A mask value that is
             not among them takes the first one.
+        coordinates: what `positions` are made of by axis, where the caller knows: RoPE tables then have a row for each
+            value on an axis and not for each token.
     """
 
     latent: Tensor
@@ -32,6 +36,7 @@ class ModalityInput:
     positions: Tensor
     context: Tensor
     levels: tuple[float, ...] | None = None
+    coordinates: Coordinates | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class ModalityTensors:
     positions: Tensor  # (B, axes, T, 2)
     context: Tensor  # (B, L, D)
     rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has; out of `stack`, of all B * N
+    coordinates: Coordinates | None = None  # of the positions
 
     def part(self, own: slice) -> ModalityTensors:
         """These tokens with their timesteps (where they differ) and positions."""
@@ -64,6 +70,7 @@ class ModalityTensors:
             timestep=self.timestep if shared else self.timestep[:, own],
             positions=self.positions[:, :, own],
             rows=None if self.rows is None else self.rows[:, own],
+            coordinates=self.coordinates and self.coordinates.part(own),
         )
 
 
@@ -85,7 +92,7 @@ def device_tensors(item: ModalityInput, scale: float) -> ModalityTensors:
     sigma = item.latent.new_full((item.latent.shape[0],), item.sigma * scale, dtype=torch.float32)
     mask, rows = _distinct(item)
     timestep = (timesteps(item, mask) * scale).float().squeeze(-1)
-    return ModalityTensors(item.latent, timestep, sigma, item.positions, item.context, rows)
+    return ModalityTensors(item.latent, timestep, sigma, item.positions, item.context, rows, item.coordinates)
 
 
 def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
@@ -100,11 +107,19 @@ def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
 
 
 def stack(items: Sequence[ModalityTensors]) -> ModalityTensors:
-    """The branches of one forward, one after another along the batch; `rows` then count through the whole batch."""
+    """The branches of one forward, one after another along the batch; `rows` then count through the whole batch.
+
+    Branches of one stage have one object for their coordinates; others go by their positions.
+    """
     columns = {field.name: [getattr(item, field.name) for item in items] for field in fields(ModalityTensors)}
     if columns["rows"][0] is None:
         del columns["rows"]
-    joined = ModalityTensors(**{n: torch.cat(column) if len(items) > 1 else column[0] for n, column in columns.items()})
+    places = columns.pop("coordinates")
+    coordinates = places[0] if all(place is places[0] for place in places) else None
+    if coordinates is not None and coordinates.rows.shape[0] > 1:
+        coordinates = replace(coordinates, rows=torch.cat([coordinates.rows] * len(items)))
+    parts = {n: torch.cat(column) if len(items) > 1 else column[0] for n, column in columns.items()}
+    joined = ModalityTensors(**parts, coordinates=coordinates)
     if joined.rows is None:
         return joined
     count, levels = joined.timestep.shape

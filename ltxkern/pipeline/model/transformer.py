@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 from torch import Tensor
 
+from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate
 from ltxkern.pipeline.model.inputs import (
     ModalityInput,
@@ -19,6 +20,7 @@ from ltxkern.pipeline.model.inputs import (
     stack,
     timesteps,
 )
+from ltxkern.pipeline.model.rotary import rotary_tables
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards
 from ltxkern.pipeline.sampling.latents import to_denoised
 
@@ -84,7 +86,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             cross = CrossStream(
                 modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
                 gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
-                rope=self.cross_attn_rope(video.positions[:, :1]),
+                rope=_tables(self.cross_attn_rope, video, cross_with=audio),
                 rows=video.rows,
                 shards=shards,
             )
@@ -92,7 +94,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             context=video.context,
             modulation=_embed(self.time_embed, video.timestep, dtype),
             prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
-            rope=self.rope(video.positions),
+            rope=_tables(self.rope, video),
             cross=cross,
             rows=video.rows,
             shards=shards,
@@ -105,14 +107,14 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             cross = CrossStream(
                 modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
                 gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
-                rope=self.cross_attn_audio_rope(audio.positions[:, :1]),
+                rope=_tables(self.cross_attn_audio_rope, audio, cross_with=video),
                 rows=audio.rows,
             )
         return Stream(
             context=audio.context,
             modulation=_embed(self.audio_time_embed, audio.timestep, dtype),
             prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
-            rope=self.audio_rope(audio.positions),
+            rope=_tables(self.audio_rope, audio),
             cross=cross,
             rows=audio.rows,
         )
@@ -137,6 +139,15 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             sums = sums.flatten(1, 2)[:, item.rows]
         shift, scale = sums.unbind(0)
         return projection(modulate(norm(x), scale, shift))
+
+
+def _tables(embedding: Any, item: ModalityTensors, *, cross_with: ModalityTensors | None = None) -> RotaryTables:
+    """RoPE tables of a modality; of the attention between two by time alone, and by coordinate where both have them."""
+    if cross_with is None:
+        return rotary_tables(embedding, item.positions, item.coordinates)
+    by_row = item.coordinates is not None and cross_with.coordinates is not None
+    coordinates = item.coordinates.first_axis() if by_row and item.coordinates else None
+    return rotary_tables(embedding, item.positions[:, :1], coordinates)
 
 
 def _sinusoid(timestep: Tensor, width: int) -> Tensor:

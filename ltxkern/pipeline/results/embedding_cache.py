@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.results.atomic import replacing_file
+from ltxkern.trust.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,8 @@ _FORMAT = "1"
 
 
 def default_folder() -> Path:
-    """LTXKERN_CACHE/embeddings, else the user's cache folder."""
-    chosen = os.environ.get("LTXKERN_CACHE")
-    base = (
-        Path(chosen).expanduser()
-        if chosen
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltxkern"
-    )
-    return base / "embeddings"
+    """Of the user's cache folder."""
+    return cache_folder() / "embeddings"
 
 
 def model_revision(*files: str | Path) -> str:

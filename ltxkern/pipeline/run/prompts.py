@@ -1,4 +1,4 @@
-"""The text phase of a run: prompts encoded once, kept on disk, the text encoder let go afterwards."""
+"""The text part of a run: prompts encoded once, kept on disk, the text encoder let go afterwards."""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ class BranchForward:
         for name, state in self.states.items():
             mask = state.mask if self.masked else None
             levels = state.levels if self.masked else None
-            arguments[name] = ModalityInput(latents[name], sigma, mask, state.positions, contexts[name], levels)
+            arguments[name] = ModalityInput(
+                latents[name], sigma, mask, state.positions, contexts[name], levels, state.coordinates
+            )
         return {"video": None, "audio": None} | arguments
 
     def __call__(self, latents: Mapping[str, Tensor], sigma: float, branch: CFGBranch) -> dict[str, Tensor]:

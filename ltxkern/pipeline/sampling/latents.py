@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.sampling.coordinates import Coordinates
 from ltxkern.pipeline.sampling.state import fill_normal
 
 VIDEO_CHANNELS = 128
@@ -180,26 +181,28 @@ def video_positions(
 
     Numerical contract: exact to the official rounding (integers in fp32, one fp32 division).
     """
+    return _video_coordinates(shape, fps, device, spatial_ratio, temporal_ratio).positions(shape.batch)
+
+
+def _video_coordinates(
+    shape: VideoLatentShape, fps: float, device: torch.device | str, spatial_ratio: int, temporal_ratio: int
+) -> Coordinates:
     frames = torch.arange(shape.frames + 1, dtype=torch.float32, device=device)
     times = (frames * temporal_ratio + (1 - temporal_ratio)).clamp(min=0) / fps
-    return _positions_on_grid(shape, _bounds(times), spatial_ratio)
+    return Coordinates.on_grid(_bounds(times), *_sides(shape, spatial_ratio, device))
 
 
-def keyframe_positions(
+def keyframe_coordinates(
     shape: VideoLatentShape,
     frame: int,
     fps: float,
     *,
     device: torch.device | str = "cpu",
     spatial_ratio: int = SPATIAL_RATIO,
-) -> Tensor:
-    """Positions of one image that stands at pixel frame `frame`: time [frame, frame+1) / fps, no causal shift.
-
-    Returns:
-        fp32 (B, 3, H*W, 2) as in `video_positions`.
-    """
+) -> Coordinates:
+    """Of one image that stands at pixel frame `frame`: time [frame, frame+1) / fps, no causal shift."""
     times = torch.tensor([[frame, frame + 1]], dtype=torch.float32, device=device) / fps
-    return _positions_on_grid(replace(shape, frames=1), times, spatial_ratio)
+    return Coordinates.on_grid(times, *_sides(shape, spatial_ratio, device))
 
 
 def audio_positions(shape: AudioLatentShape, *, device: torch.device | str = "cpu") -> Tensor:
@@ -208,10 +211,13 @@ def audio_positions(shape: AudioLatentShape, *, device: torch.device | str = "cp
     Returns:
         fp32 (B, 1, T, 2). Numerical contract: exact to the official rounding.
     """
+    return _audio_coordinates(shape, device).positions(shape.batch)
+
+
+def _audio_coordinates(shape: AudioLatentShape, device: torch.device | str) -> Coordinates:
     index = torch.arange(shape.frames + 1, dtype=torch.float32, device=device)
     mel = (index * AUDIO_MEL_RATIO + (1 - AUDIO_MEL_RATIO)).clamp(min=0)
-    seconds = mel * AUDIO_HOP_LENGTH / AUDIO_SAMPLE_RATE
-    return _bounds(seconds).expand(shape.batch, 1, -1, -1).contiguous()
+    return Coordinates.on_grid(_bounds(mel * AUDIO_HOP_LENGTH / AUDIO_SAMPLE_RATE))
 
 
 def keyframes_mask(shape: VideoLatentShape, *, appended: int = 0, device: torch.device | str = "cpu") -> Tensor:
@@ -228,14 +234,12 @@ def _bounds(edges: Tensor) -> Tensor:
     return torch.stack((edges[:-1], edges[1:]), dim=-1)
 
 
-def _positions_on_grid(shape: VideoLatentShape, times: Tensor, spatial_ratio: int) -> Tensor:
-    axes = [times]
-    for side in (shape.height, shape.width):
-        axes.append(_bounds(torch.arange(side + 1, dtype=torch.float32, device=times.device) * spatial_ratio))
-    grid = (shape.frames, shape.height, shape.width)
-    views = [[-1, 1, 1, 2], [1, -1, 1, 2], [1, 1, -1, 2]]
-    spread = [axis.reshape(view).expand(*grid, 2).flatten(0, 2) for axis, view in zip(axes, views, strict=True)]
-    return torch.stack(spread).expand(shape.batch, -1, -1, -1).contiguous()
+def _sides(shape: VideoLatentShape, spatial_ratio: int, device: torch.device | str) -> list[Tensor]:
+    """Bounds of rows and of columns in pixels."""
+    return [
+        _bounds(torch.arange(side + 1, dtype=torch.float32, device=device) * spatial_ratio)
+        for side in (shape.height, shape.width)
+    ]
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,8 @@ class LatentState:
     """What one stage denoises for one modality, packed into tokens.
 
     latent (B, T, C) in the model dtype; clean (B, T, C), what masked tokens return to; mask (B, T, 1) fp32, 1 = denoise
-    fully, 0 = keep clean; positions (B, 3 | 1, T, 2) fp32. T may exceed `shape.tokens` by appended conditioning tokens.
+    fully, 0 = keep clean; positions (B, 3 | 1, T, 2) fp32, and what they are made of by axis, or None where that is not known.
+    T may exceed `shape.tokens` by appended conditioning tokens.
     levels: the distinct values of the mask as host floats, so that the transformer embeds a timestep once per value
     and not once per token; None where they are not known.
     """
@@ -254,6 +259,7 @@ class LatentState:
     positions: Tensor
     shape: LatentShape
     levels: tuple[float, ...] | None = None
+    coordinates: Coordinates | None = None
 
     @classmethod
     def create(
@@ -278,13 +284,12 @@ class LatentState:
             raise ValueError(f"latent must have shape {shape.dims()}, got {tuple(latent.shape)}")
         tokens = patchify(latent.to(device=device, dtype=dtype))
         if isinstance(shape, VideoLatentShape):
-            positions = video_positions(
-                shape, float(fps), device=device, spatial_ratio=spatial_ratio, temporal_ratio=temporal_ratio
-            )
+            coordinates = _video_coordinates(shape, float(fps), device, spatial_ratio, temporal_ratio)
         else:
-            positions = audio_positions(shape, device=device)
+            coordinates = _audio_coordinates(shape, device)
+        positions = coordinates.positions(shape.batch)
         mask = torch.ones(*tokens.shape[:2], 1, dtype=torch.float32, device=device)
-        return cls(tokens, tokens.clone(), mask, positions, shape, levels=(1.0,))
+        return cls(tokens, tokens.clone(), mask, positions, shape, levels=(1.0,), coordinates=coordinates)
 
     def noise(
         self,
@@ -314,16 +319,31 @@ class LatentState:
         return replace(self, latent=mixed.to(self.latent.dtype))
 
     def append(
-        self, latent: Tensor, clean: Tensor, mask: Tensor, positions: Tensor, *, levels: tuple[float, ...] | None = None
+        self,
+        latent: Tensor,
+        clean: Tensor,
+        mask: Tensor,
+        at: Tensor | Coordinates,
+        *,
+        levels: tuple[float, ...] | None = None,
     ) -> LatentState:
-        """The state with further tokens at the end, `levels` those of `mask`; `clear_conditioning` takes them off again."""
+        """The state with further tokens at the end, `levels` those of `mask`; `clear_conditioning` takes them off again.
+
+        Args:
+            at: their positions (B, 3 | 1, T, 2), or better the coordinates of them.
+        """
+        coordinates = None
+        if isinstance(at, Coordinates):
+            coordinates = self.coordinates and self.coordinates.joined(at)
+            at = at.positions(self.shape.batch)
         return replace(
             self,
             latent=torch.cat((self.latent, latent), dim=1),
             clean=torch.cat((self.clean, clean), dim=1),
             mask=torch.cat((self.mask, mask), dim=1),
-            positions=torch.cat((self.positions, positions), dim=2),
+            positions=torch.cat((self.positions, at), dim=2),
             levels=self.levels_with(levels),
+            coordinates=coordinates,
         )
 
     def levels_with(self, levels: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -340,6 +360,7 @@ class LatentState:
             mask=torch.ones_like(self.mask[:, :count]),
             positions=self.positions[:, :, :count],
             levels=(1.0,),
+            coordinates=self.coordinates and self.coordinates.part(slice(count)),
         )
 
     def unpack(self) -> Tensor:

@@ -27,7 +27,7 @@ from ltxkern.pipeline.sampling.guidance import (
 )
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
-from tests.pipeline.model.test_branches import Mean
+from tests.pipeline.run.test_branches import Mean
 
 POSITIVE = {"video_context": "vp", "audio_context": "ap"}
 NEGATIVE = {"video_context": "vn", "audio_context": "an"}

@@ -11,7 +11,7 @@ from ltxkern.pipeline.sampling.latents import (
     LatentState,
     VideoLatentShape,
     audio_positions,
-    keyframe_positions,
+    keyframe_coordinates,
     patchify,
     timesteps_from_mask,
     to_denoised,
@@ -103,8 +103,8 @@ def test_audio_positions_follow_the_formula() -> None:
     torch.testing.assert_close(positions[1, 0], expected, rtol=1e-6, atol=0)
 
 
-def test_keyframe_positions_stand_at_one_frame() -> None:
-    positions = keyframe_positions(VideoLatentShape(3, 2, 2, 4), 7, 25.0)
+def test_keyframe_coordinates_stand_at_one_frame() -> None:
+    positions = keyframe_coordinates(VideoLatentShape(3, 2, 2, 4), 7, 25.0).positions(1)
     assert positions.shape == (1, 3, 4, 2)
     assert torch.equal(positions[0, 0], torch.tensor([7.0, 8.0]).div(25.0).expand(4, 2))
     assert positions[0, 1, 3].tolist() == [32, 64]
@@ -155,7 +155,7 @@ def test_clear_conditioning_drops_appended_tokens() -> None:
     shape = VideoLatentShape(1, 2, 2, 3)
     state = LatentState.create(shape, dtype=torch.float32)
     extra = torch.ones(1, 4, 3)
-    longer = state.append(extra, extra, torch.zeros(1, 4, 1), keyframe_positions(shape, 3, 24.0))
+    longer = state.append(extra, extra, torch.zeros(1, 4, 1), keyframe_coordinates(shape, 3, 24.0))
     assert longer.latent.shape == (1, 8, 3)
     assert longer.positions.shape == (1, 3, 8, 2)
     cleared = longer.clear_conditioning()

@@ -20,9 +20,9 @@ from ltxkern.triton import (
     pixel_norm_silu,
     res2s,
 )
+from ltxkern.verify.cases import BY_NAME, F32, SCALES, OpCase, Size
 from tests.ops import test_row_index
 from tests.ops.contract import noise
-from tests.ops.op_cases import BY_NAME, F32, SCALES, OpCase, Size
 from tests.triton.exact import hold
 
 STEPS = ltxkern.res2s_steps([1.0, 0.93, 0.6, 0.31])

@@ -1,4 +1,4 @@
-"""The calls of tests/ops/op_cases.py, interpreted: outputs that are inputs or lie otherwise, strided and empty tensors."""
+"""The calls of ltxkern/verify/cases.py, interpreted: outputs that are inputs or lie otherwise, strided and empty tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import BackendError, triton, use_backend
-from tests.ops.op_cases import F32, MAIN, WITH_OUT, OpCase, Size
+from ltxkern.verify.cases import F32, MAIN, WITH_OUT, OpCase, Size
 
 CASES = [
     pytest.param(case, output, name, id=f"{case}-out{output}-{name}")

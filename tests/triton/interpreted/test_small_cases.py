@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.op_cases import CASES, F32, OpCase, Size
+from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.triton.exact import hold
 
 PLAIN = {"weight": None, "bias": None}

@@ -1,7 +1,7 @@
-"""The one table of the ops: how each is called, with all its tensors by name, for the tests that go over all of them.
+"""The one table of the ops: how each is called, with all its tensors by name, for `ltxkern verify` and for the tests of all ops.
 
-A new op gets an entry here and a test_<op>.py beside this file. They put it through the tests of aliasing, arguments, instruction
-sets, large offsets and GPUs, and its CUDA kernels through the shim and the sanitizers.
+A new op gets an entry here and a tests/ops/test_<op>.py. They put it through the proof on a card and at first use, the tests of
+aliasing, arguments, instruction sets, large offsets and GPUs, and its CUDA kernels through the shim and the sanitizers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 
 import ltxkern
 from ltxkern import res2s_steps
-from tests.ops.contract import ACTIVATIONS, SAMPLER, channels_last, misaligned, noise, poisoned
+from ltxkern.ops.checks import ACTIVATION_DTYPES, SAMPLER_DTYPES
+from ltxkern.verify.values import channels_last, noise
 
 F16, BF16, F32, F64, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn
 STEP = res2s_steps([0.9, 0.7])[0]
 # Arguments whose dtype no activation changes.
-ALWAYS = {"mask": F32, "noise_stats": F64, "rows": torch.int64}
+ALWAYS = {"mask": F32, "noise_stats": F64, "rows": torch.int64, "k_rows": torch.int32}
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -59,7 +60,7 @@ class OpCase:
     arguments: str
     out: str = ""
     others: dict[str, Any] = field(default_factory=dict)
-    dtypes: Sequence[torch.dtype] = tuple(ACTIVATIONS)
+    dtypes: Sequence[torch.dtype] = ACTIVATION_DTYPES
     fixed: dict[str, torch.dtype] = field(default_factory=dict)
     optional: str = ""
     last: bool = False
@@ -102,7 +103,7 @@ class OpCase:
 
     def drawn(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
         """Values of an argument: a mask lies between 0 and 1, a row index in three rows, statistics differ by slice."""
-        if name == "rows":
+        if name.endswith("rows"):
             value = torch.arange(torch.Size(shape).numel()).mul(7).remainder(3).view(shape)
         elif name == "noise_stats":
             slices = torch.arange(1.0, shape[0] + 1, dtype=F64)
@@ -131,31 +132,6 @@ class OpCase:
         return [result] if isinstance(result, Tensor) else list(result)
 
 
-def held_to_torch(case: OpCase, backend: str, dtype: torch.dtype, size: Size, shift: int = 0) -> list[Tensor]:
-    """A call on a backend against the op's reference, tensors up to `shift` elements past an aligned address; the results."""
-    given = {
-        name: misaligned(value, min(place, shift)) if shift and not (case.last and value.dim() == 4) else value
-        for place, (name, value) in enumerate(case.tensors(dtype, size).items())
-    }
-    kept = {name: value.clone() for name, value in given.items()}
-    with ltxkern.use_backend("torch"):
-        wanted = case.run({name: value.clone() for name, value in given.items()} if case.in_place else given)
-    outputs = [poisoned(value) if case.last else misaligned(poisoned(value), shift) for value in wanted if case.out]
-    with ltxkern.use_backend(backend):
-        ours = case.run(given, outputs)
-    for one, other in zip(ours, wanted, strict=True):
-        # Roundings of the compute dtype, one of the result's, and one of each step of a composition in the given dtype.
-        eps = max(torch.finfo(one.dtype).eps, torch.finfo(dtype).eps)
-        near = {"rtol": 4 * eps, "atol": 8 * eps * max(1.0, float(other.float().abs().max()))}
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(
-            one.double(), other.double(), msg=lambda text: f"{case} {dtype} {size}: {text}", **near
-        )
-    written = list(given)[:1] if case.in_place else []
-    assert all(torch.equal(value, kept[name]) for name, value in given.items() if name not in written)
-    return ours
-
-
 def family(main: OpCase, **variants: dict[str, Any]) -> list[OpCase]:
     """The main case of an op, and what its variants change of it."""
     return [main, *(replace(main, variant=name, **changed) for name, changed in variants.items())]
@@ -175,11 +151,28 @@ def rotated() -> dict[str, dict[str, Any]]:
     }
 
 
+def rotated_by_row() -> dict[str, dict[str, Any]]:
+    """Tables of qk_norm_rope with a row per coordinate: of three axes, of one, and such that only the general kernels take."""
+    own, wide = "k_cos k_sin: 3 2W; k_rows: 1 3 2T", dict.fromkeys(("cos", "sin", "k_cos", "k_sin"), F32)
+    longer = f"q: B T 12W; k: B 2T 12W; q_weight k_weight: 12W; cos sin: 3 2W; rows: B 3 T; {own}"
+    pairs, fixed = "q k: B T {0}W; q_weight k_weight: {0}W; cos sin: 3 {1}W; rows: {2} T", {"rows": torch.int32}
+    return {
+        "rows": {"arguments": longer, "others": {"heads": 6}, "fixed": {**fixed, **wide}},
+        "rows_one_axis": {"arguments": pairs.format(4, 2, "B 1"), "others": {"heads": 2}, "fixed": {**fixed, **wide}},
+        "rows_3_heads": {"arguments": pairs.format(6, "", "1 3"), "others": {"heads": 3}, "fixed": fixed},
+        "rows_2_heads_interleaved": {
+            **{"arguments": pairs.format(4, "", "B 2"), "others": {"heads": 2, "layout": "interleaved"}, "fixed": fixed}
+        },
+    }
+
+
 SCALES = {"cfg_scale": 3.0, "stg_scale": 1.0, "modality_scale": 2.0, "rescale_scale": 0.5}
 IN_FP32, IN_FP64 = ({"step": STEP, "compute_dtype": dtype} for dtype in (F32, F64))
 STATES = "latent x0 noise clean: B T W; mask: B T 1"
 PREDICTIONS = "anchor x0 x0_mid noise clean: B T W; mask: B T 1"
-RAW, LAST, BY_ROW = {"noise": F64}, {"last": True}, {"by_row": True}
+RAW = {"noise": F64}
+LAST: dict[str, Any] = {"last": True}
+BY_ROW: dict[str, Any] = {"by_row": True}
 NORM: dict[str, Any] = {"optional": "weight", "by_row": True}
 
 CASES = [
@@ -218,7 +211,7 @@ CASES = [
         rows={"arguments": "x y: B T W; gate: 3 W; rows: B T"},
     ),
     *family(
-        OpCase("dual_add", "x first second: B T W", "x; x", dtypes=SAMPLER, **BY_ROW),
+        OpCase("dual_add", "x first second: B T W", "x; x", dtypes=SAMPLER_DTYPES, **BY_ROW),
         # An odd number of elements, of several blocks of registers.
         flat={"arguments": "x first second: N"},
     ),
@@ -226,15 +219,17 @@ CASES = [
     *family(
         OpCase("qk_norm_rope", "q k: B T 4W; q_weight k_weight: 4W; cos sin: B 2 T W", "q; k"),
         wide={"fixed": {"cos": F32, "sin": F32}},
+        own={"arguments": "q: B T 4W; k: B 2T 4W; q_weight k_weight: 4W; cos sin: B 2 T W; k_cos k_sin: 1 2 2T W"},
         **rotated(),
+        **rotated_by_row(),
     ),
-    OpCase("normalize_noise", "noise: B 8T W", "noise", dtypes=SAMPLER),
-    OpCase("channelwise_normalize", "x: B 8T W", "x", dtypes=SAMPLER),
-    OpCase("noise_statistics", "noise: B 8T W", dtypes=SAMPLER),
+    OpCase("normalize_noise", "noise: B 8T W", "noise", dtypes=SAMPLER_DTYPES),
+    OpCase("channelwise_normalize", "x: B 8T W", "x", dtypes=SAMPLER_DTYPES),
+    OpCase("noise_statistics", "noise: B 8T W", dtypes=SAMPLER_DTYPES),
     *family(
         OpCase(
             *("combine_guidance", "cond uncond perturbed isolated: B T W", "cond uncond perturbed isolated", SCALES),
-            dtypes=SAMPLER,
+            dtypes=SAMPLER_DTYPES,
         ),
         three={"arguments": "cond uncond perturbed: B T W", "others": {**SCALES, "modality_scale": 1.0}},
         no_rescale={"others": {**SCALES, "rescale_scale": 0.0}},
@@ -242,7 +237,9 @@ CASES = [
     *family(
         OpCase(
             *("res2s_sde_step", "sample denoised noise: B T W", "sample denoised noise"),
-            **{"others": {"sigma": 0.9, "sigma_next": 0.7}, "dtypes": SAMPLER, **BY_ROW},
+            others={"sigma": 0.9, "sigma_next": 0.7},
+            dtypes=SAMPLER_DTYPES,
+            by_row=True,
         ),
         raw_noise={"arguments": "sample denoised noise: B T W; noise_stats: B 3", "fixed": RAW},
     ),
@@ -256,7 +253,9 @@ CASES = [
     *family(
         OpCase(
             *("res2s_advance", PREDICTIONS, "anchor x0 x0_mid noise clean"),
-            **{"others": {"step": STEP}, "fixed": {"anchor": F32}, **BY_ROW},
+            others={"step": STEP},
+            fixed={"anchor": F32},
+            by_row=True,
         ),
         raw_noise={"arguments": f"{PREDICTIONS}; noise_stats: B 3", "fixed": {**RAW, "anchor": F32}},
         raw_noise_fp64={"arguments": f"{PREDICTIONS}; noise_stats: B 3", "fixed": {**RAW, "anchor": F64}},

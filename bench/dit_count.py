@@ -1,0 +1,205 @@
+"""Launches and elementwise bytes of one transformer block, counted from shapes alone: it runs on the meta device.
+
+A video-sized pass is one (T, 4096) bf16 tensor read or written once, T being the video tokens: `video_passes` are the bytes that
+launches on video-sized tensors move, matrix products and attention left out, in units of that tensor. What a launch reads and
+writes is what its kernel has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every
+result. Views are free; matrix products and attention are launches without elementwise bytes. A launch on no tensor of at least
+a quarter of the unit counts its bytes and no passes: sound, text, modulation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+WIDTH = 4096
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "alias")
+# What these change they do not read; those take a tensor for its shape alone.
+OVERWRITING = ("copy_", "fill_", "zero_")
+FILLING = ("new_", "zeros", "ones", "full", "rand")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel launch: where it comes from, what it is, what it moves outside matrix products and attention."""
+
+    site: str
+    op: str
+    bytes: int
+    largest: int
+
+
+@dataclass
+class Count:
+    """The launches of one block; `unit` is the bytes of one (T, 4096) bf16 tensor."""
+
+    unit: int
+    launches: list[Launched] = field(default_factory=list)
+
+    @property
+    def elementwise_bytes(self) -> int:
+        """Moved by all launches but matrix products and attention."""
+        return sum(one.bytes for one in self.launches)
+
+    def _is_video(self, one: Launched) -> bool:
+        return bool(one.bytes) and 4 * one.largest >= self.unit
+
+    @property
+    def video_passes(self) -> float:
+        """Video-sized tensors read or written."""
+        return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
+
+    @property
+    def video_launches(self) -> int:
+        """Launches that walk over a video-sized tensor."""
+        return sum(map(self._is_video, self.launches))
+
+    def sites(self) -> list[tuple[str, int, float]]:
+        """Of the video-sized launches: site with op, how many, their passes; most passes first."""
+        passes: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for one in filter(self._is_video, self.launches):
+            name = f"{one.site} {one.op}"
+            passes[name] += one.bytes
+            counts[name] += 1
+        return [(name, counts[name], moved / self.unit) for name, moved in passes.most_common()]
+
+    def row(self, shape: str, provider: str) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "shape": shape,
+            "provider": provider,
+            "video_passes": round(self.video_passes, 2),
+            "video_launches": self.video_launches,
+            "elementwise_bytes": self.elementwise_bytes,
+            "launches": len(self.launches),
+            "sites": [{"site": s, "launches": n, "video_passes": round(p, 2)} for s, n, p in self.sites()],
+        }
+
+
+def moved_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all distinct tensors; the elements that an expanded dim repeats lie in memory once."""
+    distinct = {
+        (id(t.untyped_storage()), t.storage_offset(), t.dtype, t.shape, t.stride()): t for t in tensors if t.numel()
+    }
+    return sum(_extent(tensor) for tensor in distinct.values())
+
+
+def _extent(tensor: Tensor) -> int:
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= 1 if stride == 0 else size
+    return elements * tensor.element_size()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
+
+
+def _site() -> str:
+    """The function of a model's own source that asked for the launch."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.parent.name == "model" or path.stem.startswith("transformer"):
+            return f"{path.stem}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class _OnDevice(TorchFunctionMode):
+    """What a device does in one kernel and the meta device does not: attention, RMSNorm."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        settings = dict(kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query = args[0] if args else settings["query"]
+            self._count.launches.append(Launched(_site(), "attention", 0, 0))
+            return torch.empty_like(query)  # the kernels keep the memory order of the queries
+        if func in (torch.nn.functional.rms_norm, torch.rms_norm):
+            tensors = [*_tensors((args, settings))]
+            result = torch.empty_like(tensors[0])
+            moved = moved_bytes(tensors) + moved_bytes([result])
+            self._count.launches.append(Launched(_site(), "rms_norm", moved, max(map(_extent, tensors))))
+            return result
+        return func(*args, **settings)
+
+
+class _Launches(TorchDispatchMode):
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name in ALLOCATIONS:
+            return result
+        if name in PRODUCTS:
+            self._count.launches.append(Launched(_site(), "product", 0, 0))
+            return result
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        changed = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        unread = changed if name in OVERWRITING or name.endswith("_out") else set()
+        if name.startswith(FILLING):
+            unread = set(given)
+        read = [*_tensors([value for key, value in given.items() if key not in unread])]
+        written = [*_tensors(([given.get(key) for key in changed], result))]
+        moved = moved_bytes(read) + moved_bytes(written)
+        largest = max(map(_extent, [*read, *written]), default=0)
+        self._count.launches.append(Launched(_site(), name, moved, largest))
+        return result
+
+
+@torch.no_grad()
+def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) -> Count:
+    """What one block launches within `call`, a forward on the meta device that runs it once.
+
+    Args:
+        block: of the model that `call` runs.
+        tokens: of the video.
+    """
+    count = Count(tokens * WIDTH * 2)
+    forward = block.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with _OnDevice(count), _Launches(count):
+            return forward(*args, **kwargs)
+
+    with mock.patch.object(block, "forward", watched):
+        call()
+    return count
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The counts of a block, then what of ours remains, as text."""
+    lines = [f"{'shape':8}{'provider':12}{'passes':>8}{'video launches':>16}{'elementwise bytes':>19}{'launches':>10}"]
+    for row in rows:
+        lines.append(
+            f"{row['shape']:8}{row['provider']:12}{row['video_passes']:8.1f}{row['video_launches']:16}"
+            f"{row['elementwise_bytes']:19}{row['launches']:10}"
+        )
+    last = next((row for row in reversed(rows) if row["provider"] == "ltxkern"), None)
+    for one in last["sites"] if last else ():
+        lines.append(f"{one['video_passes']:8.2f} passes, {one['launches']:2} launches: {one['site']}")
+    return "\n".join(lines)

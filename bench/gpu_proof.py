@@ -1,0 +1,250 @@
+"""Everything that waits for a GPU, within a budget of time: `make gpu-proof`, or `python bench/gpu_proof.py --budget 540`.
+
+Each stage is a command of its own and leaves bench/results/<machine>-<revision>-<stage>.json before the next one starts; one that
+fails, hangs or does not fit what is left costs the others nothing. <machine>-<revision>-proof.json lists what came of each.
+Exit status 0: all stages were done. 1: one failed, ran out of time or was left out. 2: no GPU. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BUDGET = 540.0
+TAIL = 6000
+INTERRUPTED = 130
+WITH_ADDMM = ("--backends", "torch addmm_,cuda,nvrtc,triton")
+SHORT = ("--cases", "all", "--backends", "torch eager,cuda,nvrtc,triton")
+ROW_OPS = "rms_norm_modulate,gated_residual,qk_norm_rope"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: of its file.
+        command: its words; {file} is where it may write its results, {seconds} what it may take.
+        seconds: its part of a budget of 540.
+        least: with less than this left it is not started.
+        environment: variables that it has besides.
+        needs: a program without which it is left out.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    least: float = 10.0
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
+
+
+@dataclass
+class Outcome:
+    """What came of a stage: "done", "failed", "out of time" or "left out", and why."""
+
+    stage: str
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+    file: str = ""
+    output: str = ""
+
+
+def _bench(name: str, script: str, *words: str, seconds: float) -> Stage:
+    return Stage(name, (sys.executable, f"bench/{script}.py", *words, "--output-json", "{file}"), seconds)
+
+
+def _tests(name: str, *words: str, seconds: float, needs: str = "") -> Stage:
+    before = (needs, "--tool", "memcheck", "--error-exitcode", "9") if needs else ()
+    return Stage(name, (*before, sys.executable, "-m", "pytest", "-q", "-x", *words), seconds, 15.0, needs=needs)
+
+
+def stages(capability: str) -> tuple[Stage, ...]:
+    """In their order; `capability` is that of the card, which alone is built for."""
+    return (
+        Stage(
+            *("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 120.0, 30.0),
+            environment={"LTXKERN_BUILD": "auto", "TORCH_CUDA_ARCH_LIST": capability},
+        ),
+        Stage(
+            "verify",
+            (
+                *(sys.executable, "-m", "ltxkern", "verify", "--full", "--budget", "{seconds}"),
+                "--output-json",
+                "{file}",
+            ),
+            *(130.0, 40.0),
+        ),
+        _tests("tests-ops", "-m", "gpu", "tests/ops/test_on_gpu.py", seconds=50),
+        _tests("tests-triton", "-m", "gpu", "tests/triton/test_gpu.py", seconds=25),
+        _tests("sanitizer", "tests/ops/test_on_gpu.py", "-k", "test_every_case", seconds=35, needs="compute-sanitizer"),
+        # CUDA against Triton, one call of each in turn: which of the two dispatch is to prefer.
+        _bench("rows", "run_all", "--ops", ROW_OPS, *SHORT, "--budget", "{seconds}", seconds=45),
+        _bench("group-norm-kernels", "deciding", "group-norm-kernels", seconds=30),
+        _bench("attention", "deciding", "attention", seconds=25),
+        _bench("block", "deciding", "block", seconds=30),
+        _bench("merge", "bench_merge_lora", "--cases", "video_attn_r384", *WITH_ADDMM, seconds=20),
+        _bench("vae-tile", "deciding", "vae-tile", seconds=25),
+        # Where time is left, or the budget is larger.
+        _tests("tests-memory", "-m", "gpu", "tests/pipeline/memory/test_manager_gpu.py", seconds=40),
+        _tests("tests-golden", "-m", "gpu", "tests/pipeline/test_golden_gpu.py", seconds=60),
+        _bench("ops", "run_all", "--cases", "all-large", "--budget", "{seconds}", seconds=430),
+        _bench("lora", "bench_lora_switch", "--cases", "large", "--rounds", "2", seconds=200),
+        _bench("dit", "bench_dit", "--cases", "large", "--rounds", "2", "--rep", "1000", seconds=300),
+        _bench("hq", "bench_hq", "--model", "random-full", "--rounds", "1", seconds=400),
+    )
+
+
+@contextlib.contextmanager
+def process(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A command with a process group of its own, none of which outlives the block."""
+    running = subprocess.Popen(
+        command,
+        cwd=machine.ROOT,
+        env={**os.environ, "PYTHONPATH": str(machine.ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        yield running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def run_stage(stage: Stage, file: Path, seconds: float) -> Outcome:
+    """Run a stage for so long at most; its file is there afterwards, written by its command or here."""
+    # Time to end by itself, with what it has.
+    given = {"{file}": str(file), "{seconds}": str(int(seconds - min(10.0, seconds / 5)))}
+    words = [given.get(word, word) for word in stage.command]
+    began = time.monotonic()
+    outcome = Outcome(stage.name, "done", file=str(file))
+    with process(words, stage.environment) as running:
+        try:
+            outcome.output = running.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired as late:
+            said = late.stdout or b""
+            outcome.output = said if isinstance(said, str) else said.decode(errors="replace")
+            outcome.status, outcome.reason = "out of time", f"ended after {seconds:.0f} s"
+        else:
+            if running.returncode:
+                outcome.status, outcome.reason = "failed", f"exit status {running.returncode}"
+    outcome.seconds = round(time.monotonic() - began, 1)
+    outcome.output = outcome.output[-TAIL:]
+    if not file.is_file():
+        _write(file, {**asdict(outcome), "command": words})
+    return outcome
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(file)
+
+
+def prove(
+    planned: Sequence[Stage],
+    budget: float,
+    file_of: Callable[[str], Path],
+    facts: dict[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Run the stages in turn; the list of outcomes is written after each.
+
+    Args:
+        planned: the stages, the most important first.
+        budget: seconds for all of them; each gets its part, more where the budget is larger, and what is left at most.
+        file_of: where the results of a name go.
+        facts: about the machine.
+        say: takes a line about each stage.
+        clock: seconds, for tests.
+    """
+    end, outcomes = clock() + budget, []
+    scale = max(1.0, budget / BUDGET)
+    for stage in planned:
+        left = end - clock()
+        file = file_of(stage.name)
+        if stage.needs and shutil.which(stage.needs) is None:
+            outcome = Outcome(stage.name, "left out", reason=f"{stage.needs} is not on PATH")
+        elif left < stage.least:
+            outcome = Outcome(stage.name, "left out", reason=f"{max(0.0, left):.0f} s left, {stage.least:.0f} s needed")
+        else:
+            say(f"{stage.name} ... {min(left, scale * stage.seconds):.0f} s at most")
+            # What an earlier run left must not pass for this one's.
+            file.unlink(missing_ok=True)
+            outcome = run_stage(stage, file, min(left, scale * stage.seconds))
+        outcomes.append(outcome)
+        say(
+            f"{stage.name}: {outcome.status}"
+            + (f", {outcome.reason}" if outcome.reason else f" in {outcome.seconds:.0f} s")
+        )
+        _write(
+            file_of("proof"),
+            {"stage": "proof", "budget": budget, "machine": facts, "outcomes": list(map(asdict, outcomes))},
+        )
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:g}")
+    options.add_argument("--stages", help="names, comma between them (default: all that fit)")
+    options.add_argument("--dry-run", action="store_true", help="list the stages and their budgets")
+    parsed = options.parse_args(arguments)
+    there = torch.cuda.is_available()
+    capability = ".".join(map(str, torch.cuda.get_device_capability())) if there else "9.0"
+    planned = stages(capability)
+    if parsed.stages:
+        names = parsed.stages.split(",")
+        if unknown := sorted(set(names) - {stage.name for stage in planned}):
+            options.error(f"--stages: unknown {', '.join(unknown)}; known are {', '.join(s.name for s in planned)}")
+        planned = tuple(stage for stage in planned if stage.name in names)
+    if parsed.dry_run:
+        scale = max(1.0, parsed.budget / BUDGET)
+        for stage in planned:
+            words = ["python" if word == sys.executable else word for word in stage.command]
+            print(f"{stage.name:20} {scale * stage.seconds:5.0f} s  {' '.join(words)}")
+        return 0
+    if not there:
+        print(
+            "gpu-proof needs a GPU, and torch.cuda.is_available() is false here: --dry-run lists the stages",
+            file=sys.stderr,
+        )
+        return 2
+    facts = machine.describe(machine.best_device(), torch.get_num_threads())
+    slug = machine.slug(facts)
+    try:
+        outcomes = prove(planned, parsed.budget, lambda name: RESULTS / f"{slug}-{name}.json", facts, print)
+    except KeyboardInterrupt:
+        print(f"interrupted: what was done stands in {RESULTS}/{slug}-*.json", file=sys.stderr)
+        return INTERRUPTED
+    return 0 if all(outcome.status == "done" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The probe at first use: an op's main case, in the dtype of the call at hand, on one backend against the reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltxkern.dispatch import Backend, Op, handed
+from ltxkern.registration import tensors_of
+from ltxkern.verify.cases import MAIN, Size
+from ltxkern.verify.values import poisoned
+
+# Rows that whole vectors fill, and rows with a rest.
+SIZES = (Size(2, 6, 64), Size(3, 5, 13))
+
+
+def replaced(value: Any, change: Callable[[Any], Any], *, every: bool = False) -> Any:
+    """Arguments with all tensors changed, or `every` value; sequences entered, and a NamedTuple stays one."""
+    if isinstance(value, (list, tuple)):
+        made = [replaced(item, change, every=every) for item in value]
+        return type(value)(*made) if hasattr(value, "_fields") else made
+    return change(value) if every or isinstance(value, Tensor) else value
+
+
+def listed(value: Any) -> list[Tensor]:
+    """One tensor or several as a list."""
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _too_far(result: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    """0-dim: whether a result is not that of the reference, within the roundings of both."""
+    eps = max(torch.finfo(result.dtype).eps, torch.finfo(dtype).eps)
+    one, other = result.double(), wanted.double()
+    near = (one - other).abs() <= 4 * eps * other.abs() + 8 * eps * other.abs().max().clamp(min=1.0)
+    return ~near.all()
+
+
+@torch.no_grad()
+def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str | None:
+    """What is wrong with a backend, or None; one wait for the device.
+
+    Args:
+        op, backend: what is asked.
+        args: of the call at hand, whose dtype the probe takes.
+        device: where that call's tensors lie.
+    """
+    case = next(case for case in MAIN if case.op == op.name)
+    first = next(tensors_of(args)).dtype
+    dtype = first if first in case.dtypes else case.dtypes[0]
+    run, asked = backend.load(), []
+    waits = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    if waits:
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        with torch.device(device):
+            for size in SIZES:
+                given = handed(functools.partial(case.run, case.tensors(dtype, size)))
+                if backend.refuse(given) is None:
+                    asked.append((size, _differs(op, run, given, dtype)))
+            if not asked:
+                return None
+            found = torch.stack([wrong for _, wrong in asked]).tolist()
+    finally:
+        if waits:
+            torch.cuda.set_sync_debug_mode(waits)
+    for (size, _), wrong in zip(asked, found, strict=True):
+        if wrong:
+            return f"{dtype} of {'x'.join(map(str, size))} is not what the reference gives"
+    return None
+
+
+def _differs(op: Op, run: Any, given: Any, dtype: torch.dtype) -> Tensor:
+    """0-dim: whether a kernel's results are not those of the reference."""
+    ours, theirs = replaced(given, Tensor.clone), replaced(given, Tensor.clone)
+    if op.allocate is None:
+        run(ours)
+        op.reference(*theirs)
+        pairs = [(ours[0], theirs[0])]
+    else:
+        out = replaced(op.allocate(ours), poisoned)
+        run(out, ours)
+        pairs = list(zip(listed(out), listed(op.reference(*theirs)), strict=True))
+    return torch.stack([_too_far(one, other, dtype) for one, other in pairs]).any()

@@ -1,0 +1,105 @@
+"""Counts of one transformer block: what is a launch and what it moves; ours at both stages, which may only fall, and diffusers'."""
+
+import json
+
+import bench_dit
+import dit_count
+import pytest
+import torch
+
+import ltxkern
+
+TOKENS, WIDTH = 64, dit_count.WIDTH
+UNIT = TOKENS * WIDTH * 2
+
+
+class Block(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self):
+        return self.function()
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def count(function):
+    block = Block(function)
+    return dit_count.count_block(block, block, TOKENS)
+
+
+X, ROW, WEIGHT = meta(1, TOKENS, WIDTH), meta(1, 1, WIDTH), meta(WIDTH, WIDTH)
+ROW_BYTES = WIDTH * 2
+HEADS = X.unflatten(2, (32, 128)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "launches", "moved"),
+    [
+        (lambda: X + X, 1, 2 * UNIT),  # one tensor, read once
+        (lambda: X + meta(1, TOKENS, WIDTH), 1, 3 * UNIT),
+        (lambda: X * ROW, 1, 2 * UNIT + ROW_BYTES),
+        (lambda: X * ROW.expand(1, TOKENS, WIDTH), 1, 2 * UNIT + ROW_BYTES),
+        (lambda: X.view(TOKENS, WIDTH).t()[:5].detach().unflatten(0, (5, 1)), 0, 0),
+        (lambda: X.mul_(2), 1, 2 * UNIT),
+        (lambda: X.copy_(ROW.expand_as(X)), 1, UNIT + ROW_BYTES),
+        (lambda: X.float(), 1, 3 * UNIT),
+        (lambda: X.new_zeros(1, TOKENS, WIDTH), 1, UNIT),
+        (lambda: X.new_empty(1, TOKENS, WIDTH), 0, 0),
+        (lambda: torch.nn.functional.linear(X, WEIGHT, ROW[0, 0]), 1, 0),
+        (lambda: torch.nn.functional.scaled_dot_product_attention(HEADS, value=HEADS, key=HEADS), 1, 0),
+        (lambda: torch.nn.functional.rms_norm(X, (WIDTH,), ROW[0, 0]), 1, 2 * UNIT + ROW_BYTES),
+        (lambda: ltxkern.gated_residual(X, meta(1, TOKENS, WIDTH), ROW), 1, 3 * UNIT + ROW_BYTES),
+        (lambda: ltxkern.rms_norm_modulate(X, ROW, ROW), 1, 2 * UNIT + ROW_BYTES),
+        (lambda: ltxkern.rms_norm_modulate(X, ROW, ROW, out=X), 1, 2 * UNIT + ROW_BYTES),
+        (lambda: [X + X, X * 2], 2, 4 * UNIT),
+    ],
+)
+def test_a_launch_moves_what_its_kernel_has_to(function, launches, moved):
+    found = count(function)
+    assert (len(found.launches), found.elementwise_bytes) == (launches, moved)
+    assert found.video_passes == moved / UNIT
+    assert found.video_launches == (launches if moved else 0)
+
+
+def test_small_tensors_make_no_passes():
+    found = count(lambda: [ROW + ROW, meta(1, TOKENS // 2, WIDTH) * 2, meta(1, TOKENS // 8, WIDTH) * 2])
+    assert found.elementwise_bytes == 2 * ROW_BYTES + 1.25 * UNIT
+    assert (found.video_launches, found.video_passes) == (1, 1.0)
+    assert [one[1:] for one in found.sites()] == [(1, 1.0)]
+
+
+def test_nothing_stays_where_the_forward_fails():
+    block = Block(lambda: X + meta(1, 2, 3))
+    with pytest.raises(RuntimeError):
+        dit_count.count_block(block, block, TOKENS)
+    assert "forward" not in vars(block)
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
+# What one block launches and moves; a change that saves some lowers these.
+MOST = {"video_passes": 42.1, "video_launches": 16, "launches": 92}
+MOST_BYTES = {"stage1": 2_912_619_152, "stage2": 11_340_752_440}
+
+
+def test_one_block_at_both_stages(tmp_path, capsys):
+    path = tmp_path / "count.json"
+    assert bench_dit.main(["--count", "--output-json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    rows = {(row["shape"], row["provider"]): row for row in written["rows"]}
+    assert sorted(rows) == [(shape, name) for shape in ("stage1", "stage2") for name in ("diffusers", "ltxkern")]
+    assert "(T, 4096) bf16 tensor" in written["definition"]
+    for shape in ("stage1", "stage2"):
+        ours, theirs = rows[shape, "ltxkern"], rows[shape, "diffusers"]
+        for name, most in {**MOST, "elementwise_bytes": MOST_BYTES[shape]}.items():
+            assert ours[name] <= most, (shape, name)
+        assert ours["launches"] <= 0.4 * theirs["launches"]
+        assert ours["video_passes"] <= 0.18 * theirs["video_passes"]
+        assert ours["elementwise_bytes"] <= 0.19 * theirs["elementwise_bytes"]
+        assert sum(one["video_passes"] for one in ours["sites"]) == pytest.approx(ours["video_passes"], abs=0.2)
+    out = capsys.readouterr().out
+    assert out.count("ltxkern") == 2
+    assert "passes" in out

@@ -1,0 +1,122 @@
+"""The proof on a GPU: fake stages that fail, hang or find no time; later ones run all the same, and the files are there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deciding
+import gpu_proof
+import pytest
+import torch
+from gpu_proof import Outcome, Stage, prove, stages
+
+from ltxkern.compiled import group_norm_silu as group_norm
+from ltxkern.compiled.tensors import DeviceLimits
+from ltxkern.ops.group_norm_silu import Arguments
+
+WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{}')"
+
+
+def stage(name: str, code: str, seconds: float = 60.0, **more: Any) -> Stage:
+    return Stage(name, (sys.executable, "-c", code, "{file}", "{seconds}"), seconds, **more)
+
+
+def run(tmp_path: Path, planned: list[Stage], budget: float = 540.0, **more: Any) -> dict[str, Outcome]:
+    outcomes = prove(planned, budget, lambda name: tmp_path / f"card-{name}.json", {"gpu": "none"}, **more)
+    return {outcome.stage: outcome for outcome in outcomes}
+
+
+def test_later_stages_run_whatever_comes_of_earlier_ones(tmp_path: Path) -> None:
+    lingering = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    )
+    planned = [
+        stage("writes", WRITES),
+        stage("fails", "print('broken'); raise SystemExit(3)"),
+        stage("hangs", f"print('begun', flush=True); {lingering} time.sleep(60)", seconds=1.0),
+        stage("absent", WRITES, needs="no-such-program"),
+        stage("last", WRITES),
+    ]
+    stale = tmp_path / "card-fails.json"
+    stale.write_text("of an earlier run")
+    said: list[str] = []
+    found = run(tmp_path, planned, say=said.append)
+    assert {name: (outcome.status, outcome.reason) for name, outcome in found.items()} == {
+        "writes": ("done", ""),
+        "fails": ("failed", "exit status 3"),
+        "hangs": ("out of time", "ended after 1 s"),
+        "absent": ("left out", "no-such-program is not on PATH"),
+        "last": ("done", ""),
+    }
+    files = {path.name.removeprefix("card-").removesuffix(".json") for path in tmp_path.iterdir()}
+    assert files == {"writes", "fails", "hangs", "last", "proof"}
+    assert json.loads((tmp_path / "card-writes.json").read_text()) == {}
+    assert json.loads(stale.read_text())["output"] == "broken\n"
+    assert json.loads((tmp_path / "card-hangs.json").read_text())["output"] == "begun\n"
+    listed = json.loads((tmp_path / "card-proof.json").read_text())["outcomes"]
+    assert [entry["stage"] for entry in listed] == [s.name for s in planned]
+    assert "hangs: out of time, ended after 1 s" in said
+
+
+def test_stages_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    """A clock of its own: 40 seconds go by in each stage."""
+    at = [0.0]
+
+    def clock() -> float:
+        at[0] += 20.0
+        return at[0]
+
+    planned = [stage(name, "", least=least) for name, least in (("first", 10.0), ("second", 70.0), ("third", 10.0))]
+    found = run(tmp_path, planned, budget=100.0, clock=clock)
+    assert {name: outcome.status for name, outcome in found.items()} == {
+        "first": "done",
+        "second": "left out",
+        "third": "done",
+    }
+    assert found["second"].reason == "60 s left, 70 s needed"
+
+
+def test_what_is_done_is_listed_before_the_next_stage_begins(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def say(line: str) -> None:
+        proof = tmp_path / "card-proof.json"
+        if line.endswith("at most") and proof.is_file():
+            seen.append([entry["stage"] for entry in json.loads(proof.read_text())["outcomes"]])
+
+    run(tmp_path, [stage(name, "") for name in ("first", "second", "third")], say=say)
+    assert seen == [["first"], ["first", "second"]]
+
+
+def test_the_stages_are_those_of_this_repository() -> None:
+    planned = stages("9.0")
+    assert len({s.name for s in planned}) == len(planned)
+    assert sum(s.seconds for s in planned[:11]) <= gpu_proof.BUDGET
+    named = [word for s in planned for word in s.command if word.endswith(".py")]
+    assert [word for word in named if not (gpu_proof.machine.ROOT / word).is_file()] == []
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_proof.main([]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert gpu_proof.main(["--dry-run", "--budget", "1080"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(stages("9.0"))
+    assert lines[0].split()[:3] == ["build", "240", "s"]
+
+
+def test_each_kernel_of_group_norm_is_forced() -> None:
+    x = torch.empty(1, 512, 8, 45, 80, dtype=torch.bfloat16, device="meta")
+    limits = DeviceLimits((9, 0), 132, 232448, 50 << 20)
+    case = group_norm.describe(x, Arguments(x, None, None, 32, 1e-5, None, None), limits)
+    kernels = {}
+    for name, rule in deciding.KERNELS.items():
+        with deciding.forced(**rule):
+            *_, launch = group_norm.device_steps(case)
+            kernels[name] = launch.kernel.partition("<")[0], launch.cluster
+    plain = kernels.pop("as dispatch has it")
+    assert plain in kernels.values()
+    assert len(set(kernels.values())) == len(kernels)
+    assert group_norm.device_steps(case)[-1].kernel.startswith(plain[0])

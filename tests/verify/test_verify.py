@@ -1,0 +1,160 @@
+"""verify finds what is planted, dispatch refuses it afterwards, and others still serve; what is right is proven."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltxkern
+from ltxkern import dispatch
+from ltxkern.cli import main
+from ltxkern.commands import verify as command
+from ltxkern.compiled import extension
+from ltxkern.trust import proofs
+from ltxkern.verify import checks, report, timing
+from ltxkern.verify.cases import F32, Size
+from ltxkern.verify.report import Report, verify
+from ltxkern.verify.supervise import Found
+from tests.csrc.shim_build import shim
+from tests.verify.conftest import fresh_dispatch
+from tests.verify.planted import FAULTS, RIGHT
+
+OPS = [RIGHT, "head_gate"]
+
+
+@pytest.fixture(scope="module")
+def few_checks() -> Iterator[None]:
+    """Those of rank 0 in fp32, in the place of the plan; workers take an index in the whole of it."""
+    kept = [(i, c) for i, c in enumerate(checks.plan("quick")) if c.rank == 0 and c.dtype == F32]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "numbered", lambda level: kept)
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(few_checks: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Found], Path]:
+    """What verify finds of the planted faults, and the cache that it is stored in."""
+    shim()
+    cache = tmp_path_factory.mktemp("cache")
+    planted = [sys.executable, "-m", "tests.verify.planted"]
+    ops = [RIGHT, *(fault.op for fault in FAULTS.values())]
+    with fresh_dispatch(cache):
+        made = verify("quick", tiers=["cpu"], ops=ops, timed=False, command=planted, seconds=300, check_seconds=10)
+    return made.found["cpu"], cache
+
+
+@pytest.fixture(autouse=True)
+def cpu_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With or without a built extension there is a tier "cpu"."""
+    reason_of = dispatch.unavailable
+    for module in (dispatch, report):
+        monkeypatch.setattr(module, "unavailable", lambda name: None if name == "cpu" else reason_of(name))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_and_refused(fault: str, found: tuple[dict[str, Found], Path]) -> None:
+    (entries, cache), (op, _, words) = found, FAULTS[fault]
+    assert entries[op].verdict == "wrong"
+    assert words in entries[op].wrong
+    case = checks.MAIN[[case.op for case in checks.MAIN].index(op)]
+    tensors = case.tensors()
+    with fresh_dispatch(cache):
+        with ltxkern.use_backend("torch"):
+            expected = case.run(tensors)
+        reason = ltxkern.capabilities()[op]["cpu"] or ""
+        assert words in reason
+        assert reason.startswith("`ltxkern verify` found it wrong on cpu")
+        with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="found it wrong on cpu"):
+            case.run(tensors)
+        assert all(map(torch.equal, case.run(tensors), expected))
+        assert ltxkern.served()[op] == {"torch"}
+
+
+def test_what_is_right_beside_it_is_proven_and_serves(found: tuple[dict[str, Found], Path]) -> None:
+    entries, cache = found
+    assert entries[RIGHT].verdict == "proven"
+    with fresh_dispatch(cache):
+        assert ltxkern.capabilities()[RIGHT]["cpu"] is None
+
+
+def test_the_command(fresh: Path, few_checks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    if extension.unavailable("cpu"):
+        pytest.skip("no CPU kernels in this build")
+    file = fresh / "found.json"
+    arguments = ["verify", "--tiers", "cpu", "--ops", ",".join(OPS), "--output-json", str(file)]
+    assert main(arguments) == 0
+    found = json.loads(file.read_text())
+    assert {op: row["cpu"]["verdict"] for op, row in found["found"].items()} == dict.fromkeys(OPS, "proven")
+    assert {(row["op"], row["tier"]) for row in found["times"]} == {(op, t) for op in OPS for t in ("cpu", "torch")}
+    assert all(row["percent_of_roof"] > 0 for row in found["times"])
+    assert "proven 2/2" in capsys.readouterr().out
+    assert all(verdict.passed for op in OPS for verdict in proofs.verdicts("cpu", op, "cpu").values() if verdict)
+    assert proofs.order("cpu", OPS[0]) == ("cpu",)
+    assert ltxkern.capabilities()[OPS[0]]["cpu"] is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("--ops", "rms"), ("--tiers", "torch")])
+def test_unknown_names_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", option, value]) == 2
+    assert f"{option}: unknown {value}; known are" in capsys.readouterr().err
+
+
+def test_what_was_found_survives_an_interruption(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, report: Report, **options: object) -> None:
+        report.found["cpu"] = {"gated_residual": Found(4, 4), "head_gate": Found(4, 2, essential_left=2)}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "verify", interrupted)
+    file = fresh / "found.json"
+    assert main(["verify", "--output-json", str(file)]) == command.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().out
+    assert not json.loads(file.read_text())["finished"]
+    (stored,) = proofs.stored("cpu").values()
+    assert stored is not None
+    assert {op: set(row) for op, row in stored.verdicts.items()} == {"gated_residual": {"cpu"}}
+
+
+def test_a_worker_that_cannot_start_says_nothing_of_an_op(few_checks: None, fresh: Path) -> None:
+    made = verify("quick", tiers=["cpu"], ops=OPS, command=[sys.executable, "-c", "raise SystemExit(3)"])
+    assert made.stopped == {"cpu": "its process does not start: the process ended by status 3"}
+    assert (made.wrong(), made.stored) == ([], [])
+
+
+def test_every_op_has_its_place_and_its_production_size() -> None:
+    assert set(checks.IMPORTANCE) == set(ltxkern.capabilities())
+    for device in ("cpu", "cuda"):
+        assert [case.op for case, _, _ in timing.sizes(device)] == list(checks.IMPORTANCE)
+    assert {c.values for c in checks.plan("quick")} == set(checks.VALUES)
+    essential = {c.case.op for c in checks.plan("quick") if c.rank == 0}
+    assert essential == set(checks.IMPORTANCE)
+    assert len(checks.plan("full")) > len(checks.plan("quick"))
+
+
+@pytest.mark.parametrize(
+    "case", [c.case for c in checks.plan("quick") if c.rank == 0 and c.size == checks.REST], ids=str
+)
+def test_references_in_fp64_are_in_fp64(case: checks.OpCase) -> None:
+    given = checks.handed(lambda: case.run(case.tensors(case.dtypes[0], Size(2, 3, 4))))
+    composed, exact = checks.references(case.op, given)
+    assert [value.dtype for value in exact] == [torch.float64] * len(composed)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "order"),
+    [
+        ({"cuda": 1.0, "triton": 0.99, "cpu": 9.0, "torch": 0.1}, ("cuda", "triton", "cpu")),
+        ({"cuda": 1.0, "triton": 0.5}, ("triton", "cuda")),
+        ({"triton": 1.0, "nvrtc": 0.9, "cuda": 0.5}, ("cuda", "nvrtc", "triton")),
+        ({"torch": 1.0}, None),
+    ],
+)
+def test_a_tier_is_preferred_only_where_it_is_clearly_quicker(
+    seconds: dict[str, float], order: tuple[str, ...] | None
+) -> None:
+    rows = [timing.Timed("gated_residual", "", tier, taken, 1, 1.0, 1.0) for tier, taken in seconds.items()]
+    assert timing.preferred(rows, ltxkern.dispatch.BACKENDS).get("gated_residual") == order
