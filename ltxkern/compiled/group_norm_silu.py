@@ -31,6 +31,8 @@ ARGUMENTS = 7
 WAITING = 1.1
 # Upper bound of the on-chip kernels' static shared memory.
 STATIC_SHARED = 1024
+# Bytes of which no multiprocessor holds twice as many.
+ALONE = 114 << 10
 
 
 class Case(NamedTuple):
@@ -81,13 +83,21 @@ def _parameters(case: Case) -> dict[str, Parameter]:
     }
 
 
-def _two_pass_parameters(case: Case, chunk: int, chunks: int, lanes: int = 1, rows: int = 1) -> dict[str, Parameter]:
-    partials = 8 * case.samples * case.channels * chunks
+def _range(count: int, threads: int, vector: int) -> int:
+    """Elements of `count` that each warp takes: whole accesses of all its threads."""
+    return ceil_div(count, threads * vector) * 32 * vector
+
+
+def _two_pass_parameters(
+    case: Case, chunk: int, chunks: int, part: int = 0, lanes: int = 1, rows: int = 1, merged: bool = False
+) -> dict[str, Parameter]:
+    partials = 8 * case.samples * (case.groups if merged else case.channels) * chunks
     return {
         **_parameters(case),
         **{"partials": WORKSPACE, "affine": Argument(WORKSPACE.index, round_up(partials, 16)), "chunk": chunk},
         **{"chunks": chunks, "by_chunks": divider(chunks)},
-        **{"by_groups": divider(case.groups), "lanes": lanes, "by_lanes": divider(lanes)},
+        **{"by_groups": divider(case.groups), "range": part, "merged": int(merged)},
+        **{"lanes": lanes, "by_lanes": divider(lanes)},
         **{"rows": rows, "by_rows": divider(rows)},
     }
 
@@ -99,7 +109,8 @@ def _two_pass_steps(
     affine, chunks = parameters["affine"], parameters["chunks"]
     assert isinstance(affine, Argument)
     assert isinstance(chunks, int)
-    finalizing = min(512, round_up(ceil_div(case.group_channels * chunks, 8), 32))
+    partials = chunks if parameters["merged"] else case.group_channels * chunks
+    finalizing = min(512, round_up(ceil_div(partials, 8), 32))
     steps = (
         Launch(f"ltxk::group_norm_stats{layout}", grid, threads, parameters),
         Launch("ltxk::group_norm_finalize", (case.samples * case.groups,), finalizing, parameters),
@@ -112,7 +123,7 @@ def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) ->
     """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
     chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
     chunks = ceil_div(case.positions, chunk)
-    parameters = _two_pass_parameters(case, chunk, chunks)
+    parameters = _two_pass_parameters(case, chunk, chunks, _range(chunk, threads, case.vector))
     grid = (case.samples * case.channels * chunks,)
     return _two_pass_steps(case, parameters, grid, threads, f"<{CUDA_NAMES[case.dtype]}, {case.vector}>")
 
@@ -126,7 +137,9 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     per_block = ceil_div(case.samples * case.positions * across, blocks)
     chunk = min(max(per_block, 8 * rows), max(case.positions, 1))
     chunks = ceil_div(case.positions, chunk)
-    parameters = _two_pass_parameters(case, chunk, chunks, lanes, rows)
+    # A block that has all channels of its groups leaves a partial for each of these.
+    merged = across == 1 or lanes * vector % case.group_channels == 0
+    parameters = _two_pass_parameters(case, chunk, chunks, lanes=lanes, rows=rows, merged=merged)
     grid = (case.samples * chunks, across)
     return _two_pass_steps(case, parameters, grid, threads, f"_columns<{CUDA_NAMES[case.dtype]}, {vector}>")
 
@@ -136,13 +149,20 @@ def _on_chip_vector(case: Case) -> int:
 
 
 def _on_chip_parameters(
-    case: Case, blocks: int, part: int, kept: int, partials: Argument | None, arrived: Argument | None
+    case: Case,
+    blocks: int,
+    part: int,
+    kept: int,
+    access: tuple[int, int],
+    teams: int,
+    pointers: tuple[Argument | None, ...],
 ) -> dict[str, Parameter]:
     return {
         **_parameters(case),
         **{"groups": case.samples * case.groups, "by_groups": divider(case.groups), "blocks": blocks},
         **{"by_blocks": divider(blocks), "slice": part, "kept": kept, "by_positions": divider(case.positions)},
-        **{"partials": partials, "arrived": arrived},
+        **{"kept_range": _range(kept, *access), "rest_range": _range(part - kept, *access)},
+        **{"by_teams": divider(teams), "partials": pointers[0], "arrived": pointers[1]},
     }
 
 
@@ -151,22 +171,23 @@ def _table_bytes(case: Case) -> int:
     return 20 * case.group_channels
 
 
-def _resident_threads(part: int, vector: int) -> int:
-    """Threads of a block that holds `part` elements: four accesses each, where there are enough."""
-    return min(512, max(32, round_up(ceil_div(part, 4 * vector), 32)))
+def _resident_threads(case: Case, part: int) -> int:
+    """Threads of a block that holds `part` elements: four accesses each; twice the most where the block is alone."""
+    most = 1024 if part * case.itemsize > ALONE else 512
+    return min(most, max(32, round_up(ceil_div(part, 4 * _on_chip_vector(case)), 32)))
 
 
 def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tuple[Step, ...], int]:
     """One launch, a cluster of blocks per group, the group in shared memory: 2 units. Returns the steps and workspace bytes."""
     vector = _on_chip_vector(case)
     part = round_up(ceil_div(case.group_length, cluster), vector)
-    threads = threads or _resident_threads(part, vector)
+    threads = threads or _resident_threads(case, part)
     shared = round_up(part * case.itemsize, 16) + _table_bytes(case)
     launch = Launch(
         f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",
         (case.samples * case.groups * cluster,),
         threads,
-        _on_chip_parameters(case, cluster, part, part, None, None),
+        _on_chip_parameters(case, cluster, part, part, (threads, vector), 1, (None, None)),
         shared_bytes=shared,
         cluster=cluster,
     )
@@ -183,7 +204,9 @@ def pipeline(case: Case, team: int, teams: int, kept_bytes: int, threads: int = 
         f"ltxk::group_norm_pipeline<{CUDA_NAMES[case.dtype]}, {case.vector}>",
         (team * teams,),
         threads,
-        _on_chip_parameters(case, team, part, kept, Argument(WORKSPACE.index, counters), WORKSPACE),
+        _on_chip_parameters(
+            *(case, team, part, kept, (threads, case.vector), teams), (Argument(WORKSPACE.index, counters), WORKSPACE)
+        ),
         shared_bytes=2 * round_up(kept * case.itemsize, 16) + _table_bytes(case),
         cooperative=True,
     )
@@ -205,7 +228,7 @@ def _cluster_size(case: Case, limits: DeviceLimits) -> tuple[int, int] | None:
         shared = round_up(part * case.itemsize, 16) + 16 + _table_bytes(case)
         if size <= limits.cluster_blocks and shared + STATIC_SHARED <= limits.shared_bytes:
             # Registers let 1024 threads in: see the kernel's launch bounds.
-            by_threads = 1024 // _resident_threads(part, vector)
+            by_threads = 1024 // _resident_threads(case, part)
             per_processor = min(by_threads, (limits.shared_bytes + 1024) // (shared + STATIC_SHARED + 1024))
             fitting.append((size, limits.multiprocessors * per_processor // size))
     waves = [(size, at_once) for size, at_once in fitting if groups <= at_once]

@@ -29,6 +29,8 @@ from tests.ops.contract import ACTIVATIONS, assert_as_close, channels_last, held
 # Numbers that kernels divide are below 2^31.
 MOST = (1 << 31) - 1
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
+# Four lanes do not have all channels of their groups.
+SHAPES += [((2, 6, 2, 3), 2)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

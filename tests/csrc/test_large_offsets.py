@@ -253,9 +253,11 @@ def test_group_norm(last: bool) -> None:
         stats, _, apply = steps
         assert blocks_of(stats) == blocks_of(apply) == (chunks if last else channels * chunks)
         run_step(stats, tensors, blocks_of(stats) - 1, 1)
-        cut = 8 * chunks * channels
-        partials = tensors[-1][:cut].view(F32).view(channels, chunks, 2)
-        wanted = x[0, -1, (chunks - 1) * chunk :].double()
+        # Channels-last, those of all channels of the group together.
+        apart = 1 if last else channels
+        cut = 8 * chunks * apart
+        partials = tensors[-1][:cut].view(F32).view(apart, chunks, 2)
+        wanted = x[0, 0 if last else -1 :, (chunks - 1) * chunk :].double()
         exact = torch.stack([wanted.mean(), (wanted - wanted.mean()).square().sum()])
         torch.testing.assert_close(partials[-1, -1].double(), exact, rtol=1e-4, atol=1e-6)
         # Every channel's mean, scale and offset, and what fills 16 bytes.

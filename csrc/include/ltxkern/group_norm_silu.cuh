@@ -35,6 +35,8 @@ struct GroupNormTwoPass : GroupNormSilu {
     i64 chunk;              // positions per partial
     i64 chunks, by_chunks;  // partials per channel: ceil(positions / chunk)
     i64 by_groups;          // groups of one sample
+    i64 range;              // elements of a chunk that each warp takes
+    i64 merged;             // whether a partial is that of a group's channels together, conv_bias added: [n][group][chunk]
     i64 lanes, by_lanes, rows, by_rows;  // channels-last: threads of a block along the channels, the others take further positions
 };
 
@@ -64,30 +66,53 @@ LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& resi
     return rounded<T, V>(values);
 }
 
-// Elements threadIdx.x * V, and on by the block's stride, of `count`, count a multiple of V: four loads are under way before the
-// first is used. `load_pack` gives a pack of x, `affine_at` its channel's numbers.
-template <class T, int V, bool RESIDUAL, class LoadPack, class AffineAt>
-LTXK_DEVICE void apply_all(T* out, const T* residual, u32 count, LoadPack load_pack, AffineAt affine_at) {
-    constexpr int kBatch = 4;
-    u32 step = blockDim.x * V, i = threadIdx.x * V;
-    for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
-        Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
+// Packs of a thread whose loads are under way before the first is used. They lie a warp's packs apart, so that the addresses of a
+// batch differ by a number in the instruction.
+constexpr int kBatch = 4;
+template <int V>
+constexpr u32 kApart = 32 * V;
+
+// All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
+// `batch` takes the first element of kBatch packs, `single` that of one. A thread meets the same elements in every call with this range.
+template <int V, class Batch, class Single>
+LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
+    u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
+    u32 i = begin + threadIdx.x % 32 * V;
+    if (end > count) end = count;
+    for (; i + (kBatch - 1) * kApart<V> < end; i += kBatch * kApart<V>) batch(i);
+    for (; i < end; i += kApart<V>) single(i);
+}
+
+// Normalises `count` elements of x, or where they are KEPT of shared memory; `affine_at` gives the numbers of an element's channel.
+template <class T, int V, bool KEPT, bool RESIDUAL, class AffineAt>
+LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, AffineAt affine_at) {
+    auto read = [](const T* from) {
+        if constexpr (KEPT) return load<T, V>(from);
+        else return load_streaming<T, V>(from);
+    };
+    each_pack<V>(
+        count, range,
+        [&](u32 i) {
+            const T* from = x + i;
+            T* to = out + i;
+            Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = load_pack(i + b * step);
-        if constexpr (RESIDUAL) {
+            for (int b = 0; b < kBatch; ++b) packs[b] = read(from + b * kApart<V>);
+            if constexpr (RESIDUAL) {
+                const T* more = residual + i;
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(residual + (i + b * step));
-        }
+                for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
+            }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-            store_streaming<T, V>(
-                out + (i + b * step), normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * step)));
-    }
-    for (; i < count; i += step) {
-        Pack<T, V> added;
-        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-        store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(load_pack(i), added, affine_at(i)));
-    }
+            for (int b = 0; b < kBatch; ++b)
+                store_streaming<T, V>(
+                    to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * kApart<V>)));
+        },
+        [&](u32 i) {
+            Pack<T, V> added;
+            if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
+            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, affine_at(i)));
+        });
 }
 
 // An interval of elements split into a 16-byte aligned body and its two ragged ends.
@@ -108,25 +133,26 @@ struct Span {
 
 // Moments of elements [span.begin, span.end) as seen by this thread.
 template <class T, int V>
-LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span) {
-    constexpr int kBatch = 4;
+LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span, i64 range) {
     PairMoments moments;
     const T* body = x + span.body_begin;
-    u32 count = static_cast<u32>(span.body_end - span.body_begin), step = blockDim.x * V, i = threadIdx.x * V;
-    for (; i + (kBatch - 1) * step < count; i += kBatch * step) {
-        Pack<T, V> packs[kBatch];
+    each_pack<V>(
+        static_cast<u32>(span.body_end - span.body_begin), range,
+        [&](u32 i) {
+            const T* from = body + i;
+            Pack<T, V> packs[kBatch];
+            float values[kBatch][V];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(body + (i + b * step));
-        float values[kBatch][V];
+            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(from + b * kApart<V>);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) unpack(packs[b], values[b]);
-        moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
-    }
-    for (; i < count; i += step) {
-        float values[V];
-        unpack(load<T, V>(body + i), values);
-        moments.add<kWide<T>>(values);
-    }
+            for (int b = 0; b < kBatch; ++b) unpack(packs[b], values[b]);
+            moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+        },
+        [&](u32 i) {
+            float values[V];
+            unpack(load<T, V>(body + i), values);
+            moments.add<kWide<T>>(values);
+        });
     for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x)
         moments.merge<kWide<T>>(1.0f, to_float(x[span.ragged_index(k)]), 0.0f, 0.0f);
     return moments;
@@ -143,29 +169,33 @@ template <class T, int V>
 __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     LTXK_SHARED(WarpMoments, scratch);
     u32 tile = blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
-    PairMoments all = merge_block(thread_moments<T, V>(static_cast<const T*>(p.x), tile_span(p, row, chunk, V)), scratch);
+    Span span = tile_span(p, row, chunk, V);
+    PairMoments all = merge_to_first_warp(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
     if (threadIdx.x == 0) p.partials[tile] = {all.mean, all.m2};
 }
 
 // Block = one group of one sample: its mean and deviation from its partials, then what each of its channels does.
-__global__ void __launch_bounds__(512) group_norm_finalize(GroupNormTwoPass p) {
+__global__ void __launch_bounds__(512, 2) group_norm_finalize(GroupNormTwoPass p) {
     LTXK_SHARED(WarpMoments, scratch);
-    constexpr int kBatch = 8;
+    constexpr int kLoads = 8;
     u32 group = blockIdx.x, chunks = static_cast<u32>(p.chunks), channels = static_cast<u32>(p.group_channels);
-    u32 first = group * channels, count = channels * chunks;
-    const Partial* partials = p.partials + static_cast<i64>(first) * chunks;
+    u32 first = group * channels, each = p.merged ? 1u : channels, count = each * chunks;
+    const Partial* partials = p.partials + static_cast<i64>(group) * count;
+    const void* conv_bias = p.merged ? nullptr : p.conv_bias;
     u32 channel = first - divide(group, p.by_groups) * static_cast<u32>(p.channels);
-    float whole = static_cast<float>(p.chunk), rest = static_cast<float>(p.positions - (p.chunks - 1) * p.chunk);
+    i64 together = p.merged ? p.group_channels : 1;
+    float whole = static_cast<float>(together * p.chunk);
+    float rest = static_cast<float>(together * (p.positions - (p.chunks - 1) * p.chunk));
     PairMoments moments;
-    for (u32 i = threadIdx.x; i < count; i += kBatch * blockDim.x) {
-        Partial batch[kBatch];
+    for (u32 i = threadIdx.x; i < count; i += kLoads * blockDim.x) {
+        Partial batch[kLoads];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) batch[b] = partials[i + b * blockDim.x < count ? i + b * blockDim.x : i];
+        for (int b = 0; b < kLoads; ++b) batch[b] = partials[i + b * blockDim.x < count ? i + b * blockDim.x : i];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
+        for (int b = 0; b < kLoads; ++b) {
             u32 at = i + b * blockDim.x, c = divide(at, p.by_chunks), chunk = at - c * chunks;
             if (at >= count) continue;
-            Pair mean = exact_sum(batch[b].mean, load_param(p.conv_bias, p.conv_bias_type, channel + c, 0.0f));
+            Pair mean = exact_sum(batch[b].mean, load_param(conv_bias, p.conv_bias_type, channel + c, 0.0f));
             moments.merge<true>(chunk == chunks - 1 ? rest : whole, mean.high, mean.low, batch[b].m2);
         }
     }
@@ -179,11 +209,9 @@ LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const C
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
-    auto same = [&](u32) { return scaled; };
-    const T* body = x + span.body_begin;
-    apply_all<T, V, RESIDUAL>(
-        out + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr, static_cast<u32>(span.body_end - span.body_begin),
-        [&](u32 i) { return load_streaming<T, V>(body + i); }, same);
+    apply_all<T, V, false, RESIDUAL>(
+        out + span.body_begin, x + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr,
+        static_cast<u32>(span.body_end - span.body_begin), p.range, [&](u32) { return scaled; });
     for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
         i64 at = span.ragged_index(k);
         Pack<T, 1> added = {};

@@ -31,11 +31,37 @@ struct ColumnScratch {
     Partial partial[256 * V];
 };
 
+// Partials of channels, of as many positions each, to those of their groups: a thread a group. Threads begin with different channels,
+// as all groups lie in the same banks.
+LTXK_DEVICE void merge_groups(const GroupNormTwoPass& p, const ColumnThread& at, const Partial* channels, u32 width) {
+    __syncthreads();
+    u32 each = static_cast<u32>(p.group_channels), before = blockIdx.y * width;
+    u32 groups = (at.sample * static_cast<u32>(p.channels) + before) / each;
+    u32 here = static_cast<u32>(p.channels) - before < width ? static_cast<u32>(p.channels) - before : width;
+    float count = static_cast<float>(at.count), share = fast_reciprocal(static_cast<float>(each));
+    for (u32 group = threadIdx.x; group * each < here; group += blockDim.x) {
+        const Partial* own = channels + group * each;
+        u32 turn = threadIdx.x % each;
+        auto partial = [&](u32 k) { return own[k + turn < each ? k + turn : k + turn - each]; };
+        float pivot = own[0].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
+#pragma unroll 4
+        for (u32 k = 0; k < each; ++k) shifted += (partial(k).mean - pivot) * share;
+        float centre = pivot + shifted;
+#pragma unroll 4
+        for (u32 k = 0; k < each; ++k) {
+            Partial one = partial(k);
+            float delta = one.mean - centre;
+            low += delta * share;
+            sum += fused(delta * delta, count, one.m2);
+        }
+        p.partials[static_cast<i64>(groups + group) * p.chunks + at.chunk] = {centre + low, sum};
+    }
+}
+
 // Block = one chunk of positions of one sample, and up to 256 * V channels.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormTwoPass p) {
+__global__ void __launch_bounds__(256, 4) group_norm_stats_columns(GroupNormTwoPass p) {
     LTXK_SHARED(ColumnScratch<V>, scratch);
-    constexpr int kBatch = 8;
     ColumnThread at(p, blockIdx.x, V);
     u32 rows = static_cast<u32>(p.rows), channels = static_cast<u32>(p.channels);
     bool active = at.row < rows && at.channel < channels;
@@ -100,14 +126,21 @@ __global__ void __launch_bounds__(256, 2) group_norm_stats_columns(GroupNormTwoP
             low += delta * (taken(r) * per_element);
             sum += fused(delta * delta, taken(r), partial.m2);
         }
-        i64 slot = (static_cast<i64>(at.sample) * channels + channel) * p.chunks + at.chunk;
-        p.partials[slot] = {centre + low, sum};
+        Partial all = {centre + low, sum};
+        if (p.merged) {
+            all.mean += load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
+            scratch.partial[c] = all;
+        } else {
+            p.partials[(static_cast<i64>(at.sample) * channels + channel) * p.chunks + at.chunk] = all;
+        }
     }
+    if (p.merged) merge_groups(p, at, scratch.partial, width);
 }
 
 template <class T, int V, bool RESIDUAL>
 LTXK_DEVICE void apply_column(const GroupNormTwoPass& p, const ColumnThread& at, const ChannelAffine (&scaled)[V]) {
-    constexpr int kBatch = 4;
+    // As many bytes in flight, and no more registers.
+    constexpr int kLoads = RESIDUAL ? kBatch / 2 : kBatch;
     u32 rows = static_cast<u32>(p.rows);
     i64 stride = static_cast<i64>(rows) * p.channels, offset = at.first + static_cast<i64>(at.row) * p.channels;
     const T* x = static_cast<const T*>(p.x);
@@ -126,16 +159,16 @@ LTXK_DEVICE void apply_column(const GroupNormTwoPass& p, const ColumnThread& at,
         store_streaming<T, V>(out + to, rounded<T, V>(values));
     };
     u32 i = at.row;
-    for (; i + (kBatch - 1) * rows < at.count; i += kBatch * rows, offset += kBatch * stride) {
-        Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
+    for (; i + (kLoads - 1) * rows < at.count; i += kLoads * rows, offset += kLoads * stride) {
+        Pack<T, V> packs[kLoads], added[RESIDUAL ? kLoads : 1];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) packs[b] = load_streaming<T, V>(x + offset + b * stride);
+        for (int b = 0; b < kLoads; ++b) packs[b] = load_streaming<T, V>(x + offset + b * stride);
         if constexpr (RESIDUAL) {
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(residual + offset + b * stride);
+            for (int b = 0; b < kLoads; ++b) added[b] = load_streaming<T, V>(residual + offset + b * stride);
         }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) apply(packs[b], added[RESIDUAL ? b : 0], offset + b * stride);
+        for (int b = 0; b < kLoads; ++b) apply(packs[b], added[RESIDUAL ? b : 0], offset + b * stride);
     }
     for (; i < at.count; i += rows, offset += stride) {
         Pack<T, V> added;
@@ -146,7 +179,7 @@ LTXK_DEVICE void apply_column(const GroupNormTwoPass& p, const ColumnThread& at,
 
 // Same blocks as the statistics, walked backwards.
 template <class T, int V>
-__global__ void __launch_bounds__(256, 2) group_norm_apply_columns(GroupNormTwoPass p) {
+__global__ void __launch_bounds__(256, 4) group_norm_apply_columns(GroupNormTwoPass p) {
     ColumnThread at(p, gridDim.x - 1 - blockIdx.x, V);
     u32 channels = static_cast<u32>(p.channels);
     if (at.row >= static_cast<u32>(p.rows) || at.channel >= channels) return;

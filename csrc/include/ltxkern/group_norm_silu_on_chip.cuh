@@ -16,6 +16,8 @@ struct GroupNormOnChip : GroupNormSilu {
     i64 slice;                // elements of a group per block, a multiple of the vector
     i64 kept;                 // of these, elements held in shared memory, a multiple of the vector
     i64 by_positions;
+    i64 kept_range, rest_range;  // of what is held in shared memory, and of the rest, elements that each warp takes
+    i64 by_teams;             // pipeline only: teams of the grid
     PairMoments* partials;    // pipeline only: [group][block of the team]
     u32* arrived;             // pipeline only: [group], zero before the launch
 };
@@ -47,64 +49,65 @@ struct ChannelTables {
     }
 };
 
-// Moments of elements [from, to) of the slice, which go into shared memory where they are KEPT. A vector never straddles two channels.
-template <class T, int V, bool KEPT, bool SHIFTED, int BATCH>
+// Moments of `count` elements of the slice from `first` on, which go into shared memory where they are KEPT. A vector never straddles
+// two channels.
+template <class T, int V, bool KEPT, bool SHIFTED>
 LTXK_DEVICE void read_part(
-    const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts, u32 from, u32 to, PairMoments& moments) {
-    const T* x = static_cast<const T*>(p.x) + slice.start;
-    u32 step = blockDim.x * V, i = from + threadIdx.x * V;
-    auto read = [&](u32 at) {
-        if constexpr (KEPT) return load_streaming<T, V>(x + at);
-        else return load<T, V>(x + at);
+    const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts, u32 first, u32 count, PairMoments& moments) {
+    const T* x = static_cast<const T*>(p.x) + slice.start + first;
+    u32 in_group = slice.first + first;
+    auto read = [](const T* from) {
+        if constexpr (KEPT) return load_streaming<T, V>(from);
+        else return load<T, V>(from);
     };
-    auto keep = [&](const Pack<T, V>& pack, u32 at) {
-        if constexpr (KEPT) store<T, V>(kept + at, pack);
-    };
-    auto shift_at = [&](u32 at) {
-        if constexpr (SHIFTED) return shifts[divide(slice.first + at, p.by_positions)];
-        else return 0.0f;
-    };
-    for (; i + (BATCH - 1) * step < to; i += BATCH * step) {
-        Pack<T, V> packs[BATCH];
-        float values[BATCH][V];
+    auto shift_at = [&](u32 i) { return SHIFTED ? shifts[divide(in_group + i, p.by_positions)] : 0.0f; };
+    each_pack<V>(
+        count, KEPT ? p.kept_range : p.rest_range,
+        [&](u32 i) {
+            const T* from = x + i;
+            T* to = kept + i;
+            Pack<T, V> packs[kBatch];
+            float values[kBatch][V];
 #pragma unroll
-        for (int b = 0; b < BATCH; ++b) packs[b] = read(i + b * step);
+            for (int b = 0; b < kBatch; ++b) packs[b] = read(from + b * kApart<V>);
 #pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            keep(packs[b], i + b * step);
-            unpack(packs[b], values[b]);
-            float shift = shift_at(i + b * step);
-            if constexpr (SHIFTED && kWide<T>) {
-                moments.add<true>(values[b], shift);
-            } else if constexpr (SHIFTED) {
+            for (int b = 0; b < kBatch; ++b) {
+                if constexpr (KEPT) store<T, V>(to + b * kApart<V>, packs[b]);
+                unpack(packs[b], values[b]);
+                float shift = shift_at(i + b * kApart<V>);
+                if constexpr (SHIFTED && kWide<T>) {
+                    moments.add<true>(values[b], shift);
+                } else if constexpr (SHIFTED) {
 #pragma unroll
-                for (int k = 0; k < V; ++k) values[b][k] += shift;
+                    for (int k = 0; k < V; ++k) values[b][k] += shift;
+                }
             }
-        }
-        if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[BATCH * V]>(values));
-    }
-    for (; i < to; i += step) {
-        Pack<T, V> pack = read(i);
-        float values[V];
-        keep(pack, i);
-        unpack(pack, values);
-        moments.add<true>(values, shift_at(i));
-    }
+            if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+        },
+        [&](u32 i) {
+            Pack<T, V> pack = read(x + i);
+            float values[V], shift = shift_at(i);
+            if constexpr (KEPT) store<T, V>(kept + i, pack);
+            unpack(pack, values);
+            if constexpr (SHIFTED && !kWide<T>) {
+#pragma unroll
+                for (int k = 0; k < V; ++k) values[k] += shift;
+            }
+            moments.add<kWide<T>>(values, shift);
+        });
 }
 
 // Reads the slice once: its moments, and its first p.kept elements into shared memory.
 template <class T, int V, bool ALL>
 LTXK_DEVICE PairMoments read_slice(const GroupNormOnChip& p, const Slice& slice, T* kept, const float* shifts) {
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
-    // Where a slice may be kept in part there are two loops, and with four loads in flight in each the registers would not do.
-    constexpr int kBatch = ALL ? 4 : 2;
     PairMoments moments;
     if (p.conv_bias) {
-        read_part<T, V, true, true, kBatch>(p, slice, kept, shifts, 0, keep, moments);
-        if constexpr (!ALL) read_part<T, V, false, true, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
+        read_part<T, V, true, true>(p, slice, kept, shifts, 0, keep, moments);
+        if (!ALL && keep < slice.count) read_part<T, V, false, true>(p, slice, kept, shifts, keep, slice.count - keep, moments);
     } else {
-        read_part<T, V, true, false, kBatch>(p, slice, kept, shifts, 0, keep, moments);
-        if constexpr (!ALL) read_part<T, V, false, false, kBatch>(p, slice, kept, shifts, keep, slice.count, moments);
+        read_part<T, V, true, false>(p, slice, kept, shifts, 0, keep, moments);
+        if (!ALL && keep < slice.count) read_part<T, V, false, false>(p, slice, kept, shifts, keep, slice.count - keep, moments);
     }
     return moments;
 }
@@ -115,14 +118,13 @@ LTXK_DEVICE void apply_parts(const GroupNormOnChip& p, const Slice& slice, const
     const T* residual = RESIDUAL ? static_cast<const T*>(p.residual) + slice.start : nullptr;
     T* out = static_cast<T*>(p.out) + slice.start;
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
-    apply_all<T, V, RESIDUAL>(
-        out, residual, keep, [&](u32 i) { return load<T, V>(kept + i); },
-        [&](u32 i) { return affine[divide(slice.first + i, p.by_positions)]; });
-    if constexpr (!ALL) {
-        apply_all<T, V, RESIDUAL>(
-            out + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep,
-            [&](u32 i) { return load_streaming<T, V>(x + (keep + i)); },
-            [&](u32 i) { return affine[divide(slice.first + keep + i, p.by_positions)]; });
+    apply_all<T, V, true, RESIDUAL>(
+        out, kept, residual, keep, p.kept_range, [&](u32 i) { return affine[divide(slice.first + i, p.by_positions)]; });
+    if (!ALL && keep < slice.count) {
+        u32 in_group = slice.first + keep;
+        apply_all<T, V, false, RESIDUAL>(
+            out + keep, x + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep, p.rest_range,
+            [&](u32 i) { return affine[divide(in_group + i, p.by_positions)]; });
     }
 }
 
@@ -141,10 +143,11 @@ LTXK_DEVICE void fill_shifts(const GroupNormOnChip& p, const Slice& slice, float
     __syncthreads();
 }
 
+// The first warp's work: so few channels are not worth a barrier more, nor what each warp would do for its share.
 template <class T>
 LTXK_DEVICE void fill_affine(const GroupNormOnChip& p, const Slice& slice, ChannelAffine* affine, const PairMoments& all) {
     float rstd = inverse_deviation(all, static_cast<float>(p.eps));
-    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += blockDim.x)
+    for (u32 c = threadIdx.x; c < static_cast<u32>(p.group_channels); c += 32)
         affine[c] = channel_affine(p, slice.group_channel + c, all, rstd).scaled<T>();
 }
 
@@ -156,7 +159,7 @@ LTXK_DEVICE u32 slot_bytes(const GroupNormOnChip& p) {
 
 // Grid = groups * blocks, in clusters of `blocks`; p.kept == p.slice.
 template <class T, int V>
-__global__ void __launch_bounds__(512, 2) group_norm_resident(GroupNormOnChip p) {
+__global__ void __launch_bounds__(1024) group_norm_resident(GroupNormOnChip p) {
     LTXK_SHARED(WarpMoments, scratch);
     LTXK_SHARED(PairMoments, total);
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
@@ -165,33 +168,35 @@ __global__ void __launch_bounds__(512, 2) group_norm_resident(GroupNormOnChip p)
     u32 blocks = static_cast<u32>(p.blocks), group = divide(blockIdx.x, p.by_blocks);
     Slice slice(p, group, blockIdx.x - group * blocks);
     fill_shifts(p, slice, tables.shift);
-    PairMoments all = merge_block(read_slice<T, V, true>(p, slice, kept, tables.shift), scratch);
+    PairMoments all = merge_to_first_warp(read_slice<T, V, true>(p, slice, kept, tables.shift), scratch);
     if (threadIdx.x == 0) total = all;
     cluster_sync();
-    if (blocks > 1) {
-        PairMoments mine;
-        if (threadIdx.x % 32 < blocks) mine = *cluster_peer(&total, threadIdx.x % 32);
-        all = merge_warp(mine);
+    if (threadIdx.x < 32) {
+        if (blocks > 1) {
+            PairMoments mine;
+            if (threadIdx.x < blocks) mine = *cluster_peer(&total, threadIdx.x);
+            all = merge_warp(mine);
+        }
+        fill_affine<T>(p, slice, tables.affine, all);
     }
-    fill_affine<T>(p, slice, tables.affine, all);
     // Also keeps every block's `total` alive until the last peer has read it.
     cluster_sync();
     apply_slice<T, V, true>(p, slice, kept, tables.affine);
 }
 
-// Waits until all blocks of the team have delivered this group, then merges what they found.
-LTXK_DEVICE PairMoments await_group(const GroupNormOnChip& p, u32 group, WarpMoments& scratch) {
+// For the first warp: waits until all blocks of the team have delivered this group, then merges what they found.
+LTXK_DEVICE PairMoments await_group(const GroupNormOnChip& p, u32 group) {
     u32 blocks = static_cast<u32>(p.blocks);
     if (threadIdx.x == 0)
         while (acquire(p.arrived + group) < blocks) spin_pause();
-    __syncthreads();
+    __syncwarp();
     const PairMoments* partials = p.partials + static_cast<i64>(group) * blocks;
     PairMoments mine;
-    for (u32 b = threadIdx.x; b < blocks; b += blockDim.x) {
+    for (u32 b = threadIdx.x; b < blocks; b += 32) {
         PairMoments one = partials[b];
         if (one.count > 0.0f) mine.merge<true>(one.count, one.mean, one.low, one.m2);
     }
-    return merge_block(mine, scratch);
+    return merge_warp(mine);
 }
 
 // Cooperative grid of teams; a team walks the groups team, team + teams, ... with two slots of shared memory.
@@ -201,22 +206,27 @@ __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p)
     LTXK_DYNAMIC_SHARED(unsigned char, memory);
     ChannelTables tables(p, memory + 2 * slot_bytes<T>(p));
     u32 blocks = static_cast<u32>(p.blocks), team = divide(blockIdx.x, p.by_blocks), block = blockIdx.x - team * blocks;
-    u32 teams = divide(gridDim.x, p.by_blocks), groups = static_cast<u32>(p.groups), slot = 0;
-    for (u32 group = team; group < groups + teams; group += teams, slot ^= 1) {
+    u32 teams = divide(gridDim.x, p.by_blocks), groups = static_cast<u32>(p.groups);
+    for (u32 group = team; group < groups + teams; group += teams) {
+        // Not carried along: a register less.
+        u32 slot = divide(group, p.by_teams) & 1;
         if (group < groups) {
             Slice slice(p, group, block);
             T* kept = reinterpret_cast<T*>(memory + slot * slot_bytes<T>(p));
             fill_shifts(p, slice, tables.shift);
-            PairMoments mine = merge_block(read_slice<T, V, false>(p, slice, kept, tables.shift), scratch);
+            PairMoments mine = merge_to_first_warp(read_slice<T, V, false>(p, slice, kept, tables.shift), scratch);
             if (threadIdx.x == 0) {
                 p.partials[static_cast<i64>(group) * blocks + block] = mine;
                 signal_add(p.arrived + group);
             }
+        } else {
+            // Every warp is done with the table of the group before.
+            __syncthreads();
         }
         if (group < teams) continue;
         u32 before = group - teams;
         Slice slice(p, before, block);
-        fill_affine<T>(p, slice, tables.affine, await_group(p, before, scratch));
+        if (threadIdx.x < 32) fill_affine<T>(p, slice, tables.affine, await_group(p, before));
         __syncthreads();
         apply_slice<T, V, false>(p, slice, reinterpret_cast<const T*>(memory + (slot ^ 1) * slot_bytes<T>(p)), tables.affine);
     }

@@ -150,15 +150,24 @@ struct WarpMoments {
     PairMoments warp[32];
 };
 
-// Moments of the whole block (blockDim.x a multiple of 32), in a fixed order; every thread gets them.
-LTXK_DEVICE PairMoments merge_block(const PairMoments& value, WarpMoments& scratch) {
+// The moments of the warp whose number is the thread's lane, by way of shared memory.
+LTXK_DEVICE PairMoments of_warps(const PairMoments& value, WarpMoments& scratch) {
     PairMoments mine = merge_warp(value), other;
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     if (lane == 0) scratch.warp[warp] = mine;
     __syncthreads();
     if (lane < blockDim.x / 32) other = scratch.warp[lane];
-    return merge_warp(other);
+    return other;
+}
+
+// Moments of the whole block (blockDim.x a multiple of 32), in a fixed order; every thread gets them.
+LTXK_DEVICE PairMoments merge_block(const PairMoments& value, WarpMoments& scratch) { return merge_warp(of_warps(value, scratch)); }
+
+// The same, but the first warp alone gets them, and the others are spared the work.
+LTXK_DEVICE PairMoments merge_to_first_warp(const PairMoments& value, WarpMoments& scratch) {
+    PairMoments other = of_warps(value, scratch);
+    return threadIdx.x < 32 ? merge_warp(other) : other;
 }
 
 template <class F>
