@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
         u32 head = divide(i, p.by_pairs), pair = i - head * pairs;
         u32 left = head * 2 * pairs + (p.interleaved ? 2 * pair : pair), right = left + (p.interleaved ? 1 : pairs);
         float first[V], second[V], weight[V], cosine[V], sine[V];
-        load_values(t.x, p.type, x_row + left, first);
-        load_values(t.x, p.type, x_row + right, second);
+        // The tables first: their addresses need the registers that the elements take.
         if (t.rows) {
             load_by_axis(p, t, rows_at, i, cosine, sine);
         } else {
@@ -91,6 +90,8 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
             load_values(t.cos, p.table_type, table, cosine);
             load_values(t.sin, p.table_type, table, sine);
         }
+        load_values(t.x, p.type, x_row + left, first);
+        load_values(t.x, p.type, x_row + right, second);
         load_values(t.weight, t.weight_type, left, weight);
 #pragma unroll
         for (int k = 0; k < V; ++k) first[k] *= rstd * weight[k];
