@@ -69,17 +69,23 @@ LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& resi
 // Packs of a thread whose loads are under way before the first is used. They lie a warp's packs apart, so that the addresses of a
 // batch differ by a number in the instruction.
 constexpr int kBatch = 4;
+// Of two tensors: but for sm_90 the compilers spill four and four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
+constexpr int kResidualBatch = 2;
+#else
+constexpr int kResidualBatch = kBatch;
+#endif
 template <int V>
 constexpr u32 kApart = 32 * V;
 
 // All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
-// `batch` takes the first element of kBatch packs, `single` that of one. A thread meets the same elements in every call with this range.
-template <int V, class Batch, class Single>
+// `batch` takes the first element of B packs, `single` that of one. A thread meets the same elements in every call with this range.
+template <int V, int B = kBatch, class Batch, class Single>
 LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
     u32 i = begin + threadIdx.x % 32 * V;
     if (end > count) end = count;
-    for (; i + (kBatch - 1) * kApart<V> < end; i += kBatch * kApart<V>) batch(i);
+    for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(i);
     for (; i < end; i += kApart<V>) single(i);
 }
 
@@ -90,21 +96,22 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
     };
-    each_pack<V>(
+    constexpr int B = RESIDUAL ? kResidualBatch : kBatch;
+    each_pack<V, B>(
         count, range,
         [&](u32 i) {
             const T* from = x + i;
             T* to = out + i;
-            Pack<T, V> packs[kBatch], added[RESIDUAL ? kBatch : 1];
+            Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = read(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = read(from + b * kApart<V>);
             if constexpr (RESIDUAL) {
                 const T* more = residual + i;
 #pragma unroll
-                for (int b = 0; b < kBatch; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
+                for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b)
+            for (int b = 0; b < B; ++b)
                 store_streaming<T, V>(
                     to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * kApart<V>)));
         },
