@@ -69,10 +69,12 @@ LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& resi
 // Packs of a thread whose loads are under way before the first is used. They lie a warp's packs apart, so that the addresses of a
 // batch differ by a number in the instruction.
 constexpr int kBatch = 4;
-// Of two tensors: but for sm_90 the compilers spill four and four.
+// Of two tensors: but for sm_90 the compilers spill four and four of 16-bit elements.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 9
-constexpr int kResidualBatch = 2;
+template <class T>
+constexpr int kResidualBatch = kWide<T> ? kBatch : 2;
 #else
+template <class T>
 constexpr int kResidualBatch = kBatch;
 #endif
 template <int V>
@@ -96,7 +98,7 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
     };
-    constexpr int B = RESIDUAL ? kResidualBatch : kBatch;
+    constexpr int B = RESIDUAL ? kResidualBatch<T> : kBatch;
     each_pack<V, B>(
         count, range,
         [&](u32 i) {
