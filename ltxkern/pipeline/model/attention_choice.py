@@ -232,10 +232,13 @@ def use_attention(choice: AttentionChoice | str) -> Iterator[AttentionChoice]:
         _current.reset(token)
 
 
-@torch.compiler.assume_constant_result
 def _kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What torch.compile fixes in a graph: the kernel that is in force while it traces."""
     return (_current.get() or _default()).kernel(device, dtype, head_dim)
+
+
+# The mark of `torch.compiler.assume_constant_result`, which would import the whole compiler before any request is refused.
+_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
