@@ -9,7 +9,7 @@ import model
 from cards import CARDS, Card
 from model import Limit, Prediction
 from plots import pyplot
-from report import markdown_table, read_json
+from report import markdown_table, read_folder
 
 ByCard = Mapping[str, Sequence[Prediction]]
 PICTURE = "predicted.png"
@@ -59,11 +59,12 @@ def cards_table() -> str:
 def measured_figures(folder: Path) -> dict[tuple[str, str, str, str], str]:
     """By op, case, dtype and tier: card and percent of roof from the results files."""
     found: dict[tuple[str, str, str, str], str] = {}
-    for path in sorted(folder.glob("*.json")):
-        results = read_json(path)
+    for results in read_folder(folder).values():
         card = next((card for card in CARDS.values() if card.title in results.machine.get("gpu", "")), None)
-        for record in results.records if card else ():
-            if card and record.provider.startswith("ltxkern "):
+        if card is None:
+            continue
+        for record in results.records:
+            if record.provider.startswith("ltxkern "):
                 key = record.op, record.case, record.dtype, record.provider.removeprefix("ltxkern ")
                 found[key] = f"{found.get(key, '')} {card.title}: {record.percent_of_roof:.0f}".strip()
     return found

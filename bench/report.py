@@ -83,10 +83,31 @@ def read_json(path: Path) -> Results:
     Raises:
         ValueError: not JSON, or another schema.
     """
+    return _results(path, _content(path))
+
+
+def read_folder(folder: Path) -> dict[str, Results]:
+    """Every results file of a folder by name; what else a proof on a GPU leaves there names its stage, and has no rows.
+
+    Raises:
+        ValueError: as `read_json`, of any other file.
+    """
+    found = {path: _content(path) for path in sorted(folder.glob("*.json"))}
+    return {path.name: _results(path, data) for path, data in found.items() if not _of_stage(data)}
+
+
+def _of_stage(data: Any) -> bool:
+    return isinstance(data, dict) and "stage" in data
+
+
+def _content(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not a results file: {error}") from error
+
+
+def _results(path: Path, data: Any) -> Results:
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} is not a results file of schema {SCHEMA}: measure again with this revision")
     records = [Record(**row) for row in data.pop("records")]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plots import write_plots
-from report import COLUMNS, Record, Results, duration, error_text, lines_of, markdown_table, read_json, row, size
+from report import COLUMNS, Record, Results, duration, error_text, lines_of, markdown_table, read_folder, row, size
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python bench/report_docs.py"
@@ -20,12 +20,6 @@ EMPTY = (
     "No results file is committed yet. `python bench/run_all.py --cases small` measures any machine in minutes and writes one; "
     f"then run `{COMMAND}`.\n"
 )
-
-
-def load(folder: Path) -> dict[str, Results]:
-    """Every results file of a folder by name; what else a proof on a GPU leaves there has no rows."""
-    paths = [path for path in sorted(folder.glob("*.json")) if '"stage"' not in path.read_text()[:200]]
-    return {path.name: read_json(path) for path in paths}
 
 
 def summary_line(records: Sequence[Record]) -> str:
@@ -145,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     options.add_argument("--docs", type=Path, default=ROOT / "docs")
     parsed = options.parse_args(arguments)
-    found = load(parsed.results)
+    found = read_folder(parsed.results)
     plots = {name: write_plots(Path(name).stem, results, parsed.docs / "plots") for name, results in found.items()}
     shown = {parsed.docs / path for paths in plots.values() for path in paths}
     for stale in {*(parsed.docs / "plots").glob("*.svg")} - shown:

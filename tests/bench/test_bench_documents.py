@@ -5,7 +5,7 @@ import json
 import pytest
 import quoted
 import report_docs
-from report import write_json
+from report import read_folder, write_json
 from tiny import record, results
 
 from tests.processes import ROOT
@@ -97,7 +97,7 @@ def test_committed_page_is_what_the_committed_results_give(tmp_path):
 
 def test_committed_results_are_readable():
     folder = ROOT / "bench" / "results"
-    for path in (folder / name for name in report_docs.load(folder)):
+    for path in (folder / name for name in read_folder(folder)):
         data = json.loads(path.read_text())
         assert data["machine"]["revision"]
         assert data["machine"]["command"]

@@ -120,6 +120,7 @@ def test_a_measured_figure_stands_beside_its_prediction(tmp_path, by_card) -> No
     )
     measured = results(row)
     write_json(dataclasses.replace(measured, machine={**FACTS, "gpu": "NVIDIA H200"}), tmp_path / "m.json")
+    (tmp_path / "m-proof.json").write_text('{"stage": "proof", "outcomes": []}')
     lines = [line for line in predicted_page.page(by_card, tmp_path).splitlines() if "H200: 62" in line]
     assert len(lines) == 1
     assert f"| {one.case} " in lines[0]
