@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import machine
+from report import write_whole
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BUDGET = 540.0
@@ -153,16 +153,8 @@ def run_stage(stage: Stage, file: Path, seconds: float) -> Outcome:
     outcome.seconds = round(time.monotonic() - began, 1)
     outcome.output = outcome.output[-TAIL:]
     if not file.is_file():
-        _write(file, {**asdict(outcome), "command": words})
+        write_whole({**asdict(outcome), "command": words}, file)
     return outcome
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(file)
 
 
 def prove(
@@ -202,10 +194,8 @@ def prove(
             f"{stage.name}: {outcome.status}"
             + (f", {outcome.reason}" if outcome.reason else f" in {outcome.seconds:.0f} s")
         )
-        _write(
-            file_of("proof"),
-            {"stage": "proof", "budget": budget, "machine": facts, "outcomes": list(map(asdict, outcomes))},
-        )
+        listed = {"stage": "proof", "budget": budget, "machine": facts, "outcomes": list(map(asdict, outcomes))}
+        write_whole(listed, file_of("proof"))
     return outcomes
 
 

@@ -69,12 +69,17 @@ class Results:
     failures: list[dict[str, str]] = field(default_factory=list)
 
 
-def write_json(results: Results, path: Path) -> None:
-    """Write a results file, whole or not at all: a run writes it again after every op."""
+def write_whole(data: Any, path: Path) -> None:
+    """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"schema": SCHEMA, **asdict(results)}, indent=1) + "\n")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
+
+
+def write_json(results: Results, path: Path) -> None:
+    """Write a results file; a run writes it again after every op."""
+    write_whole({"schema": SCHEMA, **asdict(results)}, path)
 
 
 def read_json(path: Path) -> Results:
