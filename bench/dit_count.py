@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from cases import count_bytes
+
 WIDTH = 4096
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "alias")
@@ -94,14 +96,7 @@ def moved_bytes(tensors: Iterable[Tensor]) -> int:
     distinct = {
         (id(t.untyped_storage()), t.storage_offset(), t.dtype, t.shape, t.stride()): t for t in tensors if t.numel()
     }
-    return sum(_extent(tensor) for tensor in distinct.values())
-
-
-def _extent(tensor: Tensor) -> int:
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= 1 if stride == 0 else size
-    return elements * tensor.element_size()
+    return count_bytes([*distinct.values()])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -138,7 +133,7 @@ class _OnDevice(TorchFunctionMode):
             tensors = [*_tensors((args, settings))]
             result = torch.empty_like(tensors[0])
             moved = moved_bytes(tensors) + moved_bytes([result])
-            self._count.launches.append(Launched(_site(), "rms_norm", moved, max(map(_extent, tensors))))
+            self._count.launches.append(Launched(_site(), "rms_norm", moved, max(map(count_bytes, tensors))))
             return result
         return func(*args, **settings)
 
@@ -166,7 +161,7 @@ class _Launches(TorchDispatchMode):
         read = [*_tensors([value for key, value in given.items() if key not in unread])]
         written = [*_tensors(([given.get(key) for key in changed], result))]
         moved = moved_bytes(read) + moved_bytes(written)
-        largest = max(map(_extent, [*read, *written]), default=0)
+        largest = max(map(count_bytes, [*read, *written]), default=0)
         self._count.launches.append(Launched(_site(), name, moved, largest))
         return result
 
