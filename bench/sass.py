@@ -7,6 +7,7 @@ those of the launch at hand: its trips, its dtypes, its absent operands.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import subprocess
@@ -26,6 +27,7 @@ _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GLOBAL = ("LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "LDGSTS")
 _SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS")
+_BY_PREDICATES = ("STG", "ST", "STS", "RED", "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 # Of the constant bank: where the parameters, the block's threads and the grid's blocks stand.
 _BANKS = {
@@ -39,7 +41,8 @@ LONGEST = 400_000
 LONG = 4000
 
 
-class Instruction(NamedTuple):
+@dataclass(frozen=True)
+class Instruction:
     """One line of a disassembly; the name split at its dots."""
 
     address: int
@@ -52,6 +55,31 @@ class Instruction(NamedTuple):
     def width(self) -> int:
         """Bytes of a memory access of one thread."""
         return next((_WIDTHS[part] for part in reversed(self.modifiers) if part in _WIDTHS), 4)
+
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """Registers that it needs: of its operands all but a destination, and its guard."""
+        name = self.name[1:] if self.name[0] == "U" else self.name
+        stores = name in ("STG", "ST", "STS", "RED")
+        pairs = (
+            name[0] == "D"
+            or "F64" in self.modifiers[1:2]
+            or (name != "SHF" and {"64", "S64", "U64"} & {*self.modifiers})
+        )
+        names: set[str] = set()
+        for place, operand in enumerate(self.operands):
+            count = 1
+            if stores:
+                count = max(1, self.width // 4)
+            elif name.endswith("MMA") and name != "HFMA2":
+                count = 2 if place == 2 else 4
+            elif pairs or ("WIDE" in self.modifiers and place >= 3):
+                count = 2
+            if place or name in _BY_PREDICATES or operand.memory:
+                names.update(operand.registers(1 if operand.kind == "P" else count))
+        if self.guard is not None:
+            names.update(self.guard.registers(1))
+        return frozenset(names)
 
 
 def tool(name: str) -> Path | None:
@@ -199,22 +227,21 @@ def trace(function: Function, architecture: str, launched: Launched, thread: int
     """
     addresses = [one.address for one in function.instructions]
     state, counts = _Thread(architecture, launched, thread, block), Counts()
-    at, clock, reads = 0, 0, _reads(function.instructions)
+    at, clock = 0, 0
     for _ in range(LONGEST):
         if at >= len(function.instructions):
             return counts
         one = function.instructions[at]
         counts.issue += 1
         guard: Value = True if one.guard is None else one.guard.truth(state.values)
-        used = reads[at]
-        if one.name == "DEPBAR" or any(register in state.pending for register in used):
+        if one.name == "DEPBAR" or any(register in state.pending for register in one.reads):
             if any(is_far for _, is_far in state.pending.values()):
                 counts.waits += 1
             elif state.pending:
                 counts.near_waits += 1
             counts.in_flight = max(counts.in_flight, sum(size for size, _ in state.pending.values()))
             state.pending.clear()
-        clock = max([clock + 1, *(state.ready.get(register, 0) for register in used)])
+        clock = max([clock + 1, *(state.ready.get(register, 0) for register in one.reads)])
         counts.cycles = clock
         where = _count(one, counts, state, guard)
         follow = _flow(one, guard, state, function.instructions, at)
@@ -238,35 +265,6 @@ def trace(function: Function, architecture: str, launched: Launched, thread: int
             state.values[register] = value if guard is True else None
             state.ready[register] = clock + latency
     raise ValueError(f"still on its way after {LONGEST} instructions")
-
-
-_BY_PREDICATES = ("STG", "ST", "STS", "RED", "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
-
-
-def _reads(instructions: Sequence[Instruction]) -> list[frozenset[str]]:
-    """Registers that each instruction needs: of its operands all but a destination, and its guard."""
-    found = []
-    for one in instructions:
-        name = one.name[1:] if one.name[0] == "U" else one.name
-        stores = name in ("STG", "ST", "STS", "RED")
-        pairs = (
-            name[0] == "D" or "F64" in one.modifiers[1:2] or (name != "SHF" and {"64", "S64", "U64"} & {*one.modifiers})
-        )
-        names: set[str] = set()
-        for place, operand in enumerate(one.operands):
-            count = 1
-            if stores:
-                count = max(1, one.width // 4)
-            elif name.endswith("MMA") and name != "HFMA2":
-                count = 2 if place == 2 else 4
-            elif pairs or ("WIDE" in one.modifiers and place >= 3):
-                count = 2
-            if place or name in _BY_PREDICATES or operand.memory:
-                names.update(operand.registers(1 if operand.kind == "P" else count))
-        if one.guard is not None:
-            names.update(one.guard.registers(1))
-        found.append(frozenset(names))
-    return found
 
 
 def _count(one: Instruction, counts: Counts, state: _Thread, guard: Value) -> int | None:
