@@ -63,12 +63,9 @@ class Operand:
         if self.immediate is not None:
             value = self.immediate
         elif self.bank is not None:
-            place = self.bank
-            if self.register is not None:
-                index = values.get(self.register)
-                if index is None:
-                    return None
-                place += int(index)
+            place = self.constant(values)
+            if place is None:
+                return None
             value = bank.get(place, 0) | (bank.get(place + 4, 0) << 32 if wide else 0)
         elif self.register is None:
             value = 0
@@ -82,6 +79,13 @@ class Operand:
         if self.inverted:
             value = ~value
         return (-value if self.negative else value) & limit
+
+    def constant(self, values: Mapping[str, Value]) -> int | None:
+        """Where in the constant bank it lies."""
+        if self.bank is None or self.register is None:
+            return self.bank
+        index = values.get(self.register)
+        return None if index is None else self.bank + int(index)
 
     def address(self, values: Mapping[str, Value]) -> int | None:
         """Of memory, in 64 bits."""

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from operands import Operand, Value, parse
+from operands import Operand, Step, Value, parse
 from semantics import LATENCIES, evaluate
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -252,9 +252,10 @@ def trace(function: Function, architecture: str, launched: Launched, thread: int
             at = bisect_left(addresses, follow)
             continue
         at += 1
-        if one.name in FLOW or guard is False:
+        if one.name in FLOW or guard is False or not one.operands:
             continue
-        results = evaluate(one.name, one.modifiers, one.operands, state.values, state.bank, state.special)
+        step = Step(one.name, one.modifiers, one.operands, state.values, state.bank, state.special)
+        results = evaluate(step)
         if one.name in ("LDG", "LD"):
             first, count = one.operands[0], max(1, one.width // 4)
             for register in first.registers(count):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
-from operands import MASK, WIDE, Operand, Step, Value, bits_float, combined, float_bits, following, lookup, signed
+from operands import MASK, WIDE, Step, Value, bits_float, combined, float_bits, following, lookup, signed
 
 # Clocks until a result can be used; 5 of any other instruction. Shuffles, shared memory and special functions take longer.
 LATENCIES = {
@@ -19,8 +19,10 @@ LATENCIES = {
     "F2I": 20,
     "I2F": 20,
     "S2R": 20,
+    "S2UR": 20,
+    "HMMA": 33,
+    **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), 16),
 }
-LATENCIES |= dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), 16) | {"HMMA": 33, "S2UR": 20}
 
 
 def _move(step: Step) -> None:
@@ -35,7 +37,7 @@ def _convert_special(step: Step) -> None:
 
 
 def _multiply_add(step: Step) -> None:
-    a, b, c = (operand.number(step.values, step.bank) for operand in step.plain[:3])
+    a, b, c = step.numbers()[:3]
     high, wide = "HI" in step.modifiers, "WIDE" in step.modifiers
     if high or wide:
         c = step.plain[2].number(step.values, step.bank, True)
@@ -139,7 +141,7 @@ def _logic(step: Step) -> None:
 
 
 def _predicate_logic(step: Step) -> None:
-    truths = [operand.truth(step.values) for operand in step.sources if operand.kind == "P"][:3]
+    truths = step.truths()[:3]
     tables = [operand.immediate or 0 for operand in step.sources if operand.kind == "I"]
     for place, table in enumerate(tables[:2]):
         known = [None if truth is None else MASK * bool(truth) for truth in (*truths, True, True, True)[:3]]
@@ -276,10 +278,7 @@ def _load_constant(step: Step) -> None:
     place = step.sources[0]
     if step.target is None or step.target.register is None:
         return
-    base = place.bank
-    if base is not None and place.register is not None:
-        index = step.values.get(place.register)
-        base = None if index is None else base + int(index)
+    base = place.constant(step.values)
     for i, register in enumerate(following(step.target.register, count)):
         word = None if base is None else step.bank.get((base + 4 * i) // 4 * 4, 0)
         if word is not None and "U8" in step.modifiers:
@@ -351,33 +350,23 @@ _OPERATIONS: dict[str, Callable[[Step], None]] = {
     "P2R": _pack_predicates,
     "R2P": _unpack_predicates,
 }
-_UNIFORM_CONSTANTS = ("ULDC", "LDC", "LDCU")
 # Registers of a result where it is not one: by the name, and else two of whatever is wide.
-_RESULTS = {"LDS": 0, "LDSM": 4, "HMMA": 4, "QMMA": 4, "LDL": 0, "ATOMG": 1, "ATOM": 1}
+_RESULTS = {"LDSM": 4, "HMMA": 4, "QMMA": 4, "ATOMG": 1, "ATOM": 1}
 _NOTHING = ("STG", "STS", "ST", "STL", "RED", "CCTL", "NANOSLEEP", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "CGAERRBAR")
 
 
-def evaluate(
-    name: str,
-    modifiers: tuple[str, ...],
-    operands: Sequence[Operand],
-    values: Mapping[str, Value],
-    bank: Mapping[int, int],
-    special: Mapping[str, int],
-) -> dict[str, Value]:
+def evaluate(step: Step) -> dict[str, Value]:
     """Registers and predicates that an instruction writes; None what it leaves unknown."""
-    if name in _NOTHING or not operands:
+    name = step.name
+    if name in _NOTHING:
         return {}
-    step = Step(name, modifiers, operands, values, bank, special)
-    if name in _UNIFORM_CONSTANTS:
-        _load_constant(step)
-    elif (operation := _OPERATIONS.get(name) or _OPERATIONS.get(step.name)) is not None:
+    if (operation := _OPERATIONS.get(name)) is not None:
         operation(step)
     else:
         if name in ("LDS", "LDL"):
-            count = next((n for part, n in (("128", 4), ("64", 2)) if part in modifiers), 1)
+            count = next((n for part, n in (("128", 4), ("64", 2)) if part in step.modifiers), 1)
         else:
-            double = name[0] == "D" or (modifiers[:1] == ("F64",) and name in ("F2F", "I2F"))
+            double = name[0] == "D" or (step.modifiers[:1] == ("F64",) and name in ("F2F", "I2F"))
             count = _RESULTS.get(name, 2 if double or step.wide else 1)
         if step.target is not None and step.target.register is not None:
             step.results |= dict.fromkeys(following(step.target.register, count))
