@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import budget
 import predicted_page
 from cards import CARDS, Card, card_named
+from command_line import suites
 from model import Prediction, predict
 from report import markdown_table
 
@@ -26,9 +27,8 @@ def predictions(card: Card, baseline: budget.Baseline) -> list[Prediction]:
     calls: dict[tuple[str, str], list[budget.Row]] = {}
     for row in baseline.rows[card.architecture]:
         calls.setdefault((row.case, row.tier), []).append(row)
-    both = {case for case, tier in calls if tier == "triton"} | {
-        case for case, _ in calls if not _in_another_dtype(case)
-    }
+    dtypes = {suite.op: suite.dtypes for suite in suites()}
+    both = {case for case, tier in calls if tier == "triton"} | {case for case, _ in calls if _own(case, dtypes)}
     found = [predict(rows, baseline.floors[case], card) for (case, _), rows in calls.items() if case in both]
     return sorted(found, key=lambda one: (one.op, one.case, one.dtype, one.tier))
 
@@ -38,10 +38,10 @@ def everywhere(baseline: budget.Baseline) -> dict[str, list[Prediction]]:
     return {card.name: predictions(card, baseline) for card in CARDS.values() if card.architecture in baseline.rows}
 
 
-def _in_another_dtype(case: str) -> bool:
-    """The budget has these for the counts alone."""
+def _own(case: str, dtypes: Mapping[str, Sequence[str]]) -> bool:
+    """Whether it is in a dtype that its op runs in; the budget has others for the counts alone."""
     op, _, dtype = case.split(" ")
-    return dtype in ("fp16", "fp32") or (op == "res2s" and dtype != "bf16")
+    return dtype in dtypes[op]
 
 
 def table(found: Sequence[Prediction]) -> str:
