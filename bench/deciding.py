@@ -25,13 +25,18 @@ from command_line import finish, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.compiled import group_norm_silu as group_norm
 from report import Record, write_json
-from timing import CallTimer, interleave, summarise
+from timing import CallTimer, interleave, summarise, synchronize
 
 # Queries, keys, heads and width of a head: video on itself at both stages, sound on the video, sound on itself.
 ATTENTIONS = ((8160, 8160, 32, 128), (32640, 32640, 32, 128), (126, 32640, 32, 64), (126, 126, 32, 64))
 ATTENTIONS_ON_CPU = ((126, 126, 4, 16),)
 # Latent frames, height and width of a tile of the official size.
 TILE, TILE_ON_CPU = (8, 14, 24), (2, 2, 2)
+
+
+def dtype_of(run: Run) -> str:
+    """The model's; fp32 on a CPU."""
+    return "bf16" if run.device.type == "cuda" else "fp32"
 
 
 def timed(run: Run, op: str, case: str, shape: Sequence[int], calls: dict[str, Callable[[], Any]], **more: Any) -> None:
@@ -43,17 +48,18 @@ def timed(run: Run, op: str, case: str, shape: Sequence[int], calls: dict[str, C
         except RuntimeError as error:
             run.skip(op, case, name, str(error).splitlines()[0])
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
-    dtype = "bf16" if run.device.type == "cuda" else "fp32"
     for name, values in samples.items():
         statistics = summarise(values).fields()
-        run.records.append(Record(op, case, list(shape), dtype, name, **statistics, timer=timers[name].kind, **more))
+        run.records.append(
+            Record(op, case, list(shape), dtype_of(run), name, **statistics, timer=timers[name].kind, **more)
+        )
 
 
 def attention(run: Run) -> None:
     """The backends of torch's attention, and flash-attn where it is installed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    dtype = DTYPES["bf16" if run.device.type == "cuda" else "fp32"]
+    dtype = DTYPES[dtype_of(run)]
     kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     kinds |= {"memory-efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
     for queries, keys, heads, width in ATTENTIONS if run.device.type == "cuda" else ATTENTIONS_ON_CPU:
@@ -139,8 +145,9 @@ def block(run: Run) -> None:
     """One block of the transformer under the profiler: a row a kernel, the longest first."""
     on_gpu = run.device.type == "cuda"
     case = next(case for case in bench_dit.CASES if case.name == ("stage2" if on_gpu else "small"))
-    model, _ = bench_dit.build(case, 1, DTYPES["bf16" if on_gpu else "fp32"], run.device)
-    inputs = bench_dit.inputs_of(case, model, DTYPES["bf16" if on_gpu else "fp32"], run.device)
+    dtype = dtype_of(run)
+    model, _ = bench_dit.build(case, 1, DTYPES[dtype], run.device)
+    inputs = bench_dit.inputs_of(case, model, DTYPES[dtype], run.device)
 
     def forward() -> Any:
         return bench_dit.predict_velocity(model, inputs.video, inputs.audio)
@@ -149,11 +156,10 @@ def block(run: Run) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as seen:
         forward()
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(run.device)
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(seen.key_averages(), key=lambda event: -getattr(event, own))
-    common = {"op": "block", "case": case.name, "shape": list(case.shape), "dtype": "bf16" if on_gpu else "fp32"}
+    common = {"op": "block", "case": case.name, "shape": list(case.shape), "dtype": dtype}
     for event in rows[:60]:
         if total := float(getattr(event, own)):
             times = dict.fromkeys(("median_us", "min_us", "p20_us", "p80_us"), total)
@@ -169,7 +175,7 @@ def vae_tile(run: Run) -> None:
 
     on_gpu = run.device.type == "cuda"
     config = (PRODUCTION_CONFIGS if on_gpu else DEMO_CONFIGS)["video_vae"]
-    dtype, tile = DTYPES["bf16" if on_gpu else "fp32"], TILE if on_gpu else TILE_ON_CPU
+    dtype, tile = DTYPES[dtype_of(run)], TILE if on_gpu else TILE_ON_CPU
     vae = build("video_vae", config, parts=("decoder",), device=run.device).to(dtype)
     latent = torch.randn(1, config["latent_channels"], *tile, device=run.device, dtype=dtype)
     layouts = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
