@@ -10,8 +10,8 @@ The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), f
 - FLOP: matrix products, at the rate of a large one; of the older matrix instructions two thirds of that.
 - latency: blocks one after the other on a multiprocessor, each as long as one thread alone needs: Little's law by another name.
 
-Blocks that do not divide evenly among the multiprocessors lengthen all but bytes and L2. To this come the launch, the wait for the
-first byte, and half a block's life in which the last ones run out (waves).
+Blocks that do not divide evenly among the multiprocessors lengthen issue and the units'. To this come the launch, the wait for the
+first byte, and, where not all blocks fit at once, half a block's life in which the last ones run out (waves).
 """
 
 from __future__ import annotations

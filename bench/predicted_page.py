@@ -201,12 +201,12 @@ MISSES = """
 ## Rows below the target
 
 Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on the tier that is predicted faster. `at best` is what
-one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory,
-beyond what they must. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
+one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory:
+1 where each does once. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
 Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
 first byte take too large a part of it. The last column says what keeps a call below its target beyond the limit of its
-kernels. A call of several launches could do with fewer only if blocks waited for one another on the device, which no kernel of
-these ops does; "nothing else" marks calls that leaner kernels would bring there. Too short are: """
+kernels. A call of several launches could do with fewer only if blocks waited for one another on the device, as of these ops
+GroupNorm's pipeline alone does; "nothing else" marks calls that leaner kernels would bring there. Too short are: """
 CALLS = """
 ## All calls
 
