@@ -60,7 +60,7 @@ class Check:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        words = [str(self.case), dtype, "x".join(map(str, self.size)), self.values, self.layout]
+        words = [str(self.case), dtype, str(self.size), self.values, self.layout]
         return " ".join(word for word in words if word not in ("normal", "dense"))
 
 
