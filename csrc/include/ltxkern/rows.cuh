@@ -18,7 +18,7 @@ template <int V>
 LTXK_DEVICE void store_nan(void* out, i64 type, i64 at) {
     float values[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = bits_to_float(0x7fc00000u);
+    for (int k = 0; k < V; ++k) values[k] = not_a_number();
     store_typed(out, type, at, values);
 }
 
