@@ -14,6 +14,7 @@ from torch import Tensor
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.run import denoising
+from ltxkern.pipeline.run.presets import PRESETS
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.schedule import ltx2_sigmas
@@ -22,6 +23,8 @@ from ltxkern.pipeline.sampling.state import Latents
 Call = Callable[..., HQOutput]
 # A production-sized clip's schedule has e^3.5 in place of the e^0.6 of the demo's few tokens; the fault goes the other way.
 _SHIFTED_BY = 3.0
+# Of the shifted schedule.
+STEPS = PRESETS["hq"].steps
 
 
 class WrongSign(MultiModalPolicy):
@@ -33,7 +36,7 @@ class WrongSign(MultiModalPolicy):
 
 
 def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
-    sigmas = ltx2_sigmas(15, 168, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
+    sigmas = ltx2_sigmas(STEPS, 168, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
     settings["stage1_sigmas"] = sigmas.tolist()
 
 
