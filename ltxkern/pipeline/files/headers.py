@@ -55,9 +55,12 @@ class StoredTensor:
         return own if self.scale is None else own + self.scale.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Header:
-    """The header of a safetensors file: tensors by key, and the metadata with JSON values decoded."""
+    """The header of a safetensors file: tensors by key, and the metadata with JSON values decoded.
+
+    Headers of the same words are one object, so that what follows from one can be kept by it.
+    """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
