@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ltxkern.pipeline.files import official_config
-from ltxkern.pipeline.files.headers import CheckpointError, Header, StoredTensor, listed, read_header, read_json
+from ltxkern.pipeline.files.headers import (
+    CheckpointError,
+    Header,
+    StoredTensor,
+    listed,
+    read_header,
+    read_json,
+    warn_once,
+)
 from ltxkern.pipeline.files.hub import FOLDERS, ModelFiles, weight_files
 from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
 from ltxkern.pipeline.files.quantized import with_scales
@@ -113,7 +121,7 @@ def _config_of(
     if beside.is_file() and (config := read_json(beside)).get("_class_name") in CLASS_NAMES[component]:
         return _plain_config(component, beside, config)
     if {name: tensor.shape for name, tensor in tensors.items()} == _published_shapes(component):
-        logger.warning("%s: has no configuration of the %s and is taken as the published LTX-2.3", path, component)
+        warn_once(logger, f"{path}: has no configuration of the {component} and is taken as the published LTX-2.3")
         return PRODUCTION_CONFIGS[component]
     raise CheckpointError(f"{path}: its header has no configuration of the {component}")
 
