@@ -1,6 +1,5 @@
 """Runs one test on every backend of an op that this process has; a case that a backend refuses is skipped with its reason."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,6 +9,7 @@ import torch
 
 import ltxkern
 from ltxkern.compiled import extension
+from ltxkern.verify.report import device_of
 
 # Without them a test that names the backend "cpu" would have nothing to test.
 needs_cpu_kernels = pytest.mark.skipif(
@@ -34,13 +34,6 @@ def over_backends(op: str, *, on_device: bool = True) -> Callable[[Test], Test]:
         return pytest.mark.usefixtures("backend_device")(marked) if on_device else marked
 
     return decorate
-
-
-def device_of(backend: str) -> str:
-    """Device type of the tensors that a backend works on."""
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    return "cuda" if backend in ("cuda", "nvrtc", "triton") else "cpu"
 
 
 @contextmanager

@@ -20,11 +20,7 @@ def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, G
     """
     admission = _admission()
     _admit_output(admission, arguments)
-    chosen = options.find_model_options(arguments, admission)
-    if chosen is None:
-        _admit_named(admission, arguments)
-        raise admission.refusal()
-    _admit_files(admission, chosen, arguments)
+    chosen = _admit_options(admission, arguments)
     request = admission.attempt("", lambda: options.make_request(arguments, chosen, admission))
     if request is None:
         raise admission.refusal()
@@ -39,11 +35,7 @@ def read_model_options(arguments: argparse.Namespace) -> options.ModelOptions:
         ValueError: an option that cannot be served; every file that cannot, in one list.
     """
     admission = _admission()
-    chosen = options.find_model_options(arguments, admission)
-    if chosen is None:
-        _admit_named(admission, arguments)
-        raise admission.refusal()
-    _admit_files(admission, chosen, arguments)
+    chosen = _admit_options(admission, arguments)
     admission.close()
     return chosen
 
@@ -52,6 +44,16 @@ def _admission() -> Admission:
     from ltxkern.pipeline.planning.admission import Admission
 
     return Admission(options.spelled)
+
+
+def _admit_options(admission: Admission, arguments: argparse.Namespace) -> options.ModelOptions:
+    """The model options, and the check of all files they name; refuses at once where the others depend on a wrong one."""
+    chosen = options.find_model_options(arguments, admission)
+    if chosen is None:
+        _admit_named(admission, arguments)
+        raise admission.refusal()
+    _admit_files(admission, chosen, arguments)
+    return chosen
 
 
 def _admit_output(admission: Admission, arguments: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def item_arguments(arguments: argparse.Namespace, given: Mapping[str, Any]) -> a
         if isinstance(value, list) and name != "image":
             raise ValueError(f"{name} must be one value, got {value!r}")
         for one in value if isinstance(value, list) else [value]:
-            line.append(f"--{name.replace('_', '-')}={one}")
+            line.append(f"{options.spelled(name)}={one}")
     return parser.parse_args(line)
 
 

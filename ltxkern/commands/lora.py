@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "file", nargs="?", help="a .safetensors file, a folder with one, or owner/name[/file] of the hub"
     )
     parser.add_argument(
-        "--model", help="file, folder or hub id to fit it to (default: the published LTX-2.3 transformer)"
+        "--model", help="file, folder or hub id (downloaded) to fit it to (default: the published LTX-2.3 transformer)"
     )
     parser.add_argument("--layouts", action="store_true", help="list the layouts that are known by name")
     parser.set_defaults(run=run)
@@ -45,8 +45,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the description; status 2 where the file does not fit."""
-    from ltxkern.pipeline.files.lora_file import check_lora_file, describe_lora_file
-    from ltxkern.pipeline.files.lora_layout import LAYOUTS, published_shapes
+    from ltxkern.pipeline.files.lora_file import describe_lora_file
+    from ltxkern.pipeline.files.lora_kinds import misfits
+    from ltxkern.pipeline.files.lora_layout import LAYOUTS, parameter_shapes, published_shapes
 
     if arguments.layouts:
         for layout in LAYOUTS:
@@ -55,20 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.file is None:
         raise ValueError("file: expected a LoRA file, or --layouts")
-    shapes = None if arguments.model else published_shapes()
+    shapes = published_shapes()
     if arguments.model:
         from ltxkern.pipeline.files.found import FoundModel
 
-        shapes = FoundModel.of(arguments.model).transformer_shapes
+        shapes = parameter_shapes(FoundModel.of(arguments.model).transformer_shapes)
     found = describe_lora_file(arguments.file, transformer=shapes)
-    print("\n".join(describe(found, found.changes())))
-    try:
-        check_lora_file(found.path, transformer=shapes)
-    except ValueError as error:
-        print(f"fits {arguments.model or 'LTX-2.3'}: no; {str(error).partition('; ')[2] or error}")
-        return 2
-    print(f"fits {arguments.model or 'LTX-2.3'}: yes")
-    return 0
+    changes = found.changes()
+    print("\n".join(describe(found, changes)))
+    problems = misfits(changes, shapes)
+    print(f"fits {arguments.model or 'LTX-2.3'}: {'; '.join(['no', *problems]) if problems else 'yes'}")
+    return 2 if problems else 0
 
 
 def describe(found: LoRAFile, changes: dict[str, Change]) -> list[str]:

@@ -108,7 +108,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in PARTS.items():
         group.add_argument(
-            f"--{name.replace('_', '-')}",
+            spelled(name),
             metavar="PATH",
             help=f"{what}: file, folder or hub id, where it does not lie with the model",
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program, workspace
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
-from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16, param_code
+from ltxkern.compiled.tensors import CODED, CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import ceil_div, contiguous, dense, hand_back
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ CHUNK = 4096
 # Every block of the second launch merges all partials: larger tensors take longer chunks.
 PARTIALS = 512
 PARTIAL_BYTES = 32
-CODED = {code: dtype for dtype, code in PARAM_CODES.items()}
 
 
 class Case(NamedTuple):

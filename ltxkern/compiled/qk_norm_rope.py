@@ -225,10 +225,8 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     heads = args.head_count
     pairs = width // (2 * heads)
     cos, sin, table = _tables(args.cos, args.sin, args.rows, batch, pairs)
-    k_cos, k_sin, k_table, k_rows = cos, sin, table, args.rows
-    if args.k_cos is not None and args.k_sin is not None:
-        k_rows = args.k_rows
-        k_cos, k_sin, k_table = _tables(args.k_cos, args.k_sin, k_rows, batch, pairs)
+    shared, of_k = args.k_cos is None, args.k_tables
+    k_cos, k_sin, k_table = (cos, sin, table) if shared else _tables(*of_k, batch, pairs)
     q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
     axes = 0 if args.rows is None else args.rows.shape[1]
     vector = 1
@@ -236,7 +234,7 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
         aligned, steps = [q, k, q_weight, k_weight, *targets], [*q_strides, *k_strides]
         # Tables of several coordinates are read element by element, and need not be aligned.
         if axes < 2:
-            aligned += [cos, sin] if k_cos is cos else [cos, sin, k_cos, k_sin]
+            aligned += [cos, sin] if shared else [cos, sin, k_cos, k_sin]
             steps += [*table.strides[:3], *k_table.strides[:3]]
         if axes > 1 or pairs == 1 or table.strides[3] == k_table.strides[3] == 1:
             vector = vector_of(q.element_size(), pairs, aligned, steps)
@@ -257,5 +255,5 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     )
     q_tensors = (q, q_weight, cos, sin, args.rows, targets[0])
     run_program = program(tier, cpu_calls if tier == "cpu" else device_steps, case, ARGUMENTS)
-    run_program(*q_tensors, k, k_weight, k_cos, k_sin, k_rows, targets[1])
+    run_program(*q_tensors, k, k_weight, k_cos, k_sin, of_k.rows, targets[1])
     hand_back(out, targets)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
-from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16, param_code
+from ltxkern.compiled.tensors import CODED, CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, round_up, row_view, with_tables
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 WARP_PACKS = 128
 # Elements of one access of the kernels that look at dtypes as they run, at most: more would not fit the registers.
 WIDEST = 4
-_NAMES = {code: CUDA_NAMES[dtype] for dtype, code in PARAM_CODES.items()}
 _FP32 = PARAM_CODES[torch.float32]
 
 
@@ -91,7 +90,9 @@ def vector_of(itemsize: int, width: int, tensors: Sequence[Tensor | None], strid
 def type_names(activation: int, others: Iterable[int]) -> str | None:
     """Template arguments of a kernel that knows its dtypes, where there is one: all others of x's dtype, or all in fp32."""
     (other, *different) = set(others)
-    return None if different or other not in (activation, _FP32) else f"{_NAMES[activation]}, {_NAMES[other]}"
+    if different or other not in (activation, _FP32):
+        return None
+    return f"{CUDA_NAMES[CODED[activation]]}, {CUDA_NAMES[CODED[other]]}"
 
 
 def _reach(case: Case, operand: Operand | None, is_table: bool = False) -> int:

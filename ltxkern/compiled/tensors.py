@@ -16,6 +16,7 @@ CUDA_NAMES = {torch.float32: "float", torch.float16: "ltxk::f16", torch.bfloat16
 CPU_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 # Codes of ParamType in csrc/include/ltxkern/types.cuh.
 PARAM_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+CODED = {code: dtype for dtype, code in PARAM_CODES.items()}
 
 
 def param_code(tensor: Tensor | None) -> int:

@@ -34,6 +34,9 @@ class Size(NamedTuple):
     tokens: int = 6
     width: int = 8
 
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
 
 SMALL = Size()
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import ltxkern
 from ltxkern.dispatch import handed, registered
 from ltxkern.verify.cases import BF16, CASES, F16, F32, F64, MAIN, OpCase, Size, Tensors
-from ltxkern.verify.probe import listed, replaced
+from ltxkern.verify.probe import SIZES, listed, replaced
 from ltxkern.verify.values import strided
 
 # Ops by what of a generation they take: what comes first is checked first. All others follow as the table has them.
@@ -23,8 +23,9 @@ FIRST = (
     *("group_norm_silu", "pixel_norm_silu", "res2s_midpoint", "res2s_advance", "combine_guidance", "merge_lora_"),
 )
 IMPORTANCE = tuple(dict.fromkeys([*FIRST, *(case.op for case in MAIN)]))
-# Whole vectors, a rest; several chunks of a reduction; more blocks than a small card runs at once.
-WHOLE, REST, CHUNKS, BLOCKS = Size(2, 6, 64), Size(3, 5, 13), Size(2, 61, 300), Size(1, 1000, 1024)
+WHOLE, REST = SIZES
+# Several chunks of a reduction; more blocks than a small card runs at once.
+CHUNKS, BLOCKS = Size(2, 61, 300), Size(1, 1000, 1024)
 EMPTY = (Size(0, 3, 4), Size(2, 0, 4))
 # Where the reference has its own limits: a mean or a deviation of nothing.
 NEVER_EMPTY = ("noise_statistics", "normalize_noise", "channelwise_normalize", "merge_lora_")
@@ -59,7 +60,7 @@ class Check:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        words = [str(self.case), dtype, "x".join(map(str, self.size)), self.values, self.layout]
+        words = [str(self.case), dtype, str(self.size), self.values, self.layout]
         return " ".join(word for word in words if word not in ("normal", "dense"))
 
 

@@ -69,7 +69,7 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
             torch.cuda.set_sync_debug_mode(waits)
     for (size, _), wrong in zip(asked, found, strict=True):
         if wrong:
-            return f"{dtype} of {'x'.join(map(str, size))} is not what the reference gives"
+            return f"{dtype} of {size} is not what the reference gives"
     return None
 
 

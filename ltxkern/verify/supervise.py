@@ -58,10 +58,6 @@ class Found:
         return "proven" if self.passed else "refused"
 
 
-class Silent(Exception):  # noqa: N818 - an event, not an error
-    """A worker said nothing for too long."""
-
-
 class NoWorkerError(Exception):
     """A worker does not start."""
 
@@ -72,9 +68,12 @@ class Worker:
     Args:
         command: of the subprocess.
         job: what it is to do.
+    Attributes:
+        fault: in words why its reports ended; None where it was done or the time was up.
     """
 
     def __init__(self, command: Sequence[str], job: dict[str, Any]) -> None:
+        self.fault: str | None = None
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -97,13 +96,30 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def report(self, seconds: float) -> dict[str, Any] | None:
-        """The next one, None after the last; raises `Silent` where none comes in time."""
-        try:
-            line = self._lines.get(timeout=max(0.0, seconds))
-        except queue.Empty:
-            raise Silent from None
-        return None if line is None else json.loads(line)
+    def reports(self, limits: Limits, first: float) -> Iterator[dict[str, Any]]:
+        """What it reports until it is done, the time is up, or a `fault` calls for another worker.
+
+        Args:
+            limits: of the time.
+            first: seconds from its being ready to its first call.
+        """
+        wait = START_SECONDS
+        while limits.left() > 0:
+            patience = min(wait, max(0.0, limits.left()))
+            try:
+                line = self._lines.get(timeout=patience)
+            except queue.Empty:
+                if patience >= wait:
+                    self.fault = f"no end after {wait:g} s"
+                return
+            if line is None:
+                self.fault = f"the process ended by {self.end()}"
+                return
+            report = json.loads(line)
+            if "done" in report:
+                return
+            wait = first if "ready" in report else limits.check
+            yield report
 
     def end(self) -> str:
         """End it, whatever it does; how it ended, in words."""
@@ -166,14 +182,14 @@ def check_tier(
     while left and limits.left() > 0:
         job = {"tier": tier, "device": device, "level": level, "checks": left}
         with worker(command, job) as running:
-            at, fault = _follow(running, checks, left, found, limits, changed)
-        if fault is None:
+            at = _follow(running, checks, left, found, limits, changed)
+        if running.fault is None:
             break
         if at is None:
             # It did not come as far as a check: that says nothing of any op.
-            raise NoWorkerError(fault)
+            raise NoWorkerError(running.fault)
         entry = found[checks[at].case.op]
-        entry.wrong = entry.wrong or f"{checks[at]}: {fault}"
+        entry.wrong = entry.wrong or f"{checks[at]}: {running.fault}"
         changed(found)
         left = [index for index in left if not found[checks[index].case.op].wrong]
     return found
@@ -186,21 +202,10 @@ def _follow(
     found: dict[str, Found],
     limits: Limits,
     changed: Callable[[dict[str, Found]], None],
-) -> tuple[int | None, str | None]:
-    """Take a worker's reports until it is done, the time is up, or a fault calls for another worker: (check, fault)."""
+) -> int | None:
+    """Take a worker's reports; the check that it began last."""
     at: int | None = None
-    wait = START_SECONDS
-    while limits.left() > 0:
-        patience = min(wait, max(0.0, limits.left()))
-        try:
-            report = running.report(patience)
-        except Silent:
-            return (at, f"no end after {wait:g} s") if patience >= wait else (None, None)
-        if report is None:
-            return at, f"the process ended by {running.end()}"
-        wait = limits.check
-        if "done" in report:
-            return None, None
+    for report in running.reports(limits, limits.check):
         if "begin" in report:
             at = report["begin"]
         if "end" in report:
@@ -216,7 +221,7 @@ def _follow(
             else:
                 entry.passed += 1
             changed(found)
-    return None, None
+    return at
 
 
 def time_tiers(
@@ -232,35 +237,18 @@ def time_tiers(
     while tiers and limits.left() > 0:
         job = {"timing": tiers, "device": device, "seconds": 0.5 * limits.left()}
         with worker(command, job) as running:
-            at, fault = _follow_timing(running, rows, limits)
-        if fault is None or at is None:
+            at: tuple[str, str] | None = None
+            # Once ready it times a copy, before the first call.
+            for report in running.reports(limits, START_SECONDS):
+                if "begin" in report:
+                    op, tier = report["begin"]
+                    at = op, tier
+                if "timed" in report:
+                    rows.append(report["timed"])
+        if running.fault is None or at is None:
             break
-        faults[at] = f"{fault}, at a call of production size"
+        faults[at] = f"{running.fault}, at a call of production size"
         timed = {row["op"] for row in rows}
         tiers[at[0]].remove(at[1])
         tiers = {op: names for op, names in tiers.items() if op not in timed and names}
     return rows, faults
-
-
-def _follow_timing(
-    running: Worker, rows: list[dict[str, Any]], limits: Limits
-) -> tuple[tuple[str, str] | None, str | None]:
-    at: tuple[str, str] | None = None
-    wait = START_SECONDS
-    while limits.left() > 0:
-        patience = min(wait, max(0.0, limits.left()))
-        try:
-            report = running.report(patience)
-        except Silent:
-            return (at, f"no end after {wait:g} s") if patience >= wait else (None, None)
-        if report is None:
-            return at, f"the process ended by {running.end()}"
-        wait = START_SECONDS if "ready" in report else limits.check
-        if "done" in report:
-            return None, None
-        if "begin" in report:
-            op, tier = report["begin"]
-            at = op, tier
-        if "timed" in report:
-            rows.append(report["timed"])
-    return None, None

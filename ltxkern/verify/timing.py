@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ltxkern
 from ltxkern.verify.cases import BF16, BY_NAME, F32, OpCase, Size, Tensors
@@ -110,10 +109,6 @@ class Clock:
         return 2 * source.numel() / min(self.sample(lambda: target.copy_(source)) for _ in range(8))
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def _on(tier: str, case: OpCase, tensors: Tensors) -> Callable[[], Any]:
     def call() -> Any:
         with ltxkern.use_backend(tier):
@@ -149,9 +144,9 @@ def measure(
                 results = call()
             except (ltxkern.BackendError, torch.OutOfMemoryError):
                 continue
-            moved = _bytes([*tensors.values(), *results])
+            moved = sum(tensor.nbytes for tensor in (*tensors.values(), *results))
             calls[tier] = call
-        name = f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, size))}"
+        name = f"{str(dtype).removeprefix('torch.')} {size}"
         if calls:
             for tier, taken in clock.interleaved(calls, seconds / len(chosen)).items():
                 yield Timed(case.op, name, tier, taken, moved, roof, 100 * moved / roof / taken)

@@ -7,6 +7,7 @@ counts everything.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import budget
@@ -169,3 +170,14 @@ def test_a_step_backwards_is_seen() -> None:
 )  # fmt: skip
 def test_resident_warps(threads: int, registers: int, shared: int, card: str, warps: int) -> None:
     assert budget.resident_warps(threads, registers, shared, CARDS[card]) == warps
+
+
+def test_tables_that_queries_and_keys_share_are_one_operand() -> None:
+    found = budget.launches_of("sm_90", ("cuda",), (), ("qk_norm_rope",)).found
+    place = {sass.operand_address(index): index for index in range(12)}
+    tables = {
+        case.split(" ")[1]: [place[word] for (word,) in struct.iter_unpack("<Q", kernel.parameters) if word in place]
+        for _, case, kernel in found
+    }
+    assert tables["stage2_video"] == [0, 1, 5, 2, 3, 6, 7, 11, 2, 3]
+    assert tables["stage2_video_to_audio"] == [0, 1, 5, 2, 3, 4, 6, 7, 11, 8, 9, 10]

@@ -81,6 +81,18 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
                 assert torch.equal(one, same)
 
 
+def test_sines_of_keys_at_any_address_beside_shared_cosines() -> None:
+    """Tables of k that share their cosines with q count by themselves: the kernel of packs needs whole 16 bytes of all of them."""
+    x, weight, cos, sin = noise(1, 5, 2048), noise(2048), noise(1, 16, 5, 64), noise(1, 16, 5, 64, seed=1)
+    kernels: list[str] = []
+    with on_shim(run=noting(kernels)), ltxkern.use_backend("cpu"):
+        results = ltxkern.qk_norm_rope(x, x, weight, weight, cos, sin, k_cos=cos, k_sin=misaligned(sin))
+        expected = ltxkern.qk_norm_rope(x, x, weight, weight, cos, sin)
+    assert ["_packs<" in kernel for kernel in kernels] == [False, True]
+    for one, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, shuffle: bool = True) -> Tensor:
     """One call with every optional argument, in poisoned memory, held to the numerical contract; returns the result."""
     out = torch.full_like(given.x, torch.nan)

@@ -15,9 +15,9 @@ from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.conditioning import ImageCondition
 from ltxkern.pipeline.run.request import GenerationRequest, find_preset
 from ltxkern.pipeline.sampling.latents import Geometry
+from ltxkern.verify.report import device_of
 from tests.golden import open_golden as golden
 from tests.pipeline.golden_transformer import transformer, upsampler
-from tests.serving import device_of
 
 COVERS = ("hq/",)
 TOLERANCE = 5e-5

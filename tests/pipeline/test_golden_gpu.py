@@ -16,8 +16,8 @@ import ltxkern
 from ltxkern import dispatch
 from ltxkern.patch import patch
 from ltxkern.pipeline.sampling.res2s import res2s_sample
+from ltxkern.verify.report import device_of
 from tests.pipeline import golden_hq, golden_sampler, golden_transformer
-from tests.serving import device_of
 
 pytestmark = [
     pytest.mark.gpu,

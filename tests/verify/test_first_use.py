@@ -1,6 +1,7 @@
 """The probe at first use: a wrong backend is left with one warning, a proven one is not probed, a capture is served first."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,25 @@ from ltxkern.verify.cases import MAIN, OpCase, Size
 CUDA = torch.device("cuda", 0)
 
 
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, run: Callable[..., Any]) -> None:
+    """An op's backend "cpu", there with or without a built extension, is this; calls are probed."""
+    planted, present = dispatch.registered()[op], dispatch.unavailable
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None if name == "cpu" else present(name))
+    monkeypatch.setitem(planted._backends, "cpu", Backend("cpu", lambda args: None, lambda: run))
+    monkeypatch.setattr(planted, "_kernels", {})
+    monkeypatch.setenv("LTXKERN_SELFCHECK", "first")
+
+
 @pytest.fixture
 def planted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The backend "cpu" of gated_residual adds twice what it should; its calls are listed."""
-    op, calls = dispatch.registered()["gated_residual"], []
+    calls: list[Any] = []
 
     def wrong(out: Any, args: Any) -> None:
         calls.append(args)
         out.copy_(args.x + 2 * args.y * args.gate)
 
-    present = dispatch.unavailable
-    monkeypatch.setattr(dispatch, "unavailable", lambda name: None if name == "cpu" else present(name))
-    monkeypatch.setitem(op._backends, "cpu", Backend("cpu", lambda args: None, lambda: wrong))
-    monkeypatch.setattr(op, "_kernels", {})
-    monkeypatch.setenv("LTXKERN_SELFCHECK", "first")
+    plant(monkeypatch, "gated_residual", wrong)
     return calls
 
 
@@ -121,12 +127,7 @@ def test_a_captured_call_is_among_those_served(planted: list[Any], monkeypatch: 
 
 
 def test_several_layers_are_asked_before_one_is_changed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = dispatch.registered()["merge_lora_"]
-    present = dispatch.unavailable
-    monkeypatch.setattr(dispatch, "unavailable", lambda name: None if name == "cpu" else present(name))
-    monkeypatch.setitem(op._backends, "cpu", Backend("cpu", lambda args: None, lambda: lambda args: args[0].zero_()))
-    monkeypatch.setattr(op, "_kernels", {})
-    monkeypatch.setenv("LTXKERN_SELFCHECK", "first")
+    plant(monkeypatch, "merge_lora_", lambda args: args[0].zero_())
     weights, kept = [torch.ones(2, 3), torch.ones(2, 3)], torch.ones(2, 3)
     factors = [torch.ones(1, 3)] * 2, [torch.ones(2, 1)] * 2
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="the probe at first use"):

@@ -15,7 +15,7 @@ from ltxkern.commands import verify as command
 from ltxkern.compiled import extension
 from ltxkern.trust import proofs
 from ltxkern.verify import checks, report, timing
-from ltxkern.verify.cases import F32, Size
+from ltxkern.verify.cases import BY_NAME, F32, Size
 from ltxkern.verify.report import Report, verify
 from ltxkern.verify.supervise import Found
 from tests.csrc.shim_build import shim
@@ -59,7 +59,7 @@ def test_a_planted_fault_is_found_and_refused(fault: str, found: tuple[dict[str,
     (entries, cache), (op, _, words) = found, FAULTS[fault]
     assert entries[op].verdict == "wrong"
     assert words in entries[op].wrong
-    case = checks.MAIN[[case.op for case in checks.MAIN].index(op)]
+    case = BY_NAME[op]
     tensors = case.tensors()
     with fresh_dispatch(cache):
         with ltxkern.use_backend("torch"):

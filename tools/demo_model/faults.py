@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.result import HQOutput
-from ltxkern.pipeline.run import denoising
+from ltxkern.pipeline.run import denoising, request
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.schedule import ltx2_sigmas
@@ -33,8 +34,8 @@ class WrongSign(MultiModalPolicy):
 
 
 def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
-    sigmas = ltx2_sigmas(15, 168, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
-    settings["stage1_sigmas"] = sigmas.tolist()
+    shifted = partial(ltx2_sigmas, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
+    stack.enter_context(patch.object(request, "ltx2_sigmas", shifted))
 
 
 def _wrong_sign(stack: ExitStack, settings: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH
 from tools.demo_model.world import Scene, Shape, render_video
 
 SHOWN, TEXT_ROWS, GAP = 6, 24, 4
-# In the words of a visitor; none is a sentence of the grammar as it stands.
+# In the words of a visitor; but for the first, none is a sentence of the grammar as it stands.
 PROMPTS = (
     "a red ball bounces on a black background",
     "A big golden ring rolls to the left, in front of a navy wall",

@@ -42,7 +42,6 @@ class Muon(torch.optim.Optimizer):
         lr: of the matrices, in root mean square of a step as Adam counts it: steps of 0.2 lr an element.
         vector_lr: of the vectors.
         momentum: of the matrices.
-        weight_decay: of the matrices, a share lr * weight_decay a step.
         tables: parts of names of parameters that are tables of vectors; they follow Adam too.
     """
 
@@ -53,7 +52,6 @@ class Muon(torch.optim.Optimizer):
         *,
         vector_lr: float,
         momentum: float = 0.95,
-        weight_decay: float = 0.0,
         tables: tuple[str, ...] = (),
     ) -> None:
         matrices: list[nn.Parameter] = []
@@ -62,12 +60,11 @@ class Muon(torch.optim.Optimizer):
             if parameter.requires_grad:
                 vector = parameter.ndim < 2 or any(word in name for word in tables)
                 (vectors if vector else matrices).append(parameter)
-        shared = {"momentum": momentum, "weight_decay": weight_decay}
         groups = [
-            {"params": matrices, "lr": lr, "full_lr": lr, "matrices": True},
+            {"params": matrices, "lr": lr, "full_lr": lr, "momentum": momentum, "matrices": True},
             {"params": vectors, "lr": vector_lr, "full_lr": vector_lr, "matrices": False},
         ]
-        super().__init__([group | shared for group in groups], {})
+        super().__init__(groups, {})
 
     def scale_rates(self, factor: float) -> None:
         """Sets learning rates to a share of the full ones."""
@@ -90,8 +87,6 @@ class Muon(torch.optim.Optimizer):
         rows, columns = update.shape
         pieces = update.view(-1, _PIECE, columns) if min(rows, columns) > _WIDE and rows % _PIECE == 0 else update
         update = orthogonalise(pieces) * (0.2 * math.sqrt(max(pieces.shape[-2:])))
-        if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.view_as(parameter), alpha=-group["lr"])
 
     def _step_vector(self, parameter: nn.Parameter, gradient: Tensor, group: dict) -> None:

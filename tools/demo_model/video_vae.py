@@ -147,7 +147,7 @@ class VideoVAE(Part):
 
 
 class VideoDecoder(VideoVAE):
-    """The decoder alone, on whole frames and on noisier latents; the encoder stays as it was."""
+    """The decoder alone, on noisy latents from the start, at last in windows as large as a frame of half size."""
 
     name = "video_decoder"
     steps = 4000

@@ -56,7 +56,7 @@ struct GatedResidualPacks : GatedResidual {
 // A warp has its share of one row. Activations are T, the gate of stride 1 along a row is M.
 template <class T, class M>
 __global__ void __launch_bounds__(256, 4) gated_residual_packs(GatedResidualPacks p) {
-    constexpr int V = kVector<T>, kTogether = kPacks * sizeof(T) / sizeof(M);
+    constexpr int V = kVector<T>;
     u32 width = static_cast<u32>(p.width), warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     u32 row = divide(warp, p.by_share), column = warp * kWarpPacks - row * width + threadIdx.x % 32;
     if (row >= static_cast<u32>(p.rows)) return;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(256, 4) gated_residual_packs(GatedResidualPack
     const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
     const char* y_at = pack_address<T, V>(p.y.data, packed_row(p.y, outer, inner) + column);
     char* out = pack_address<T, V>(p.out, row * width + column);
-    Raw<V> x[kPacks], y[kPacks], gate[kPacks];
+    Raw<V> x[kPacks], y[kPacks];
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
         x[j] = load_pack<T, V>(x_at, j);
@@ -76,17 +76,7 @@ __global__ void __launch_bounds__(256, 4) gated_residual_packs(GatedResidualPack
         return;
     }
     const char* gate_at = pack_address<M, V>(p.gate.data, packed_row(p.gate, outer, inner) + column);
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-        if (j % kTogether == 0) {
-#pragma unroll
-            for (int next = j; next < j + kTogether; ++next) gate[next] = load_pack<M, V>(gate_at, next);
-        }
-        float values[V];
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) + product(element<T>(y[j], k), element<M>(gate[j], k));
-        store_pack<T>(out, j, rounded_pack<T>(values));
-    }
+    each_gated<T, M>(x, y, gate_at, [&](int j, const Raw<V>& sum) { store_pack<T>(out, j, sum); });
 }
 
 // 2 sigmoid(logit) for a result in T: 16 bits do not see what the quick functions lose.

@@ -52,14 +52,22 @@ LTXK_DEVICE ChannelAffine channel_affine(const GroupNormSilu& p, i64 channel, co
     return {mean.high, scale, fused(-(mean.low + all.low), scale, load_param(p.bias, p.bias_type, channel, 0.0f))};
 }
 
-template <class T, bool RESIDUAL, int V>
-LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& residual, const ChannelAffine& scaled) {
+// The numbers of element k of a pack: all of one channel, or each of its own.
+LTXK_DEVICE const ChannelAffine& channel_of(const ChannelAffine& all, int) { return all; }
+template <int V>
+LTXK_DEVICE const ChannelAffine& channel_of(const ChannelAffine (&each)[V], int k) {
+    return each[k];
+}
+
+template <class T, bool RESIDUAL, int V, class Scaled>
+LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& residual, const Scaled& scaled) {
     float values[V], added[V];
     unpack(pack, values);
     if constexpr (RESIDUAL) unpack(residual, added);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-        float v = fused(values[k] - scaled.mean, scaled.scale, scaled.offset);
+        const ChannelAffine& channel = channel_of(scaled, k);
+        float v = fused(values[k] - channel.mean, channel.scale, channel.offset);
         if constexpr (RESIDUAL) v = fused(added[k], kSiluFactor<T>, v);
         values[k] = silu<T>(v);
     }

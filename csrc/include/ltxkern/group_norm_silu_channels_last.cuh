@@ -147,16 +147,7 @@ LTXK_DEVICE void apply_column(const GroupNormTwoPass& p, const ColumnThread& at,
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
     auto apply = [&](const Pack<T, V>& pack, const Pack<T, V>& added, i64 to) {
-        float values[V], more[V];
-        unpack(pack, values);
-        if constexpr (RESIDUAL) unpack(added, more);
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-            float v = fused(values[k] - scaled[k].mean, scaled[k].scale, scaled[k].offset);
-            if constexpr (RESIDUAL) v = fused(more[k], kSiluFactor<T>, v);
-            values[k] = silu<T>(v);
-        }
-        store_streaming<T, V>(out + to, rounded<T, V>(values));
+        store_streaming<T, V>(out + to, normalised<T, RESIDUAL>(pack, added, scaled));
     };
     u32 i = at.row;
     for (; i + (kLoads - 1) * rows < at.count; i += kLoads * rows, offset += kLoads * stride) {

@@ -50,7 +50,7 @@ LTXK_DEVICE float power_of_two(int exponent) { return bits_to_float(static_cast<
 LTXK_DEVICE float from_e4m3(u8 bits) {
     u32 magnitude = bits & 0x7fu;
     float value = bits_to_float(magnitude << 20) * power_of_two(120);
-    if (magnitude == 0x7fu) value = bits_to_float(0x7fc00000u);
+    if (magnitude == 0x7fu) value = not_a_number();
     return bits_to_float(float_to_bits(value) | (bits & 0x80u) << 24);
 }
 

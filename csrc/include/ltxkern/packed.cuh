@@ -71,7 +71,7 @@ template <class T, int V>
 LTXK_DEVICE Raw<V> nan_pack() {
     float values[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = bits_to_float(0x7fc00000u);
+    for (int k = 0; k < V; ++k) values[k] = not_a_number();
     return rounded_pack<T>(values);
 }
 

@@ -25,11 +25,7 @@ struct QkNormRopeRows : QkNormRopeLaunch {
     i64 by_pairs, by_axes;  // divide by `pairs` and `axes`
 };
 
-// V elements of q, k or a table.
-template <int V>
-LTXK_DEVICE void load_values(const void* base, i64 type, i64 index, float (&values)[V]) {
-    load_params(base, type, index, values);
-}
+// V elements of q or k.
 template <int V>
 LTXK_DEVICE void store_values(void* base, i64 type, i64 index, const float (&values)[V]) {
     if (type == kF32) {
@@ -54,8 +50,8 @@ LTXK_DEVICE void load_by_axis(const QkNormRopeRows& p, const QkTensor& t, i64 ro
         u32 row = static_cast<const u32*>(t.rows)[rows_at + axis * t.rows_axis];
         i64 from = row * t.table_token + column * t.table_pair;
         bool known = row < static_cast<u32>(t.table_rows);
-        cosine[k] = load_param(known ? t.cos : nullptr, p.table_type, from, bits_to_float(0x7fc00000u));
-        sine[k] = load_param(known ? t.sin : nullptr, p.table_type, from, bits_to_float(0x7fc00000u));
+        cosine[k] = load_param(known ? t.cos : nullptr, p.table_type, from, not_a_number());
+        sine[k] = load_param(known ? t.sin : nullptr, p.table_type, from, not_a_number());
     }
 }
 
@@ -71,7 +67,7 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
     float sum = 0.0f;
     for (u32 i = threadIdx.x * V; i < width; i += step) {
         float values[V];
-        load_values(t.x, p.type, x_row + i, values);
+        load_params(t.x, p.type, x_row + i, values);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum += values[k] * values[k];
     }
@@ -87,15 +83,15 @@ __global__ void __launch_bounds__(256, 4) qk_norm_rope(QkNormRopeRows p) {
             load_by_axis(p, t, rows_at, i, cosine, sine);
         } else {
             i64 table = table_row + head * t.table_head + pair * t.table_pair;
-            load_values(t.cos, p.table_type, table, cosine);
-            load_values(t.sin, p.table_type, table, sine);
+            load_params(t.cos, p.table_type, table, cosine);
+            load_params(t.sin, p.table_type, table, sine);
         }
-        load_values(t.x, p.type, x_row + left, first);
-        load_values(t.x, p.type, x_row + right, second);
-        load_values(t.weight, t.weight_type, left, weight);
+        load_params(t.x, p.type, x_row + left, first);
+        load_params(t.x, p.type, x_row + right, second);
+        load_params(t.weight, t.weight_type, left, weight);
 #pragma unroll
         for (int k = 0; k < V; ++k) first[k] *= rstd * weight[k];
-        load_values(t.weight, t.weight_type, right, weight);
+        load_params(t.weight, t.weight_type, right, weight);
 #pragma unroll
         for (int k = 0; k < V; ++k) {
             second[k] *= rstd * weight[k];
@@ -132,8 +128,9 @@ struct QkTables {
             at = batch * static_cast<u32>(t.table_batch);
         } else {
             token = static_cast<const u32*>(t.rows)[batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token)];
-            nothing = token < static_cast<u32>(t.table_rows) ? 0.0f : bits_to_float(0x7fc00000u);
-            token = token < static_cast<u32>(t.table_rows) ? token : 0;
+            bool here = token < static_cast<u32>(t.table_rows);
+            nothing = here ? 0.0f : not_a_number();
+            token = here ? token : 0;
             at = 0;
         }
         cosines = t.cos, sines = t.sin;
@@ -169,7 +166,7 @@ struct QkTables<M, V, 3> {
             u32 at = (here ? row : 0) * static_cast<u32>(t.table_token) + column;
             cosines[r] = static_cast<const M*>(t.cos) + at;
             sines[r] = static_cast<const M*>(t.sin) + at;
-            nothing = here ? nothing : bits_to_float(0x7fc00000u);
+            nothing = here ? nothing : not_a_number();
             bool last = axis == 2;
             axis = last ? 0 : axis + 1;
             column += last;

@@ -80,7 +80,7 @@ struct RmsNormModulatePacks : RmsNormModulate {
 // Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
 template <class T, class M, bool kGated>
 __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
-    constexpr int V = kVector<T>, kTogether = kPacks * sizeof(T) / sizeof(M), kAhead = kTogether / 2;
+    constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
     LTXK_SHARED(RowSum, scratch);
     u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
     u32 column = threadIdx.x / 32 * kWarpPacks + threadIdx.x % 32, dense = row * static_cast<u32>(p.width) + column;
@@ -104,20 +104,8 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulat
     }
     if constexpr (kGated) {
         const char* gate_at = pack_address<M, V>(p.gate.data, packed_row(p.gate, outer, inner) + column);
-        Raw<V> gate[kPacks];
-#pragma unroll
-        for (int j = 0; j < kPacks; ++j) {
-            if (j % kTogether == 0) {
-#pragma unroll
-                for (int next = j; next < j + kTogether; ++next) gate[next] = load_pack<M, V>(gate_at, next);
-            }
-            float values[V];
-#pragma unroll
-            for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) + product(element<T>(y[j], k), element<M>(gate[j], k));
-            // What is stored is what is normalised.
-            x[j] = rounded_pack<T>(values);
-            store_pack<T>(summed, j, x[j]);
-        }
+        // What is stored is what is normalised.
+        each_gated<T, M>(x, y, gate_at, [&](int j, const Raw<V>& total) { store_pack<T>(summed, j, x[j] = total); });
     }
     float sum = 0.0f;
 #pragma unroll

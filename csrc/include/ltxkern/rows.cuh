@@ -18,7 +18,7 @@ template <int V>
 LTXK_DEVICE void store_nan(void* out, i64 type, i64 at) {
     float values[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) values[k] = bits_to_float(0x7fc00000u);
+    for (int k = 0; k < V; ++k) values[k] = not_a_number();
     store_typed(out, type, at, values);
 }
 
@@ -54,6 +54,27 @@ LTXK_DEVICE float sum_short_row(float value, RowSum& scratch) {
 // Where a row of an operand begins whose strides are counted in packs.
 LTXK_DEVICE u32 packed_row(const RowOperand& operand, u32 outer, u32 inner) {
     return outer * static_cast<u32>(operand.outer_stride) + inner * static_cast<u32>(operand.inner_stride);
+}
+
+// Packs of a modulation in M under way together beside activations in T: as many bytes for every pair of dtypes.
+template <class T, class M>
+constexpr int kAtOnce = kPacks * sizeof(T) / sizeof(M);
+
+// x + y gate of a thread's packs, rounded to T, one after another; `use` may put a sum in the place of its x.
+template <class T, class M, int V, class Use>
+LTXK_DEVICE void each_gated(const Raw<V> (&x)[kPacks], const Raw<V> (&y)[kPacks], const char* gate_at, Use use) {
+    Raw<V> gate[kPacks];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        if (j % kAtOnce<T, M> == 0) {
+#pragma unroll
+            for (int next = j; next < j + kAtOnce<T, M>; ++next) gate[next] = load_pack<M, V>(gate_at, next);
+        }
+        float values[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = element<T>(x[j], k) + product(element<T>(y[j], k), element<M>(gate[j], k));
+        use(j, rounded_pack<T>(values));
+    }
 }
 
 // RowIndex::find in 32-bit numbers.

@@ -90,6 +90,8 @@ LTXK_DEVICE u32 high_product(u32 a, u32 b) { return __umulhi(a, b); }
 
 LTXK_DEVICE double fast_reciprocal(double v) { return 1.0 / v; }
 
+LTXK_DEVICE float not_a_number() { return bits_to_float(0x7fc00000u); }
+
 LTXK_DEVICE float to_float(bf16 v) { return bits_to_float(static_cast<u32>(v.bits) << 16); }
 
 template <class T>

@@ -101,14 +101,14 @@ class FoundModel:
         return geometry_from_configs(self.config("transformer"), self.config("audio_vae"))
 
     @cached_property
-    def transformer_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
-        """Shapes of the transformer's parameters by diffusers name, from headers; None where the model is not here."""
+    def transformer_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the transformer's parameters by diffusers name, from headers; downloads what is not on this machine."""
         if self.is_demo:
             from ltxkern.pipeline.files.demo import DEMO_CONFIGS
             from ltxkern.pipeline.model.shapes import expected_shapes
 
             return expected_shapes("transformer", DEMO_CONFIGS["transformer"])
-        return None if self.own is None else component_shapes(self.own, "transformer")
+        return component_shapes(self.files, "transformer")
 
     def config(self, component: str) -> Mapping[str, Any] | None:
         """Constructor arguments of a component; None where the model is not here."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -55,9 +56,12 @@ class StoredTensor:
         return own if self.scale is None else own + self.scale.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Header:
-    """The header of a safetensors file: tensors by key, and the metadata with JSON values decoded."""
+    """The header of a safetensors file: tensors by key, and the metadata with JSON values decoded.
+
+    Headers of the same words are one object, so that what follows from one can be kept by it.
+    """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -89,7 +93,7 @@ class Header:
         marks = [key for key, t in self.tensors.items() if key.endswith(_LAYER_MARK) and t.nbytes <= _LONGEST_MARK]
         for key, content in zip(marks, read_bytes(self, [self.tensors[key] for key in marks]), strict=True):
             if (weight := f"{key.removesuffix(_LAYER_MARK)}.weight") in self.tensors:
-                described[weight] = _decoded(content.rstrip(b"\0").decode(errors="replace"))
+                described[weight] = decoded(content.rstrip(b"\0").decode(errors="replace"))
         return {
             key: words if isinstance(words, dict) else {"format": words}
             for key, words in described.items()
@@ -142,7 +146,7 @@ def _header(path: Path, size: int, written: bytes) -> Header:
                     f"{path}: damaged, {key} {tensor.shape} in {last - first} bytes; download it again"
                 )
             tensors[key], offsets[key], end = tensor, 8 + length + first, max(end, last)
-        decoded = {key: _decoded(value) for key, value in metadata.items()}
+        words = {key: decoded(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -155,7 +159,7 @@ def _header(path: Path, size: int, written: bytes) -> Header:
         raise CheckpointError(f"{path}: truncated, expected {end} bytes, got {size}; download it again")
     if size > end:
         raise CheckpointError(f"{path}: damaged, {size - end} bytes follow its last tensor; download it again")
-    return Header(path, tensors, decoded, offsets)
+    return Header(path, tensors, words, offsets)
 
 
 def read_bytes(header: Header, tensors: Iterable[StoredTensor]) -> list[bytes]:
@@ -222,11 +226,18 @@ def _other_file(path: Path) -> str:
     return ""
 
 
-def _decoded(value: str) -> Any:
+def decoded(value: str) -> Any:
+    """The value that a text is the JSON of; the text itself where it is none."""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, sentence: str) -> None:
+    """Warns of a file, which is described several times on its way; each sentence is said once."""
+    logger.warning("%s", sentence)
 
 
 def listed(keys: list[str]) -> str:

@@ -333,27 +333,27 @@ class Decomposed(WholeChange):
         return _whole(changed.sub_(pristine), weight)
 
 
-def build_change(parts: Mapping[str, Tensor], alpha: float | None = None) -> Change:
-    """The change that the parts of a parameter make, by their names of `lora_layout.read_key`.
+def build_change(parts: Mapping[str, Tensor]) -> Change:
+    """The change that the parts of a parameter make, by their names of `lora_layout.read_key`, without its alpha.
 
     Raises:
         PartsMissingError: parts are missing, or belong to several kinds.
     """
-    names = set(parts) - {"alpha", "magnitude"}
+    names = set(parts) - {"magnitude"}
     change: Change
     if names == {"a", "b"}:
-        change = LoRAFactors(parts["a"], parts["b"], alpha)
+        change = LoRAFactors(parts["a"], parts["b"])
     elif names == {"diff"}:
         change = Difference(parts["diff"])
     elif names == {f"hada_w{k}_{side}" for k in (1, 2) for side in "ab"}:
         first, second = ((parts[f"hada_w{k}_a"], parts[f"hada_w{k}_b"]) for k in (1, 2))
-        change = HadamardProduct(*first, *second, alpha)
+        change = HadamardProduct(*first, *second)
     elif names in _KRONECKER:
         one, two = (
             (parts[f"lokr_w{k}"],) if f"lokr_w{k}" in parts else (parts[f"lokr_w{k}_a"], parts[f"lokr_w{k}_b"])
             for k in (1, 2)
         )
-        change = KroneckerProduct(one, two, alpha)
+        change = KroneckerProduct(one, two)
     else:
         raise PartsMissingError(parts)
     return Decomposed(change, parts["magnitude"]) if "magnitude" in parts else change

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from ltxkern.pipeline.files.headers import CheckpointError, Header
+from ltxkern.pipeline.files.headers import CheckpointError, Header, decoded, warn_once
 from ltxkern.pipeline.files.hub import configurations, may_be_of_another, of_other_trainings
 from ltxkern.pipeline.files.lora_layout import STARTS, is_foreign
 
@@ -139,7 +139,7 @@ def statements(header: Header, ranks: Collection[int] = ()) -> list[Statement]:
             )
             if not is_shared:
                 raise CheckpointError(what) from error
-            _warn(f"{header.path}: {what}: it is not taken into account")
+            warn_once(logger, f"{header.path}: {what}: it is not taken into account")
             continue
         found += _meant(told, header.path, ranks, others) if is_shared else told
     if refusal := next((statement.refusal for statement in found if statement.refusal), ""):
@@ -154,21 +154,16 @@ def _meant(
     about = [statement for statement in told if statement.ranks & set(ranks) or (statement.ranks and statement.is_sure)]
     if about and others:
         suffix = PurePath(about[0].where.partition(" beside")[0]).suffix
-        _warn(
+        warn_once(
+            logger,
             f"{path}: {about[0].where} is not taken into account, for {others[0].name} lies there too; if it is meant, name it "
-            f"{path.stem}{suffix}"
+            f"{path.stem}{suffix}",
         )
         return []
     for statement in told:
         if statement.is_sure and statement.alpha is not None and not statement.ranks:
-            _warn(f"{path}: {statement.where} has an alpha and no rank: it is not taken into account")
+            warn_once(logger, f"{path}: {statement.where} has an alpha and no rank: it is not taken into account")
     return about
-
-
-@functools.cache
-def _warn(sentence: str) -> None:
-    """A file is described several times on its way: each sentence is said once."""
-    logger.warning("%s", sentence)
 
 
 def _read_configuration(path: Path) -> Any:
@@ -209,12 +204,7 @@ def _yaml_loader() -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    return decoded(value) if isinstance(value, str) else value
 
 
 def _number(value: Any) -> float | None:

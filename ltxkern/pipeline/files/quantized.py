@@ -71,11 +71,11 @@ def with_scales(
         raise CheckpointError(
             f"{path}: its weights are quantised as {foreign}, which is not read here: take a bf16 or an fp8 file"
         )
-    ignored = Counter(match[0].rpartition(".")[2] for name in tensors if (match := _IGNORED.search(name)))
+    ignored = {name: match[0].rpartition(".")[2] for name in tensors if (match := _IGNORED.search(name))}
     if ignored:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(ignored.values()).items()))
         logger.info("%s: %s not needed, since fp8 weights are multiplied out when they are read", path, kinds)
-    kept = {name: tensor for name, tensor in tensors.items() if not _IGNORED.search(name)}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     owners: dict[str, list[str]] = {}
     for name in kept:
         if (owner := _owner(name, kept)) is not None:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ltxkern.pipeline.files import official_config
-from ltxkern.pipeline.files.headers import CheckpointError, Header, StoredTensor, listed, read_header, read_json
+from ltxkern.pipeline.files.headers import (
+    CheckpointError,
+    Header,
+    StoredTensor,
+    listed,
+    read_header,
+    read_json,
+    warn_once,
+)
 from ltxkern.pipeline.files.hub import FOLDERS, ModelFiles, weight_files
 from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
 from ltxkern.pipeline.files.quantized import with_scales
@@ -71,22 +79,31 @@ def _single(files: ModelFiles, component: str, own: Path | None) -> Stored:
     """
     others = [path for path in files.shared if path != own]
     paths = [own, *(others if component == "connectors" else ())] if own is not None else others
-    tensors: dict[str, StoredTensor] = {}
-    used = []
-    for path in paths:
-        found = _named(read_header(path), component, whole=path == own)
-        if new := {name: tensor for name, tensor in found.items() if name not in tensors}:
-            tensors.update(new)
-            used.append(path)
-        if tensors and component != "connectors":
-            break
+    tensors, used = _gathered(component, own, tuple(read_header(path) for path in paths))
     path = own or (used[0] if used else (files.checkpoint or files.shared[0]))
     if not tensors:
         where = "" if len(others) < 2 or own else f" (nor do {listed([other.name for other in others[1:]])})"
         raise CheckpointError(f"{path}: holds no tensors of the {component}{where}")
     headers = [read_header(file) for file in dict.fromkeys([*used, *others])]
-    tensors = with_scales(path, tensors, headers[: len(used)], {})
     return Stored(_config_of(component, path, tensors, headers), tensors, path)
+
+
+@functools.lru_cache(maxsize=16)
+def _gathered(
+    component: str, own: Path | None, headers: tuple[Header, ...]
+) -> tuple[Mapping[str, StoredTensor], list[Path]]:
+    """The tensors of a component with their scales, and the files they lie in; the same headers are gone through once."""
+    tensors: dict[str, StoredTensor] = {}
+    used = []
+    for header in headers:
+        found = _named(header, component, whole=header.path == own)
+        if new := {name: tensor for name, tensor in found.items() if name not in tensors}:
+            tensors.update(new)
+            used.append(header)
+        if tensors and component != "connectors":
+            break
+    files = [header.path for header in used]
+    return with_scales(own or files[0], tensors, used, {}) if tensors else {}, files
 
 
 def _config_of(
@@ -104,7 +121,7 @@ def _config_of(
     if beside.is_file() and (config := read_json(beside)).get("_class_name") in CLASS_NAMES[component]:
         return _plain_config(component, beside, config)
     if {name: tensor.shape for name, tensor in tensors.items()} == _published_shapes(component):
-        logger.warning("%s: has no configuration of the %s and is taken as the published LTX-2.3", path, component)
+        warn_once(logger, f"{path}: has no configuration of the {component} and is taken as the published LTX-2.3")
         return PRODUCTION_CONFIGS[component]
     raise CheckpointError(f"{path}: its header has no configuration of the {component}")
 

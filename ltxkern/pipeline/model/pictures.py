@@ -24,9 +24,8 @@ DEFAULT_CRF = 33  # LTX models before 2.4 were trained on first frames compresse
 MAX_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb; decoded, half a gigabyte
 ENCODER_SIDE = 16_384  # libx264 takes no longer one
 ENCODER_PIXELS = 2**26  # a larger frame costs it gigabytes and most of a minute
-_WHOLE_PIXELS = (
-    2**24
-)  # larger pictures are cut to what is seen before they are compressed, and never made floats as a whole
+# Larger pictures are cut to what is seen before they are compressed, and never made floats as a whole
+_WHOLE_PIXELS = 2**24
 _LARGEST_COMPRESSED = 8  # areas of the target; what is seen beyond is scaled down first
 _LARGEST_SCALED = 4  # areas of the target; a strip that would grow beyond is sampled where it is seen only
 _SLACK = 1e-3  # by which a renderer's filter may leave 0..1
@@ -134,9 +133,8 @@ def _decoded(opened: Image.Image, name: str) -> Image.Image:
         raise _RefusedError(
             f"{name} is not read: {opened.width}x{opened.height} pixels exceed the limit of {MAX_PIXELS}: scale it down first"
         )
-    if (
-        getattr(opened, "is_animated", False) and opened.format != "MPO"
-    ):  # every phone writes a second picture into those
+    # Every phone writes a second picture into MPO
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":
         logger.warning("%s holds several pictures: the first is taken", name)
     tags = dict(getattr(opened, "tag_v2", {}))
     if opened.format == "PPM":

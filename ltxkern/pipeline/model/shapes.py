@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 Shapes = dict[str, tuple[int, ...]]
 _STRIDES = {"spatial": 4, "temporal": 2, "spatiotemporal": 8}
 
@@ -31,31 +29,6 @@ def expected_shapes(component: str, config: Mapping[str, Any]) -> Shapes:
         raise ValueError(f"the configuration of the {component} lacks {error}") from error
     except (TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"the configuration of the {component} has a value of the wrong kind ({error})") from error
-
-
-class _NamedLinear(nn.Linear):
-    """A Linear for its name and shape: nothing is drawn."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-def linear_skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """A transformer's Linears on the meta device under their names, for checks that need no forward."""
-    root = nn.Module()
-    shapes = expected_shapes("transformer", config)
-    for name, shape in shapes.items():
-        path, _, kind = name.rpartition(".")
-        if kind != "weight" or len(shape) != 2:
-            continue
-        *parents, leaf = path.split(".")
-        place = root
-        for parent in parents:
-            if parent not in place._modules:
-                place.add_module(parent, nn.Module())
-            place = place.get_submodule(parent)
-        place.add_module(leaf, _NamedLinear(shape[1], shape[0], bias=f"{path}.bias" in shapes, device="meta"))
-    return root
 
 
 def _weighted(shapes: Shapes, name: str, *shape: int, bias: bool = True, width: int | None = None) -> None:

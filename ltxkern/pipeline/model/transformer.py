@@ -145,8 +145,7 @@ def _tables(embedding: Any, item: ModalityTensors, *, cross_with: ModalityTensor
     """RoPE tables of a modality; of the attention between two by time alone, and by coordinate where both have them."""
     if cross_with is None:
         return rotary_tables(embedding, item.positions, item.coordinates)
-    by_row = item.coordinates is not None and cross_with.coordinates is not None
-    coordinates = item.coordinates.first_axis() if by_row and item.coordinates else None
+    coordinates = cross_with.coordinates and item.coordinates and item.coordinates.first_axis()
     return rotary_tables(embedding, item.positions[:, :1], coordinates)
 
 

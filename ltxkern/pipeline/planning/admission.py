@@ -12,7 +12,7 @@ from ltxkern.pipeline.files.headers import CheckpointError
 from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import check_lora_file
 from ltxkern.pipeline.model.components import BUILDABLE
-from ltxkern.pipeline.model.shapes import linear_skeleton
+from ltxkern.pipeline.model.shapes import expected_shapes
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.files.found import FoundModel
@@ -107,7 +107,8 @@ def admit_model(
     loras = list(loras)
     if loras:
         config = admission.attempt("model", lambda: _transformer_config(model, files))
-        transformer = None if config is None else admission.attempt("model", lambda: linear_skeleton(config))
+        if config is not None:
+            transformer = admission.attempt("model", lambda: expected_shapes("transformer", config))
     given: set[Path] = set()
     for name, path in loras:
         found = admission.attempt(name, lambda path=path: check_lora_file(path, transformer=transformer))  # type: ignore[misc]

@@ -12,6 +12,7 @@ import torch
 
 from ltxkern.pipeline.files.checkpoint import CheckpointError, load_components
 from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.hub import local_lora, local_path
 from tests.official_files import write_diffusers_demo
 
@@ -121,6 +122,7 @@ def test_a_model_is_loaded_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatc
     before = len(hub.sent)
     offline(monkeypatch)
     assert load_components("owner/model", dtype=torch.float32).vocoder is not None
+    assert FoundModel.of("owner/model").transformer_shapes["proj_in.weight"] == (64, 16)
     assert len(hub.sent) == before
 
 

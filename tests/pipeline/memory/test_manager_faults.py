@@ -207,9 +207,7 @@ def test_ctrl_c_at_any_line_of_close(mode, from_file, tmp_path):
         model, pristine, phases, expected = fresh(blocks=1, width=16, hidden=24)
         if not line:
             save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
-        manager = TwoStageDeviceManager(**settings)
-        manager.attach(model, pristine=tmp_path if from_file else None)
-        manager.prepare(*phases)
+        manager = prepared(model, phases, pristine=tmp_path if from_file else None, **settings)
         try:
             with InterruptAtLine(line):
                 manager.close()

@@ -94,6 +94,17 @@ def test_every_command_says_everything_at_once_before_a_weight_is_read(
     assert not (tmp_path / "o.mp4").exists()
 
 
+def test_a_lora_may_change_what_is_no_linear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the loader merges is admitted, as the difference of a norm that LyCORIS stores."""
+    norm = {"diffusion_model.transformer_blocks.0.attn1.q_norm.diff": torch.ones(64)}
+    save_file(demo_lora() | norm, tmp_path / "lora.safetensors")
+    lora = ["--lora", str(tmp_path / "lora.safetensors")]
+    assert main([*COMMANDS["dry run"](tmp_path), *SIZE, *lora]) == 0, capsys.readouterr().err
+    save_file({key: torch.ones(63) for key in norm}, tmp_path / "lora.safetensors")
+    assert main([*COMMANDS["dry run"](tmp_path), *SIZE, *lora]) == 2
+    assert "attn1.norm_q (expected (64,), got (63,))" in capsys.readouterr().err
+
+
 def test_pictures_and_sizes_stand_in_the_same_list(
     demo_files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,7 +304,7 @@ def test_seconds_for_the_files_of_the_whole_model(tmp_path: Path) -> None:
         "import os, sys\nfrom ltxkern.cli import main\n"
         f"status = main({arguments!r})\n"
         "assert status == 2\n"
-        "assert not {'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not {'diffusers', 'transformers', 'torch._dynamo'} & set(sys.modules)\n"
         "print(sum(os.times()[:2]))\n"
     )
     done = python("-c", code)
