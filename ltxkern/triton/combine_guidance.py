@@ -33,14 +33,11 @@ class Limits:
 LIMITS = Limits()
 # Elements that a thread sums by itself.
 PACK = 8
-# Between the first two the squares of fp32 deviations keep their precision; a chunk beyond is measured anew, times one of the others.
-TINY, HUGE = tl.constexpr(2.0**-90), tl.constexpr(2.0**126)
-RAISE, LOWER = tl.constexpr(2.0**100), tl.constexpr(2.0**-80)
 
 
 @triton.jit
 def _load(ptr, at, left, COMPUTE: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements of a chunk that has `left` of them, the first one in place of those beyond; all chunks are WHOLE, or this asks."""
+    """Elements of a chunk that has `left` of them, the first one in place of those beyond; no mask if all are WHOLE."""
     if WHOLE:
         return tl.load(ptr + at).to(COMPUTE)
     else:
@@ -103,8 +100,8 @@ def _measured(
 
 @triton.jit
 def _unit(squares):
-    """The power of two at which they neither vanish nor overflow."""
-    return tl.where(squares < TINY, RAISE, tl.where(squares < HUGE, 1.0, LOWER)).to(squares.dtype)
+    """The power of two at which fp32 squares neither lose their precision below nor overflow."""
+    return tl.where(squares < 2.0**-90, 2.0**100, tl.where(squares < 2.0**126, 1.0, 2.0**-80)).to(squares.dtype)
 
 
 @triton.jit
@@ -113,7 +110,7 @@ def _store_moments(partial_ptr, chunks, centre, unit, sums, squares, each):
     total = sums.to(tl.float64)
     offset = total * each
     spread = squares.to(tl.float64) - total * offset
-    back = tl.where(unit > 1.0, 1.0 / RAISE, tl.where(unit < 1.0, 1.0 / LOWER, 1.0)).to(tl.float64)
+    back = tl.where(unit > 1.0, 2.0**-100, tl.where(unit < 1.0, 2.0**80, 1.0)).to(tl.float64)
     tl.store(partial_ptr, centre.to(tl.float64) + offset * back)
     tl.store(partial_ptr + chunks, tl.where(spread < 0.0, 0.0, spread) * back * back)
 
@@ -147,7 +144,7 @@ def _partial_kernel(
     centres = tl.reduce(tl.reduce(tile, 1, _between), 0, _between)
     one = tl.full([], 1.0, COMPUTE)
     base_unit, unit, base_sum, base_squares, sums, squares = one, one, one, one, one, one
-    tries = 1 if COMPUTE == tl.float64 else 2
+    tries = 2 if COMPUTE.is_fp32() else 1
     while tries > 0:
         base_unit = _unit(base_squares)
         unit = _unit(squares)
