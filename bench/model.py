@@ -111,7 +111,7 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
     def unit(counted: float, rate: float) -> float:
         return uneven * counted * per_warp / (card.multiprocessors * clock * rate)
 
-    through = sum(row.reads.values()) + row.again + row.writes
+    through = row.through
     life = (row.waits * card.latency_ns + row.near_waits * L2_LATENCY_NS) / 1e3 + row.cycles / clock
     accesses = "shared" if row.wavefronts > 8 * row.lsu else "LSU"
     matrix = card.matrix_rate * (
