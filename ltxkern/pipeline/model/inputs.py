@@ -50,6 +50,19 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Branches that go through the blocks in one batch.
+
+    perturbations: of each; the batch is split evenly over them.
+    texts: the number of each one's text among those of the forward. Several: all branches have the tokens of the forward, once
+        for each of them; one: the tokens are those of the whole batch, and so is the text.
+    """
+
+    perturbations: tuple[Perturbation, ...] = (Perturbation(),)
+    texts: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
 class ModalityTensors:
     """One modality of a forward on the device; timesteps carry the model's scale (sigma * 1000), fp32."""
 
@@ -57,7 +70,7 @@ class ModalityTensors:
     timestep: Tensor  # (B, N): one per token, one for all, or with `rows` one per distinct value
     sigma: Tensor  # (B,)
     positions: Tensor  # (B, axes, T, 2)
-    context: Tensor  # (B, L, D)
+    contexts: tuple[Tensor, ...]  # (B, L, D) each, the texts of branches that share all the rest
     rows: Tensor | None = None  # (B, T) int64: which of the N timesteps a token has; out of `stack`, of all B * N
     coordinates: Coordinates | None = None  # of the positions
 
@@ -92,7 +105,7 @@ def device_tensors(item: ModalityInput, scale: float) -> ModalityTensors:
     sigma = item.latent.new_full((item.latent.shape[0],), item.sigma * scale, dtype=torch.float32)
     mask, rows = _distinct(item)
     timestep = (timesteps(item, mask) * scale).float().squeeze(-1)
-    return ModalityTensors(item.latent, timestep, sigma, item.positions, item.context, rows, item.coordinates)
+    return ModalityTensors(item.latent, timestep, sigma, item.positions, (item.context,), rows, item.coordinates)
 
 
 def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
@@ -107,23 +120,37 @@ def _distinct(item: ModalityInput) -> tuple[Tensor | None, Tensor | None]:
 
 
 def stack(items: Sequence[ModalityTensors]) -> ModalityTensors:
-    """The branches of one forward, one after another along the batch; `rows` then count through the whole batch.
+    """Branches of one forward, one after another along the batch; `rows` then count through the whole batch.
 
     Branches of one stage have one object for their coordinates; others go by their positions.
     """
     columns = {field.name: [getattr(item, field.name) for item in items] for field in fields(ModalityTensors)}
     if columns["rows"][0] is None:
         del columns["rows"]
-    places = columns.pop("coordinates")
+    places, texts = columns.pop("coordinates"), columns.pop("contexts")
     coordinates = places[0] if all(place is places[0] for place in places) else None
     if coordinates is not None and coordinates.rows.shape[0] > 1:
         coordinates = replace(coordinates, rows=torch.cat([coordinates.rows] * len(items)))
     parts = {n: torch.cat(column) if len(items) > 1 else column[0] for n, column in columns.items()}
-    joined = ModalityTensors(**parts, coordinates=coordinates)
+    context = torch.cat([each[0] for each in texts]) if len(items) > 1 else texts[0][0]
+    joined = ModalityTensors(**parts, contexts=(context,), coordinates=coordinates)
     if joined.rows is None:
         return joined
     count, levels = joined.timestep.shape
     return replace(joined, rows=joined.rows + levels * torch.arange(count, device=joined.rows.device)[:, None])
+
+
+def shares_all_but_text(items: Sequence[ModalityInput]) -> bool:
+    """Whether branches have the very same tokens at the same noise level."""
+    first = items[0]
+
+    def same(item: ModalityInput) -> bool:
+        objects = ("latent", "mask", "positions", "coordinates")
+        return (item.sigma, item.levels) == (first.sigma, first.levels) and all(
+            getattr(item, name) is getattr(first, name) for name in objects
+        )
+
+    return all(map(same, items))
 
 
 def check_branch(config: Any, video: ModalityInput | None, audio: ModalityInput | None) -> None:

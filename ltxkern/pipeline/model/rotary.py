@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +35,22 @@ def rotary_tables(embedding: Embedding, positions: Tensor, coordinates: Coordina
         return torch.cat([part[..., axis] for axis, part in enumerate(columns.split(counts))])
 
     return RotaryTables(by_row(cos), by_row(sin), coordinates.rows)
+
+
+class KeptTables:
+    """The tables of a model's embeddings, each kept while forwards come with the coordinates that it was made for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Coordinates, Any, RotaryTables]] = {}
+
+    def of(
+        self, name: str, embedding: Embedding, positions: Tensor, coordinates: Coordinates | None, *, alone: bool
+    ) -> RotaryTables:
+        """`rotary_tables` by the embedding of this name; `alone` for those of the first axis alone."""
+        used = coordinates.first_axis() if alone and coordinates is not None else coordinates
+        if coordinates is None or torch.compiler.is_compiling():
+            return rotary_tables(embedding, positions, used)
+        known = self._made.get(name)
+        if known is None or known[0] is not coordinates or known[1] is not embedding:
+            known = self._made[name] = (coordinates, embedding, rotary_tables(embedding, positions, used))
+        return known[2]
