@@ -81,8 +81,8 @@ def test_nothing_stays_where_the_forward_fails():
 
 
 # What one block launches and moves; a change that saves some lowers these.
-MOST = {"video_passes": 16, "video_tensors": 42.1, "launches": 92}
-MOST_BYTES = {"stage1": 2_912_619_152, "stage2": 11_340_752_440}
+MOST = {"video_passes": 12, "video_tensors": 31.1, "launches": 70}
+MOST_BYTES = {"stage1": 2_171_038_352, "stage2": 8_393_229_880}
 
 
 def test_one_block_at_both_stages(tmp_path, capsys):
@@ -98,8 +98,8 @@ def test_one_block_at_both_stages(tmp_path, capsys):
             assert ours[name] <= most, (shape, name)
         assert ours["video_passes"] <= 17
         assert ours["launches"] <= 0.4 * theirs["launches"]
-        assert ours["video_tensors"] <= 0.18 * theirs["video_tensors"]
-        assert ours["elementwise_bytes"] <= 0.19 * theirs["elementwise_bytes"]
+        assert ours["video_tensors"] <= 0.14 * theirs["video_tensors"]
+        assert ours["elementwise_bytes"] <= 0.14 * theirs["elementwise_bytes"]
         assert sum(one["video_tensors"] for one in ours["sites"]) == pytest.approx(ours["video_tensors"], abs=0.2)
     out = capsys.readouterr().out
     assert out.count("ltxkern") == 2

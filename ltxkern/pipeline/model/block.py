@@ -162,19 +162,53 @@ class Lane(NamedTuple):
     keep: BlockKeep
     texts: tuple[int, ...]
 
+    @property
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """Video and audio."""
+        return self.video, self.audio
 
-class Flow(NamedTuple):
-    """One modality between blocks: (B, T, D), and the modulated norm that begins the next block where it is made already."""
+
+@dataclass(eq=False)
+class Residual:
+    """One modality of a lane on its way through the blocks. A tensor is let go of as soon as nobody reads it again.
+
+    Attributes:
+        x: (B, T, D).
+        normed: its modulated norm, for whoever reads it next.
+        update, gate: of a branch that is added together with the next norm.
+    """
 
     x: Tensor
     normed: Tensor | None = None
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The norm, which is the caller's from now on."""
+        normed, self.normed = self.normed, None
+        assert normed is not None
+        return normed
+
+    def norm(self, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> None:
+        """Add what is to be added, and make the modulated norm of the sum, in one pass."""
+        if self.update is None or self.gate is None:
+            self.normed = norm_modulate(self.x, scale, shift, eps, rows)
+        else:
+            self.x, self.normed = gated_norm(self.x, self.update, self.gate, scale, shift, eps, rows)
+        self.update = self.gate = None
+
+    def settle(self, rows: Tensor | None) -> None:
+        """Add what is to be added."""
+        if self.update is not None and self.gate is not None:
+            self.x = gated_residual(self.x, self.update, self.gate, rows)
+        self.update = self.gate = None
 
 
 class State(NamedTuple):
-    """Both modalities of a batch between blocks; None where one is absent."""
+    """Both modalities of a lane; None where one is absent."""
 
-    video: Flow | None
-    audio: Flow | None
+    video: Residual | None
+    audio: Residual | None
 
 
 class _Modules(NamedTuple):
@@ -187,14 +221,6 @@ class _Modules(NamedTuple):
     cross_norm: Any
     last_norm: Any
     network: Any
-
-
-class _Pending(NamedTuple):
-    """A residual stream, and a branch that is added to it together with the norm that comes next."""
-
-    x: Tensor
-    update: Tensor
-    gate: Tensor
 
 
 class _Texts:
@@ -221,7 +247,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
     """One block; either modality may be absent, and each attention may be left out for some branches of a lane."""
 
     def forward(self, states: Sequence[State], lanes: Sequence[Lane], trunk: Lane | None = None) -> list[State]:
-        """The states behind the block, one for every lane.
+        """The states behind the block, one for every lane; those that are given are used up.
 
         Args:
             states: before it, one for every lane; with `trunk` one alone.
@@ -229,36 +255,28 @@ class LTX2Block(LTX2VideoTransformerBlock):
             trunk: the state of one branch that all branches of all lanes have: what comes before the text is made once for them.
         """
         modules = self._video(), self._audio()
-        texts = [_Texts(each.text_attention) for each in modules]
         lanes = [self._with_modulations(lane) for lane in lanes]
         if trunk is not None:
-            trunk = self._with_modulations(trunk)
-        if trunk is None:
-            heads = [
-                [
-                    None if flow is None or side is None else _self_attention(module, flow, side, keep)
-                    for module, flow, side, keep in zip(modules, state, lane[:2], lane.keep[:2], strict=True)
-                ]
-                for state, lane in zip(states, lanes, strict=True)
-            ]
-        else:
-            shared = [
-                [None] * len(lanes) if flow is None or side is None else _shared(module, flow, side, keeps)
-                for module, flow, side, keeps in zip(
-                    modules, states[0], trunk[:2], zip(*(lane.keep[:2] for lane in lanes), strict=True), strict=True
-                )
-            ]
-            heads = [list(pair) for pair in zip(*shared, strict=True)]
-        return [
-            self._rest(
-                lane,
-                *(
-                    None if head is None or side is None else _to_text(module, head, side, text.of(side, lane.texts))
-                    for module, head, side, text in zip(modules, pair, lane[:2], texts, strict=True)
-                ),
-            )
-            for lane, pair in zip(lanes, heads, strict=True)
-        ]
+            states = _shared(modules, states[0], self._with_modulations(trunk), lanes)
+        texts = [_Texts(each.text_attention) for each in modules]
+        for state, lane in zip(states, lanes, strict=True):
+            for at, module in enumerate(modules):
+                residual, side = state[at], lane.sides[at]
+                if residual is not None and side is not None:
+                    if trunk is None:
+                        _self_attention(module, residual, side, lane.keep[at])
+                    _text_attention(module, residual, side, texts[at].of(side, lane.texts))
+            if (
+                state.video is not None
+                and state.audio is not None
+                and lane.video is not None
+                and lane.audio is not None
+            ):
+                self._cross_attentions(lane.keep, state.video, state.audio, lane.video, lane.audio)
+            for module, residual, side in zip(modules, state, lane.sides, strict=True):
+                if residual is not None and side is not None:
+                    _feed_forward(module, residual, side)
+        return list(states)
 
     def _with_modulations(self, lane: Lane) -> Lane:
         """The lane with this block's own modulations, where the transformer has not made those of all blocks."""
@@ -278,94 +296,86 @@ class LTX2Block(LTX2VideoTransformerBlock):
         own, text = (self.audio_norm1, self.audio_attn1), (self.audio_norm2, self.audio_attn2)
         return _Modules(*own, *text, self.video_to_audio_norm, self.audio_norm3, self.audio_ff)
 
-    def _rest(self, lane: Lane, video: _Pending | None, audio: _Pending | None) -> State:
-        """Behind the text: the attentions between the modalities, then feed-forward."""
-        x: Tensor | _Pending | None = video
-        y: Tensor | _Pending | None = audio
-        if video is not None and audio is not None and lane.video is not None and lane.audio is not None:
-            x, y = self._cross_attentions(lane, lane.video, lane.audio, video, audio)
-        return State(
-            None if x is None or lane.video is None else _feed_forward(self._video(), lane.video, x),
-            None if y is None or lane.audio is None else _feed_forward(self._audio(), lane.audio, y),
-        )
-
-    def _cross_attentions(
-        self, lane: Lane, video: Side, audio: Side, x: _Pending, y: _Pending
-    ) -> tuple[Tensor | _Pending, Tensor | _Pending]:
+    def _cross_attentions(self, keep: BlockKeep, x: Residual, y: Residual, video: Side, audio: Side) -> None:
         """Audio to video and video to audio, both from the states before either is added."""
-        to_video, to_audio = any(lane.keep.a2v), any(lane.keep.v2a)
+        to_video, to_audio = any(keep.a2v), any(keep.v2a)
         # Rows 0, 1 of the tables (scale, shift) are for the attention into video, 2, 3 for that into audio.
         starts = [start for start, runs in ((0, to_video), (2, to_audio)) if runs]
         if not starts or video.stream.cross is None or audio.stream.cross is None:
-            return x, y
-        video_sum, seen = _cross_norms(self.audio_to_video_norm, video, x, starts)
-        audio_sum, heard = _cross_norms(self.video_to_audio_norm, audio, y, starts)
+            return
+        seen = _cross_norms(self.audio_to_video_norm, x, video, starts)
+        heard = _cross_norms(self.video_to_audio_norm, y, audio, starts)
         video_rope, audio_rope = video.stream.cross.rope, audio.stream.cross.rope
-        results: list[Tensor | _Pending] = [video_sum, audio_sum]
         if to_video:
-            update = attend(self.audio_to_video_attn, seen[0], heard[0], rope=video_rope, context_rope=audio_rope)
-            results[0] = _Pending(video_sum, _kept(update, lane.keep.a2v), _cross_gate(video))
+            update = attend(
+                self.audio_to_video_attn, seen.pop(0), heard.pop(0), rope=video_rope, context_rope=audio_rope
+            )
+            x.update, x.gate = _kept(update, keep.a2v), _cross_gate(video)
         if to_audio:
             update = attend(
                 self.video_to_audio_attn,
-                heard[2],
-                seen[2],
+                heard.pop(2),
+                seen.pop(2),
                 rope=audio_rope,
                 context_rope=video_rope,
                 shards=video.stream.shards,
             )
-            results[1] = _Pending(audio_sum, _kept(update, lane.keep.v2a), _cross_gate(audio))
-        return results[0], results[1]
+            y.update, y.gate = _kept(update, keep.v2a), _cross_gate(audio)
 
 
-def _self_attention(modules: _Modules, flow: Flow, side: Side, flags: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
-    """The residual stream behind self-attention, and the queries to the text."""
+def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tuple[bool, ...]) -> None:
+    """Self-attention, and the norm that asks the text."""
     stream, own = side.stream, side.made.own
     shift, scale, gate = own.parts(0, 3)
-    normed = flow.normed
-    if normed is None:
-        normed = norm_modulate(flow.x, scale, shift, modules.norm.eps, stream.rows)
-    update = attend(modules.attention, normed, rope=stream.rope, keep=_keep(flags, normed), shards=stream.shards)
+    if residual.normed is None:
+        residual.norm(scale, shift, modules.norm.eps, stream.rows)
+    keep = _keep(flags, residual.x)
+    residual.gate = gate
+    residual.update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
     shift, scale, _ = own.parts(6, 9)
-    return gated_norm(flow.x, update, gate, scale, shift, modules.text_norm.eps, stream.rows)
+    residual.norm(scale, shift, modules.text_norm.eps, stream.rows)
 
 
-def _shared(
-    modules: _Modules, flow: Flow, side: Side, keeps: Sequence[tuple[bool, ...]]
-) -> list[tuple[Tensor, Tensor]]:
-    """`_self_attention` for the branches of every lane, which begin with one state: once with attention, once without."""
-    wanted = {flag for flags in keeps for flag in flags}
-    made = {flag: _self_attention(modules, flow, side, (flag,)) for flag in sorted(wanted)}
-    heads = []
-    for flags in keeps:
-        each = [made[flag] for flag in flags]
-        x, queries = each[0] if len(each) == 1 else map(torch.cat, zip(*each, strict=True))
-        heads.append((x, queries))
-    return heads
+def _shared(modules: Sequence[_Modules], start: State, trunk: Lane, lanes: Sequence[Lane]) -> list[State]:
+    """Every lane behind its self-attentions, all branches having one state before: these run once, and once left out."""
+    columns: list[list[Residual | None]] = []
+    for at, module in enumerate(modules):
+        first, side, made = start[at], trunk.sides[at], {}
+        if first is None or side is None:
+            columns.append([None] * len(lanes))
+            continue
+        for flag in sorted({flag for lane in lanes for flag in lane.keep[at]}):
+            made[flag] = Residual(first.x)
+            _self_attention(module, made[flag], side, (flag,))
+        each = [[made[flag] for flag in lane.keep[at]] for lane in lanes]
+        columns.append([_joined(residuals) for residuals in each])
+    return [State(video, audio) for video, audio in zip(*columns, strict=True)]
 
 
-def _to_text(modules: _Modules, head: tuple[Tensor, Tensor], side: Side, text: tuple[Tensor, Tensor]) -> _Pending:
-    x, queries = head
-    (gate,) = side.made.own.parts(8, 9)
-    return _Pending(x, attend_to_text(modules.text_attention, queries, *text), gate)
+def _joined(residuals: Sequence[Residual]) -> Residual:
+    """Of branches, those of a lane."""
+    if len(residuals) == 1:
+        return Residual(residuals[0].x, residuals[0].normed)
+    return Residual(
+        torch.cat([each.x for each in residuals]),
+        torch.cat([each.normed for each in residuals if each.normed is not None]),
+    )
 
 
-def _normed(norm: Any, side: Side, x: Tensor | _Pending, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual stream with what was to be added, and its modulated norm."""
-    if isinstance(x, Tensor):
-        return x, norm_modulate(x, scale, shift, norm.eps, side.stream.rows)
-    return gated_norm(*x, scale, shift, norm.eps, side.stream.rows)
+def _text_attention(modules: _Modules, residual: Residual, side: Side, text: tuple[Tensor, Tensor]) -> None:
+    (residual.gate,) = side.made.own.parts(8, 9)
+    residual.update = attend_to_text(modules.text_attention, residual.take(), *text)
 
 
-def _cross_norms(norm: Any, side: Side, x: _Pending, starts: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The residual stream, and its norms modulated by rows start, start + 1 (scale, shift) of the table."""
+def _cross_norms(norm: Any, residual: Residual, side: Side, starts: Sequence[int]) -> dict[int, Tensor]:
+    """The norms modulated by rows start, start + 1 (scale, shift) of the table."""
     assert side.made.cross is not None
-    whole: Tensor | _Pending = x
     norms = {}
     for start in starts:
-        whole, norms[start] = _normed(norm, side, whole, *side.made.cross.parts(start, start + 2))
-    assert isinstance(whole, Tensor)
-    return whole, norms
+        scale, shift = side.made.cross.parts(start, start + 2)
+        residual.norm(scale, shift, norm.eps, side.stream.rows)
+        norms[start] = residual.take()
+    return norms
 
 
 def _cross_gate(side: Side) -> Tensor:
@@ -378,11 +388,13 @@ def _cross_gate(side: Side) -> Tensor:
     return gate.expand(-1, side.made.cross.vectors.shape[1], -1).flatten(0, 1)
 
 
-def _feed_forward(modules: _Modules, side: Side, x: Tensor | _Pending) -> Flow:
+def _feed_forward(modules: _Modules, residual: Residual, side: Side) -> None:
+    """Feed-forward, and the norm that begins the next block where its modulation is known."""
     shift, scale, gate = side.made.own.parts(3, 6)
-    x, normed = _normed(modules.last_norm, side, x, scale, shift)
-    update = feed_forward(modules.network, normed)
+    residual.norm(scale, shift, modules.last_norm.eps, side.stream.rows)
+    residual.update, residual.gate = feed_forward(modules.network, residual.take()), gate
     if side.following is None:
-        return Flow(gated_residual(x, update, gate, side.stream.rows))
-    shift, scale, _ = side.following.own.parts(0, 3)
-    return Flow(*gated_norm(x, update, gate, scale, shift, modules.norm.eps, side.stream.rows))
+        residual.settle(side.stream.rows)
+    else:
+        shift, scale, _ = side.following.own.parts(0, 3)
+        residual.norm(scale, shift, modules.norm.eps, side.stream.rows)

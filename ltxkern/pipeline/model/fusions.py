@@ -323,8 +323,11 @@ def feed_forward(network: Any, x: Tensor) -> Tensor:
     if network.training or not is_plain(layer) or getattr(first, "approximate", None) != "tanh":
         return network(x)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):
-        return last(_product_gelu_apart(x, layer.weight, layer.bias))
-    return last(_serve(PRODUCT_GELU, x, layer.weight, layer.bias))
+        hidden = _product_gelu_apart(x, layer.weight, layer.bias)
+    else:
+        hidden = _serve(PRODUCT_GELU, x, layer.weight, layer.bias)
+    del x  # not read while the second product runs
+    return last(hidden)
 
 
 def layer_norm_modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.block import (
     BlockKeep,
     CrossStream,
-    Flow,
     Lane,
     LTX2Block,
+    Residual,
     Side,
     State,
     Stream,
@@ -96,11 +96,12 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             times = len(batch.texts)
             return Lane(videos[times][index], audios[times][index], _block_keep(index, batch), batch.texts)
 
-        starts = (
-            None if video is None else Flow(self.proj_in(video.tokens)),
-            None if audio is None else Flow(self.audio_proj_in(audio.tokens)),
-        )
-        states = [State(*starts)]
+        states = [
+            State(
+                None if video is None else Residual(self.proj_in(video.tokens)),
+                None if audio is None else Residual(self.audio_proj_in(audio.tokens)),
+            )
+        ]
         apart = len(batches) == len(batches[0].texts) == 1
         for index, block in enumerate(blocks):
             # What all branches begin with goes into the first block once.
