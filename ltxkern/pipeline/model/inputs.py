@@ -1,16 +1,23 @@
-"""What a forward of the transformer takes: per modality on the host's terms, and as the tensors the model reads."""
+"""What a forward of the transformer takes: per modality on the host's terms, and as the tensors the model reads.
+
+RoPE tables among them: from diffusers' embedding, with a row per value of a coordinate where these are known, else per token.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.sampling.coordinates import Coordinates
+
+Embedding = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -175,3 +182,73 @@ def check_branch(config: Any, video: ModalityInput | None, audio: ModalityInput 
             raise ValueError(f"{name}.levels: expected the distinct values of a mask, or None")
         if item.context.ndim != 3 or item.context.shape[0] != batch:
             raise ValueError(f"{name}.context: expected ({batch}, L, D), got {tuple(item.context.shape)}")
+
+
+def column(name: str, items: Sequence[ModalityInput | None]) -> list[ModalityInput]:
+    """One modality of all branches, checked; empty where none of them has it."""
+    given = [item for item in items if item is not None]
+    if given and len(given) != len(items):
+        raise ValueError(f"{name}: expected in every branch or in none, got it in {len(given)} of {len(items)}")
+    if len({tuple(item.latent.shape) for item in given}) > 1:
+        raise ValueError(f"{name}.latent: expected one shape, got {[tuple(i.latent.shape) for i in given]}")
+    if len({item.mask is None for item in given}) > 1:
+        raise ValueError(f"{name}.mask: expected in every branch or in none")
+    if len({item.levels for item in given}) > 1:
+        raise ValueError(f"{name}.levels: expected the same in every branch, got {[i.levels for i in given]}")
+    return given
+
+
+def shared_tensors(
+    columns: Sequence[Sequence[ModalityInput]], scale: float
+) -> tuple[tuple[int, ...], list[ModalityTensors | None]]:
+    """Tensors of branches that differ in their texts alone, and the number of every branch's text among these."""
+    texts = [tuple(item.context for item in items) for items in zip(*filter(None, columns), strict=True)]
+    found = {tuple(map(id, text)): text for text in texts}
+    order = {key: number for number, key in enumerate(found)}
+    tensors: list[ModalityTensors | None] = [None] * len(columns)
+    contexts = iter(zip(*found.values(), strict=True))
+    for at, items in enumerate(columns):
+        if items:
+            tensors[at] = replace(device_tensors(items[0], scale), contexts=next(contexts))
+    return tuple(order[tuple(map(id, text))] for text in texts), tensors
+
+
+def rotary_tables(embedding: Embedding, positions: Tensor, coordinates: Coordinates | None) -> RotaryTables:
+    """Cosines and sines of positions, the same numbers in either form.
+
+    Args:
+        embedding: positions (B, axes, T, 2) to split tables (B, heads, T, d/2); a pair depends on one axis, and axes take turns.
+        positions: of all tokens; not read where the coordinates are given.
+        coordinates: of all tokens; tables of 16 x 34 x 60 latents are 0.6 MB with them and 535 MB without.
+    """
+    if coordinates is None:
+        return RotaryTables(*embedding(positions))
+    counts = [len(bounds) for bounds in coordinates.bounds]
+    # Every value on every axis, of which its own is kept.
+    cos, sin = embedding(torch.cat(coordinates.bounds).expand(1, len(counts), -1, 2))
+
+    def by_row(table: Tensor) -> Tensor:
+        places = table[0].transpose(0, 1).flatten(1)
+        columns = F.pad(places, (-places.shape[1] % len(counts), 0)).unflatten(1, (-1, len(counts)))
+        return torch.cat([part[..., axis] for axis, part in enumerate(columns.split(counts))])
+
+    return RotaryTables(by_row(cos), by_row(sin), coordinates.rows)
+
+
+class KeptTables:
+    """The tables of a model's embeddings, each kept while forwards come with the coordinates that it was made for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Coordinates, Any, RotaryTables]] = {}
+
+    def of(
+        self, name: str, embedding: Embedding, positions: Tensor, coordinates: Coordinates | None, *, alone: bool
+    ) -> RotaryTables:
+        """`rotary_tables` by the embedding of this name; `alone` for those of the first axis alone."""
+        used = coordinates.first_axis() if alone and coordinates is not None else coordinates
+        if coordinates is None or torch.compiler.is_compiling():
+            return rotary_tables(embedding, positions, used)
+        known = self._made.get(name)
+        if known is None or known[0] is not coordinates or known[1] is not embedding:
+            known = self._made[name] = (coordinates, embedding, rotary_tables(embedding, positions, used))
+        return known[2]

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +25,18 @@ from ltxkern.pipeline.model.block import (
 from ltxkern.pipeline.model.fusions import layer_norm_modulate
 from ltxkern.pipeline.model.inputs import (
     Batch,
+    KeptTables,
     ModalityInput,
     ModalityTensors,
     Perturbation,
     check_branch,
+    column,
     device_tensors,
+    shared_tensors,
     shares_all_but_text,
     stack,
     timesteps,
 )
-from ltxkern.pipeline.model.rotary import KeptTables
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards
 from ltxkern.pipeline.sampling.latents import to_denoised
 from ltxkern.pipeline.sampling.state import MODALITIES
@@ -280,13 +281,13 @@ def predict_velocity_batched(
         check_branch(transformer.config, *pair)
         pairs.append(pair)
         perturbations.append(_perturbation(transformer, flags))
-    columns = [_column(name, items) for name, items in zip(MODALITIES, zip(*pairs, strict=True), strict=False)]
+    columns = [column(name, items) for name, items in zip(MODALITIES, zip(*pairs, strict=True), strict=False)]
     most = most or max(1, len(branches))
     chunks = [slice(start, start + most) for start in range(0, len(branches), most)]
     run: Any = transformer if sequence is None else functools.partial(sequence.run, transformer)
     scale = transformer.config.timestep_scale_multiplier
     if len(branches) > 1 and all(shares_all_but_text(items) for items in columns if items):
-        numbers, tensors = _shared_tensors(columns, scale)
+        numbers, tensors = shared_tensors(columns, scale)
         batches = tuple(Batch(tuple(perturbations[chunk]), numbers[chunk]) for chunk in chunks)
         return _split(run(*tensors, batches), len(branches))
     outputs = []
@@ -297,35 +298,6 @@ def predict_velocity_batched(
         batch = Batch(tuple(perturbations[chunk]))
         outputs += _split(run(*tensors, (batch,)), len(batch.perturbations))
     return outputs
-
-
-def _column(name: str, items: Sequence[ModalityInput | None]) -> list[ModalityInput]:
-    """One modality of all branches, checked; empty where none of them has it."""
-    given = [item for item in items if item is not None]
-    if given and len(given) != len(items):
-        raise ValueError(f"{name}: expected in every branch or in none, got it in {len(given)} of {len(items)}")
-    if len({tuple(item.latent.shape) for item in given}) > 1:
-        raise ValueError(f"{name}.latent: expected one shape, got {[tuple(i.latent.shape) for i in given]}")
-    if len({item.mask is None for item in given}) > 1:
-        raise ValueError(f"{name}.mask: expected in every branch or in none")
-    if len({item.levels for item in given}) > 1:
-        raise ValueError(f"{name}.levels: expected the same in every branch, got {[i.levels for i in given]}")
-    return given
-
-
-def _shared_tensors(
-    columns: Sequence[Sequence[ModalityInput]], scale: float
-) -> tuple[tuple[int, ...], list[ModalityTensors | None]]:
-    """Tensors of branches that differ in their texts alone, and the number of every branch's text among these."""
-    texts = [tuple(item.context for item in items) for items in zip(*filter(None, columns), strict=True)]
-    found = {tuple(map(id, text)): text for text in texts}
-    order = {key: number for number, key in enumerate(found)}
-    tensors: list[ModalityTensors | None] = [None] * len(columns)
-    contexts = iter(zip(*found.values(), strict=True))
-    for at, items in enumerate(columns):
-        if items:
-            tensors[at] = replace(device_tensors(items[0], scale), contexts=next(contexts))
-    return tuple(order[tuple(map(id, text))] for text in texts), tensors
 
 
 def _split(outputs: Sequence[Tensor | None], count: int) -> list[tuple[Tensor | None, Tensor | None]]:
