@@ -310,18 +310,22 @@ def head_gate(x: Tensor, logits: Tensor) -> Tensor:
     return _serve(HEAD_GATE, x, logits)
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a layer is a product with a bias and nothing else: no hook, no subclass, no adapter around it."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and layer.bias is not None and not any(hooks)
+def is_plain(network: Any) -> bool:
+    """Whether diffusers' FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
+    first = network.net[0]
+    layer = getattr(first, "proj", None)
+    if type(layer) is not nn.Linear or layer.bias is None or getattr(first, "approximate", None) != "tanh":
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(module, name) for module in (network, first, layer) for name in hooks)
+    return not hooked and not network.training and len(network.net) == 3
 
 
 def feed_forward(network: Any, x: Tensor) -> Tensor:
     """diffusers' FeedForward with tanh GELU, which goes into the epilogue of the first product where it can."""
-    first, _, last = network.net
-    layer = first.proj
-    if network.training or not is_plain(layer) or getattr(first, "approximate", None) != "tanh":
+    if not is_plain(network):
         return network(x)
+    layer, last = network.net[0].proj, network.net[2]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):
         hidden = _product_gelu_apart(x, layer.weight, layer.bias)
     else:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
@@ -168,14 +169,17 @@ def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: 
 
 @torch.no_grad()
 def test_layers_with_something_around_them_are_called(model: LTX2Transformer) -> None:
-    """Adapters and hooks of the first product see their calls."""
+    """Hooks of the feed-forward and of its products see their calls, and so do other layers in their place."""
     network, x = model.transformer_blocks[0].ff, drawn(1, TOKENS, WIDTH)
-    plain = fusions.feed_forward(network, x)
-    torch.testing.assert_close(plain, network(x), rtol=0, atol=1e-6)
-    seen: list[int] = []
-    handle = network.net[0].proj.register_forward_hook(lambda *_: seen.append(1))
-    assert torch.equal(fusions.feed_forward(network, x), network(x))
-    handle.remove()
-    assert seen == [1, 1]
-    assert fusions.is_plain(network.net[0].proj)
-    assert not fusions.is_plain(nn.Linear(2, 2, bias=False))
+    assert fusions.is_plain(network)
+    torch.testing.assert_close(fusions.feed_forward(network, x), network(x), rtol=0, atol=1e-6)
+    for module in (network, network.net[0], network.net[0].proj, network.net[2]):
+        seen: list[int] = []
+        handle = module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        assert torch.equal(fusions.feed_forward(network, x), network(x))
+        handle.remove()
+        assert seen == [1, 1]
+    other = FeedForward(WIDTH, activation_fn="gelu-approximate", bias=False).eval()
+    assert not fusions.is_plain(other)
+    assert torch.equal(fusions.feed_forward(other, x), other(x))
+    assert not fusions.is_plain(FeedForward(WIDTH, activation_fn="gelu").eval())
