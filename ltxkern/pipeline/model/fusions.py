@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -206,6 +205,9 @@ def _rotated_apart(
     rope: RotaryTables,
     k_rope: RotaryTables | None,
 ) -> tuple[Tensor, Tensor]:
+    # Not above: a request is refused by its policy's name before diffusers is imported.
+    from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
+
     def one(x: Tensor, weight: Tensor, tables: RotaryTables) -> Tensor:
         cos, sin = (
             table.expand(x.shape[0], -1, -1, -1) for table in tables.by_token(heads, x.shape[-1] // (2 * heads))
