@@ -29,6 +29,14 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> t
     return summed, modulated(summed, scale, shift)
 
 
+def gated_twice(x: Tensor, y: Tensor, gate: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated residual, then its norm with two modulations."""
+    summed = x + y * gate
+    normed = F.rms_norm(summed, (x.shape[-1],), None, EPS)
+    scale, shift, scale2, shift2 = modulation
+    return summed, normed * (1 + scale) + shift, normed * (1 + scale2) + shift2
+
+
 def with_norm(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     """Another library's RMSNorm of rows, `norm(rows, weight)`, with the modulation in torch."""
 
@@ -89,6 +97,9 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         return prepare_index([random(*case.shape) for _ in range(count)], tables)
     rows = tokens if case.options.get("per_token") else 1
     x, scale, shift = random(*case.shape), random(batch, rows, width) * 0.2, random(batch, rows, width) * 0.2
+    if case.options.get("twice"):
+        args = (x, random(*case.shape), *(random(batch, rows, width) * 0.2 for _ in range(5)))
+        return Call(args, op=ltxkern.gated_residual_rms_norm_modulate_twice, composition=gated_twice)
     if case.options.get("gated"):
         args = (x, random(*case.shape), random(batch, rows, width), scale, shift)
         return Call(args, op=ltxkern.gated_residual_rms_norm_modulate, composition=gated)
@@ -109,6 +120,7 @@ SUITE = Suite(
         Case("stage1_video_per_token", (1, 8160, 4096), options={"per_token": True}),
         Case("stage2_video", (1, 32640, 4096)),
         Case("stage2_video_gated", (1, 32640, 4096), options=GATED),
+        Case("stage2_video_gated_twice", (1, 32640, 4096), options={"twice": True}),
         Case("stage2_video_two_rows", (1, 32640, 4096), options=TWO_ROWS),
         Case("stage2_video_gated_two_rows", (1, 32640, 4096), options=GATED | TWO_ROWS),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
 
 Keep = bool | Tensor
+
+
+def kept_items(flags: tuple[bool, ...], like: Tensor) -> Keep:
+    """What `attend` takes: a bool where the branches agree, else (B, 1, 1) built on the device, so that nothing synchronises."""
+    if all(flags) or not any(flags):
+        return flags[0]
+    items = like.shape[0] // len(flags)
+    return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
+
+
+def kept_update(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
+    """The result of an attention without that of the branches that leave it out."""
+    keep = kept_items(flags, x)
+    return x * keep if isinstance(keep, Tensor) else x
 
 
 def text_keys_and_values(attention: Any, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,15 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerB
 from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
-from ltxkern.pipeline.model.attention import Keep, attend, attend_to_text, text_keys_and_values
-from ltxkern.pipeline.model.fusions import feed_forward, gated_norm, gated_residual, modulate, norm_modulate
+from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_items, kept_update, text_keys_and_values
+from ltxkern.pipeline.model.fusions import (
+    feed_forward,
+    gated_norm,
+    gated_norms,
+    gated_residual,
+    modulate,
+    norm_modulate,
+)
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
@@ -127,19 +134,6 @@ class BlockKeep(NamedTuple):
     v2a: tuple[bool, ...] = (True,)
 
 
-def _keep(flags: tuple[bool, ...], like: Tensor) -> Keep:
-    """One Python bool where the branches agree; else (B, 1, 1) built on the device, so that nothing synchronises."""
-    if all(flags) or not any(flags):
-        return flags[0]
-    items = like.shape[0] // len(flags)
-    return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
-
-
-def _kept(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
-    keep = _keep(flags, x)
-    return x * keep if isinstance(keep, Tensor) else x
-
-
 class Side(NamedTuple):
     """One modality of a lane in one block: `now` is None where the block makes its modulations, `following` where the next does."""
 
@@ -196,6 +190,13 @@ class Residual:
         else:
             self.x, self.normed = gated_norm(self.x, self.update, self.gate, scale, shift, eps, rows)
         self.update = self.gate = None
+
+    def norms(self, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add what is to be added; the norms of the sum by two modulations, which are the caller's."""
+        assert self.update is not None and self.gate is not None
+        self.x, *normed = gated_norms(self.x, self.update, self.gate, modulation, eps, rows)
+        self.update = self.gate = None
+        return normed[0], normed[1]
 
     def settle(self, rows: Tensor | None) -> None:
         """Add what is to be added."""
@@ -310,7 +311,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
             update = attend(
                 self.audio_to_video_attn, seen.pop(0), heard.pop(0), rope=video_rope, context_rope=audio_rope
             )
-            x.update, x.gate = _kept(update, keep.a2v), _cross_gate(video)
+            x.update, x.gate = kept_update(update, keep.a2v), _cross_gate(video)
         if to_audio:
             update = attend(
                 self.video_to_audio_attn,
@@ -320,7 +321,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
                 context_rope=video_rope,
                 shards=video.stream.shards,
             )
-            y.update, y.gate = _kept(update, keep.v2a), _cross_gate(audio)
+            y.update, y.gate = kept_update(update, keep.v2a), _cross_gate(audio)
 
 
 def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tuple[bool, ...]) -> None:
@@ -329,7 +330,7 @@ def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tu
     shift, scale, gate = own.parts(0, 3)
     if residual.normed is None:
         residual.norm(scale, shift, modules.norm.eps, stream.rows)
-    keep = _keep(flags, residual.x)
+    keep = kept_items(flags, residual.x)
     residual.gate = gate
     residual.update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
     shift, scale, _ = own.parts(6, 9)
@@ -370,17 +371,16 @@ def _text_attention(modules: _Modules, residual: Residual, side: Side, text: tup
 def _cross_norms(norm: Any, residual: Residual, side: Side, starts: Sequence[int]) -> dict[int, Tensor]:
     """The norms modulated by rows start, start + 1 (scale, shift) of the table."""
     assert side.made.cross is not None
-    norms = {}
-    for start in starts:
-        scale, shift = side.made.cross.parts(start, start + 2)
-        residual.norm(scale, shift, norm.eps, side.stream.rows)
-        norms[start] = residual.take()
-    return norms
+    if len(starts) == 2:
+        both = residual.norms(side.made.cross.parts(0, 4), norm.eps, side.stream.rows)
+        return dict(zip(starts, both, strict=True))
+    scale, shift = side.made.cross.parts(starts[0], starts[0] + 2)
+    residual.norm(scale, shift, norm.eps, side.stream.rows)
+    return {starts[0]: residual.take()}
 
 
 def _cross_gate(side: Side) -> Tensor:
-    assert side.made.gate is not None
-    assert side.made.cross is not None
+    assert side.made.gate is not None and side.made.cross is not None
     (gate,) = side.made.gate.parts(0, 1)
     if side.stream.rows is None:
         return gate

@@ -22,7 +22,11 @@ from torch.utils._pytree import tree_leaves
 from ltxkern.ops.gated_residual import gated_residual as fused_gated_residual
 from ltxkern.ops.gated_residual import head_gate as fused_head_gate
 from ltxkern.ops.qk_norm_rope import RotaryTables, qk_norm_rope
-from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.ops.rms_norm_modulate import (
+    gated_residual_rms_norm_modulate,
+    gated_residual_rms_norm_modulate_twice,
+    rms_norm_modulate,
+)
 
 POLICIES = ("rounded", "exact")
 ERROR_RATIO = 1.5  # of a fused pass's distance from fp64 to that of the composition
@@ -178,6 +182,20 @@ def _gated_norm_apart(
     return summed, _norm_apart(summed, scale, shift, eps, rows)
 
 
+def _gated_norms(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gated_residual_rms_norm_modulate_twice(x, y, gate, *modulation, eps=eps, rows=rows)
+
+
+def _gated_norms_apart(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, shift, scale2, shift2 = modulation
+    summed, normed = _gated_norm_apart(x, y, gate, scale, shift, eps, rows)
+    return summed, normed, _norm_apart(summed, scale2, shift2, eps, rows)
+
+
 def _rotated(
     q: Tensor,
     k: Tensor,
@@ -248,6 +266,7 @@ def _layer_norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Te
 NORM = Fusion(_norm, _norm_apart)
 RESIDUAL = Fusion(_residual, _residual_apart)
 GATED_NORM = Fusion(_gated_norm, _gated_norm_apart)
+GATED_NORMS = Fusion(_gated_norms, _gated_norms_apart)
 ROTATED = Fusion(_rotated, _rotated_apart)
 HEAD_GATE = Fusion(_head_gate, _head_gate_apart)
 PRODUCT_GELU = Fusion(_product_gelu, _product_gelu_apart)
@@ -291,6 +310,13 @@ def gated_norm(
 ) -> tuple[Tensor, Tensor]:
     """`x + y gate`, and its modulated norm."""
     return _serve(GATED_NORM, x, y, gate, scale, shift, eps, rows)
+
+
+def gated_norms(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x + y gate`, and its norm with two modulations: scale, shift, scale, shift."""
+    return _serve(GATED_NORMS, x, y, gate, modulation, eps, rows)
 
 
 def rotated(

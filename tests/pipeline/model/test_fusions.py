@@ -34,6 +34,7 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "RESIDUAL": (x, y, one[:, :1], None),
         "GATED_NORM": (x, y, one[:, :1], two[:, :1], three[:, :1], 1e-6, None),
         "GATED_NORM by rows": (x, y, *tables, 1e-6, rows),
+        "GATED_NORMS": (x, y, one[:, :1], (two[:, :1], three[:, :1], three[:, 1:2], two[:, 1:2]), 1e-6, None),
         "ROTATED": (x, y[:, :4], one[0, 0], two[0, 0], 1e-6, HEADS, angles, RotaryTables(*(t[:, :, :4] for t in angles[:2]))),
         "HEAD_GATE": (x.unflatten(-1, (HEADS, -1)), one[..., :HEADS]),
         "PRODUCT_GELU": (x, drawn(2 * WIDTH, WIDTH, dtype=dtype, seed=7) / 8, drawn(2 * WIDTH, dtype=dtype)),
@@ -56,7 +57,7 @@ def results(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",
-    ["NORM", "NORM by rows", "RESIDUAL", "GATED_NORM", "GATED_NORM by rows", "ROTATED", "HEAD_GATE", "LAYER_NORM"],
+    ["NORM", "NORM by rows", "RESIDUAL", "GATED_NORM", "GATED_NORM by rows", "GATED_NORMS", "ROTATED", "HEAD_GATE", "LAYER_NORM"],
 )  # fmt: skip
 @torch.no_grad()
 def test_a_fused_pass_is_as_close_to_fp64_as_its_ops(name: str, dtype: torch.dtype) -> None:
@@ -114,7 +115,8 @@ def test_exact_gives_the_bits_of_separate_ops(model: LTX2Transformer, monkeypatc
     with use_fusions("exact") as policy:
         found = [predict_velocity(model, **pair) for _ in range(2)]
     assert {layout[0] for layout in policy.verdicts} >= {
-        getattr(fusions, name).fused for name in ("NORM", "RESIDUAL", "GATED_NORM", "ROTATED", "HEAD_GATE")
+        getattr(fusions, name).fused
+        for name in ("NORM", "RESIDUAL", "GATED_NORM", "GATED_NORMS", "ROTATED", "HEAD_GATE")
     }
     monkeypatch.setattr(fusions, "_serve", lambda fusion, *args: fusion.separate(*args))
     expected = predict_velocity(model, **pair)
