@@ -77,9 +77,11 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate
         for (int k = 0; k < V; ++k) sum += values[k] * values[k];
     }
     float rstd = inverse_rms(sum_row(sum, scratch), p.width, p.eps);
-    modulate_row<V>(p, dense, x_row, rstd, p.scale, p.scale.row(outer, inner), p.shift, p.shift.row(outer, inner), p.out);
-    if (p.out2)
-        modulate_row<V>(p, dense, x_row, rstd, p.scale2, p.scale2.row(outer, inner), p.shift2, p.shift2.row(outer, inner), p.out2);
+#pragma unroll 1
+    for (int second = 0; second < (p.out2 ? 2 : 1); ++second) {
+        const RowOperand &scale = second ? p.scale2 : p.scale, &shift = second ? p.shift2 : p.shift;
+        modulate_row<V>(p, dense, x_row, rstd, scale, scale.row(outer, inner), shift, shift.row(outer, inner), second ? p.out2 : p.out);
+    }
 }
 
 // What a launch of whole packs adds: all strides and the width are counted in packs.

@@ -169,13 +169,12 @@ class Residual:
     Attributes:
         x: (B, T, D).
         normed: its modulated norm, for whoever reads it next.
-        update, gate: of a branch that is added together with the next norm.
+        branch: an update and its gate, to be added together with the next norm.
     """
 
     x: Tensor
     normed: Tensor | None = None
-    update: Tensor | None = None
-    gate: Tensor | None = None
+    branch: tuple[Tensor, Tensor] | None = None
 
     def take(self) -> Tensor:
         """The norm, which is the caller's from now on."""
@@ -185,24 +184,24 @@ class Residual:
 
     def norm(self, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> None:
         """Add what is to be added, and make the modulated norm of the sum, in one pass."""
-        if self.update is None or self.gate is None:
+        if self.branch is None:
             self.normed = norm_modulate(self.x, scale, shift, eps, rows)
         else:
-            self.x, self.normed = gated_norm(self.x, self.update, self.gate, scale, shift, eps, rows)
-        self.update = self.gate = None
+            self.x, self.normed = gated_norm(self.x, *self.branch, scale, shift, eps, rows)
+        self.branch = None
 
     def norms(self, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add what is to be added; the norms of the sum by two modulations, which are the caller's."""
-        assert self.update is not None and self.gate is not None
-        self.x, *normed = gated_norms(self.x, self.update, self.gate, modulation, eps, rows)
-        self.update = self.gate = None
+        assert self.branch is not None
+        self.x, *normed = gated_norms(self.x, *self.branch, modulation, eps, rows)
+        self.branch = None
         return normed[0], normed[1]
 
     def settle(self, rows: Tensor | None) -> None:
         """Add what is to be added."""
-        if self.update is not None and self.gate is not None:
-            self.x = gated_residual(self.x, self.update, self.gate, rows)
-        self.update = self.gate = None
+        if self.branch is not None:
+            self.x = gated_residual(self.x, *self.branch, rows)
+        self.branch = None
 
 
 class State(NamedTuple):
@@ -311,7 +310,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
             update = attend(
                 self.audio_to_video_attn, seen.pop(0), heard.pop(0), rope=video_rope, context_rope=audio_rope
             )
-            x.update, x.gate = kept_update(update, keep.a2v), _cross_gate(video)
+            x.branch = kept_update(update, keep.a2v), _cross_gate(video)
         if to_audio:
             update = attend(
                 self.video_to_audio_attn,
@@ -321,7 +320,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
                 context_rope=video_rope,
                 shards=video.stream.shards,
             )
-            y.update, y.gate = kept_update(update, keep.v2a), _cross_gate(audio)
+            y.branch = kept_update(update, keep.v2a), _cross_gate(audio)
 
 
 def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tuple[bool, ...]) -> None:
@@ -331,8 +330,9 @@ def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tu
     if residual.normed is None:
         residual.norm(scale, shift, modules.norm.eps, stream.rows)
     keep = kept_items(flags, residual.x)
-    residual.gate = gate
-    residual.update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
+    update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
+    residual.branch = update, gate
+    del update
     shift, scale, _ = own.parts(6, 9)
     residual.norm(scale, shift, modules.text_norm.eps, stream.rows)
 
@@ -364,8 +364,8 @@ def _joined(residuals: Sequence[Residual]) -> Residual:
 
 
 def _text_attention(modules: _Modules, residual: Residual, side: Side, text: tuple[Tensor, Tensor]) -> None:
-    (residual.gate,) = side.made.own.parts(8, 9)
-    residual.update = attend_to_text(modules.text_attention, residual.take(), *text)
+    (gate,) = side.made.own.parts(8, 9)
+    residual.branch = attend_to_text(modules.text_attention, residual.take(), *text), gate
 
 
 def _cross_norms(norm: Any, residual: Residual, side: Side, starts: Sequence[int]) -> dict[int, Tensor]:
@@ -380,19 +380,17 @@ def _cross_norms(norm: Any, residual: Residual, side: Side, starts: Sequence[int
 
 
 def _cross_gate(side: Side) -> Tensor:
-    assert side.made.gate is not None and side.made.cross is not None
+    assert side.made.gate is not None
     (gate,) = side.made.gate.parts(0, 1)
-    if side.stream.rows is None:
-        return gate
     # One a sample, but with an index it is a table as the others are.
-    return gate.expand(-1, side.made.cross.vectors.shape[1], -1).flatten(0, 1)
+    return gate if side.stream.rows is None else gate.expand(-1, side.stream.modulation.shape[1], -1).flatten(0, 1)
 
 
 def _feed_forward(modules: _Modules, residual: Residual, side: Side) -> None:
     """Feed-forward, and the norm that begins the next block where its modulation is known."""
     shift, scale, gate = side.made.own.parts(3, 6)
     residual.norm(scale, shift, modules.last_norm.eps, side.stream.rows)
-    residual.update, residual.gate = feed_forward(modules.network, residual.take()), gate
+    residual.branch = feed_forward(modules.network, residual.take()), gate
     if side.following is None:
         residual.settle(side.stream.rows)
     else:
