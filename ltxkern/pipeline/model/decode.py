@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.model.decoder_layout import lay_out
 from ltxkern.pipeline.model.tiling import (
     Interval,
     TileLayout,
@@ -103,7 +104,8 @@ def decode_video(
         (frames, height, width, 3) in [0, 1], VAE dtype, 8(F-1)+1 frames in all.
 
     Raises:
-        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, or a VAE with timestep conditioning.
+        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, a VAE with timestep conditioning, or a
+            layout that the variable LTXKERN_DECODER_LAYOUT should not name.
         NonFiniteError: the decoder produced NaN or infinity.
 
     Memory: one temporal group of frames in the VAE's dtype, one decoded tile, and that tile in fp32.
@@ -113,6 +115,7 @@ def decode_video(
     if vae.config.timestep_conditioning:
         raise ValueError("vae must have timestep_conditioning=False: LTX-2.3 decodes without noise")
     layout = resolve_tiling(vae, latent, tiling)
+    lay_out(vae.decoder)
     raw = denormalize(latent.to(next(vae.decoder.parameters()).dtype), vae)
     if layout.tiles == 1:
         groups = _decode_whole(vae, raw, progress)
