@@ -132,6 +132,8 @@ def _to_pictures(groups: Iterator[Tensor], stage: str) -> Iterator[Tensor]:
         pictures = group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
         low, high = min(low, float(pictures.min())), max(high, float(pictures.max()))
         yield pictures
+        # Whoever keeps the chunk holds it; the next group needs the room.
+        del group, pictures
     finite.warn_if_flat(stage, low, high)
 
 

@@ -111,7 +111,7 @@ def lay_out(decoder: nn.Module) -> str:
     chosen = choose(weight.device, weight.dtype) if name == "auto" else name
     # A decoder whose owner laid it out otherwise stays so where the card has no preference.
     if chosen != "contiguous" or name != "auto":
-        decoder.to(memory_format=LAYOUTS[chosen])
+        decoder.to(memory_format=LAYOUTS[chosen])  # type: ignore[call-overload]
     return chosen
 
 
