@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ltxkern.pipeline.files.lora import LoRA, LoRAFactors, LoRAPhase
-from ltxkern.pipeline.memory.exact_subtraction import apply_correction, bit_pattern, record_correction
+from ltxkern.pipeline.memory.inplace import apply_correction, bit_pattern, record_correction
 from ltxkern.pipeline.memory.merge import merge_phase
 
 
