@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ltxkern.compiled.merge_lora import SWITCH_TILE, Switch, run_switch
+from ltxkern.ops.merge_lora import switch_tier
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRAPhase, WeightKey
 from ltxkern.pipeline.memory.merge import (
     MAX_CORRECTION_BYTES,
@@ -23,6 +25,7 @@ from ltxkern.pipeline.memory.table import LiveWeight, LoRAPhaseError, checksum
 logger = logging.getLogger(__name__)
 
 _GROUP = 256
+_GROUPS = SWITCH_TILE // _GROUP
 _ESCAPE = -128
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -32,21 +35,28 @@ class Correction:
     """The weights that a subtraction leaves wrong, sparse: offset in a group of 256 and distance in units of bits.
 
     Args:
-        counts: (groups,) int16, wrong weights per group of 256 in row-major order.
+        bases: (tiles + 1, 2) int32, wrong weights and escapes before each tile of 16 groups, and in all.
+        places: (groups, 2) int16, the same before each group, counted from its tile; whole tiles.
         offsets: (n,) uint8, position within the group, ascending.
         codes: (n,) int8, right bit pattern minus wrong one as integers; -128 says that `escapes` holds the next one.
         escapes: (m,) int of the weight's width, distances that a code cannot hold, in order.
     """
 
-    counts: Tensor
+    bases: Tensor
+    places: Tensor
     offsets: Tensor
     codes: Tensor
     escapes: Tensor
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As the kernel takes them."""
+        return self.bases, self.places, self.offsets, self.codes, self.escapes
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the correction; two for a wrong weight and 1/128 for each weight."""
-        return sum(tensor.nbytes for tensor in (self.counts, self.offsets, self.codes, self.escapes))
+        """Bytes of the correction; two for a wrong weight and about 1/57 for each weight."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def bit_pattern(weight: Tensor) -> Tensor:
@@ -66,13 +76,17 @@ def record_correction(right: Tensor, wrong: Tensor) -> Correction:
     target, current = bit_pattern(right), bit_pattern(wrong)
     index = torch.nonzero(target != current).view(-1)
     distance = target[index] - current[index]
-    groups = -(-target.numel() // _GROUP)
-    counts = torch.zeros(groups, dtype=torch.int64, device=right.device)
-    # bincount would synchronise for its length; every index lies below numel, so the length is known.
-    counts.scatter_add_(0, index // _GROUP, torch.ones_like(index))
     escaped = (distance < _ESCAPE + 1) | (distance > -_ESCAPE - 1)
     codes = torch.where(escaped, torch.full_like(distance, _ESCAPE), distance).to(torch.int8)
-    return Correction(counts.to(torch.int16), (index % _GROUP).to(torch.uint8), codes, distance[escaped].clone())
+    tiles = -(-target.numel() // SWITCH_TILE)
+    counts = torch.zeros(tiles * _GROUPS, 2, dtype=torch.int64, device=right.device)
+    # bincount would synchronise for its length; every index lies below numel, so the length is known.
+    counts.index_add_(0, index // _GROUP, torch.stack((torch.ones_like(index), escaped.to(index.dtype)), dim=1))
+    before = torch.cat((counts.new_zeros(1, 2), counts.cumsum(0)))
+    bases = before[::_GROUPS]
+    places = (before[:-1].view(tiles, _GROUPS, 2) - bases[:-1, None]).view(-1, 2)
+    offsets = (index % _GROUP).to(torch.uint8)
+    return Correction(bases.to(torch.int32), places.to(torch.int16), offsets, codes, distance[escaped].clone())
 
 
 def apply_correction(weight: Tensor, correction: Correction) -> Tensor:
@@ -84,8 +98,11 @@ def apply_correction(weight: Tensor, correction: Correction) -> Tensor:
     Returns:
         `weight`, equal to the recorded `right` bit for bit.
     """
-    groups = torch.arange(correction.counts.numel(), device=weight.device) * _GROUP
-    index = torch.repeat_interleave(groups, correction.counts.to(torch.int64), output_size=correction.offsets.numel())
+    bases = correction.bases[:, 0].to(torch.int64)
+    starts = bases[:-1].repeat_interleave(_GROUPS, output_size=correction.places.shape[0]) + correction.places[:, 0]
+    counts = torch.diff(starts, append=bases[-1:])
+    groups = torch.arange(counts.numel(), device=weight.device) * _GROUP
+    index = torch.repeat_interleave(groups, counts, output_size=correction.offsets.numel())
     index += correction.offsets
     bits = bit_pattern(weight)
     distance = correction.codes.to(bits.dtype, copy=True)
@@ -93,6 +110,50 @@ def apply_correction(weight: Tensor, correction: Correction) -> Tensor:
         distance.masked_scatter_(correction.codes == _ESCAPE, correction.escapes)
     bits[index] = distance.add_(bits[index])
     return weight
+
+
+def one_pass_tier(weight: Tensor, out: Tensor) -> str | None:
+    """The tier whose kernel takes a weight from phase to phase and gives its checksum; None: it goes step by step."""
+    return None if weight.numel() % SWITCH_TILE else switch_tier(weight, out)
+
+
+def switch_in_one_pass(
+    tier: str,
+    weight: Tensor,
+    out: Tensor,
+    deltas: Iterable[tuple[Tensor, slice]],
+    correction: Correction | None,
+    subtract: float,
+    add: float,
+) -> Tensor:
+    """`out = correct(weight - subtract delta) + add delta`, each sum rounded, chunk by chunk as the products are made.
+
+    Args:
+        tier: by `one_pass_tier`.
+        weight, out: (out, in), 16-bit; out may be the weight.
+        deltas: as `phase_deltas` gives them.
+        correction: of the subtraction; None: nothing is corrected.
+        subtract, add: powers of two, or 0.
+
+    Returns:
+        `checksum(out)`.
+
+    Bytes: read W and the correction, write out; a delta comes from the second cache where its chunk stays there.
+    """
+    given = correction.tensors if correction is not None else (None,) * 5
+    sums: list[Tensor] = []
+    held: list[Tensor] = []
+    top, (height, width) = 0, weight.shape
+    for delta, _ in deltas:
+        held.append(delta)
+        bottom = top + sum(part.shape[0] for part in held)
+        if bottom < height and bottom * width % SWITCH_TILE:
+            continue  # a row of the checksum would be cut
+        product = held[0] if len(held) == 1 else torch.cat(held)
+        case = Switch(weight.dtype, product.numel(), top * width // SWITCH_TILE, subtract, add)
+        sums.append(run_switch(tier, case, weight[top:bottom], product, *given, out[top:bottom]))
+        held, top = [], bottom
+    return (torch.cat(sums) if len(sums) > 1 else sums[0]).sum(0)
 
 
 class InplaceStore(PhaseStore):
@@ -148,18 +209,18 @@ class InplaceStore(PhaseStore):
         built = {module: self._take(self.table.live[module].tensor) for module in modules}
         ratios = {module: self._known_ratio(module, phase) for module in modules}
         wanted = {module: phase.key(module) for module in modules}
+        sums: dict[str, Tensor] = {}
         try:
             for module, ratio in ratios.items():
                 if ratio is not None:
-                    self._by_one_product(module, built[module], ratio)
-            self._by_two_products({m: tensor for m, tensor in built.items() if ratios[m] is None}, phase)
-            self.table.expect_all(built, wanted)
+                    sums[module] = self._by_one_product(module, built[module], ratio)
+            sums |= self._by_two_products({m: tensor for m, tensor in built.items() if ratios[m] is None}, phase)
+            self.table.expect_sums(sums, wanted)
         except LoRAPhaseError:
             if all(ratio is None for ratio in ratios.values()):
                 raise
             # An under- or overflow is enough; the long way tells whether it was that or a weight that someone changed.
-            self._by_two_products(built, phase)
-            self.table.expect_all(built, wanted)
+            self.table.expect_sums(self._by_two_products(built, phase), wanted)
         for module, tensor in built.items():
             before = self.table.live[module].tensor
             self.table.live[module] = LiveWeight(tensor, phase.key(module))
@@ -176,45 +237,73 @@ class InplaceStore(PhaseStore):
             return None
         return binary_ratio(module, self._phase_of[module, key], phase)
 
-    def _by_one_product(self, module: str, tensor: Tensor, ratio: float) -> None:
-        """(W - d), corrected, + ratio d."""
+    def _by_one_product(self, module: str, tensor: Tensor, ratio: float) -> Tensor:
+        """(W - d), corrected, + ratio d; returns the checksum."""
         live = self.table.live[module]
         assert live.key is not None
         entry = (module, live.key)
         present, matrix = as_matrix(live.tensor), as_matrix(tensor)
-        deltas = list(phase_deltas(matrix, module, self._phase_of[entry], self.factors))
+        products = phase_deltas(matrix, module, self._phase_of[entry], self.factors)
+        if (tier := one_pass_tier(present, matrix)) is not None:
+            return switch_in_one_pass(tier, present, matrix, products, self._corrections[entry], 1.0, ratio)
+        deltas = list(products)
         for delta, rows in deltas:
             torch.sub(present[rows], delta, out=matrix[rows])
         apply_correction(tensor, self._corrections[entry])
         for delta, rows in deltas:
             matrix[rows].add_(delta, alpha=ratio)
+        return checksum(tensor)
 
-    def _by_two_products(self, built: Mapping[str, Tensor], phase: LoRAPhase) -> None:
-        """Back to pristine, then the merge, for weights of one block."""
-        for module, tensor in built.items():
-            tensor.copy_(self.table.live[module].tensor)
-            self._subtract(module, tensor)
+    def _by_two_products(self, built: Mapping[str, Tensor], phase: LoRAPhase) -> dict[str, Tensor]:
+        """Back to pristine, then the merge, for weights of one block; returns their checksums."""
+        pristine = {module: self._restore(module, tensor) for module, tensor in built.items()}
         # Where the result has a checksum already, that one will tell.
-        unproven = {m: tensor for m, tensor in built.items() if (m, phase.key(m)) not in self.table.checksums}
-        self.table.expect_all(unproven, dict.fromkeys(unproven, PRISTINE_KEY))
-        for module, tensor in built.items():
-            if phase.key(module) != PRISTINE_KEY:
-                self._merge(module, tensor, phase)
+        known = self.table.checksums.keys()
+        unproven = {
+            m: checksum(built[m]) if s is None else s for m, s in pristine.items() if (m, phase.key(m)) not in known
+        }
+        self.table.expect_sums(unproven, dict.fromkeys(unproven, PRISTINE_KEY))
+        sums = {
+            module: pristine[module] if phase.key(module) == PRISTINE_KEY else self._merge(module, tensor, phase)
+            for module, tensor in built.items()
+        }
+        return {module: checksum(built[module]) if found is None else found for module, found in sums.items()}
 
-    def _subtract(self, module: str, tensor: Tensor) -> None:
-        key = self.table.live[module].key
-        if key is None:
+    def _shift(
+        self, weight: Tensor, tensor: Tensor, entry: tuple[str, WeightKey], *, correct: bool, by: tuple[float, float]
+    ) -> Tensor | None:
+        """`switch_in_one_pass` of a phase's own product; None where that is not to be had."""
+        weight, tensor = as_matrix(weight), as_matrix(tensor)
+        tier = one_pass_tier(weight, tensor) if self.rounding == "reference" else None
+        if tier is None:
+            return None
+        products = phase_deltas(tensor, entry[0], self._phase_of[entry], self.factors)
+        return switch_in_one_pass(tier, weight, tensor, products, self._corrections[entry] if correct else None, *by)
+
+    def _restore(self, module: str, tensor: Tensor) -> Tensor | None:
+        """Makes the pristine weight; its checksum where it came for nothing."""
+        live = self.table.live[module]
+        if live.key is None:
             raise LoRAPhaseError(f"{module}.weight is unknown and inplace keeps no copy: load the transformer again")
-        if key != PRISTINE_KEY:
-            self.merge(tensor, module, self._phase_of[module, key], sign=-1)
-            apply_correction(tensor, self._corrections[module, key])
+        if live.key != PRISTINE_KEY:
+            entry = (module, live.key)
+            sums = self._shift(live.tensor, tensor, entry, correct=True, by=(1.0, 0.0))
+            if sums is not None:
+                return sums
+        tensor.copy_(live.tensor)
+        if live.key != PRISTINE_KEY:
+            self.merge(tensor, module, self._phase_of[entry], sign=-1)
+            apply_correction(tensor, self._corrections[entry])
+        return None
 
-    def _merge(self, module: str, tensor: Tensor, phase: LoRAPhase) -> None:
-        """Merges into a pristine tensor; records and proves the correction where there is none yet."""
+    def _merge(self, module: str, tensor: Tensor, phase: LoRAPhase) -> Tensor | None:
+        """Merges into a pristine tensor; records and proves the correction where there is none yet. The checksum as `_restore`."""
         entry = (module, phase.key(module))
         if entry in self._corrections:
-            self.merge(tensor, module, phase)
-            return
+            sums = self._shift(tensor, tensor, entry, correct=False, by=(0.0, 1.0))
+            if sums is None:
+                self.merge(tensor, module, phase)
+            return sums
         pristine = self._take(tensor).copy_(tensor)
         self.merge(tensor, module, phase)
         subtracted = self._take(tensor).copy_(tensor)
@@ -228,6 +317,7 @@ class InplaceStore(PhaseStore):
         self._phase_of[entry] = phase
         self._corrections[entry] = correction
         self._scratch[tensor.shape, tensor.dtype] += [pristine, again]
+        return None
 
     def _take(self, like: Tensor) -> Tensor:
         free = self._scratch.setdefault((like.shape, like.dtype), [])
