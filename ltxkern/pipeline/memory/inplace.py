@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ltxkern.pipeline.memory.merge import (
     phase_deltas,
 )
 from ltxkern.pipeline.memory.stores import PhaseStore, StoreContext
+from ltxkern.pipeline.memory.streams import in_turn
 from ltxkern.pipeline.memory.table import LiveWeight, LoRAPhaseError, checksum
 
 logger = logging.getLogger(__name__)
@@ -209,15 +211,14 @@ class InplaceStore(PhaseStore):
         built = {module: self._take(self.table.live[module].tensor) for module in modules}
         ratios = {module: self._known_ratio(module, phase) for module in modules}
         wanted = {module: phase.key(module) for module in modules}
-        sums: dict[str, Tensor] = {}
+        quick = {module: ratio for module, ratio in ratios.items() if ratio is not None}
         try:
-            for module, ratio in ratios.items():
-                if ratio is not None:
-                    sums[module] = self._by_one_product(module, built[module], ratio)
+            jobs = [partial(self._by_one_product, module, built[module], ratio) for module, ratio in quick.items()]
+            sums = dict(zip(quick, in_turn(self.clock, jobs), strict=True)) if jobs else {}
             sums |= self._by_two_products({m: tensor for m, tensor in built.items() if ratios[m] is None}, phase)
             self.table.expect_sums(sums, wanted)
         except LoRAPhaseError:
-            if all(ratio is None for ratio in ratios.values()):
+            if not quick:
                 raise
             # An under- or overflow is enough; the long way tells whether it was that or a weight that someone changed.
             self.table.expect_sums(self._by_two_products(built, phase), wanted)
