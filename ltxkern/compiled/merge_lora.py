@@ -170,7 +170,7 @@ def run(tier: str, composition: Composition, args: Arguments) -> None:
 
 # Elements of a row of a weight's checksum in 16 bits (kSwitchTile in csrc/include/ltxkern/switch_lora.cuh), and rows of a block.
 SWITCH_TILE = 4096
-SWITCH_WALK = 4
+SWITCH_WALK = 2
 SWITCH_TENSORS = ("weight", "delta", "bases", "places", "offsets", "codes", "escapes", "out", "sums")
 
 
@@ -198,8 +198,10 @@ def refuse_switch(*tensors: torch.Tensor) -> str | None:
     weight = tensors[0]
     if weight.dtype not in HALVES:
         return f"it takes float16 and bfloat16, not {weight.dtype}"
-    if weight.numel() % 8 or not aligned16(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
-        return "it takes whole vectors of 16 bytes that lie one behind the other"
+    if weight.numel() % SWITCH_TILE:
+        return f"it takes whole rows of {SWITCH_TILE} elements of the checksum, not {weight.numel()} elements"
+    if not aligned16(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
+        return "it takes whole vectors of 16 bytes, one behind the other"
     return None
 
 

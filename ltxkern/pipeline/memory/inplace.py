@@ -114,11 +114,6 @@ def apply_correction(weight: Tensor, correction: Correction) -> Tensor:
     return weight
 
 
-def one_pass_tier(weight: Tensor, out: Tensor) -> str | None:
-    """The tier whose kernel takes a weight from phase to phase and gives its checksum; None: it goes step by step."""
-    return None if weight.numel() % SWITCH_TILE else switch_tier(weight, out)
-
-
 def switch_in_one_pass(
     tier: str,
     weight: Tensor,
@@ -131,7 +126,7 @@ def switch_in_one_pass(
     """`out = correct(weight - subtract delta) + add delta`, each sum rounded, chunk by chunk as the products are made.
 
     Args:
-        tier: by `one_pass_tier`.
+        tier: by `switch_tier`.
         weight, out: (out, in), 16-bit; out may be the weight.
         deltas: as `phase_deltas` gives them.
         correction: of the subtraction; None: nothing is corrected.
@@ -245,7 +240,7 @@ class InplaceStore(PhaseStore):
         entry = (module, live.key)
         present, matrix = as_matrix(live.tensor), as_matrix(tensor)
         products = phase_deltas(matrix, module, self._phase_of[entry], self.factors)
-        if (tier := one_pass_tier(present, matrix)) is not None:
+        if (tier := switch_tier(present, matrix)) is not None:
             return switch_in_one_pass(tier, present, matrix, products, self._corrections[entry], 1.0, ratio)
         deltas = list(products)
         for delta, rows in deltas:
@@ -275,7 +270,7 @@ class InplaceStore(PhaseStore):
     ) -> Tensor | None:
         """`switch_in_one_pass` of a phase's own product; None where that is not to be had."""
         weight, tensor = as_matrix(weight), as_matrix(tensor)
-        tier = one_pass_tier(weight, tensor) if self.rounding == "reference" else None
+        tier = switch_tier(weight, tensor) if self.rounding == "reference" else None
         if tier is None:
             return None
         products = phase_deltas(tensor, entry[0], self._phase_of[entry], self.factors)
