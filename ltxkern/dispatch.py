@@ -264,7 +264,9 @@ class Op:
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
         return self._trust.refused.get(backend) or unavailable(backend)
 
-    def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
+        """The permitted backends that are here, best first."""
+        names = _forced.get() or _environment_choice()
         found = self._present.get(names)
         if found is None:
             found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
@@ -277,8 +279,7 @@ class Op:
         Raises:
             BackendError: none does; with the reason of each.
         """
-        names = _forced.get() or _environment_choice()
-        for name in self._candidates(names):
+        for name in self.present():
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
