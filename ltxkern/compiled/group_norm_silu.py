@@ -216,7 +216,9 @@ def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tupl
     """One launch, a cluster of blocks per group, the group in shared memory: 2 units. Returns the steps and workspace bytes."""
     vector = _on_chip_vector(case)
     part = round_up(ceil_div(case.group_length, cluster), vector)
-    threads = threads or _resident_threads(case, part)
+    # Not the warps that would have no element.
+    each = _range(part, threads or _resident_threads(case, part), vector)
+    threads = 32 * ceil_div(part, each)
     shared = round_up(part * case.itemsize, 16) + _table_bytes(case)
     launch = Launch(
         f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",

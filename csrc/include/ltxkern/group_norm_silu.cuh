@@ -99,9 +99,25 @@ LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     for (; i < end; i += kApart<V>) single(i);
 }
 
-// Normalises `count` elements of x, or where they are KEPT of shared memory; `affine_at` gives the numbers of an element's channel.
-template <class T, int V, bool KEPT, bool RESIDUAL, class AffineAt>
-LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, AffineAt affine_at) {
+// The numbers of all elements, which are of one channel.
+struct OneChannel {
+    ChannelAffine scaled;
+    LTXK_DEVICE bool same(u32, u32) const { return true; }
+    LTXK_DEVICE const ChannelAffine& at(u32) const { return scaled; }
+};
+
+// Those of elements of a group, the first of which is number `first` in it.
+struct ChannelsOfGroup {
+    const ChannelAffine* affine;
+    u32 first;
+    i64 by_positions;
+    LTXK_DEVICE bool same(u32 i, u32 j) const { return divide(first + i, by_positions) == divide(first + j, by_positions); }
+    LTXK_DEVICE ChannelAffine at(u32 i) const { return affine[divide(first + i, by_positions)]; }
+};
+
+// Normalises `count` elements of x, or where they are KEPT of shared memory; `channels` gives the numbers of an element's channel.
+template <class T, int V, bool KEPT, bool RESIDUAL, class Channels>
+LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const Channels& channels) {
     auto read = [](const T* from) {
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
@@ -120,15 +136,23 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
 #pragma unroll
                 for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
+            auto write = [&](int b, const ChannelAffine& scaled) {
+                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], scaled));
+            };
+            // Nearly always.
+            if (channels.same(i, i + (B - 1) * kApart<V>)) {
+                ChannelAffine all = channels.at(i);
 #pragma unroll
-            for (int b = 0; b < B; ++b)
-                store_streaming<T, V>(
-                    to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * kApart<V>)));
+                for (int b = 0; b < B; ++b) write(b, all);
+            } else {
+#pragma unroll
+                for (int b = 0; b < B; ++b) write(b, channels.at(i + b * kApart<V>));
+            }
         },
         [&](u32 i) {
             Pack<T, V> added;
             if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, affine_at(i)));
+            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
         });
 }
 
@@ -187,7 +211,7 @@ __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     LTXK_SHARED(WarpMoments, scratch);
     u32 tile = blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
     Span span = tile_span(p, row, chunk, V);
-    PairMoments all = merge_to_first_warp(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
+    PairMoments all = merge_to_first_warp<kWide<T>>(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
     if (threadIdx.x == 0) p.partials[tile] = {all.mean, all.m2};
 }
 
@@ -228,7 +252,7 @@ LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const C
     T* out = static_cast<T*>(p.out);
     apply_all<T, V, false, RESIDUAL>(
         out + span.body_begin, x + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr,
-        static_cast<u32>(span.body_end - span.body_begin), p.range, [&](u32) { return scaled; });
+        static_cast<u32>(span.body_end - span.body_begin), p.range, OneChannel{scaled});
     for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
         i64 at = span.ragged_index(k);
         Pack<T, 1> added = {};

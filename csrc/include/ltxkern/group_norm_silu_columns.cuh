@@ -23,6 +23,7 @@ LTXK_DEVICE F sum_lanes(F value, u32 lanes) {
 }
 
 // merge_warp for each group's lanes, all of as many values.
+template <bool WIDE>
 LTXK_DEVICE PairMoments merge_lanes(const PairMoments& lane, u32 lanes) {
     float share = fast_reciprocal(static_cast<float>(lanes));
     float pivot = __shfl_sync(0xffffffffu, lane.mean, static_cast<int>(threadIdx.x % 32 & ~(lanes - 1)));
@@ -30,7 +31,7 @@ LTXK_DEVICE PairMoments merge_lanes(const PairMoments& lane, u32 lanes) {
     all.count = lane.count * static_cast<float>(lanes);
     all.mean = pivot + sum_lanes(((lane.mean - pivot) + lane.low) * share, lanes);
     float offset = (lane.mean - all.mean) + lane.low;
-    all.low = sum_lanes(offset * share, lanes);
+    if constexpr (WIDE) all.low = sum_lanes(offset * share, lanes);
     all.m2 = sum_lanes(fused(offset * offset, lane.count, lane.m2), lanes);
     return all;
 }
@@ -123,7 +124,7 @@ LTXK_DEVICE void exchange(const GroupNormColumns& p, const TileRows& at, const P
     u32 lanes = static_cast<u32>(p.lanes), lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     u32 each = static_cast<u32>(p.group_channels), width = 32 / lanes * each, chunks = static_cast<u32>(p.chunks);
     u32 tile = at.sample * gridDim.y + blockIdx.y, chunk = blockIdx.x - at.sample * chunks;
-    PairMoments mine = merge_lanes(found, lanes);
+    PairMoments mine = merge_lanes<kWide<T>>(found, lanes);
     if (lane % lanes == 0) scratch.warp[warp][lane / lanes] = mine;
     __syncthreads();
     PairMoments* partials = p.partials + static_cast<i64>(tile) * (32 / lanes) * chunks;
