@@ -88,14 +88,24 @@ constexpr int kResidualBatch = kBatch;
 template <int V>
 constexpr u32 kApart = 32 * V;
 
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 // All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
-// `batch` takes the first element of B packs, `single` that of one. A thread meets the same elements in every call with this range.
+// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one. A thread meets the
+// same elements in every call with this range.
 template <int V, int B = kBatch, class Batch, class Single>
 LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
     u32 i = begin + threadIdx.x % 32 * V;
     if (end > count) end = count;
-    for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(i);
+    for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(Count<B>(), i);
+    if (B > 2 && i + (B - 2) * kApart<V> < end) {
+        batch(Count<B - 1>(), i);
+        i += (B - 1) * kApart<V>;
+    }
     for (; i < end; i += kApart<V>) single(i);
 }
 
@@ -122,10 +132,10 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
     };
-    constexpr int B = RESIDUAL ? kResidualBatch<T> : kBatch;
-    each_pack<V, B>(
+    each_pack<V, RESIDUAL ? kResidualBatch<T> : kBatch>(
         count, range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = x + i;
             T* to = out + i;
             Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
@@ -179,15 +189,16 @@ LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span, i64 range) 
     const T* body = x + span.body_begin;
     each_pack<V>(
         static_cast<u32>(span.body_end - span.body_begin), range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = body + i;
-            Pack<T, V> packs[kBatch];
-            float values[kBatch][V];
+            Pack<T, V> packs[B];
+            float values[B][V];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = load<T, V>(from + b * kApart<V>);
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) unpack(packs[b], values[b]);
-            moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+            for (int b = 0; b < B; ++b) unpack(packs[b], values[b]);
+            moments.add<kWide<T>>(reinterpret_cast<float (&)[B * V]>(values));
         },
         [&](u32 i) {
             float values[V];

@@ -65,15 +65,16 @@ LTXK_DEVICE void read_part(
     auto shift_at = [&](u32 i) { return SHIFTED ? shifts[divide(in_group + i, p.by_positions)] : 0.0f; };
     each_pack<V>(
         count, KEPT ? p.kept_range : p.rest_range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = x + i;
             T* to = kept + i;
-            Pack<T, V> packs[kBatch];
-            float values[kBatch][V];
+            Pack<T, V> packs[B];
+            float values[B][V];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = read(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = read(from + b * kApart<V>);
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
+            for (int b = 0; b < B; ++b) {
                 if constexpr (KEPT) store<T, V>(to + b * kApart<V>, packs[b]);
                 unpack(packs[b], values[b]);
                 float shift = shift_at(i + b * kApart<V>);
@@ -84,7 +85,7 @@ LTXK_DEVICE void read_part(
                     for (int k = 0; k < V; ++k) values[b][k] += shift;
                 }
             }
-            if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+            if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[B * V]>(values));
         },
         [&](u32 i) {
             Pack<T, V> pack = read(x + i);
