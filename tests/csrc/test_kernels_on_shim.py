@@ -204,8 +204,12 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
     assert torch.equal(*results)
 
 
-# A group that a cluster holds, and one that none does.
-ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS)}
+# A group that a cluster holds, one that none does, and channels-last.
+ON_CHIP = {
+    "resident": ((1, 4, 32, 64), 2, H200),
+    "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS),
+    "columns": ((1, 256, 3, 16), 32, H200),
+}
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -213,7 +217,9 @@ ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2
 def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
     """And gives their bits; one that holds as much takes the kernel on chip."""
     shape, groups, limits = ON_CHIP[kernel]
-    given = group_norm_of("two_pass", shape, torch.bfloat16)
+    last = kernel == "columns"
+    given = group_norm_of("columns" if last else "two_pass", shape, torch.bfloat16)
+    passes = partial(group_norm.columns, blocks=4 * limits.multiprocessors) if last else group_norm.two_pass
     kernels: list[str] = []
     asked: list[str] = []
 
@@ -226,17 +232,18 @@ def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str,
             return given.run(groups, poisoned(given.x))
 
     few = answer(held)
+    layout = "_columns" if last else ""
     assert kernels == [
-        "ltxk::group_norm_stats<ltxk::bf16, 8>",
+        f"ltxk::group_norm_stats{layout}<ltxk::bf16, 8>",
         "ltxk::group_norm_finalize",
-        "ltxk::group_norm_apply<ltxk::bf16, 8>",
+        f"ltxk::group_norm_apply{layout}<ltxk::bf16, 8>",
     ]
     chip = f"ltxk::group_norm_{kernel}<ltxk::bf16, 8>"
     assert chip in asked
     kernels.clear()
     torch.testing.assert_close(answer(1 << 20), few)
     assert kernels == [chip]
-    with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
+    with on_shim(), forced(passes), ltxkern.use_backend("cpu"):
         assert torch.equal(few, given.run(groups, poisoned(given.x)))
 
 
