@@ -11,9 +11,9 @@ The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), f
 - latency: blocks one after the other on a multiprocessor, each as long as one thread alone needs: Little's law by another name.
 
 Blocks that do not divide evenly among the multiprocessors lengthen issue and the units'. To this come the launch, the wait for the
-first byte, where not all blocks fit at once half a block's life in which the last ones run out (waves), and where all blocks wait for
-one another between two passes a load from memory and four from the second cache (barrier). What it takes to zero the few counters
-that such blocks wait at is not counted.
+first byte, where not all blocks fit at once half a block's life in which the last ones run out (waves), and where all blocks wait
+for one another between two passes a load from memory and four from the second cache (barrier). What it takes to zero the few
+counters that such blocks wait at is not counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,6 @@ class Prediction:
         limit: what takes longest.
         moved: bytes from and to memory.
         launches: of the call; `launched_percent` is what as many would reach that nothing but their bytes limits.
-        inevitable_percent: what its kernels would reach if instructions, shared memory and waiting cost nothing.
         products_us: of its FLOP at the rate of a large product, bytes_us of its bytes at that of a copy.
     """
 
@@ -81,7 +80,6 @@ class Prediction:
     warps: int
     loads_in_flight: float
     launches: int
-    inevitable_percent: float
     bytes_us: float
     products_us: float
 
@@ -142,8 +140,6 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
 
 
 ADDED = ("launch", "waves", "barrier")
-# No kernel is without these.
-INEVITABLE = ("bytes", "L2", "MUFU", "FLOP", "launch", "barrier")
 
 
 def together(limits: Sequence[Limit]) -> float:
@@ -166,11 +162,10 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         left += [*row.reads.values(), row.writes]
     # Every tensor passes once, those too whose addresses come from memory.
     memory[heavy] += max(0, floor[0] - sum(memory))
-    time, inevitable, moved = 0.0, 0.0, sum(memory)
+    time, moved = 0.0, sum(memory)
     for i, row in enumerate(rows):
         limits = limits_of(row, card, memory[i], floor[1] if i == heavy else 0)
         time += together(limits)
-        inevitable += together([limit for limit in limits if limit.name in INEVITABLE])
         for limit in limits:
             totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
     bytes_us, products_us = floor[0] / card.roof * 1e6, floor[1] / card.matrix_rate * 1e6
@@ -192,7 +187,6 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         warps=rows[heavy].warps,
         loads_in_flight=rows[heavy].in_flight,
         launches=len(rows),
-        inevitable_percent=round(100 * least / inevitable, 1),
         bytes_us=round(bytes_us, 2),
         products_us=round(products_us, 2),
     )

@@ -121,8 +121,6 @@ def why(one: Prediction, target: float, on_cuda: bool) -> str:
         return f"too short: one launch reaches {one.best_percent:.0f} at most"
     if one.launched_percent < target and one.launches > 1:
         return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}"
-    if one.inevitable_percent < target:
-        return f"SiLU and the second cache leave {one.inevitable_percent:.0f} at most: instructions cost more than nothing"
     return ONE_LAUNCH.get(f"{one.op} {one.case}", f"nothing else: {one.limit}")
 
 
@@ -216,8 +214,8 @@ one launch would reach that nothing but its bytes limits; `moved / least` says h
 1 where each does once. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
 Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
 first byte take too large a part of it. The last column says what keeps a call below its target beyond the limit of its
-kernels: products that take longer than the bytes, for which the target is not meant; a library; the launch; or what of the limits
-no kernel is without. A call of several launches could do with fewer only if blocks waited for one another on the device, as
+kernels: products that take longer than the bytes, for which the target is not meant; a library; the launch; or where its
+bytes lie. A call of several launches could do with fewer only if blocks waited for one another on the device, as
 GroupNorm's do: counters that begin at zero, and no work until the last block is there. Too short are: """
 CALLS = """
 ## All calls

@@ -155,7 +155,7 @@ def waits_on_chip(case: Case) -> bool:
 
 
 def columns_on_chip(case: Case, blocks: int, block_bytes: int, threads: int = 512) -> tuple[tuple[Step, ...], int]:
-    """Channels-last: one cooperative launch of up to `blocks` blocks, which keep what fits in `block_bytes` of shared memory each."""
+    """Channels-last: one cooperative launch of up to `blocks` blocks; each keeps what fits in `block_bytes` of shared memory."""
     tile = 32 * case.vector
     tiles, row_bytes, table = case.channels // tile, tile * case.itemsize, 16 * tile
     chunk = ceil_div(case.positions, max(1, min(case.positions, blocks // (case.samples * tiles))))
