@@ -40,11 +40,11 @@ LTXK_DEVICE Half* stage_a(MmaStage<Half>& stage, int rank, int chunk) {
 
 // The ranks that come next: of one LoRA after the other.
 struct RankStep {
-    int lora, rank;
+    i64 lora, rank;
 
     LTXK_DEVICE void advance(const MergeLora& p) {
         rank += kMmaRanks;
-        if (rank < static_cast<int>(p.lora[lora].rank)) return;
+        if (rank < p.lora[lora].rank) return;
         ++lora;
         rank = 0;
     }
@@ -66,42 +66,9 @@ LTXK_DEVICE void copy_chunk(const Half* factor, i64 count, bool whole, Half* sha
 // Whether rows of this length, one behind the other, consist of aligned chunks.
 LTXK_DEVICE bool in_chunks(const void* factor, i64 length) { return length % 8 == 0 && reinterpret_cast<u64>(factor) % 16 == 0; }
 
-// A thread's first chunk of either factor of one LoRA at the next ranks, where the tile lies inside the weight and all its chunks are
-// aligned: then nothing has to be asked before a chunk is copied.
 template <class Half>
-struct WholeTile {
-    const Half *a, *b;
-    bool whole;
-
-    LTXK_DEVICE WholeTile(const MergeLora& p, const LoraFactors& lora, i64 row, i64 column) {
-        int thread = static_cast<int>(threadIdx.x);
-        a = static_cast<const Half*>(lora.a) + thread / 16 * p.columns + column + thread % 16 * 8;
-        b = static_cast<const Half*>(lora.b) + (row + thread / 4) * lora.rank + thread % 4 * 8;
-        whole = in_chunks(lora.a, p.columns) && in_chunks(lora.b, lora.rank) && row + kMmaTile <= p.rows && column + kMmaTile <= p.columns;
-    }
-
-    LTXK_DEVICE void load(const MergeLora& p, const LoraFactors& lora, MmaStage<Half>& stage) {
-        int thread = static_cast<int>(threadIdx.x);
-        constexpr int kRows = kMmaThreads / 4, kRanks = kMmaThreads / 16;
-#pragma unroll
-        for (int i = 0; i < kMmaTile / kRows; ++i) copy_async(stage_b(stage, thread / 4 + kRows * i, thread % 4), b + kRows * i * lora.rank, true);
-#pragma unroll
-        for (int i = 0; i < kMmaRanks / kRanks; ++i)
-            copy_async(stage_a(stage, thread / 16 + kRanks * i, thread % 16), a + kRanks * i * p.columns, true);
-        a += kMmaRanks * p.columns;
-        b += kMmaRanks;
-    }
-};
-
-template <class Half>
-LTXK_DEVICE void load_stage(
-    const MergeLora& p, const RankStep& step, i64 row, i64 column, WholeTile<Half>& tile, MmaStage<Half>& stage) {
+LTXK_DEVICE void load_stage(const MergeLora& p, const RankStep& step, i64 row, i64 column, MmaStage<Half>& stage) {
     const LoraFactors& lora = p.lora[step.lora];
-    if (step.rank == 0 && step.lora > 0) tile = WholeTile<Half>(p, lora, row, column);
-    if (tile.whole && step.rank + kMmaRanks <= static_cast<int>(lora.rank)) {
-        tile.load(p, lora, stage);
-        return;
-    }
     const Half *a = static_cast<const Half*>(lora.a), *b = static_cast<const Half*>(lora.b);
     bool a_whole = in_chunks(a, p.columns), b_whole = in_chunks(b, lora.rank);
     int thread = static_cast<int>(threadIdx.x);
@@ -240,11 +207,10 @@ __global__ void __launch_bounds__(kMmaThreads, SUM_STEPS ? 1 : 2) merge_lora_ten
     WarpSums sums = {};
     [[maybe_unused]] WarpSums total = {};
     RankStep ahead = {0, 0}, now = {0, 0};
-    WholeTile<Half> tile(p, p.lora[0], row, column);
 #pragma unroll 1
     for (int s = 0; s < kMmaStages - 1; ++s) {
         if (ahead.lora < p.count) {
-            load_stage(p, ahead, row, column, tile, memory.stages[s]);
+            load_stage(p, ahead, row, column, memory.stages[s]);
             ahead.advance(p);
         }
         commit_copies();
@@ -254,7 +220,7 @@ __global__ void __launch_bounds__(kMmaThreads, SUM_STEPS ? 1 : 2) merge_lora_ten
         __syncthreads();
         // Every warp is past the stage before this one.
         if (ahead.lora < p.count) {
-            load_stage(p, ahead, row, column, tile, memory.stages[stage == 0 ? kMmaStages - 1 : stage - 1]);
+            load_stage(p, ahead, row, column, memory.stages[stage == 0 ? kMmaStages - 1 : stage - 1]);
             ahead.advance(p);
         }
         commit_copies();
