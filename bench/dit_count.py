@@ -243,9 +243,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['shape']:8}{row['provider']:12}{row['video_passes']:14}{row['video_tensors']:15.1f}"
             f"{row['elementwise_bytes']:19}{row['launches']:10}{row['gemm_and_attention_ms']:14} ms{row['beyond_percent']:8}%"
         )
+    rates = f"products {H200.products / 1e12:.0f} and attention {H200.attention / 1e12:.0f} TFLOP/s, {H200.bytes / 1e12:.2f} TB/s"
     lines.append(
-        f"The last two are predicted for {BLOCKS} blocks on an H200: products {H200.products / 1e12:.0f} and attention {H200.attention / 1e12:.0f} TFLOP/s, "
-        f"{H200.bytes / 1e12:.2f} TB/s, {1e6 * H200.launch} us a small launch"
+        f"The last two, predicted for {BLOCKS} blocks on an H200: {rates}, {1e6 * H200.launch} us a small launch"
     )
     last = next((row for row in reversed(rows) if row["provider"] == "ltxkern"), None)
     for one in last["sites"] if last else ():
