@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
+from ltxkern.pipeline.model.decode import Tiling
 from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.decoding import decode
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
@@ -263,7 +264,7 @@ class HQTwoStagePipeline:
             initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
-            output_type: "video", "latents", or "stream" (video decoded while it is consumed).
+            output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
         Returns:
@@ -298,8 +299,10 @@ class HQTwoStagePipeline:
         with use_attention(self.attention), use_fusions(self.fusions):
             latents = run.latents(policies, phases)
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
-        if output_type != "latents" and (self._parallel is None or self._parallel.rank == 0):
-            videos, audio = self._decode(latents, tiling, output_type, progress)
+        leads = self._parallel is None or self._parallel.rank == 0
+        if output_type != "latents" and leads:
+            streamed = output_type == "stream"
+            videos, audio = decode(self.components, self.manager, latents, tiling, progress, streamed=streamed)
             output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
         output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
@@ -349,35 +352,6 @@ class HQTwoStagePipeline:
 
             beside = plan(self.components, request, device=self.device).beside_transformer
         self.manager.prepare(*phases, activation_bytes=beside)
-
-    def _decode(
-        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
-    ) -> tuple[list[Any], list[Tensor]]:
-        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
-        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
-        if output_type == "stream":
-            return streams, self._waveforms(latents["audio"], progress)
-        waveforms, videos = self.manager.side_by_side(
-            lambda: self._waveforms(latents["audio"], progress),
-            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
-        )
-        return videos, waveforms
-
-    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
-        report(progress, "audio", 0, 1)
-        with (
-            self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
-            self.manager.component("vocoder", self.components.vocoder) as vocoder,
-        ):
-            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
-        report(progress, "audio", 1, 1)
-        return waveforms
-
-    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
-        with self.manager.component("video_vae", self.components.video_vae) as vae:
-            yield from decode_video(
-                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
-            )
 
     def close(self) -> None:
         """Release what is held, and give back what was given.

@@ -86,7 +86,7 @@ def _modulate_kernel(
         tl.store(summed_ptr + row * D + column, x, mask=valid)
     value = x.to(tl.float32)
     mean_square = tl.sum(value * value, axis=1, keep_dims=True) * inverse
-    value = value * reciprocal_root(mean_square + eps)
+    value = value * reciprocal_root(mean_square + eps, out_ptr.dtype.element_ty)
     if weight_ptr is not None:
         value *= tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_b + t * scale_t + column, mask=found, other=0.0).to(tl.float32)

@@ -186,6 +186,19 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 3, 16), (1, 300, 3, 8), (2, 7, 3, 5)], ids=str)
+def test_pixel_norm_into_frames_of_a_longer_buffer(shape: tuple[int, ...]) -> None:
+    """The kernel writes there itself: in vectors where the frames lie so, else by elements."""
+    x, buffer = noise(*shape), torch.full((*shape[:2], shape[2] + 2, shape[3]), torch.nan)
+    kernels: list[str] = []
+    with on_shim(64, seed=3, run=noting(kernels)), ltxkern.use_backend("cpu"):
+        expected = ltxkern.pixel_norm_silu(x, 1e-6)
+        ltxkern.pixel_norm_silu(x, 1e-6, out=buffer[:, :, 1:-1])
+    assert [kernel.split("<")[0] for kernel in kernels] == ["ltxk::pixel_norm_rows"] * 2
+    assert torch.equal(buffer[:, :, 1:-1], expected)
+    assert bool(buffer[:, :, [0, -1]].isnan().all())
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [24, 300])
 def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
