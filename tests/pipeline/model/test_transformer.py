@@ -140,6 +140,18 @@ def test_one_modality_equals_isolation(model: LTX2Transformer) -> None:
     assert set(predict_x0(model, None, pair["audio"])) == {"audio"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sigma", [0.5, 0.9093749523162842, (0.99 * 0.73) ** 0.5])
+def test_x0_has_the_bits_of_the_composition(dtype: torch.dtype, sigma: float) -> None:
+    pair = inputs(batch=2, sigma=sigma, dtype=dtype)
+    items = [pair["audio"], with_mask(pair["video"])]
+    for item in items:
+        velocity = torch.randn(item.latent.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        steps = torch.tensor(sigma).expand(2, 1, 1) if item.mask is None else (item.mask.double() * sigma).float()
+        expected = (item.latent.float() - velocity.float() * steps).to(dtype)
+        assert torch.equal(module._to_x0(item, velocity), expected)
+
+
 def test_x0(model: LTX2Transformer) -> None:
     pair = inputs(sigma=0.7)
     pair["video"] = with_mask(pair["video"])
