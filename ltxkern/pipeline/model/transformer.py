@@ -14,23 +14,23 @@ from ltxkern.ops.gated_residual import gated_residual
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.block import (
     BlockKeep,
-    CrossStream,
     Lane,
     LTX2Block,
     Residual,
     Side,
     State,
-    Stream,
     modulations,
     sums_at_once,
 )
 from ltxkern.pipeline.model.fusions import layer_norm_modulate
 from ltxkern.pipeline.model.inputs import (
     Batch,
+    CrossStream,
     KeptTables,
     ModalityInput,
     ModalityTensors,
     Perturbation,
+    Stream,
     check_branch,
     column,
     device_tensors,

@@ -1,6 +1,7 @@
 """One block: modulations by row index, compiled alone."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from diffusers import LTX2VideoTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.memory.streams import side_by_side
+from ltxkern.pipeline.model.fusions import use_side_by_side
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
+from tests.pipeline.memory.stream_races import RaceClock
 from tests.pipeline.model.demo_inputs import FLAGS, VIDEO_TOKENS, close, inputs, of_diffusers, with_mask
 
 
@@ -54,6 +58,28 @@ def test_blocks_compile_alone_and_mixed_batches_too() -> None:
         block.compile(backend="aot_eager", fullgraph=True)
     for outputs, plain in zip(predict_velocity_batched(transformer, branches), expected, strict=True):
         close(outputs, plain)
+
+
+class Deaf(RaceClock):
+    """Does not hear that the video's stream should wait."""
+
+    def wait(self, event: Any) -> None:
+        if self.stream == "side":
+            super().wait(event)
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_sound_runs_beside_video_with_the_same_bits_and_no_race(model: LTX2Transformer, most: int) -> None:
+    pair = inputs()
+    pair["video"] = dataclasses.replace(with_mask(pair["video"]), levels=(1.0, 0.0, 0.25))
+    branches = [pair | flags for flags in FLAGS]
+    expected = predict_velocity_batched(model, branches, most=most)
+    for clock in (RaceClock(), Deaf()):
+        with clock, use_side_by_side(functools.partial(side_by_side, clock)):
+            found = predict_velocity_batched(model, branches, most=most)
+        assert bool(clock.races) == isinstance(clock, Deaf), clock.races[:3]
+        assert clock.time["side"]["side"] > 20 * len(model.transformer_blocks) * -(-len(FLAGS) // most)
+        assert all(map(torch.equal, (x for one in found for x in one), (x for one in expected for x in one)))
 
 
 @torch.no_grad()
