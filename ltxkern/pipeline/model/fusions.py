@@ -99,7 +99,7 @@ def _captures(args: Any) -> bool:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return one.dtype == other.dtype and torch.equal(*(x.contiguous().view(torch.uint8) for x in (one, other)))
 
 
 _current: ContextVar[FusionPolicy | None] = ContextVar("ltxkern_fusions", default=None)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.memory.streams import side_by_side
+from ltxkern.pipeline.model import transformer
 from ltxkern.pipeline.model.fusions import use_side_by_side
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
@@ -58,6 +59,22 @@ def test_blocks_compile_alone_and_mixed_batches_too() -> None:
         block.compile(backend="aot_eager", fullgraph=True)
     for outputs, plain in zip(predict_velocity_batched(transformer, branches), expected, strict=True):
         close(outputs, plain)
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_blocks_that_are_elsewhere_make_their_own_modulations(
+    model: LTX2Transformer, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As where weights visit the device block by block, or every token has a timestep: the same bits, a norm more a block."""
+    pair = inputs(batch=2)
+    pair["video"] = dataclasses.replace(with_mask(pair["video"]), levels=(1.0, 0.0, 0.25))
+    branches = [pair | flags for flags in FLAGS]
+    expected = predict_velocity_batched(model, branches, most=most)
+    asked: list[int] = []
+    monkeypatch.setattr(transformer, "sums_at_once", lambda blocks, stream: bool(asked.append(len(blocks))))
+    for outputs, plain in zip(predict_velocity_batched(model, branches, most=most), expected, strict=True):
+        assert all(map(torch.equal, outputs, plain))
+    assert set(asked) == {len(model.transformer_blocks)}
 
 
 class Deaf(RaceClock):
