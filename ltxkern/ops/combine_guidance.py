@@ -56,7 +56,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: fresh(args.cond),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("combine_guidance", tiers.not_contiguous)],
     may_be=[("cond", "uncond", "perturbed", "isolated")],
 )

@@ -30,7 +30,6 @@ OP = Op(
     "(Tensor, Tensor)",
     reference,
     lambda args: (fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("dual_add", tiers.not_contiguous)],
     may_be=[("x",), ("x",)],
 )

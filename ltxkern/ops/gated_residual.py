@@ -63,7 +63,6 @@ RESIDUAL = Op(
     "Tensor",
     residual_reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.gated_residual), tiers.triton("gated_residual", _refuse_triton_residual)],
     may_be=[("x", "y")],
 )
@@ -73,7 +72,6 @@ HEAD_GATE = Op(
     "Tensor",
     head_gate_reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.head_gate),
         tiers.triton("gated_residual", _refuse_triton_head_gate, "launch_head_gate"),

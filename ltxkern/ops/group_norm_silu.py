@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.compiled import group_norm_silu as launch
-from ltxkern.dispatch import Op, like
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
 from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
@@ -79,7 +80,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: torch.empty_like(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run, refuse=_refuse), tiers.triton("group_norm_silu", _refuse_triton)],
     may_be=[("x", "residual")],
 )

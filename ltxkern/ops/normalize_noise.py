@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled import normalize_noise as launch
-from ltxkern.dispatch import Op, like
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
 from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ltxkern.compiled import pixel_norm_silu as launch
 from ltxkern.compiled.tensors import device_limits
-from ltxkern.dispatch import Op, like
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
 from ltxkern.ops import tiers
 from ltxkern.ops.checks import ACTIVATION_DTYPES, check_finite_number, check_out, check_tensor, check_vector
 
@@ -57,7 +58,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: torch.empty_like(args.x),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.run, refuse=_refuse, refuse_cuda=_refuse_cuda),
         tiers.triton("pixel_norm_silu", _refuse_triton),

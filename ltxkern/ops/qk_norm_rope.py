@@ -154,7 +154,6 @@ OP = Op(
     "(Tensor, Tensor)",
     reference,
     lambda args: (fresh(args.q), fresh(args.k)),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("qk_norm_rope", _refuse_triton)],
     may_be=[("q",), ("k",)],
 )

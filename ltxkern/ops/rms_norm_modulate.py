@@ -103,7 +103,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.rms_norm_modulate), tiers.triton("rms_norm_modulate", _refuse_triton)],
     may_be=[("x",)],
 )
@@ -113,7 +112,6 @@ GATED = Op(
     "(Tensor, Tensor)",
     gated_reference,
     lambda args: (fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.gated_norm),
         tiers.triton("rms_norm_modulate", _refuse_triton_gated, "launch_gated"),
