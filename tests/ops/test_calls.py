@@ -130,7 +130,7 @@ def test_opcheck(case: OpCase, backend: str) -> None:
                 )
         if op.allocate is not None:
             wanted = {**plain, first: plain[first].clone().requires_grad_()}
-            torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)))
+            torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)), **check)
 
 
 @over(TRACED)
