@@ -9,7 +9,7 @@ from torch import Tensor
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -131,8 +131,9 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
 
 def _check_norm(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None, **gate: Tensor
-) -> None:
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
+) -> bool:
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1, arrays=True):
+        return True
     if rows is None:
         _check_rows("scale", scale, x)
         _check_rows("shift", shift, x)
@@ -143,6 +144,7 @@ def _check_norm(
     if weight is not None:
         check_vector("weight", weight, x.shape[-1], x.device)
     check_finite_number("eps", eps, low=0.0)
+    return False
 
 
 def rms_norm_modulate(
@@ -179,7 +181,8 @@ def rms_norm_modulate(
         lookup there).
     Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
     """
-    _check_norm(x, scale, shift, eps, weight, rows)
+    if _check_norm(x, scale, shift, eps, weight, rows):
+        return arrays.through_torch(rms_norm_modulate, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(Arguments(x, scale, shift, eps, weight, rows), out)
@@ -216,7 +219,8 @@ def gated_residual_rms_norm_modulate(
     An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
-    _check_norm(x, scale, shift, eps, weight, rows, gate=gate)
+    if _check_norm(x, scale, shift, eps, weight, rows, gate=gate):
+        return arrays.through_torch(gated_residual_rms_norm_modulate, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x)
