@@ -144,7 +144,9 @@ def refuse_inference(name: str, written: Sequence[Tensor]) -> None:
 
 def allow_writing(name: str, written: Sequence[Tensor]) -> None:
     """Before a kernel writes: refuse what torch forbids, and let autograd know, which else takes stale values in silence."""
-    refuse_inference(name, written)
+    for tensor in written:
+        if tensor.is_inference():
+            refuse_inference(name, written)
     _increment_version(written)
 
 
