@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltxkern import debug, schema
+from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver
 from ltxkern.registration import (
@@ -112,7 +112,7 @@ def unavailable(backend: str) -> str | None:
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else driver.no_device()
+    return None if triton.interpreted() else driver.no_device()
 
 
 def _ask_again() -> None:
@@ -127,7 +127,7 @@ os.register_at_fork(after_in_child=_ask_again)
 
 def _waiting(backend: str) -> bool:
     """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
-    return backend in DEVICE_BACKENDS and os.environ.get("TRITON_INTERPRET") != "1" and driver.unused(_ask_again)
+    return backend in DEVICE_BACKENDS and not triton.interpreted() and driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
@@ -250,7 +250,9 @@ class Op:
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
         return self._trust.refused.get(backend) or unavailable(backend)
 
-    def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
+        """The permitted backends that are here, best first."""
+        names = _forced.get() or _environment_choice()
         found = self._present.get(names)
         if found is None:
             found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
@@ -263,8 +265,7 @@ class Op:
         Raises:
             BackendError: none does; with the reason of each.
         """
-        names = _forced.get() or _environment_choice()
-        for name in self._candidates(names):
+        for name in self.present():
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltxkern.aliasing import Read, Written, apart, check
 from ltxkern.compiled import merge_lora as launch
+from ltxkern.compiled.tensors import refuse_device
 from ltxkern.dispatch import Op
 from ltxkern.layout import unit_rows
 from ltxkern.ops import tiers
@@ -183,6 +184,17 @@ OP = Op(
         tiers.triton("merge_lora", _refuse_triton),
     ],
 )
+
+
+def switch_tier(*tensors: Tensor) -> str | None:
+    """The compiled tier that takes 16-bit weights of this device from phase to phase in one pass; None: there is none.
+
+    The pass is no op of its own: it is chosen as `merge_lora_` is, and whoever asks for it proves every result by its checksum.
+    """
+    if not tensors[0].is_cuda or launch.refuse_switch(*tensors) is not None:
+        return None
+    tiers = (name for name in OP.present() if name in ("cuda", "nvrtc"))
+    return next((tier for tier in tiers if refuse_device(tier, tensors[0]) is None), None)
 
 
 def merge_lora_(

@@ -46,7 +46,10 @@ def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
                     assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-ROW_OPS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual", "head_gate", "qk_norm_rope")
+ROW_OPS = (
+    *("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_rms_norm_modulate_twice"),
+    *("gated_residual", "head_gate", "qk_norm_rope"),
+)
 
 
 def whole_warps(op: str, dtype: torch.dtype) -> int:
@@ -69,7 +72,8 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             with on_shim(seed=warps, run=noting(kernels)), ltxkern.use_backend("cpu"):
                 results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
                 kept = {name: value.clone() for name, value in tensors.items()}
-                outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
+                outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be[:2])]
+                outputs += map(poisoned, wanted[2:])
                 in_place = case.run(kept, outputs, **changed)
             mixed = case.variant == "vectors" and dtype != F32
             general = mixed or case.variant == "column" or "heads" in case.variant
@@ -180,6 +184,19 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
         ltxkern.pixel_norm_silu(x, 1e-6, weight=weight, out=out)
     exact = exact_pixel_norm(x, 1e-6, weight)
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 3, 16), (1, 300, 3, 8), (2, 7, 3, 5)], ids=str)
+def test_pixel_norm_into_frames_of_a_longer_buffer(shape: tuple[int, ...]) -> None:
+    """The kernel writes there itself: in vectors where the frames lie so, else by elements."""
+    x, buffer = noise(*shape), torch.full((*shape[:2], shape[2] + 2, shape[3]), torch.nan)
+    kernels: list[str] = []
+    with on_shim(64, seed=3, run=noting(kernels)), ltxkern.use_backend("cpu"):
+        expected = ltxkern.pixel_norm_silu(x, 1e-6)
+        ltxkern.pixel_norm_silu(x, 1e-6, out=buffer[:, :, 1:-1])
+    assert [kernel.split("<")[0] for kernel in kernels] == ["ltxk::pixel_norm_rows"] * 2
+    assert torch.equal(buffer[:, :, 1:-1], expected)
+    assert bool(buffer[:, :, [0, -1]].isnan().all())
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
