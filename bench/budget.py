@@ -91,6 +91,11 @@ class Row(NamedTuple):
         """What the row is of."""
         return self.tier, self.case, self.kernel
 
+    @property
+    def through(self) -> int:
+        """Bytes that the launch reads, reads again and writes."""
+        return sum(self.reads.values()) + self.again + self.writes
+
 
 class Baseline(NamedTuple):
     """All rows by architecture, and by case the least bytes that a call must move and its FLOP."""

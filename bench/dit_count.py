@@ -1,10 +1,11 @@
 """Launches and elementwise bytes of one transformer block, counted from shapes alone: it runs on the meta device.
 
-A video-sized pass is one (T, 4096) bf16 tensor read or written once, T being the video tokens: `video_passes` are the bytes that
-launches on video-sized tensors move, matrix products and attention left out, in units of that tensor. What a launch reads and
-writes is what its kernel has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every
-result. Views are free; matrix products and attention are launches without elementwise bytes. A launch on no tensor of at least
-a quarter of the unit counts its bytes and no passes: sound, text, modulation.
+A video-sized pass is one kernel that walks over a video-sized tensor: `video_passes` counts the launches that read or write at
+least a quarter of a (T, 4096) bf16 tensor, T being the video tokens, matrix products and attention left out. `video_tensors` is
+what those launches move, in units of that tensor: a fused pass reads and writes several. What a launch moves is what its kernel
+has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every result. Views are free;
+matrix products and attention are launches without elementwise bytes, and so is an activation within a product's epilogue. All
+other launches (sound, text, modulation) count their bytes and no pass.
 """
 
 from __future__ import annotations
@@ -59,35 +60,35 @@ class Count:
         return bool(one.bytes) and 4 * one.largest >= self.unit
 
     @property
-    def video_passes(self) -> float:
-        """Video-sized tensors read or written."""
-        return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
-
-    @property
-    def video_launches(self) -> int:
+    def video_passes(self) -> int:
         """Launches that walk over a video-sized tensor."""
         return sum(map(self._is_video, self.launches))
 
+    @property
+    def video_tensors(self) -> float:
+        """Video-sized tensors read or written by these passes."""
+        return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
+
     def sites(self) -> list[tuple[str, int, float]]:
-        """Of the video-sized launches: site with op, how many, their passes; most passes first."""
+        """Of the video-sized passes: site with op, how many, the tensors that they move; most of these first."""
+        moved: Counter[str] = Counter()
         passes: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
         for one in filter(self._is_video, self.launches):
             name = f"{one.site} {one.op}"
-            passes[name] += one.bytes
-            counts[name] += 1
-        return [(name, counts[name], moved / self.unit) for name, moved in passes.most_common()]
+            moved[name] += one.bytes
+            passes[name] += 1
+        return [(name, passes[name], each / self.unit) for name, each in moved.most_common()]
 
     def row(self, shape: str, provider: str) -> dict[str, Any]:
         """Plain data."""
         return {
             "shape": shape,
             "provider": provider,
-            "video_passes": round(self.video_passes, 2),
-            "video_launches": self.video_launches,
+            "video_passes": self.video_passes,
+            "video_tensors": round(self.video_tensors, 2),
             "elementwise_bytes": self.elementwise_bytes,
             "launches": len(self.launches),
-            "sites": [{"site": s, "launches": n, "video_passes": round(p, 2)} for s, n, p in self.sites()],
+            "sites": [{"site": s, "video_passes": n, "video_tensors": round(m, 2)} for s, n, m in self.sites()],
         }
 
 
@@ -188,13 +189,15 @@ def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) ->
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The counts of a block, then what of ours remains, as text."""
-    lines = [f"{'shape':8}{'provider':12}{'passes':>8}{'video launches':>16}{'elementwise bytes':>19}{'launches':>10}"]
+    lines = [
+        f"{'shape':8}{'provider':12}{'video passes':>14}{'video tensors':>15}{'elementwise bytes':>19}{'launches':>10}"
+    ]
     for row in rows:
         lines.append(
-            f"{row['shape']:8}{row['provider']:12}{row['video_passes']:8.1f}{row['video_launches']:16}"
+            f"{row['shape']:8}{row['provider']:12}{row['video_passes']:14}{row['video_tensors']:15.1f}"
             f"{row['elementwise_bytes']:19}{row['launches']:10}"
         )
     last = next((row for row in reversed(rows) if row["provider"] == "ltxkern"), None)
     for one in last["sites"] if last else ():
-        lines.append(f"{one['video_passes']:8.2f} passes, {one['launches']:2} launches: {one['site']}")
+        lines.append(f"{one['video_tensors']:8.2f} tensors, {one['video_passes']:2} passes: {one['site']}")
     return "\n".join(lines)

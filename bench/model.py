@@ -111,7 +111,6 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
     def unit(counted: float, rate: float) -> float:
         return uneven * counted * per_warp / (card.multiprocessors * clock * rate)
 
-    through = sum(row.reads.values()) + row.again + row.writes
     life = (row.waits * card.latency_ns + row.near_waits * L2_LATENCY_NS) / 1e3 + row.cycles / clock
     accesses = "shared" if row.wavefronts > 8 * row.lsu else "LSU"
     matrix = card.matrix_rate * (
@@ -123,7 +122,7 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
         Limit("MUFU", unit(row.mufu, SPECIAL * UNITS_REACHED)),
         Limit("fp64", unit(row.double, card.double_lanes / 32 * UNITS_REACHED)),
         Limit(accesses, unit(row.wavefronts, WAVEFRONTS * UNITS_REACHED)),
-        Limit("L2", through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
+        Limit("L2", row.through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
         Limit("FLOP", flops / matrix * 1e6),
         Limit("latency", max(1.0, waves) * life),
         Limit("launch", LAUNCH_US + card.latency_ns / 1e3),

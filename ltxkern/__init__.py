@@ -12,7 +12,11 @@ from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
 from ltxkern.ops.qk_norm_rope import qk_norm_rope
 from ltxkern.ops.res2s import res2s_advance, res2s_midpoint, res2s_sde_step
 from ltxkern.ops.res2s_step import Res2sStep, res2s_coefficients, res2s_steps, sde_coefficients
-from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.ops.rms_norm_modulate import (
+    gated_residual_rms_norm_modulate,
+    gated_residual_rms_norm_modulate_twice,
+    rms_norm_modulate,
+)
 
 __version__ = "0.1.0"
 
@@ -28,6 +32,7 @@ __all__ = [
     "dual_add",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
+    "gated_residual_rms_norm_modulate_twice",
     "group_norm_silu",
     "head_gate",
     "merge_lora_",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltxkern import debug, schema
+from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver
 from ltxkern.registration import refuse_gradients, register, register_in_place, tensors_of
@@ -101,7 +101,7 @@ def unavailable(backend: str) -> str | None:
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else driver.no_device()
+    return None if triton.interpreted() else driver.no_device()
 
 
 def _ask_again() -> None:
@@ -116,7 +116,7 @@ os.register_at_fork(after_in_child=_ask_again)
 
 def _waiting(backend: str) -> bool:
     """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
-    return backend in DEVICE_BACKENDS and os.environ.get("TRITON_INTERPRET") != "1" and driver.unused(_ask_again)
+    return backend in DEVICE_BACKENDS and not triton.interpreted() and driver.unused(_ask_again)
 
 
 def backends() -> list[str]:

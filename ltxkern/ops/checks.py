@@ -171,19 +171,20 @@ def check_out(
         raise TypeError(f"{name} must be {dtype}, got {out.dtype}")
 
 
-def check_pair(out: Any) -> None:
-    """`out` is a pair, of tensors or of lists of them."""
+def check_pair(out: Any, count: int = 2) -> None:
+    """`out` is a pair, or three, of tensors or of lists of them."""
+    wanted = "a pair of tensors" if count == 2 else "three tensors"
     if not isinstance(out, (tuple, list)):
-        raise TypeError(f"out must be a pair of tensors, got {type(out).__name__}")
-    if len(out) != 2:
-        raise ValueError(f"out must be a pair of tensors, got {len(out)} of them")
+        raise TypeError(f"out must be {wanted}, got {type(out).__name__}")
+    if len(out) != count:
+        raise ValueError(f"out must be {wanted}, got {len(out)} of them")
 
 
-def check_outs(out: Any, model: Tensor) -> None:
-    """`out` is a pair of tensors that can take results of the model's shape, dtype and device."""
-    check_pair(out)
-    check_out(out[0], model.shape, model.dtype, model.device, "out[0]")
-    check_out(out[1], model.shape, model.dtype, model.device, "out[1]")
+def check_outs(out: Any, model: Tensor, count: int = 2) -> None:
+    """`out` is a pair, or three, of tensors that can take results of the model's shape, dtype and device."""
+    check_pair(out, count)
+    for index, each in enumerate(out):
+        check_out(each, model.shape, model.dtype, model.device, f"out[{index}]")
 
 
 def listed(name: str, value: Any, count: int) -> list[Any]:

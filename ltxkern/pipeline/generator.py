@@ -19,6 +19,7 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling
+from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
@@ -61,6 +62,7 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
+        fusions: str | FusionPolicy | None = None,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -75,6 +77,7 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
+        self.fusions = FusionPolicy.of(fusions)
         self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
@@ -93,6 +96,7 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
+        fusions: str | None = None,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -112,6 +116,7 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
+            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -130,10 +135,9 @@ class HQTwoStagePipeline:
         place = find_device(device)
         strengths = distilled_strengths or chosen.distilled_strengths
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
-        for path, strength in pairs:
-            require_strength(str(path), strength, signed=True)
-        for strength in strengths:
-            require_strength("distilled LoRA", strength)
+        wanted = [(str(path), strength, True) for path, strength in pairs]
+        for name, strength, signed in [*wanted, *(("distilled LoRA", strength, False) for strength in strengths)]:
+            require_strength(name, strength, signed=signed)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
         if model is not path_or_id:  # who found it has checked it
             admission = Admission()
@@ -162,6 +166,7 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
+            fusions=fusions,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -291,7 +296,7 @@ class HQTwoStagePipeline:
             phases = phases[: self._parallel.stages(policies[: len(stages)])]
         if phases:
             self._attach(request, phases)
-        with use_attention(self.attention):
+        with use_attention(self.attention), use_fusions(self.fusions):
             latents = run.latents(policies, phases)
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
@@ -299,8 +304,7 @@ class HQTwoStagePipeline:
             streamed = output_type == "stream"
             videos, audio = decode(self.components, self.manager, latents, tiling, progress, streamed=streamed)
             output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
-        kernels = served() | {"attention": self.attention.served}
-        output.backends = {name: sorted(names) for name, names in kernels.items()}
+        output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
 
     def share_branches(self, parallel: CFGParallel) -> None:
@@ -317,15 +321,12 @@ class HQTwoStagePipeline:
         if parallel.size > 1:
             if parallel.sequence is not None:
                 config = self.components.config("transformer") or {}
-                names = ("num_attention_heads", "audio_num_attention_heads")
-                parallel.sequence.require(heads=min(int(config[name]) for name in names))
+                parallel.sequence.require(heads=min(int(config[f"{of}num_attention_heads"]) for of in ("", "audio_")))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 
     def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
-        needed = ["transformer"]
-        if self.preset.stages == 2:
-            needed.append("upsampler")
+        needed = ["transformer", "upsampler"][: self.preset.stages]
         if encodes_images or output_type != "latents":
             needed.append("video_vae")
         if output_type != "latents":

@@ -37,8 +37,8 @@ def test_no_modulation_is_written_out_token_by_token(model: LTX2Transformer, lev
     width = model.config.num_attention_heads * model.config.attention_head_dim
     with Modulations((1, VIDEO_TOKENS, width)) as seen:
         predict_velocity(model, **pair)
-    # Self-attention, text and feed-forward: five calls; two more for the attentions between the modalities.
-    assert seen.indexed == (7 * len(model.transformer_blocks) if levels else 0)
+    # Each residual with the norms behind it: text, between the modalities, feed-forward, next block.
+    assert seen.indexed == (1 + 4 * len(model.transformer_blocks) if levels else 0)
     assert seen.gathered == (1 if levels else 0)
 
 
