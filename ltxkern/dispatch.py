@@ -72,8 +72,13 @@ def backend_names(text: str, variable: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _environment_choice() -> tuple[str, ...] | None:
-    return backend_names(os.environ.get("LTXKERN_BACKEND", ""), "LTXKERN_BACKEND") or None
+def _environment_choice() -> tuple[str, ...]:
+    return backend_names(os.environ.get("LTXKERN_BACKEND", ""), "LTXKERN_BACKEND")
+
+
+def named() -> tuple[str, ...] | None:
+    """The backends that serve calls here, in order; None where every op chooses."""
+    return _forced.get() or _environment_choice() or None
 
 
 @functools.cache
@@ -133,10 +138,8 @@ def backends() -> list[str]:
 def use_backend(*names: str) -> Iterator[None]:
     """Serve every op in the block by the named backend; several names form an order of preference.
 
-    A case that none of the named backends can serve raises `BackendError` with each one's reason.
-
     Args:
-        names: one or more of "cuda", "nvrtc", "triton", "cpu", "torch".
+        names: one or more of "cuda", "nvrtc", "triton", "cpu", "torch"; `BackendError` tells each one's reason where none serves.
     Raises:
         ValueError: unknown name, or no name.
         BackendError: a named single backend cannot run in this process.
@@ -277,8 +280,7 @@ class Op:
         Raises:
             BackendError: none does; with the reason of each.
         """
-        names = _forced.get() or _environment_choice()
-        for name in self._candidates(names):
+        for name in self._candidates(_forced.get() or _environment_choice()):
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
@@ -288,7 +290,7 @@ class Op:
 
     def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
-        for name in _forced.get() or _environment_choice() or self._trust.order:
+        for name in named() or self._trust.order:
             if name == before:
                 return
             yield name, self.missing(name) or self._backends[name].refuse(args) or ""

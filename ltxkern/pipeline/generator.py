@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
+from ltxkern.pipeline.model.decode import Tiling
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.decoding import Decoding
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
@@ -36,6 +37,9 @@ from ltxkern.pipeline.run.request import (
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
 from ltxkern.pipeline.sampling.latents import Geometry
+from ltxkern.pipeline.work.facts import model_facts, run_facts
+from ltxkern.pipeline.work.folder import WorkFolder
+from ltxkern.pipeline.work.kept import KeptWork
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
@@ -81,6 +85,7 @@ class HQTwoStagePipeline:
         self._patched: list[Patched] = []
         self._pristine = pristine
         self._attached = False
+        self._model_facts: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -247,6 +252,7 @@ class HQTwoStagePipeline:
         output_type: str = "video",
         callback: StepCallback | None = None,
         progress: Progress | None = None,
+        work_dir: str | Path | WorkFolder | None = None,
     ) -> HQOutput:
         """Generate what a request asks for.
 
@@ -261,6 +267,8 @@ class HQTwoStagePipeline:
             output_type: "video", "latents", or "stream" (video decoded while it is consumed).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
+            work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
+                `WorkFolder` stays open, and its owner says when the result is safe; None keeps nothing.
         Returns:
             `HQOutput`.
         Raises:
@@ -279,27 +287,64 @@ class HQTwoStagePipeline:
             )
         strengths = request.distilled_strengths or self.distilled_strengths
         replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
-        self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
-        stages = request.stages(self.geometry)
-        run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress)
-        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
-        guidance = request.guidance(self.geometry)
-        policies = self.prompts.policies(request, guidance, guidance_policy, embeddings, negative_embeddings, progress)
-        stages[0] = replace(stages[0], branches=len(policies[0].branches))
-        if self._parallel is not None:
-            phases = phases[: self._parallel.stages(policies[: len(stages)])]
-        if phases:
-            self._attach(request, phases)
-        with use_attention(self.attention):
-            latents = run.latents(policies, phases)
-        output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
-        leads = self._parallel is None or self._parallel.rank == 0
-        if output_type != "latents" and leads:
-            videos, audio = self._decode(latents, tiling, output_type, progress)
-            output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
+        self.components.require(
+            stages=self.preset.stages,
+            encodes_images=bool(request.images) and image_latents is None,
+            encodes_text=embeddings is None,
+            decodes=output_type != "latents",
+        )
+        facts: dict[str, Any] = {}
+        if work_dir is not None:
+            given = {
+                "embeddings": embeddings,
+                "negative_embeddings": negative_embeddings,
+                "initial_noise": initial_noise,
+            }
+            given |= {"sde_noise": sde_noise, "image_latents": image_latents, "tiling": tiling}
+            facts = self._facts(
+                replace(request, distilled_strengths=strengths), guidance_policy=guidance_policy, **given
+            )
+        with KeptWork.opened(work_dir, self.device, facts, streams=output_type == "stream") as work:
+            stages = request.stages(self.geometry)
+            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
+            phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
+            guidance = request.guidance(self.geometry)
+            policies = self.prompts.policies(
+                request, guidance, guidance_policy, embeddings, negative_embeddings, progress, work
+            )
+            stages[0] = replace(stages[0], branches=len(policies[0].branches))
+            if self._parallel is not None:
+                phases = phases[: self._parallel.stages(policies[: len(stages)])]
+            if phases and not run.is_denoised:
+                self._attach(request, phases)
+            with use_attention(self.attention):
+                latents = run.latents(policies, phases)
+            output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
+            leads = self._parallel is None or self._parallel.rank == 0
+            if output_type != "latents" and leads:
+                decode = Decoding(self.components, self.manager, tiling, progress, work)
+                videos, audio = decode(latents, stream=output_type == "stream")
+                one = isinstance(request.prompt, str)
+                output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
         kernels = served() | {"attention": self.attention.served}
         output.backends = {name: sorted(names) for name, names in kernels.items()}
         return output
+
+    def _facts(self, request: GenerationRequest, **given: Any) -> dict[str, Any]:
+        """What a result depends on."""
+        if self.denoiser_factory is not None:
+            raise ValueError(
+                "work_dir is kept by a process that runs all branches: leave it out where ranks share them out"
+            )
+        if self._model_facts is None:
+            if self._attached:  # its weights are in a LoRA phase
+                self.manager.close()
+                self._attached = False
+            self._model_facts = model_facts(self.components, self.loras, self.distilled_lora)
+        own = run_facts(
+            request, self.device, self.components.dtype("transformer"), attention=self.attention.name, **given
+        )
+        return own | self._model_facts
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -320,22 +365,6 @@ class HQTwoStagePipeline:
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 
-    def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
-        needed = ["transformer"]
-        if self.preset.stages == 2:
-            needed.append("upsampler")
-        if encodes_images or output_type != "latents":
-            needed.append("video_vae")
-        if output_type != "latents":
-            needed += ["audio_vae", "vocoder"]
-        if encodes_text:
-            needed += ["tokenizer", "text_encoder", "connectors"]
-        absent = [name for name in needed if self.components.is_absent(name)]
-        if absent:
-            raise ValueError(
-                f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
-            )
-
     def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
         if not self._attached:
             transformer = self.components.transformer
@@ -349,35 +378,6 @@ class HQTwoStagePipeline:
 
             beside = plan(self.components, request, device=self.device).beside_transformer
         self.manager.prepare(*phases, activation_bytes=beside)
-
-    def _decode(
-        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
-    ) -> tuple[list[Any], list[Tensor]]:
-        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
-        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
-        if output_type == "stream":
-            return streams, self._waveforms(latents["audio"], progress)
-        waveforms, videos = self.manager.side_by_side(
-            lambda: self._waveforms(latents["audio"], progress),
-            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
-        )
-        return videos, waveforms
-
-    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
-        report(progress, "audio", 0, 1)
-        with (
-            self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
-            self.manager.component("vocoder", self.components.vocoder) as vocoder,
-        ):
-            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
-        report(progress, "audio", 1, 1)
-        return waveforms
-
-    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
-        with self.manager.component("video_vae", self.components.video_vae) as vae:
-            yield from decode_video(
-                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
-            )
 
     def close(self) -> None:
         """Release what is held, and give back what was given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ltxkern.pipeline.run.denoising import Progress, report
 from ltxkern.pipeline.run.request import GenerationRequest
 from ltxkern.pipeline.sampling.finite import check_latent
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceRequest, MultiModalPolicy, SingleBranchPolicy
+from ltxkern.pipeline.work.kept import KeptWork
 
 
 class PromptEncoder:
@@ -52,6 +53,7 @@ class PromptEncoder:
         embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
         negative: PromptEmbeddings | Sequence[Tensor] | None = None,
         progress: Progress | None = None,
+        work: KeptWork | None = None,
     ) -> list[CFGPolicy]:
         """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device.
 
@@ -63,7 +65,7 @@ class PromptEncoder:
         wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
         if embeddings is None:
             texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
-            encoded = self.encode(texts, progress)
+            encoded = _kept(work or KeptWork(), texts, lambda: self.encode(texts, progress))
             embeddings = _stack(encoded[: request.batch])
             if len(encoded) > request.batch:
                 negative = _stack(encoded[request.batch :])
@@ -123,6 +125,17 @@ def open_embedding_cache(wanted: str | Path | bool, model: FoundModel, dtype: to
     folder = None if wanted is True else wanted
     name = str(model.path.absolute()) + (f" {model.variant}" if model.variant else "")
     return EmbeddingCache(folder, model=name, revision=model_revision(*files), dtype=dtype)
+
+
+def _kept(work: KeptWork, texts: list[str], encode: Callable[[], list[PromptEmbeddings]]) -> list[PromptEmbeddings]:
+    """The contexts of texts, of an earlier process where it encoded them."""
+
+    def make() -> dict[str, Tensor]:
+        found = encode()
+        return {f"{part}-{i:05d}": getattr(one, part) for i, one in enumerate(found) for part in ("video", "audio")}
+
+    held = work.once("text", make)
+    return [PromptEmbeddings(held[f"video-{i:05d}"], held[f"audio-{i:05d}"]) for i in range(len(texts))]
 
 
 def _stack(items: Sequence[PromptEmbeddings]) -> PromptEmbeddings:

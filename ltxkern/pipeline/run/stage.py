@@ -19,6 +19,7 @@ from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoi
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.state import Latents, offset_seeds
+from ltxkern.pipeline.work.kept import KeptSteps
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,17 @@ def batched_runner(max_batch_size: int) -> Runner:
     return run_branches if max_batch_size == 1 else run
 
 
+def _kept(steps: KeptSteps, denoiser: Any, reuses: bool) -> dict[str, Any]:
+    """The sampler's arguments that go on from the last kept step and keep the next ones; `reuses`: predictions outlive a step."""
+    found = steps.latest()
+    if found is not None and reuses:
+        denoiser.last = dict(found[1])
+    return {
+        "start": None if found is None else found[0],
+        "keep": lambda point: steps.keep(point, denoiser.last if reuses else {}),
+    }
+
+
 def run_stage(
     transformer: LTX2Transformer,
     states: Mapping[str, LatentState],
@@ -85,6 +97,7 @@ def run_stage(
     sde_noise: Mapping[str, Sequence[Tensor]] | None = None,
     callback: Callable[[int, int, dict[str, Tensor]], None] | None = None,
     denoiser_factory: Callable[[CFGPolicy, BranchForward], Any] | None = None,
+    steps: KeptSteps | None = None,
 ) -> dict[str, LatentState]:
     """Denoise the noised states of one stage.
 
@@ -100,6 +113,7 @@ def run_stage(
         sde_noise: ready noise of every draw of the sampler per modality, in its order; seeded draws where None.
         callback: called after each step with (done, total, latents).
         denoiser_factory: makes the denoiser from policy and forward; None runs the branches one after another.
+        steps: where the stage goes on from, and where its steps are kept.
     Returns:
         The states with the denoised latents, conditioning tokens removed.
     Raises:
@@ -113,6 +127,8 @@ def run_stage(
     latents = {name: state.latent for name, state in states.items()}
     sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
     held: dict[str, Any] = {"callback": callback}
+    if steps is not None:
+        held |= _kept(steps, denoiser, any(policy.skipped(step) for step in range(len(stage.sigmas))))
     if conditioned:
         held["masks"] = {name: state.mask for name, state in states.items()}
         held["clean"] = {name: state.clean for name, state in states.items()}
