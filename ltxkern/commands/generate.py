@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxkern.commands import admission, options, parallel
+from ltxkern.commands import admission, options, parallel, work_dir
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.run.request import GenerationRequest
@@ -30,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     options.add_request_options(parser)
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
+    work_dir.add_work_options(parser)
     parser.add_argument(
         "-o", "--output", default="out.mp4", metavar="PATH", help=".mp4, .safetensors or a folder (default out.mp4)"
     )
@@ -65,10 +66,15 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
             print(DEMO_NOTE, file=sys.stderr)
     elif chosen.model.path is not None and not arguments.no_plan:
         chosen.plan(request).check()
-    with Bars(arguments.quiet or not job.leads) as bars, chosen.open() as pipeline:
+    with (
+        work_dir.kept(arguments, job) as work,
+        Bars(arguments.quiet or not job.leads) as bars,
+        chosen.open() as pipeline,
+    ):
         shared = job.share(pipeline, request, arguments.cfg_parallel_size, arguments.stage2_parallel)
         if shared is not None or job.leads:
-            output = pipeline.generate(request, output_type="latents" if kind == "latents" else "stream", progress=bars)
+            how = "latents" if kind == "latents" else "stream"
+            output = pipeline.generate(request, output_type=how, progress=bars, work_dir=work)
         if job.leads:
             output.save(arguments.output, progress=bars.frames(request.num_frames))
     job.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from typing import Any
 from ltxkern.pipeline.results.atomic import replacing_file
 from ltxkern.pipeline.work.facts import changeable, differences, differing
 from ltxkern.pipeline.work.record import SUFFIX, sync_folder
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, LOCK = "manifest.json", "lock"
 # Where a run can be taken up anew, and the records that are made from there on.
@@ -52,12 +55,33 @@ class Manifest:
     format: int = FORMAT
 
 
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """What a folder holds; None where it holds no run.
+
+    Raises:
+        WorkFolderError: it cannot be read, or is of another version.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        found = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise WorkFolderError(f"{path} cannot be read ({error}): remove the folder, or name another") from error
+    if found.format != FORMAT:
+        raise WorkFolderError(
+            f"work folder {str(folder)!r} is of format {found.format}, this version reads {FORMAT}: name another"
+        )
+    return found
+
+
 class WorkFolder:
     """A work folder that this process holds: `with WorkFolder(path) as folder`, or until `close`.
 
     Args:
         path: made where it is not there; an existing one must be empty or hold a run.
         command: options that started the run, for `ltxkern resume`.
+        is_cache: a run that is finished, or was made with other facts, makes room for the one at hand.
         restart: "text", "stage1", "stage2" or "decode": what is there from this stage on is made anew, and may be made with other
             settings, where these do not reach into earlier stages.
 
@@ -66,18 +90,26 @@ class WorkFolder:
     """
 
     def __init__(
-        self, path: str | Path, *, command: Mapping[str, Any] | None = None, restart: str | None = None
+        self,
+        path: str | Path,
+        *,
+        command: Mapping[str, Any] | None = None,
+        restart: str | None = None,
+        is_cache: bool = False,
     ) -> None:
         if restart is not None and restart not in STAGES:
             raise WorkFolderError(f"from must be one of {', '.join(STAGES)}, got {restart!r}")
         self._restart = restart
+        self.is_cache = is_cache
         self.path = Path(os.path.expanduser(path)).absolute()
         self._lock = self._claim()
         try:
-            self._manifest = self._read() or Manifest(uuid.uuid4().hex)
-        except BaseException:
-            self.close()
-            raise
+            self._manifest = read_manifest(self.path) or Manifest(uuid.uuid4().hex)
+        except WorkFolderError:
+            if not is_cache:
+                self.close()
+                raise
+            self.clear()
         self._remove_temporaries()
         if command is not None:
             self._command: Mapping[str, Any] | None = command
@@ -115,21 +147,6 @@ class WorkFolder:
             ) from error
         return handle
 
-    def _read(self) -> Manifest | None:
-        path = self.path / MANIFEST
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = Manifest(**content)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise WorkFolderError(f"{path} cannot be read ({error}): remove the folder, or name another") from error
-        if found.format != FORMAT:
-            raise WorkFolderError(
-                f"work folder {str(self.path)!r} is of format {found.format}, this version reads {FORMAT}: name another"
-            )
-        return found
-
     def _remove_temporaries(self) -> None:
         """Of a process that was killed: nobody else writes here."""
         for left in self.path.glob(".ltxkern-*"):
@@ -140,14 +157,16 @@ class WorkFolder:
         """What it holds."""
         return self._manifest
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
-        """Say what the run depends on, before its first record.
+    def begins(self, facts: Mapping[str, Any]) -> bool:
+        """Say what the run depends on, before its first record; False where a folder of the cache cannot keep it.
 
         Raises:
             WorkFolderError: the folder holds a run with other facts; each is named.
             OSError: the manifest cannot be written.
         """
         wanted = json.loads(json.dumps(facts))
+        if self.is_cache and (self._manifest.finished or self._manifest.facts != wanted):
+            self.clear()
         held = self._manifest.facts
         other = [] if held is None else differing(held, wanted)
         fixed = [name for name in other if self._restart is None or not changeable(name, self._restart)]
@@ -164,8 +183,15 @@ class WorkFolder:
             earlier = {stage: then for stage, then in earlier.items() if then and self.record(stage).exists()}
         self._restart = None
         changed = replace(self._manifest, facts=wanted, command=self._command, earlier=earlier, finished=False)
-        if changed != self._manifest:
-            self._write(changed)
+        try:
+            if changed != self._manifest:
+                self._write(changed)
+        except OSError as error:
+            if not self.is_cache:
+                raise
+            logger.warning("the run is not kept: %s", error)
+            return False
+        return True
 
     def _advice(self, fixed: list[str]) -> str:
         stages = [stage for stage in STAGES if all(changeable(name, stage) for name in fixed)]
@@ -189,7 +215,10 @@ class WorkFolder:
         """The result is written: what only a run in progress needs is removed."""
         self.remove("steps-")
         self.remove("chunk")
-        self._write(replace(self._manifest, finished=True))
+        try:
+            self._write(replace(self._manifest, finished=True))
+        except OSError as error:
+            logger.warning("work folder %s does not say that its run is finished: %s", self.path, error)
 
     def _write(self, manifest: Manifest) -> None:
         with replacing_file(self.path / MANIFEST) as temporary:

@@ -72,7 +72,8 @@ class KeptWork:
         folder = place if isinstance(place, WorkFolder) else WorkFolder(place)
         work = cls(folder, device, owns=folder is not place)
         try:
-            folder.begin(facts)
+            if not folder.begins(facts):
+                work.folder = None
             yield work
         except BaseException:
             if work.owns:
