@@ -295,14 +295,11 @@ class HQTwoStagePipeline:
         )
         facts: dict[str, Any] = {}
         if work_dir is not None:
-            given = {
-                "embeddings": embeddings,
-                "negative_embeddings": negative_embeddings,
-                "initial_noise": initial_noise,
-            }
-            given |= {"sde_noise": sde_noise, "image_latents": image_latents, "tiling": tiling}
             facts = self._facts(
-                replace(request, distilled_strengths=strengths), guidance_policy=guidance_policy, **given
+                replace(request, distilled_strengths=strengths),
+                guidance_policy=guidance_policy,
+                **{"embeddings": embeddings, "negative_embeddings": negative_embeddings, "tiling": tiling},
+                **{"initial_noise": initial_noise, "sde_noise": sde_noise, "image_latents": image_latents},
             )
         with KeptWork.opened(work_dir, self.device, facts, streams=output_type == "stream") as work:
             stages = request.stages(self.geometry)

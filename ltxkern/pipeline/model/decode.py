@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -125,14 +124,12 @@ def decode_video(
 
 @torch.no_grad()
 def _to_pictures(groups: Iterator[Tensor], stage: str, *, whole: bool) -> Iterator[Tensor]:
-    low, high = math.inf, -math.inf
+    watch = finite.VideoWatch(stage)
     for group in groups:
-        finite.check_finite(stage, "video", group)
-        pictures = group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
-        low, high = min(low, float(pictures.min())), max(high, float(pictures.max()))
-        yield pictures
+        watch.chunk(group)
+        yield group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
     if whole:
-        finite.warn_if_flat(stage, low, high)
+        watch.end()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.work.chunks import VideoChunks
 from ltxkern.pipeline.work.kept import KeptWork
 
@@ -47,6 +48,7 @@ class Decoding:
         with (
             self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
             self.manager.component("vocoder", self.components.vocoder) as vocoder,
+            explained("decode", self.components, ["audio_vae", "vocoder"]),
         ):
             waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
         report(self.progress, "audio", 1, 1)
@@ -54,7 +56,10 @@ class Decoding:
 
     def _chunks(self, latent: Tensor, name: str) -> VideoChunks:
         def decode(skip: int) -> Iterator[Tensor]:
-            with self.manager.component("video_vae", self.components.video_vae) as vae:
+            with (
+                explained("decode", self.components, ["video_vae"]),
+                self.manager.component("video_vae", self.components.video_vae) as vae,
+            ):
                 yield from decode_video(
                     vae,
                     latent,

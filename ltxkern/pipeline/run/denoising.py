@@ -14,9 +14,10 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
+from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import run_stage
-from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.finite import check_latents
 from ltxkern.pipeline.sampling.guidance import CFGPolicy
 from ltxkern.pipeline.sampling.latents import LatentState, patchify
 from ltxkern.pipeline.sampling.state import fill_normal, sample_generators
@@ -73,7 +74,11 @@ class DenoisingRun:
             else:
                 pictures = self._pictures(index)
                 pipeline.manager.switch_lora_phase(phase)
-                with pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])):
+                loras = [lora for lora, _ in phase.entries]
+                with (
+                    explained(f"stage{index + 1}", pipeline.components, ["transformer"], loras),
+                    pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])),
+                ):
                     found = self._stage(index, policies[index], pictures, video, audio)
                 self.work.stage(f"stage{index + 1}", found)
             video, audio = found["video"], found["audio"]
@@ -156,7 +161,7 @@ class DenoisingRun:
             sde_noise=None if self.sde_noise is None else self.sde_noise[index],
             callback=self._step_callback(stage),
             denoiser_factory=pipeline.denoiser_factory,
-            steps=self.work.steps(f"stage{index + 1}"),
+            steps=self.work.steps(f"stage{index + 1}", stage.name),
         )
         return {name: state.unpack() for name, state in ends.items()} | {_DRAWN: torch.tensor(drawn)}
 
@@ -179,7 +184,8 @@ class DenoisingRun:
         report(self.progress, "upsampling", 0, 1)
         with pipeline.manager.component("upsampler", pipeline.components.upsampler) as upsampler:
             larger = upsample_latent(upsampler, self._statistics(), video)
-        check_latent("upsampling", "video latent", larger)
+        with explained("stage1", pipeline.components, ["upsampler"]):
+            check_latents("upsampling", {"video latent": larger})
         report(self.progress, "upsampling", 1, 1)
         return larger
 

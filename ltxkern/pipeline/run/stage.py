@@ -14,7 +14,7 @@ from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_x0_batch
 from ltxkern.pipeline.parallel.by_token import SequenceParallel
 from ltxkern.pipeline.run.request import Stage
 from ltxkern.pipeline.sampling.euler import euler_sample
-from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.finite import StageWatch
 from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner, run_branches
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
@@ -117,7 +117,7 @@ def run_stage(
     Returns:
         The states with the denoised latents, conditioning tokens removed.
     Raises:
-        NonFiniteError: the stage ended in NaN or infinity.
+        NonFiniteError: the stage ended in NaN or infinity; the message names the step and the modality that were first.
     """
     forward = BranchForward(transformer, states, conditioned)
     if denoiser_factory is not None:
@@ -126,7 +126,14 @@ def run_stage(
         denoiser = GuidedDenoiser(policy, forward, runner=batched_runner(max_batch_size))
     latents = {name: state.latent for name, state in states.items()}
     sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
-    held: dict[str, Any] = {"callback": callback}
+    watch = StageWatch(stage.name)
+
+    def after_step(done: int, total: int, latents: Latents) -> None:
+        watch.after_step(done, latents)
+        if callback is not None:
+            callback(done, total, latents)
+
+    held: dict[str, Any] = {"callback": after_step}
     if steps is not None:
         held |= _kept(steps, denoiser, any(policy.skipped(step) for step in range(len(stage.sigmas))))
     if conditioned:
@@ -141,8 +148,5 @@ def run_stage(
         result = euler_sample(denoiser, latents, sigmas, **held)
     else:
         result = euler_sample(denoiser, latents, sigmas, **held)
-    done = {}
-    for name, state in states.items():
-        check_latent(stage.name, f"{name} latent", result[name])
-        done[name] = replace(state, latent=result[name]).clear_conditioning()
-    return done
+    watch.check(result)
+    return {name: replace(state, latent=result[name]).clear_conditioning() for name, state in states.items()}

@@ -34,7 +34,8 @@ TAIL_SIGMA = fp32(0.0011)
 class _Noise(Protocol):
     """Source of the noise of one step or substep: tensors, and their statistics where they are raw."""
 
-    generators: Sequence[torch.Generator]
+    @property
+    def generators(self) -> Sequence[torch.Generator]: ...
 
     def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]: ...
 
@@ -60,7 +61,7 @@ class _DrawnNoise:
 class _ReplayedNoise:
     """Ready noise given by the caller: substep 0, step 0, substep 1, step 1, ... of each modality."""
 
-    generators: Sequence[torch.Generator] = ()
+    generators: tuple[torch.Generator, ...] = ()
 
     def __init__(self, state: SamplerState, noise: Mapping[str, Sequence[Tensor]], count: int) -> None:
         self._noise = ready_noise(state, noise, count, "two a step")

@@ -28,6 +28,7 @@ _SHOWN = 60  # characters of a value in a sentence
 _TEXT = frozenset({"prompt", "negative_prompt", "embeddings", "negative_embeddings"})
 _TEXT_PARTS = frozenset({"model tokenizer", "model text_encoder", "model connectors"})
 _MACHINE = frozenset({"device", "threads", "ltxkern", "torch"})
+_PRECISION = frozenset({"dtype"})
 _STAGE_2 = frozenset(
     {"seed", "eta", "substep_eta", "stage2_sigmas", "distilled_strength_stage_2", "audio_source", "max_batch_size"}
 )
@@ -36,7 +37,7 @@ _DECODE = frozenset({"audio_source", "tiling"})
 
 def changeable(name: str, first: str) -> bool:
     """Whether what was made before stage `first` may stay where the fact of this name is another one."""
-    if first == "text":
+    if first == "text" or name in _PRECISION:
         return True
     if name in _MACHINE | _TEXT | _TEXT_PARTS:
         return False
@@ -83,7 +84,12 @@ def machine_facts(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
         where = f"cuda, {torch.cuda.get_device_name(device)}"
     else:
         where = f"{device.type}, {processor()}"
-    found = {"device": where, "dtype": str(dtype), "ltxkern": ltxkern.__version__, "torch": torch.__version__}
+    found: dict[str, Any] = {
+        "device": where,
+        "dtype": str(dtype),
+        "ltxkern": ltxkern.__version__,
+        "torch": torch.__version__,
+    }
     if device.type == "cpu":
         found["threads"] = torch.get_num_threads()
     return found | {

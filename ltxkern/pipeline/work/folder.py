@@ -165,7 +165,7 @@ class WorkFolder:
             OSError: the manifest cannot be written.
         """
         wanted = json.loads(json.dumps(facts))
-        if self.is_cache and (self._manifest.finished or self._manifest.facts != wanted):
+        if self.is_cache and self._restart is None and (self._manifest.finished or self._manifest.facts != wanted):
             self.clear()
         held = self._manifest.facts
         other = [] if held is None else differing(held, wanted)
@@ -177,7 +177,8 @@ class WorkFolder:
             )
         earlier = dict(self._manifest.earlier)
         if held is not None and self._restart is not None:
-            self._start_over(self._restart)
+            for prefix in STAGES[self._restart]:
+                self.remove(prefix)
             for stage in list(STAGES)[: list(STAGES).index(self._restart)]:
                 earlier[stage] = {name: held.get(name) for name in other} | dict(earlier.get(stage, {}))
             earlier = {stage: then for stage, then in earlier.items() if then and self.record(stage).exists()}
@@ -201,9 +202,11 @@ class WorkFolder:
             f"name another folder, or keep what lies before: ltxkern resume {self.path} --from {stages[-1]} --set ..."
         )
 
-    def _start_over(self, first: str) -> None:
-        for prefix in STAGES[first]:
-            self.remove(prefix)
+    def start_over(self, first: str, **options: Any) -> None:
+        """The next run makes everything from stage `first` on anew, with these options of the command in place of the old."""
+        self._restart = first
+        if self._command is not None:
+            self._command = {**self._command, **options}
 
     def clear(self) -> None:
         """Forget the run; the folder is as new."""

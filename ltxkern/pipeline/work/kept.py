@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.sampling.finite import NonFiniteError
+from ltxkern.pipeline.sampling.finite import check_finite
 from ltxkern.pipeline.sampling.state import Latents, SamplerPoint
 from ltxkern.pipeline.work.folder import WorkFolder
 from ltxkern.pipeline.work.record import DamagedRecordError, read_record, write_record
@@ -132,9 +132,9 @@ class KeptWork:
             self.leave(name, found)
         return found
 
-    def steps(self, stage: str) -> KeptSteps:
-        """The steps of a stage."""
-        return KeptSteps(self, f"steps-{stage}-")
+    def steps(self, stage: str, title: str) -> KeptSteps:
+        """The steps of a stage, whose errors call it by its title."""
+        return KeptSteps(self, f"steps-{stage}-", title)
 
     def stage(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep what a stage gives; its steps are not needed any more."""
@@ -149,6 +149,7 @@ class KeptSteps:
 
     work: KeptWork
     prefix: str
+    title: str
 
     def latest(self) -> tuple[SamplerPoint, Latents] | None:
         """The last point that can be used."""
@@ -175,8 +176,7 @@ class KeptSteps:
             return
         latents = {name: latent.cpu() for name, latent in point.latents.items()}
         for name, latent in latents.items():
-            if not bool(latent.isfinite().all()):
-                raise NonFiniteError(f"step {point.done}: the {name} latent is not finite")
+            check_finite(f"{self.title}, step {point.done}", f"{name} latent", latent)
         tensors = {_DONE: torch.tensor(point.done)}
         tensors |= {f"{_LATENT}{name}": latent for name, latent in latents.items()}
         tensors |= {f"{_GENERATOR}{index:04d}": state for index, state in enumerate(point.generators)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ltxkern.pipeline.results.atomic import replacing_file
@@ -37,7 +37,8 @@ def write_record(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
     apart = {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in held.items()}
     header = {"run": run, "checksum": checksum(apart)}
     with replacing_file(path) as temporary:
-        save_file(apart, str(temporary), metadata={_HEADER: json.dumps(header)})
+        # Not save_file, whose errors do not say that the disk is full.
+        temporary.write_bytes(save(apart, metadata={_HEADER: json.dumps(header)}))
     sync_folder(path.parent)
 
 
@@ -69,7 +70,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(), total)
         if tensor.numel():
-            total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
+            total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
 
 
