@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.streams import clock_for, side_by_side
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling
+from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions, use_side_by_side
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.decoding import Decoding
+from ltxkern.pipeline.run.decoding import decode
 from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
@@ -37,7 +40,7 @@ from ltxkern.pipeline.run.request import (
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
 from ltxkern.pipeline.sampling.latents import Geometry
-from ltxkern.pipeline.work.facts import model_facts, run_facts
+from ltxkern.pipeline.work.facts import facts_of
 from ltxkern.pipeline.work.folder import WorkFolder
 from ltxkern.pipeline.work.kept import KeptWork
 
@@ -64,6 +67,8 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
+        fusions: str | FusionPolicy | None = None,
+        audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -78,6 +83,10 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
+        self.fusions = FusionPolicy.of(fusions)
+        # A stream of its own: on that of the manager sound would wait for weights on their way.
+        own = audio_stream and self.device.type == "cuda"
+        self._beside = partial(side_by_side, clock_for(self.device)) if own else None
         self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
@@ -85,7 +94,7 @@ class HQTwoStagePipeline:
         self._patched: list[Patched] = []
         self._pristine = pristine
         self._attached = False
-        self._model_facts: dict[str, Any] | None = None
+        self.model_facts: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -97,6 +106,8 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
+        fusions: str | None = None,
+        audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -116,6 +127,8 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
+            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -134,10 +147,9 @@ class HQTwoStagePipeline:
         place = find_device(device)
         strengths = distilled_strengths or chosen.distilled_strengths
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
-        for path, strength in pairs:
-            require_strength(str(path), strength, signed=True)
-        for strength in strengths:
-            require_strength("distilled LoRA", strength)
+        wanted = [(str(path), strength, True) for path, strength in pairs]
+        for name, strength, signed in [*wanted, *(("distilled LoRA", strength, False) for strength in strengths)]:
+            require_strength(name, strength, signed=signed)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
         if model is not path_or_id:  # who found it has checked it
             admission = Admission()
@@ -166,6 +178,8 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
+            fusions=fusions,
+            audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -264,7 +278,7 @@ class HQTwoStagePipeline:
             initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
-            output_type: "video", "latents", or "stream" (video decoded while it is consumed).
+            output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
             work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
@@ -287,21 +301,14 @@ class HQTwoStagePipeline:
             )
         strengths = request.distilled_strengths or self.distilled_strengths
         replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
-        self.components.require(
-            stages=self.preset.stages,
-            encodes_images=bool(request.images) and image_latents is None,
-            encodes_text=embeddings is None,
-            decodes=output_type != "latents",
-        )
+        encodes_images = bool(request.images) and image_latents is None
+        decodes, streamed = output_type != "latents", output_type == "stream"
+        self.components.require(self.preset.stages, encodes_images, embeddings is None, decodes)
         facts: dict[str, Any] = {}
         if work_dir is not None:
-            facts = self._facts(
-                replace(request, distilled_strengths=strengths),
-                guidance_policy=guidance_policy,
-                **{"embeddings": embeddings, "negative_embeddings": negative_embeddings, "tiling": tiling},
-                **{"initial_noise": initial_noise, "sde_noise": sde_noise, "image_latents": image_latents},
-            )
-        with KeptWork.opened(work_dir, self.device, facts, streams=output_type == "stream") as work:
+            given = (embeddings, negative_embeddings, initial_noise, sde_noise, image_latents, guidance_policy, tiling)
+            facts = facts_of(self, replace(request, distilled_strengths=strengths), given)
+        with KeptWork.opened(work_dir, self.device, facts) as work:
             stages = request.stages(self.geometry)
             run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
             phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
@@ -314,34 +321,22 @@ class HQTwoStagePipeline:
                 phases = phases[: self._parallel.stages(policies[: len(stages)])]
             if phases and not run.is_denoised:
                 self._attach(request, phases)
-            with use_attention(self.attention):
+            with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
                 latents = run.latents(policies, phases)
             output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
-            leads = self._parallel is None or self._parallel.rank == 0
-            if output_type != "latents" and leads:
-                decode = Decoding(self.components, self.manager, tiling, progress, work)
-                videos, audio = decode(latents, stream=output_type == "stream")
+            if decodes and (self._parallel is None or self._parallel.rank == 0):
+                how: dict[str, Any] = {"streamed": streamed, "work": work}
+                videos, audio = decode(self.components, self.manager, latents, tiling, progress, **how)
                 one = isinstance(request.prompt, str)
                 output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
-        kernels = served() | {"attention": self.attention.served}
-        output.backends = {name: sorted(names) for name, names in kernels.items()}
+        output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
 
-    def _facts(self, request: GenerationRequest, **given: Any) -> dict[str, Any]:
-        """What a result depends on."""
-        if self.denoiser_factory is not None:
-            raise ValueError(
-                "work_dir is kept by a process that runs all branches: leave it out where ranks share them out"
-            )
-        if self._model_facts is None:
-            if self._attached:  # its weights are in a LoRA phase
-                self.manager.close()
-                self._attached = False
-            self._model_facts = model_facts(self.components, self.loras, self.distilled_lora)
-        own = run_facts(
-            request, self.device, self.components.dtype("transformer"), attention=self.attention.name, **given
-        )
-        return own | self._model_facts
+    def detach(self) -> None:
+        """Give the transformer its pristine weights again; the next call takes them up."""
+        if self._attached:
+            self.manager.close()
+        self._attached = False
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -357,8 +352,7 @@ class HQTwoStagePipeline:
         if parallel.size > 1:
             if parallel.sequence is not None:
                 config = self.components.config("transformer") or {}
-                names = ("num_attention_heads", "audio_num_attention_heads")
-                parallel.sequence.require(heads=min(int(config[name]) for name in names))
+                parallel.sequence.require(heads=min(int(config[f"{of}num_attention_heads"]) for of in ("", "audio_")))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 

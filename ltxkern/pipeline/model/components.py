@@ -216,7 +216,7 @@ class Components:
             return vars(self)[name] is None
         return self._source is None or not self._source.has(name)
 
-    def require(self, *, stages: int, encodes_images: bool, encodes_text: bool, decodes: bool) -> None:
+    def require(self, stages: int, encodes_images: bool, encodes_text: bool, decodes: bool) -> None:
         """Refuses a run that needs a component which is absent.
 
         Raises:

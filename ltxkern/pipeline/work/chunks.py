@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -27,11 +28,20 @@ class VideoChunks(Iterator[Tensor]):
         self._name = name
         self._rest: Iterator[Tensor] | None = None
 
+    def begin(self) -> None:
+        """Decode the first chunk now, unless an earlier process did."""
+        if self._work.folder is None or not self._work.folder.names("chunk"):
+            rest = self._decode(0)
+            self._rest = chain((next(rest),), rest)
+
+    def _from(self, number: int) -> Iterator[Tensor]:
+        if number or self._rest is None:
+            self._rest = self._decode(number)
+        return self._rest
+
     def __next__(self) -> Tensor:
-        if self._rest is None:
-            self._rest = self._decode(0)
         try:
-            return next(self._rest)
+            return next(self._rest or self._from(0))
         except StopIteration:
             self._work.done()
             raise
@@ -54,7 +64,7 @@ class VideoChunks(Iterator[Tensor]):
             done += 1
         ended = self._work.take(f"{prefix}-end")
         if ended is None or int(ended[_COUNT]) != done:
-            for chunk in self._decode(done):
+            for chunk in self._from(done):
                 frames = convert(chunk)
                 self._work.leave(f"{prefix}-{done:05d}", {_FRAMES: frames})
                 yield frames

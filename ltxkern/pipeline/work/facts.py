@@ -22,6 +22,15 @@ from ltxkern.trust.machine import processor
 if TYPE_CHECKING:
     from ltxkern.pipeline.files.lora import LoRA
 
+GIVEN = (
+    "embeddings",
+    "negative_embeddings",
+    "initial_noise",
+    "sde_noise",
+    "image_latents",
+    "guidance_policy",
+    "tiling",
+)
 _SAMPLES = 64  # values of each tensor that tell one set of weights from another
 _SHOWN = 60  # characters of a value in a sentence
 
@@ -56,6 +65,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def facts_of(pipeline: Any, request: Any, given: Sequence[Any]) -> dict[str, Any]:
+    """What the result of a pipeline's call depends on.
+
+    Args:
+        pipeline: `HQTwoStagePipeline`.
+        request: with the strengths of the distilled LoRA that are meant.
+        given: what the call was given beside the request, in the order of `GIVEN`.
+
+    Raises:
+        ValueError: several ranks share the run.
+    """
+    if pipeline.denoiser_factory is not None:
+        raise ValueError(
+            "work_dir is kept by a process that runs all branches: leave it out where ranks share them out"
+        )
+    if pipeline.model_facts is None:
+        pipeline.detach()  # its weights may be in a LoRA phase
+        pipeline.model_facts = model_facts(pipeline.components, pipeline.loras, pipeline.distilled_lora)
+    own = {
+        "attention": pipeline.attention.name,
+        "fusions": pipeline.fusions.name,
+        **dict(zip(GIVEN, given, strict=True)),
+    }
+    dtype = pipeline.components.dtype("transformer")
+    return run_facts(request, pipeline.device, dtype, **own) | pipeline.model_facts
 
 
 def run_facts(request: Any, device: torch.device, dtype: torch.dtype | None, **given: Any) -> dict[str, Any]:
@@ -93,7 +129,7 @@ def machine_facts(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
     if device.type == "cpu":
         found["threads"] = torch.get_num_threads()
     return found | {
-        "backends": list(dispatch.named() or dispatch.backends()),
+        "backends": list(dispatch.forced.get() or dispatch.backends()),
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
 

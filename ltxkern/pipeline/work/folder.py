@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ltxkern.pipeline.results.atomic import replacing_file
 from ltxkern.pipeline.work.facts import changeable, differences, differing
@@ -116,7 +116,7 @@ class WorkFolder:
         else:
             self._command = self._manifest.command
 
-    def _claim(self) -> int:
+    def _claim(self) -> IO[bytes]:
         try:
             foreign = self.path.is_dir() and not (self.path / LOCK).exists() and any(self.path.iterdir())
             if foreign:
@@ -124,28 +124,30 @@ class WorkFolder:
                     f"work folder {str(self.path)!r} holds other files than a run's: name an empty or a new folder"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            # A file object: who forgets the folder gives it back.
+            lock = (self.path / LOCK).open("a+b", buffering=0)
         except OSError as error:
             raise WorkFolderError(
                 f"work folder {str(self.path)!r} cannot be written ({error.strerror}): name another, or use --no-work-dir"
             ) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
-            os.close(handle)
+            lock.seek(0)
+            holder = lock.read(32).decode(errors="replace").strip()
+            lock.close()
             raise WorkFolderError(
                 f"work folder {str(self.path)!r} is in use by process {holder or '?'}: wait for it, or name another"
             ) from error
         try:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n".encode())
         except OSError as error:
-            os.close(handle)
+            lock.close()
             raise WorkFolderError(
                 f"work folder {str(self.path)!r} cannot be written ({error.strerror}): make room, or use --no-work-dir"
             ) from error
-        return handle
+        return lock
 
     def _remove_temporaries(self) -> None:
         """Of a process that was killed: nobody else writes here."""
@@ -244,9 +246,7 @@ class WorkFolder:
 
     def close(self) -> None:
         """Let others have it."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def __enter__(self) -> WorkFolder:
         return self

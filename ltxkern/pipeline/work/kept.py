@@ -36,32 +36,27 @@ class KeptWork:
         folder: where they lie; None keeps nothing.
         device: where tensors that are taken from it go.
         owns: whether the run opened it.
-        waiting: results that are not complete.
+        waiting: how many times `done` is still to come.
     """
 
     folder: WorkFolder | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     owns: bool = False
-    waiting: int = 1
+    waiting: int = 0
     _warned: bool = False
 
     @classmethod
     @contextlib.contextmanager
     def opened(
-        cls,
-        place: str | Path | WorkFolder | None,
-        device: torch.device,
-        facts: Mapping[str, Any],
-        *,
-        streams: bool = False,
+        cls, place: str | Path | WorkFolder | None, device: torch.device, facts: Mapping[str, Any]
     ) -> Iterator[KeptWork]:
-        """The work of a run that depends on `facts`. A folder that is opened here is closed when the run is done.
+        """The work of a run that depends on `facts`. A folder that is opened here is closed when the block has ended and
+        everything that it waits for is done.
 
         Args:
             place: a path, a folder that is open and stays so, or None.
             device: of the run.
             facts: what its result depends on.
-            streams: the run goes on after the block; `done` ends it.
 
         Raises:
             WorkFolderError: another process holds the folder, or it holds a run with other facts.
@@ -70,7 +65,7 @@ class KeptWork:
             yield cls(None, device)
             return
         folder = place if isinstance(place, WorkFolder) else WorkFolder(place)
-        work = cls(folder, device, owns=folder is not place)
+        work = cls(folder, device, owns=folder is not place, waiting=1)
         try:
             if not folder.begins(facts):
                 work.folder = None
@@ -79,11 +74,10 @@ class KeptWork:
             if work.owns:
                 folder.close()
             raise
-        if not streams:
-            work.done()
+        work.done()
 
     def done(self) -> None:
-        """A result is complete: after the last a folder that the run opened is tidied and closed; another one is its owner's."""
+        """A part of the run is complete: after the last a folder that the run opened is tidied and closed, another is its owner's."""
         self.waiting -= 1
         if self.owns and self.folder is not None and self.waiting == 0:
             self.folder.finish()

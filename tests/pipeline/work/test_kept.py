@@ -87,8 +87,8 @@ def test_who_opens_a_folder_closes_it(tmp_path: Path) -> None:
         assert not folder.manifest.finished
     with pytest.raises(RuntimeError, match="mine"), KeptWork.opened(tmp_path, cpu, {"seed": 1}):
         raise RuntimeError("mine")
-    with KeptWork.opened(tmp_path, cpu, {"seed": 1}, streams=True) as streaming:
-        streaming.waiting = 2
+    with KeptWork.opened(tmp_path, cpu, {"seed": 1}) as streaming:
+        streaming.waiting += 2
     for done in (False, True):
         streaming.done()
         assert streaming.folder is not None
