@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.streams import clock_for, side_by_side
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling
-from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions
+from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions, use_side_by_side
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
@@ -63,6 +65,7 @@ class HQTwoStagePipeline:
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
         fusions: str | FusionPolicy | None = None,
+        audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -78,6 +81,9 @@ class HQTwoStagePipeline:
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
         self.fusions = FusionPolicy.of(fusions)
+        # A stream of its own: on that of the manager sound would wait for weights on their way.
+        own = audio_stream and self.device.type == "cuda"
+        self._beside = partial(side_by_side, clock_for(self.device)) if own else None
         self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
@@ -97,6 +103,7 @@ class HQTwoStagePipeline:
         device_mode: str = "auto",
         attention: str | None = None,
         fusions: str | None = None,
+        audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -117,6 +124,7 @@ class HQTwoStagePipeline:
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
             fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -167,6 +175,7 @@ class HQTwoStagePipeline:
             device_mode=device_mode,
             attention=attention,
             fusions=fusions,
+            audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -296,7 +305,7 @@ class HQTwoStagePipeline:
             phases = phases[: self._parallel.stages(policies[: len(stages)])]
         if phases:
             self._attach(request, phases)
-        with use_attention(self.attention), use_fusions(self.fusions):
+        with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
             latents = run.latents(policies, phases)
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
