@@ -138,6 +138,8 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     window = 0
     if again and "kept" in kernel.numbers:
         window = 2 * again // -(-kernel.numbers["groups"] * kernel.numbers["blocks"] // blocks)
+    elif again and "kept_rows" in kernel.numbers:
+        window = again
     shared = function.shared + kernel.shared_bytes + (1024 if card.architecture == "sm_80" else 0)
     typical = counted.typical
     return Row(

@@ -150,6 +150,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("LTXKERN_FUSIONS") or "rounded",
         help="fused passes of the transformer: rounded (default), or exact, those alone that give the bits of separate ops here",
     )
+    group.add_argument(
+        "--audio-stream",
+        action="store_true",
+        help="run the sound's part of a block beside the video's (CUDA; same bits)",
+    )
     group.add_argument("--backend", help="force a backend, or several in order: cuda,nvrtc,triton,cpu,torch")
     group.add_argument(
         "--max-batch-size", type=int, default=1, help="guidance branches per batch of a forward (default 1)"
@@ -167,6 +172,7 @@ class ModelOptions:
     device_mode: str
     attention: str
     fusions: str
+    audio_stream: bool
     backends: tuple[str, ...]
     loras: tuple[tuple[str, float], ...]
     distilled_lora: str | None
@@ -209,6 +215,7 @@ class ModelOptions:
                 device_mode=self.device_mode,
                 attention=self.attention,
                 fusions=self.fusions,
+                audio_stream=self.audio_stream,
                 loras=self.loras,
                 distilled_lora=self.distilled_lora,
                 distilled_strengths=self.distilled_strengths,
@@ -281,6 +288,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         device_mode=arguments.device_mode,
         attention=arguments.attention,
         fusions=arguments.fusions,
+        audio_stream=arguments.audio_stream,
         backends=backends,
         loras=loras,
         distilled_lora=arguments.distilled_lora,

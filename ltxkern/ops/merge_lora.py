@@ -117,7 +117,8 @@ def reference_deltas(
     factors = [a.to(weight.dtype) for a in lora_a]
     for top in range(0, weight.shape[0], rows):
         with launch.full_precision_reduction():
-            delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
+            first = lora_b[0][top : top + rows].to(weight.dtype)
+            delta = torch.matmul(first if scale[0] == 1.0 else first * scale[0], factors[0])
             for k in range(1, len(factors)):
                 delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
         yield delta, slice(top, top + rows)

@@ -236,21 +236,9 @@ def _apply_kernel(
     _, channel, exists = _channels(group_block, channel_block, G, D, BG, BD)
     group = group_block * BG + tl.arange(0, BG)
     pivot, mean, rstd = _merge(
-        partial_ptr,
-        plane,
-        batch * G + group,
-        group < G,
-        S,
-        stat_spans,
-        partials,
-        total,
-        eps,
-        D,
-        STAT_BD,
-        STAT_SPAN,
-        PARTIALS,
-        out_ptr.dtype.element_ty,
-    )
+        partial_ptr, plane, batch * G + group, group < G, S, stat_spans, partials, total, eps,
+        D, STAT_BD, STAT_SPAN, PARTIALS, out_ptr.dtype.element_ty,
+    )  # fmt: skip
     first = span * (BS * SPANS)
     left = tl.minimum(S - first, BS * SPANS).to(tl.int32)
     channel_wide = channel.to(tl.int64)

@@ -123,7 +123,7 @@ def _rope_kernel(
     LEAD: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """A token of q and k that share their angles, else of one: in turn as long as both have some, so that neighbours share lines."""
+    """A token of q and k that share angles, else of one: in turn as long as both have some, so that neighbours share lines."""
     pid = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     of_q = pid % 2 == 0
