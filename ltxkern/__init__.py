@@ -13,6 +13,7 @@ from ltxkern.ops.qk_norm_rope import qk_norm_rope
 from ltxkern.ops.res2s import res2s_advance, res2s_midpoint, res2s_sde_step
 from ltxkern.ops.res2s_step import Res2sStep, res2s_coefficients, res2s_steps, sde_coefficients
 from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.patch import patch
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "merge_noise_statistics",
     "noise_statistics",
     "normalize_noise",
+    "patch",
     "pixel_norm_silu",
     "qk_norm_rope",
     "reference",
