@@ -13,10 +13,19 @@ from torch import nn
 
 from ltxkern.ops.checks import check_choice
 from ltxkern.patching.report import Left, Report
-from ltxkern.patching.sites import Finder, Rules
+from ltxkern.patching.rules import Rules
+from ltxkern.patching.sites import Finder
 
 POLICIES = ("rounded", "exact")
-OPS = ("group_norm_silu", "pixel_norm_silu")
+OPS = (
+    "group_norm_silu",
+    "pixel_norm_silu",
+    "rms_norm_modulate",
+    "gated_residual",
+    "gated_residual_rms_norm_modulate",
+    "qk_norm_rope",
+    "head_gate",
+)
 
 
 def patch(

@@ -22,7 +22,7 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A value: a parameter of forward, what a child returned, a sum or other arithmetic, or something else."""
+    """A value: a parameter of forward, what a child returned, a sum, other arithmetic (a part of a tuple too), or something else."""
 
     kind: str
     name: str = ""
@@ -207,6 +207,11 @@ class _Reader:
     def _assign(self, target: ast.expr, value: Value) -> None:
         if isinstance(target, ast.Name):
             self.names[target.id] = value
+            return
+        if isinstance(target, ast.Tuple):
+            part = self._taken(Node("arithmetic", inputs=(value,)))
+            for element in target.elts:
+                self._assign(element, part)
             return
         self._used(value)
         for part in ast.walk(target):

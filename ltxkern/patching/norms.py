@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import fuses, group_norm_silu
 from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
-from ltxkern.patching.report import Site
+from ltxkern.patching.report import Group, Member, Site
 
 # Under x / max(|x|, this) a norm by length is one by root mean square with this squared, over the channels, added to the mean.
 _SHORTEST = 1e-12
@@ -68,6 +68,13 @@ def fused(mixin: type[Fused], kind: type) -> Any:
     """`kind` with the forward of `mixin`, under the name of `kind`."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (mixin, kind), names)
+
+
+def mix(module: nn.Module, mixin: type[Fused], held: Any, group: Group) -> None:
+    """Give a module of a group the forward of `mixin`, and what that reads."""
+    group.members.append(Member(module, type(module)))
+    vars(module)["_ltxkern"] = held
+    module.__class__ = fused(mixin, type(module))
 
 
 def _served(module: Any, site_call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

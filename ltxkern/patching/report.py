@@ -131,6 +131,10 @@ class Report:
         self._groups.append(group)
         self.rows += group.sites
 
+    def holds(self, group: Group) -> bool:
+        """Whether this report speaks for a group."""
+        return any(own is group for own in self._groups)
+
     def undo(self) -> None:
         """Give every module the class that it had; twice is fine."""
         for group in reversed(self._groups):

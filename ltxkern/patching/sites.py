@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,32 +15,9 @@ from ltxkern.ops.plain import unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, residual_names
 from ltxkern.patching.flow import Flow, Node, UnreadableError
-from ltxkern.patching.norms import Fused, Including, Passed, fused, kind_of
-from ltxkern.patching.report import Group, Left, Member, Report, Site
-
-CONTRACT = "rounded"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a patch may do.
-
-    Attributes:
-        exact: only what gives the bits of what it replaces.
-        ops: names of the ops that may serve; None for all.
-        meta: weights on the meta device are no obstacle: they come before the model is called.
-    """
-
-    exact: bool = False
-    ops: frozenset[str] | None = None
-    meta: bool = False
-
-    def against(self, op: str, contract: str) -> str | None:
-        """Why an op must not serve."""
-        if self.ops is not None and op not in self.ops:
-            return f"{op} is not among ops"
-        return f"the policy is exact, and {op} is {contract}" if self.exact and contract != "exact" else None
-
+from ltxkern.patching.norms import Fused, Including, Passed, kind_of, mix
+from ltxkern.patching.report import Group, Left, Report, Site
+from ltxkern.patching.rules import CONTRACT, Rules, joined
 
 @dataclass
 class Found:
@@ -67,7 +44,12 @@ class Finder:
         """Every module that holds a norm."""
         for name, block in list(self.model.named_modules()):
             path = self.prefix + name
-            if type(block).forward is nn.Sequential.forward:
+            if type(block).__module__ == _LTX2 and _ltx2().is_ltx2(block):
+                _ltx2().fuse_module(path, block, self.rules, self.report)
+            elif isinstance(block, Fused) and type(block).__module__ == _LTX2:
+                held = block._ltxkern
+                self._again(path, held if isinstance(held, Group) else held.group)
+            elif type(block).forward is nn.Sequential.forward:
                 self._sequential(path, block)
             elif any(_may_be_norm(child) for child in block.children()):
                 self._block(path, block)
@@ -90,7 +72,7 @@ class Finder:
             flow = flows.read(block, lambda name: name in norms and _takes_one(norms[name]))
         except UnreadableError as error:
             if any(type(child) is nn.SiLU for child in children.values()):
-                self.report.left += [Left(_joined(path, name), f"{type(block).__name__}: {error}") for name in norms]
+                self.report.left += [Left(joined(path, name), f"{type(block).__name__}: {error}") for name in norms]
             return
         for name in dict.fromkeys(call.name for call in flow.calls):
             if name == flows.SILU or type(children[name]) is nn.SiLU:
@@ -102,11 +84,11 @@ class Finder:
         calls = [call for call in flow.calls if call.name == name]
         sources = set().union(*(call.inputs[0] for call in calls if call.inputs))
         direct = {node.name: children[node.name] for node in sources if node.kind == "call" and node.name in norms}
-        behind = {n.name: children[n.name] for node in sources for n in _arithmetic_norms(node, children)}
-        unknown = {n.name for n in sources if n.kind == "call" and n.name in children and n.name not in norms}
-        unknown = {n for n in unknown if _may_be_norm(children[n])}
-        for other in sorted(unknown):
-            self.report.left.append(Left(_joined(path, other), f"{type(children[other]).__name__} is no norm that an op serves"))
+        beyond = {call.name for node in sources for call in _beyond(node) if call.name in children}
+        behind = {other: norms[other] for other in sorted(beyond & norms.keys())}
+        plainly = {node.name for node in sources if node.kind == "call" and node.name in children}
+        for other in sorted(n for n in (beyond | plainly) - norms.keys() if _may_be_norm(children[n])):
+            self.report.left.append(Left(joined(path, other), f"{type(children[other]).__name__} is no norm that an op serves"))
         residual = residual_names(flow, block)
         if residual is not None and {residual.first_norm, residual.second_norm} <= norms.keys():
             chosen = {n: norms[n] for n in (residual.first_norm, residual.second_norm)}
@@ -134,9 +116,9 @@ class Finder:
             if node.kind == "parameter" and any(use not in calls for use in flow.uses[node]):
                 self._add(found, [f"{node.name}, which goes into its activation, has other uses"])
             if node.kind == "call" and node.name in direct and any(use not in calls for use in flow.uses.get(node, [None])):
-                self._add(found, ["its result has other uses"], only=_joined(path, node.name))
+                self._add(found, ["its result has other uses"], only=joined(path, node.name))
             if node.kind == "call" and node.name in direct and len(node.inputs) != 1:
-                self._add(found, ["is called with more than its input"], only=_joined(path, node.name))
+                self._add(found, ["is called with more than its input"], only=joined(path, node.name))
         outside = flows.beside_forward(type(block))[0]
         for child in {*direct, name}:
             if child in flow.mentioned or child in outside:
@@ -155,7 +137,7 @@ class Finder:
         self, path: str, norms: dict[str, nn.Module], activation: nn.Module | None, block: nn.Module | None
     ) -> list[Found]:
         """Norms with what stands against each by itself, and against all of them."""
-        found = [Found(_joined(path, name), norm) for name, norm in norms.items()]
+        found = [Found(joined(path, name), norm) for name, norm in norms.items()]
         for item in found:
             kind = kind_of(item.norm)
             assert kind is not None
@@ -197,39 +179,41 @@ class Finder:
             assert kind is not None
             site = Site(item.name, kind.op, CONTRACT, group=group)
             group.sites.append(site)
-            _mix(item.norm, kind.mixin, site, group)
+            mix(item.norm, kind.mixin, site, group)
         if around is None or around[0] is ActivatedBefore:
-            _mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
+            mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
         if around is not None:
             mixin, held = around
             if mixin is ActivatedBefore:
                 held = Activated(held, group)
             else:
                 held.group = group
-            _mix(block, mixin, held, group)
+            mix(block, mixin, held, group)
         self.report.add(group)
 
     def _fused_already(self, path: str, norms: dict[str, nn.Module]) -> bool:
-        """Norms of an earlier patch: this report takes over what no other speaks for."""
         already = {name: norm for name, norm in norms.items() if isinstance(norm, Including)}
         for name, norm in already.items():
-            group = norm._ltxkern.group
-            assert group is not None
-            if not group.owned:
-                self.report.add(group)
-            elif norm._ltxkern not in self.report.rows:
-                self.report.left.append(Left(_joined(path, name), "is fused already, by an earlier patch", already=True))
+            self._again(joined(path, name), norm._ltxkern.group)
         return bool(already)
 
+    def _again(self, path: str, group: Group | None) -> None:
+        """A module of an earlier patch: this report takes over what no other speaks for."""
+        assert group is not None
+        if not group.owned:
+            self.report.add(group)
+        elif not self.report.holds(group):
+            self.report.left.append(Left(path, "is fused already, by an earlier patch", already=True))
 
-def _mix(module: nn.Module, mixin: type[Fused], held: Any, group: Group) -> None:
-    group.members.append(Member(module, type(module)))
-    vars(module)["_ltxkern"] = held
-    module.__class__ = fused(mixin, type(module))
+
+_LTX2 = "diffusers.models.transformers.transformer_ltx2"
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _ltx2() -> Any:
+    """What knows the LTX-2 transformer: it imports diffusers, which is there where the model is."""
+    from ltxkern.patching import ltx2_model
+
+    return ltx2_model
 
 
 def _may_be_norm(child: nn.Module) -> bool:
@@ -240,15 +224,13 @@ def _takes_one(norm: nn.Module) -> bool:
     return len(inspect.signature(type(norm).forward).parameters) == 2
 
 
-def _arithmetic_norms(node: Node, children: dict[str, nn.Module]) -> Iterator[Node]:
-    """Calls of norms that arithmetic alone stands before."""
-    if node.kind not in ("sum", "arithmetic"):
-        return
-    for value in node.inputs:
-        for part in value:
-            if part.kind == "call" and kind_of(children.get(part.name)) is not None:
+def _beyond(node: Node) -> Iterator[Node]:
+    """Calls that arithmetic alone stands before."""
+    if node.kind in ("sum", "arithmetic"):
+        for part in (part for value in node.inputs for part in value):
+            if part.kind == "call":
                 yield part
-            yield from _arithmetic_norms(part, children)
+            yield from _beyond(part)
 
 
 def _norms_in(node: Node, behind: dict[str, Any]) -> bool:
