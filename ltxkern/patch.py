@@ -35,20 +35,20 @@ def patch(
 
     Args:
         model_or_pipeline: a module, or a diffusers pipeline, of which every module among its `components` is taken.
-        policy: "rounded" takes ops that agree with what they replace up to rounding (the contract of each op); "exact" only what gives
-            the same bits, which no op does that serves here.
+        policy: "rounded" takes ops that agree with what they replace up to rounding (the contract of each op); "exact" only what
+            gives the same bits, which no op does that serves here.
         ops: names of the ops that may serve; None for all of `OPS`.
         strict: raise where a site is left alone, or none is found; the model is then as it was.
     Returns:
-        The report: the sites with op, backend, contract and calls so far, the places left alone with the reason of each, `.undo()`,
-        and a context manager. Printed it is a table.
+        The report: the sites with op, backend, contract and calls so far, the places left alone with the reason of each,
+        `.undo()`, and a context manager. Printed it is a table.
     Raises:
         TypeError: neither a module nor a pipeline.
         ValueError: an unknown policy or op; with `strict` what is left alone.
 
-    Contract: that of `group_norm_silu` and `pixel_norm_silu`. A norm that has hooks, a forward of its own, parametrised weights or none
-        in memory is left alone, and so is one whose result something other than SiLU takes. Hooks of offloading that come later
-        are fine; any other hook on a fused norm or its activation gives both their classes back first.
+    Contract: that of each op. A norm that has hooks, a forward of its own, parametrised weights or none in memory is left alone,
+        and so is one whose result something other than SiLU takes. Hooks of offloading that come later are fine; any other hook
+        on a fused norm or its activation gives both their classes back first.
     Calls within a graph of `torch.compile` are served and not counted.
 
     Example:

@@ -21,9 +21,9 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 def unplain(module: Any, *, meta: bool = False) -> str | None:
     """Why a call of the module is more than its class's forward on its weights, or None if it is not.
 
-    It is more where hooks stand on it (torch's own, forward or backward, or those of accelerate and diffusers), where it has a forward
-    of its own, where weights are parametrised or no plain tensors, or where they lie on the meta device, as those of offloaded modules
-    do between calls.
+    It is more where hooks stand on it (torch's own, forward or backward, or those of accelerate and diffusers), where it has a
+    forward of its own, where weights are parametrised or no plain tensors, or where they lie on the meta device, as those of
+    offloaded modules do between calls.
 
     Args:
         meta: weights on the meta device are no reason: they come before the module is called.

@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.patching.flow import Flow, Node, Value
-from ltxkern.patching.norms import Fused
-from ltxkern.patching.report import Group
+from ltxkern.patching.norms import Fused, stands
 
 
-@dataclass
+@dataclass(frozen=True)
 class Activated:
     """Parameters of a block's forward, each with its position, that go into the activation and nowhere else."""
 
     parameters: tuple[tuple[str, int], ...]
-    group: Group
 
 
 class ActivatedBefore(Fused):
@@ -28,7 +26,7 @@ class ActivatedBefore(Fused):
 
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
         """The block's own forward."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, *args, **keywords)
         given = list(args)
         for name, position in self._ltxkern.parameters:
@@ -43,7 +41,7 @@ def _activated(value: Any) -> Any:
     return F.silu(value) if isinstance(value, Tensor) else value
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResidualNames:
     """Children of a residual block in the order of their calls."""
 
@@ -52,7 +50,6 @@ class ResidualNames:
     second: str
     second_norm: str
     activation: str
-    group: Group | None = None
 
 
 class ResidualBlock(Fused):
@@ -62,7 +59,7 @@ class ResidualBlock(Fused):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """The residual goes into the second norm."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
         names = self._ltxkern
         y = getattr(self, names.first_norm)(getattr(self, names.first)(x))

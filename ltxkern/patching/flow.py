@@ -1,8 +1,9 @@
 """What a module's forward does with its children, read from its source: which call's result goes into which.
 
-A norm may be fused with an activation only where nothing else sees its result and nothing else goes into the activation. No list of
-class names can promise that of a model of another stack; its code can. The reading is cautious: what it does not understand counts as a
-use. Branches on what a module holds (`self.conv_shortcut is not None`, `self.kind == "default"`) go the way of that very module.
+A norm may be fused with an activation only where nothing else sees its result and nothing else goes into the activation. No list
+of class names can promise that of a model of another stack; its code can. The reading is cautious: what it does not understand
+counts as a use. Branches on what a module holds (`self.conv_shortcut is not None`, `self.kind == "default"`) go the way of that
+very module.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A value: a parameter of forward, what a child returned, a sum, other arithmetic (a part of a tuple too), or something else."""
+    """A value: a parameter of forward, what a child returned, a sum, other arithmetic or a part of a tuple, or something else."""
 
     kind: str
     name: str = ""
@@ -33,9 +34,30 @@ class Node:
 Value = frozenset[Node]
 
 SILU = "torch.nn.functional.silu"
-_VIEWS = {"movedim", "permute", "transpose", "contiguous", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_VIEWS = {
+    "movedim",
+    "permute",
+    "transpose",
+    "contiguous",
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+}
 _CHANGING = {"training", "gradient_checkpointing"}
-_TESTS = (ast.Attribute, ast.Name, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.boolop, ast.cmpop, ast.unaryop)
+_TESTS = (
+    ast.Attribute,
+    ast.Name,
+    ast.Constant,
+    ast.Compare,
+    ast.BoolOp,
+    ast.UnaryOp,
+    ast.boolop,
+    ast.cmpop,
+    ast.unaryop,
+)
 _LATER = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -78,7 +100,7 @@ def read(module: nn.Module, one_argument: Callable[[str], bool]) -> Flow:
     return reader.run(_tree(inspect.unwrap(type(module).forward)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tree(forward: Any) -> ast.FunctionDef:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
@@ -96,7 +118,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def beside_forward(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     """Names that methods of a class other than forward and __init__ speak of, and those that they set."""
     read_names: set[str] = set()
@@ -116,11 +138,12 @@ def beside_forward(kind: type) -> tuple[frozenset[str], frozenset[str]]:
 
 
 class _Reader:
-    def __init__(self, module: nn.Module, one_argument: Callable[[str], bool]) -> None:
+    def __init__(self, module: Any, one_argument: Callable[[str], bool]) -> None:
         self.module = module
         self.one_argument = one_argument
         self.children = {name for name, child in module.named_children()}
-        self.changing = _CHANGING | beside_forward(type(module))[1]
+        kind: Any = module.__class__
+        self.changing = _CHANGING | beside_forward(kind)[1]
         self.flow = Flow()
         self.names: dict[str, Value] = {}
         self.me = "self"
@@ -145,7 +168,9 @@ class _Reader:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 self._assign(target, value)
         elif isinstance(node, ast.AugAssign):
-            self._assign(node.target, self._arithmetic(node.op, self._value(_loaded(node.target)), self._value(node.value)))
+            self._assign(
+                node.target, self._arithmetic(node.op, self._value(_loaded(node.target)), self._value(node.value))
+            )
         elif isinstance(node, ast.Return):
             value = self._value(node.value) if node.value is not None else _other()
             self._used(value)
@@ -188,7 +213,9 @@ class _Reader:
 
     def _loop(self, node: ast.For | ast.While) -> None:
         """What a loop assigns is unknown within it and after it, and what goes in or comes out that way counts as used."""
-        assigned = {n.id for part in ast.walk(node) for n in [part] if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        assigned = {
+            n.id for part in ast.walk(node) for n in [part] if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
         if isinstance(node, ast.For):
             self._used(self._value(node.iter))
         else:
@@ -214,9 +241,9 @@ class _Reader:
                 self._assign(element, part)
             return
         self._used(value)
-        for part in ast.walk(target):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                self.names[part.id] = _other()
+        for name in ast.walk(target):
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                self.names[name.id] = _other()
 
     def _known(self, test: ast.expr) -> bool | None:
         """How a test on nothing but what the module holds turns out; None where it may turn out either way."""
@@ -238,9 +265,8 @@ class _Reader:
         if isinstance(test, ast.BoolOp):
             for part in test.values:
                 self._test(part)
-        elif not (isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Is, ast.IsNot)) and _plain_name(test.left)):
-            if self._known(test) is None:
-                self._used(self._value(test))
+        elif not _asks_for_none(test) and self._known(test) is None:
+            self._used(self._value(test))
 
     def _value(self, node: ast.expr) -> Value:
         if isinstance(node, ast.Name):
@@ -330,8 +356,10 @@ def _other() -> Value:
     return frozenset({Node("other")})
 
 
-def _plain_name(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name)
+def _asks_for_none(test: ast.expr) -> bool:
+    if not isinstance(test, ast.Compare) or not isinstance(test.left, ast.Name):
+        return False
+    return isinstance(test.ops[0], (ast.Is, ast.IsNot))
 
 
 def _loaded(target: ast.expr) -> ast.expr:

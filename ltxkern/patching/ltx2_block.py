@@ -15,7 +15,7 @@ from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.gated_residual import gated_residual, head_gate
 from ltxkern.ops.qk_norm_rope import qk_norm_rope
 from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
-from ltxkern.patching.norms import Fused
+from ltxkern.patching.norms import Fused, stands
 from ltxkern.patching.report import Group, Site
 
 
@@ -112,7 +112,7 @@ class FusedAttention(Fused):
     ) -> Tensor:
         """As the stock one; a processor of somebody else has the call."""
         given = (hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb)
-        if not isinstance(self, Fused):
+        if not stands(self):
             others |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
             return type(self).forward(self, *given, **{k: v for k, v in others.items() if v is not None})
         kind = type(self.processor)
@@ -241,12 +241,19 @@ class FusedBlock(Fused):
         x, y = hidden_states, audio_hidden_states
         base, audio_base, cross, audio_cross, gate, audio_gate = (
             value if isinstance(value, Modulation) else Modulation(value)
-            for value in (temb, temb_audio, temb_ca_scale_shift, temb_ca_audio_scale_shift, temb_ca_gate, temb_ca_audio_gate)
+            for value in (
+                temb,
+                temb_audio,
+                temb_ca_scale_shift,
+                temb_ca_audio_scale_shift,
+                temb_ca_gate,
+                temb_ca_audio_gate,
+            )
         )
-        if not isinstance(self, Fused) or not _row_ops_take(self, x, y, base.table, audio_base.table):
-            if isinstance(self, Fused):
+        if not stands(self) or not _row_ops_take(self, x, y, base.table, audio_base.table):
+            if stands(self):
                 _composed(self._ltxkern)
-            forward = super().forward if isinstance(self, Fused) else type(self).forward.__get__(self)
+            forward = super().forward if stands(self) else type(self).forward.__get__(self)
             return forward(
                 x,
                 y,
@@ -270,7 +277,9 @@ class FusedBlock(Fused):
                 perturbation_mask,
                 all_perturbed,
             )
-        perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
+        perturbed = (
+            {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
+        )
         own = {"query_rotary_emb": video_rotary_emb, "attention_mask": self_attention_mask, **perturbed}
         text = (encoder_hidden_states, encoder_attention_mask, temb_prompt)
         x = _attentions(self, _VIDEO, x, base, own, text, self.video_cross_attn_adaln)

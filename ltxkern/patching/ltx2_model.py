@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from ltxkern.ops.plain import unplain
 from ltxkern.patching.ltx2_block import FusedAttention, FusedBlock, Held, Modulation
-from ltxkern.patching.norms import Fused, mix
+from ltxkern.patching.norms import Fused, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
 # Those of the stock forward that are read below; one that is not known would be dropped.
-_MODEL_PARAMETERS = frozenset(
-    "hidden_states audio_hidden_states encoder_hidden_states audio_encoder_hidden_states timestep audio_timestep sigma audio_sigma "
-    "encoder_attention_mask audio_encoder_attention_mask num_frames height width fps audio_num_frames video_coords audio_coords "
-    "isolate_modalities spatio_temporal_guidance_blocks perturbation_mask use_cross_timestep attention_kwargs "
-    "video_self_attention_mask video_keyframes_mask return_dict".split()
-)
+_MODEL_PARAMETERS = """
+    hidden_states audio_hidden_states encoder_hidden_states audio_encoder_hidden_states timestep audio_timestep sigma audio_sigma
+    encoder_attention_mask audio_encoder_attention_mask num_frames height width fps audio_num_frames video_coords audio_coords
+    isolate_modalities spatio_temporal_guidance_blocks perturbation_mask use_cross_timestep attention_kwargs
+    video_self_attention_mask video_keyframes_mask return_dict
+"""
 
 
 class FusedModel(Fused):
@@ -33,7 +33,7 @@ class FusedModel(Fused):
 
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
         """As the stock one, which also serves timesteps per sample, tracing and autocast."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, *args, **keywords)
         timestep = args[4] if len(args) > 4 else keywords.get("timestep")
         if not _by_levels(self, timestep):
@@ -113,7 +113,20 @@ def _forward(model: Any, **given: Any) -> Any:
     checkpoints = torch.is_grad_enabled() and model.gradient_checkpointing
     for index, block in enumerate(model.transformer_blocks):
         arguments = (
-            *(x, y, context, audio_context, base, audio_base, cross, audio_cross, gate, audio_gate, prompt, audio_prompt),
+            *(
+                x,
+                y,
+                context,
+                audio_context,
+                base,
+                audio_base,
+                cross,
+                audio_cross,
+                gate,
+                audio_gate,
+                prompt,
+                audio_prompt,
+            ),
             *tables,
             *(mask, audio_mask, self_mask, None, None, None, attends, attends),
             *((perturbation, all_perturbed) if index in guided else (None, False)),
@@ -166,7 +179,16 @@ def _output(x: Tensor, embedded: Modulation, table: Tensor, norm: Any, projectio
     return projection(norm(x) * (1 + scale) + shift)
 
 
-_NORMS = ("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3", "audio_to_video_norm", "video_to_audio_norm")
+_NORMS = (
+    "norm1",
+    "norm2",
+    "norm3",
+    "audio_norm1",
+    "audio_norm2",
+    "audio_norm3",
+    "audio_to_video_norm",
+    "video_to_audio_norm",
+)
 
 
 def is_ltx2(module: nn.Module) -> bool:
@@ -206,7 +228,7 @@ def _against(module: Any, rules: Rules) -> str | None:
     if reason is not None and "forward" in vars(module):
         return reason
     if isinstance(module, stock.LTX2VideoTransformer3DModel):
-        unknown = inspect.signature(type(module).forward).parameters.keys() - _MODEL_PARAMETERS - {"self"}
+        unknown = inspect.signature(type(module).forward).parameters.keys() - {"self", *_MODEL_PARAMETERS.split()}
         return f"takes {', '.join(sorted(unknown))}, which is not known here" if unknown else None
     if isinstance(module, stock.LTX2VideoTransformerBlock):
         return next(filter(None, (_against_norm(name, getattr(module, name), rules) for name in _NORMS)), None)

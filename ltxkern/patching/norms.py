@@ -30,9 +30,14 @@ class Fused(nn.Module):
         return _empty, kinds, self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
 
 
-def _empty(mixin: type[Fused], kind: type) -> nn.Module:
+def _empty(mixin: Any, kind: Any) -> nn.Module:
     made = fused(mixin, kind)
     return made.__new__(made)
+
+
+def stands(module: Any) -> bool:
+    """Whether a module is patched."""
+    return isinstance(module, Fused)
 
 
 class Including(Fused):
@@ -63,18 +68,19 @@ for _name in (
     setattr(Including, _name, _releasing(_name))
 
 
-@functools.lru_cache(maxsize=None)
-def fused(mixin: type[Fused], kind: type) -> Any:
+@functools.cache
+def fused(mixin: Any, kind: Any) -> Any:
     """`kind` with the forward of `mixin`, under the name of `kind`."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (mixin, kind), names)
 
 
-def mix(module: nn.Module, mixin: type[Fused], held: Any, group: Group) -> None:
+def mix(module: Any, mixin: Any, held: Any, group: Group) -> None:
     """Give a module of a group the forward of `mixin`, and what that reads."""
-    group.members.append(Member(module, type(module)))
+    kind: Any = module.__class__
+    group.members.append(Member(module, kind))
     vars(module)["_ltxkern"] = held
-    module.__class__ = fused(mixin, type(module))
+    module.__class__ = fused(mixin, kind)
 
 
 def _served(module: Any, site_call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class FusedGroupNorm(Including):
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`silu(gn(x) [+ residual])`."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
         if fuses(x, self) and (residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)):
             call = functools.partial(
@@ -122,21 +128,14 @@ class FusedGroupNorm(Including):
 
 
 class FusedFrameNorm(Including):
-    """GroupNorm of each frame of a video, SiLU included."""
+    """GroupNorm of each frame of a video, by a norm within it that is fused too."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, T, H, W)."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
-        norm = self.norm_layer
-        if not fuses(x, norm):
-            _composed(self)
-            return F.silu(super().forward(x))
-        call = functools.partial(
-            group_norm_silu, weight=norm.weight, bias=norm.bias, num_groups=norm.num_groups, eps=norm.eps
-        )
         frames = x.transpose(1, 2).flatten(0, 1)
-        return _served(self, call, frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return self.norm_layer(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class FusedPixelNorm(Including):
@@ -144,7 +143,7 @@ class FusedPixelNorm(Including):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, *)."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
         if _takes(x, None):
             return _served(self, functools.partial(pixel_norm_silu, eps=self.eps), x)
@@ -157,7 +156,7 @@ class FusedLengthNorm(Including):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, *)."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
         gamma = self.gamma
         if _takes(x, gamma) and x.dtype != torch.float64:
@@ -172,14 +171,16 @@ class FusedLastDimNorm(Including):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, *, C)."""
-        if not isinstance(self, Fused):
+        if not stands(self):
             return type(self).forward(self, x)
         weight = self.weight
         if not _takes(x, weight):
             _composed(self)
             return F.silu(super().forward(x))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return _served(self, functools.partial(pixel_norm_silu, eps=eps, weight=weight), x.movedim(-1, 1)).movedim(1, -1)
+        return _served(self, functools.partial(pixel_norm_silu, eps=eps, weight=weight), x.movedim(-1, 1)).movedim(
+            1, -1
+        )
 
 
 class Passed(Including):
@@ -187,7 +188,7 @@ class Passed(Including):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x."""
-        return x if isinstance(self, Fused) else type(self).forward(self, x)
+        return x if stands(self) else type(self).forward(self, x)
 
 
 class Kind(NamedTuple):
@@ -195,11 +196,17 @@ class Kind(NamedTuple):
 
     op: str
     mixin: type[Fused]
-    misfit: Callable[[Any], str | None] = lambda norm: None
+    misfit: Callable[[Any], str | None]
+    residual: bool = False  # whether it may be added before the activation
+    inner: str = ""  # the GroupNorm within it that does the work
 
 
 def _group_misfit(norm: Any) -> str | None:
     return "has a weight and no bias" if norm.weight is not None and norm.bias is None else None
+
+
+def _frame_misfit(norm: Any) -> str | None:
+    return _group_misfit(norm.norm_layer)
 
 
 def _channel_misfit(norm: Any) -> str | None:
@@ -212,11 +219,13 @@ def _length_misfit(norm: Any) -> str | None:
         return "normalises over the last dim"
     if isinstance(norm.bias, Tensor):
         return "adds a bias"
-    return None if norm.scale == norm.gamma.numel() ** 0.5 else f"scales by {norm.scale}, not by the root of its channels"
+    return (
+        None if norm.scale == norm.gamma.numel() ** 0.5 else f"scales by {norm.scale}, not by the root of its channels"
+    )
 
 
 def _last_dim_misfit(norm: Any) -> str | None:
-    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
+    shape = norm.normalized_shape if isinstance(norm, nn.RMSNorm) else norm.dim
     if len(shape) != 1:
         return f"normalises over {len(shape)} dims"
     return "adds a bias" if getattr(norm, "bias", None) is not None else None
@@ -231,12 +240,12 @@ _LENGTH_NORMS = (
     "hunyuanimage_refiner.HunyuanImageRefinerRMS_norm",
 )
 KINDS: dict[str, Kind] = {
-    "torch.nn.modules.normalization.GroupNorm": Kind("group_norm_silu", FusedGroupNorm, _group_misfit),
+    "torch.nn.modules.normalization.GroupNorm": Kind("group_norm_silu", FusedGroupNorm, _group_misfit, residual=True),
     "torch.nn.modules.normalization.RMSNorm": Kind("pixel_norm_silu", FusedLastDimNorm, _last_dim_misfit),
     "diffusers.models.normalization.RMSNorm": Kind("pixel_norm_silu", FusedLastDimNorm, _last_dim_misfit),
     f"{_VAE}ltx2.PerChannelRMSNorm": Kind("pixel_norm_silu", FusedPixelNorm, _channel_misfit),
     f"{_VAE}ltx2_audio.LTX2AudioPixelNorm": Kind("pixel_norm_silu", FusedPixelNorm, _channel_misfit),
-    f"{_VAE}mochi.MochiChunkedGroupNorm3D": Kind("group_norm_silu", FusedFrameNorm, lambda n: _group_misfit(n.norm_layer)),
+    f"{_VAE}mochi.MochiChunkedGroupNorm3D": Kind("group_norm_silu", FusedFrameNorm, _frame_misfit, inner="norm_layer"),
     **{_VAE + name: Kind("pixel_norm_silu", FusedLengthNorm, _length_misfit) for name in _LENGTH_NORMS},
 }
 

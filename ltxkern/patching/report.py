@@ -148,18 +148,24 @@ class Report:
         self.undo()
 
     def _left(self) -> list[Left]:
-        released = [Left(row.name, row.group.released) for row in self.rows if row.group is not None and row.group.released]
+        released = [
+            Left(row.name, row.group.released) for row in self.rows if row.group is not None and row.group.released
+        ]
         return [*released, *self.left]
 
     def to_json(self) -> str:
         """Rows and places left alone, as JSON: `{"sites": [...], "left": [{"name", "reason"}]}`."""
         sites = [row.row() for row in self.rows if row.group is None or not row.group.released]
-        return json.dumps({"sites": sites, "left": [{"name": name, "reason": reason} for name, reason, _ in self._left()]}, indent=2)
+        return json.dumps(
+            {"sites": sites, "left": [{"name": name, "reason": reason} for name, reason, _ in self._left()]}, indent=2
+        )
 
     def __str__(self) -> str:
         """The table."""
         rows = [row.row() for row in self.rows if row.group is None or not row.group.released]
-        table = _table(("site", "op", "backend", "contract", "calls", "composed"), [list(map(str, r.values())) for r in rows])
+        table = _table(
+            ("site", "op", "backend", "contract", "calls", "composed"), [list(map(str, r.values())) for r in rows]
+        )
         left = _table(("left alone", "reason"), [[name or "(the model)", reason] for name, reason, _ in self._left()])
         return "\n\n".join(part for part in (table, left) if part) or "nothing was fused"
 
@@ -170,4 +176,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return ""
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

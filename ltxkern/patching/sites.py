@@ -7,35 +7,47 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ltxkern.ops.plain import unplain
 from ltxkern.patching import flow as flows
-from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, residual_names
+from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
 from ltxkern.patching.flow import Flow, Node, UnreadableError
-from ltxkern.patching.norms import Fused, Including, Passed, kind_of, mix
+from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
+_FOREIGN_HOOKS = {"_hf_hook", "_diffusers_hook"}
+_LTX2 = "diffusers.models.transformers.transformer_ltx2"
+
+
 @dataclass
 class Found:
-    """A norm and the reasons against fusing it."""
+    """A norm by its name in the block, and what stands against fusing it."""
 
     name: str
     norm: nn.Module
     reasons: list[str] = field(default_factory=list)
 
 
+class Place(NamedTuple):
+    """A block, its name in the model, and its children."""
+
+    path: str
+    block: nn.Module
+    children: dict[str, nn.Module]
+
+
 class Finder:
     """Fuses the sites of one model into a report."""
 
     def __init__(self, model: nn.Module, prefix: str, rules: Rules, report: Report) -> None:
+        self.model = model
         self.prefix = prefix
         self.rules = rules
         self.report = report
-        self.model = model
         self.parents = Counter(
             id(child) for module in model.modules() for child in module._modules.values() if child is not None
         )
@@ -43,152 +55,140 @@ class Finder:
     def run(self) -> None:
         """Every module that holds a norm."""
         for name, block in list(self.model.named_modules()):
-            path = self.prefix + name
-            if type(block).__module__ == _LTX2 and _ltx2().is_ltx2(block):
-                _ltx2().fuse_module(path, block, self.rules, self.report)
-            elif isinstance(block, Fused) and type(block).__module__ == _LTX2:
-                held = block._ltxkern
-                self._again(path, held if isinstance(held, Group) else held.group)
+            place = Place(self.prefix + name, block, dict(block.named_children()))
+            if type(block).__module__ == _LTX2 and (stands(block) or _ltx2().is_ltx2(block)):
+                self._ltx2(place)
             elif type(block).forward is nn.Sequential.forward:
-                self._sequential(path, block)
-            elif any(_may_be_norm(child) for child in block.children()):
-                self._block(path, block)
+                self._sequential(place)
+            elif any(_may_be_norm(child) for child in place.children.values()):
+                self._block(place)
 
-    def _sequential(self, path: str, block: nn.Sequential) -> None:
-        for (name, norm), (_, activation) in pairwise(block.named_children()):
-            if kind_of(norm) is None or self._fused_already(path, {name: norm}) or type(activation) is not nn.SiLU:
-                continue
-            found = self._found(path, {name: norm}, activation, None)
-            self._settle(found, activation, block, None)
+    def _ltx2(self, place: Place) -> None:
+        if not stands(place.block):
+            _ltx2().fuse_module(place.path, place.block, self.rules, self.report)
+            return
+        held: Any = place.block._ltxkern
+        self._again(place.path, held if isinstance(held, Group) else held.group)
 
-    def _block(self, path: str, block: nn.Module) -> None:
-        children = dict(block.named_children())
-        norms = {name: child for name, child in children.items() if kind_of(child) is not None}
-        if self._fused_already(path, norms):
+    def _sequential(self, place: Place) -> None:
+        for (name, norm), (_, activation) in pairwise(place.children.items()):
+            known = kind_of(norm) is not None and not self._fused_already(place.path, {name: norm})
+            if known and type(activation) is nn.SiLU:
+                found = self._found({name: norm}, activation)
+                self._settle(place, found, activation)
+
+    def _block(self, place: Place) -> None:
+        norms = {name: child for name, child in place.children.items() if kind_of(child) is not None}
+        if self._fused_already(place.path, norms):
             return
-        if not norms and not any(type(child) is nn.SiLU for child in children.values()):
-            return
+        silu = any(type(child) is nn.SiLU for child in place.children.values())
         try:
-            flow = flows.read(block, lambda name: name in norms and _takes_one(norms[name]))
+            flow = flows.read(place.block, lambda name: name in norms and _takes_one(norms[name]))
         except UnreadableError as error:
-            if any(type(child) is nn.SiLU for child in children.values()):
-                self.report.left += [Left(joined(path, name), f"{type(block).__name__}: {error}") for name in norms]
+            if silu:
+                reason = f"{type(place.block).__name__}: {error}"
+                self.report.left += [Left(joined(place.path, name), reason) for name in norms]
             return
         for name in dict.fromkeys(call.name for call in flow.calls):
-            if name == flows.SILU or type(children[name]) is nn.SiLU:
-                self._activation(path, block, flow, name, norms)
+            if name == flows.SILU or type(place.children[name]) is nn.SiLU:
+                self._activation(place, flow, name, norms)
 
-    def _activation(self, path: str, block: nn.Module, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
+    def _activation(self, place: Place, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
         """One activation of a block, and all that goes into it."""
-        children = dict(block.named_children())
-        calls = [call for call in flow.calls if call.name == name]
-        sources = set().union(*(call.inputs[0] for call in calls if call.inputs))
-        direct = {node.name: children[node.name] for node in sources if node.kind == "call" and node.name in norms}
-        beyond = {call.name for node in sources for call in _beyond(node) if call.name in children}
-        behind = {other: norms[other] for other in sorted(beyond & norms.keys())}
-        plainly = {node.name for node in sources if node.kind == "call" and node.name in children}
-        for other in sorted(n for n in (beyond | plainly) - norms.keys() if _may_be_norm(children[n])):
-            self.report.left.append(Left(joined(path, other), f"{type(children[other]).__name__} is no norm that an op serves"))
-        residual = residual_names(flow, block)
-        if residual is not None and {residual.first_norm, residual.second_norm} <= norms.keys():
-            chosen = {n: norms[n] for n in (residual.first_norm, residual.second_norm)}
-            if all(kind_of(norm).op == "group_norm_silu" for norm in chosen.values()):
-                found = self._found(path, chosen, children[name], block)
-                convolutions = (children[residual.first], children[residual.second])
-                self._add(found, [r for c in convolutions for r in [self._unplain(c)] if r], "a convolution of it ")
-                self._settle(found, children[name], block, (ResidualBlock, residual))
-                return
-        if not direct and not behind:
+        sources = {node for call in flow.calls if call.name == name and call.inputs for node in call.inputs[0]}
+        plainly = {node.name for node in sources if node.kind == "call"}
+        beyond = {call.name for node in sources for call in _beyond(node)}
+        for other in sorted((plainly | beyond) & place.children.keys() - norms.keys()):
+            if _may_be_norm(place.children[other]):
+                reason = f"{type(place.children[other]).__name__} is no norm that an op serves"
+                self.report.left.append(Left(joined(place.path, other), reason))
+        activation = None if name == flows.SILU else place.children[name]
+        residual = residual_names(flow, place.block)
+        if residual is not None and activation is not None and self._residual(place, residual, norms):
             return
-        activation = None if name == flows.SILU else children[name]
-        found = self._found(path, {**direct, **behind}, activation, block)
+        taken = [other for other in norms if other in plainly | beyond]
+        if not taken:
+            return
+        found = self._found({other: norms[other] for other in taken}, activation)
         for item in found:
-            own = item.name.rpartition(".")[2]
-            if own in behind:
+            if item.name in beyond:
                 item.reasons.append("something stands between it and the activation (a scale and shift, or a residual)")
-        parameters = {node.name for node in sources if node.kind == "parameter"}
-        strangers = [n for n in sources if n.kind != "parameter" and n.name not in direct and not _norms_in(n, behind)]
-        if activation is None:
-            self._add(found, ["SiLU is called as a function: there is no module to take it out of"])
-        elif strangers:
-            self._add(found, ["its activation serves other values as well"])
-        for node in [*sources, *flow.calls]:
-            if node.kind == "parameter" and any(use not in calls for use in flow.uses[node]):
-                self._add(found, [f"{node.name}, which goes into its activation, has other uses"])
-            if node.kind == "call" and node.name in direct and any(use not in calls for use in flow.uses.get(node, [None])):
-                self._add(found, ["its result has other uses"], only=joined(path, node.name))
-            if node.kind == "call" and node.name in direct and len(node.inputs) != 1:
-                self._add(found, ["is called with more than its input"], only=joined(path, node.name))
-        outside = flows.beside_forward(type(block))[0]
-        for child in {*direct, name}:
-            if child in flow.mentioned or child in outside:
-                self._add(found, [f"{child} is used otherwise than by a call in forward"])
-        before = None
-        if parameters:
-            positions = list(inspect.signature(type(block).forward).parameters)
-            before = (ActivatedBefore, tuple((p, positions.index(p) - 1) for p in sorted(parameters)))
-            if isinstance(block, Fused):
-                self._add(found, [f"another activation of {type(block).__name__} goes with its time embedding"])
-            if (reason := unplain(block, meta=True)) is not None and not reason.endswith("hooks"):
-                self._add(found, [f"{type(block).__name__}, which has to activate its time embedding, {reason}"])
-        self._settle(found, activation, block, before)
+        parameters = sorted({node.name for node in sources if node.kind == "parameter"})
+        _add(found, _against_activation(place, flow, name, sources, set(taken)))
+        _add(found, self._against_block(place, parameters))
+        for item in found:
+            item.reasons += _against_calls(flow, name, item.name)
+        self._settle(place, found, activation, _positions(place.block, parameters))
 
-    def _found(
-        self, path: str, norms: dict[str, nn.Module], activation: nn.Module | None, block: nn.Module | None
-    ) -> list[Found]:
-        """Norms with what stands against each by itself, and against all of them."""
-        found = [Found(joined(path, name), norm) for name, norm in norms.items()]
+    def _residual(self, place: Place, names: ResidualNames, norms: dict[str, nn.Module]) -> bool:
+        """Whether a block with a residual inside its last activation is one for GroupNorm's op; then it is dealt with."""
+        chosen = {name: norms[name] for name in (names.first_norm, names.second_norm) if name in norms}
+        kinds = [kind_of(norm) for norm in chosen.values()]
+        if len(kinds) != 2 or any(kind is None or not kind.residual for kind in kinds):
+            return False
+        activation = place.children[names.activation]
+        found = self._found(chosen, activation)
+        _add(found, self._against_block(place, ["x"]))
+        self._settle(place, found, activation, names)
+        return True
+
+    def _found(self, norms: dict[str, nn.Module], activation: nn.Module | None) -> list[Found]:
+        """Norms, with what they and their activation are."""
+        found = [Found(name, norm) for name, norm in norms.items()]
         for item in found:
             kind = kind_of(item.norm)
             assert kind is not None
             against = [self._unplain(item.norm), kind.misfit(item.norm), self.rules.against(kind.op, CONTRACT)]
-            if self.parents[id(item.norm)] > 1:
-                against.append("is held in several places")
-            item.reasons += [reason for reason in against if reason]
+            shared = self.parents[id(item.norm)] > 1
+            item.reasons += [reason for reason in [*against, "is held in several places" if shared else None] if reason]
         if activation is not None:
-            if (reason := self._unplain(activation)) is not None:
-                self._add(found, [f"its activation {reason}"])
-            if self.parents[id(activation)] > 1:
-                self._add(found, ["its activation is held in several places"])
-        if block is not None and "forward" in vars(block) and not {"_hf_hook", "_diffusers_hook"} & vars(block).keys():
-            self._add(found, [f"{type(block).__name__} has a forward of its own"])
+            reason = self._unplain(activation)
+            shared = self.parents[id(activation)] > 1
+            _add(found, [f"its activation {reason}"] if reason else [])
+            _add(found, ["its activation is held in several places"] if shared else [])
         return found
 
     def _unplain(self, module: nn.Module) -> str | None:
         return next(filter(None, (unplain(part, meta=self.rules.meta) for part in module.modules())), None)
 
-    @staticmethod
-    def _add(found: list[Found], reasons: list[str], prefix: str = "", only: str | None = None) -> None:
-        for item in found:
-            if only in (None, item.name):
-                item.reasons += [prefix + reason for reason in reasons]
+    def _against_block(self, place: Place, parameters: list[str]) -> list[str]:
+        """Why the code that was read is not what runs, or may not be replaced where parameters have to be."""
+        held, kind = vars(place.block), type(place.block).__name__
+        if "forward" in held and (parameters or not _FOREIGN_HOOKS & held.keys()):
+            return [f"{kind}, of which it is a part, has a forward of its own"]
+        if parameters and stands(place.block):
+            return [f"another activation of {kind} goes with its time embedding"]
+        return []
 
     def _settle(
-        self, found: list[Found], activation: nn.Module | None, block: nn.Module, around: tuple[type[Fused], Any] | None
+        self,
+        place: Place,
+        found: list[Found],
+        activation: nn.Module | None,
+        around: ResidualNames | tuple[tuple[str, int], ...] = (),
     ) -> None:
         """Fuse all norms that share an activation, or none."""
         blocked = next((item for item in found if item.reasons), None)
         if blocked is not None or activation is None:
             for item in found:
-                reason = item.reasons[0] if item.reasons else f"shares its activation with {blocked.name}, which is left alone"
-                self.report.left.append(Left(item.name, reason))
+                other = f"shares its activation with {blocked.name}, which is left alone" if blocked else ""
+                self.report.left.append(Left(joined(place.path, item.name), item.reasons[0] if item.reasons else other))
             return
         group = Group([], [])
         for item in found:
             kind = kind_of(item.norm)
             assert kind is not None
-            site = Site(item.name, kind.op, CONTRACT, group=group)
+            site = Site(joined(place.path, item.name), kind.op, CONTRACT, group=group)
             group.sites.append(site)
             mix(item.norm, kind.mixin, site, group)
-        if around is None or around[0] is ActivatedBefore:
+            if kind.inner:
+                mix(getattr(item.norm, kind.inner), FusedGroupNorm, site, group)
+        if isinstance(around, ResidualNames):
+            mix(place.block, ResidualBlock, around, group)
+        else:
             mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
-        if around is not None:
-            mixin, held = around
-            if mixin is ActivatedBefore:
-                held = Activated(held, group)
-            else:
-                held.group = group
-            mix(block, mixin, held, group)
+            if around:
+                mix(place.block, ActivatedBefore, Activated(around), group)
         self.report.add(group)
 
     def _fused_already(self, path: str, norms: dict[str, nn.Module]) -> bool:
@@ -206,7 +206,49 @@ class Finder:
             self.report.left.append(Left(path, "is fused already, by an earlier patch", already=True))
 
 
-_LTX2 = "diffusers.models.transformers.transformer_ltx2"
+def _against_activation(place: Place, flow: Flow, name: str, sources: set[Node], norms: set[str]) -> list[str]:
+    """What stands against taking an activation out."""
+    if name == flows.SILU:
+        return ["SiLU is called as a function: there is no module to take it out of"]
+    reasons = []
+    calls = [call for call in flow.calls if call.name == name]
+    strangers = [
+        n for n in sources if n.kind not in ("parameter", "call") and not any(c.name in norms for c in _beyond(n))
+    ]
+    if strangers or any(n.kind == "call" and n.name not in norms for n in sources):
+        reasons.append("its activation serves other values as well")
+    for node in sources:
+        if node.kind == "parameter" and any(use not in calls for use in flow.uses[node]):
+            reasons.append(f"{node.name}, which goes into its activation, has other uses")
+    return [*reasons, *_mentioned(place, flow, name), *(r for n in sorted(norms) for r in _mentioned(place, flow, n))]
+
+
+def _mentioned(place: Place, flow: Flow, child: str) -> list[str]:
+    kind: Any = type(place.block)
+    if child in flow.mentioned or child in flows.beside_forward(kind)[0]:
+        return [f"{child} is used otherwise than by a call in forward"]
+    return []
+
+
+def _against_calls(flow: Flow, activation: str, norm: str) -> Iterator[str]:
+    """What stands against a norm in the calls of it."""
+    for call in flow.calls:
+        if call.name == norm:
+            if len(call.inputs) != 1:
+                yield "is called with more than its input"
+            if any(use is None or use.name != activation for use in flow.uses.get(call, [None])):
+                yield "its result has other uses"
+
+
+def _positions(block: nn.Module, parameters: list[str]) -> tuple[tuple[str, int], ...]:
+    """Parameters of a block's forward with their places behind self."""
+    names = list(inspect.signature(type(block).forward).parameters)
+    return tuple((name, names.index(name) - 1) for name in parameters)
+
+
+def _add(found: list[Found], reasons: list[str]) -> None:
+    for item in found:
+        item.reasons += reasons
 
 
 def _ltx2() -> Any:
@@ -231,7 +273,3 @@ def _beyond(node: Node) -> Iterator[Node]:
             if part.kind == "call":
                 yield part
             yield from _beyond(part)
-
-
-def _norms_in(node: Node, behind: dict[str, Any]) -> bool:
-    return node.kind in ("sum", "arithmetic") and bool(behind)
