@@ -74,7 +74,7 @@ def fuse(model_or_pipeline: Any, rules: Rules, strict: bool = False) -> Report:
         Finder(model, prefix, rules, report).run()
     if not report.rows and not report.left:
         kind = type(model_or_pipeline).__name__
-        report.left.append(Left("", f"{kind} holds no norm that goes straight into a SiLU module"))
+        report.left.append(Left("", f"{kind} holds no norm that is seen to go straight into a SiLU module"))
     left = [item for item in report.left if not item.already]
     if strict and left:
         report.undo()
@@ -91,4 +91,4 @@ def _models(model_or_pipeline: Any) -> list[tuple[str, nn.Module]]:
         raise TypeError(
             f"model_or_pipeline must be a torch.nn.Module or a diffusers pipeline, got {type(model_or_pipeline).__name__}"
         )
-    return [(f"{name}.", part) for name, part in components.items() if isinstance(part, nn.Module)]
+    return [(name, part) for name, part in components.items() if isinstance(part, nn.Module)]

@@ -55,7 +55,7 @@ class Finder:
     def run(self) -> None:
         """Every module that holds a norm."""
         for name, block in list(self.model.named_modules()):
-            place = Place(self.prefix + name, block, dict(block.named_children()))
+            place = Place(joined(self.prefix, name) if name else self.prefix, block, dict(block.named_children()))
             if type(block).__module__ == _LTX2 and (stands(block) or _ltx2().is_ltx2(block)):
                 self._ltx2(place)
             elif type(block).forward is nn.Sequential.forward:
