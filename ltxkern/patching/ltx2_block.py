@@ -75,7 +75,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: Any) -> Any:
     fused, composed = OPS[op]
     site = held.sites.get((child, op))
-    if site is None or any(value.dtype != x.dtype for value in args):
+    if site is None or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
         if site is not None and not torch.compiler.is_compiling():
             site.composed += 1
         return composed(x, *args, **keywords)

@@ -1,4 +1,4 @@
-"""Small models of diffusers that `patch` knows, each with a call of it; and a count of their sites that knows nothing of `patch`."""
+"""Small models of diffusers that `patch` knows, each with a call; and a count of their sites that knows nothing of `patch`."""
 
 from __future__ import annotations
 
@@ -197,10 +197,33 @@ class Pairs(TorchDispatchMode):
     """Counts the SiLUs whose input is a norm's result, or that with nothing but arithmetic and views between."""
 
     NORMS = frozenset({"native_group_norm", "linalg_vector_norm", "rsqrt", "sqrt"})
-    BETWEEN = frozenset(
-        "add alias cat clamp_min clone div expand mul native_group_norm permute select slice split squeeze sub transpose unbind "
-        "unsqueeze view _to_copy _unsafe_view".split()
+    VIEWS = frozenset(
+        {
+            "alias",
+            "expand",
+            "permute",
+            "select",
+            "slice",
+            "split",
+            "squeeze",
+            "transpose",
+            "unbind",
+            "unsqueeze",
+            "view",
+        }
     )
+    BETWEEN = VIEWS | {
+        "add",
+        "cat",
+        "clamp_min",
+        "clone",
+        "div",
+        "mul",
+        "native_group_norm",
+        "sub",
+        "_to_copy",
+        "_unsafe_view",
+    }
 
     def __init__(self) -> None:
         super().__init__()
