@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltxkern.nn import pixel_norm_silu_with_frames
 from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import fuses, group_norm_silu
 from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
@@ -149,6 +150,11 @@ class FusedPixelNorm(Including):
             return _served(self, functools.partial(pixel_norm_silu, eps=self.eps), x)
         _composed(self)
         return F.silu(super().forward(x))
+
+    def with_frames(self: Any, x: Tensor, before: int, after: int) -> Tensor:
+        """The result between copies of its first and of its last frame."""
+        self._ltxkern.count(x, functools.partial(pixel_norm_silu, eps=self.eps))
+        return pixel_norm_silu_with_frames(x, self.eps, before, after)
 
 
 class FusedLengthNorm(Including):

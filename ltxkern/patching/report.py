@@ -88,6 +88,12 @@ class Group:
         """No report speaks for a copy."""
         return {**vars(self), "owned": False}
 
+    def give_back(self, module: nn.Module) -> None:
+        """Take one module out again."""
+        member = next(member for member in self.members if member.module is module)
+        _restore(*member)
+        self.members.remove(member)
+
     def release(self, reason: str) -> None:
         """Give every module its class back."""
         for module, kind in self.members:

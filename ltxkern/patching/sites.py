@@ -13,6 +13,7 @@ from torch import nn
 
 from ltxkern.ops.plain import unplain
 from ltxkern.patching import flow as flows
+from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
 from ltxkern.patching.flow import Flow, Node, UnreadableError
 from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
@@ -58,6 +59,8 @@ class Finder:
             place = Place(joined(self.prefix, name) if name else self.prefix, block, dict(block.named_children()))
             if type(block).__module__ == _LTX2 and (stands(block) or _ltx2().is_ltx2(block)):
                 self._ltx2(place)
+            elif video_vae.upsampler(block, self.report):
+                continue
             elif type(block).forward is nn.Sequential.forward:
                 self._sequential(place)
             elif any(_may_be_norm(child) for child in place.children.values()):
@@ -187,6 +190,7 @@ class Finder:
             mix(place.block, ResidualBlock, around, group)
         else:
             mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
+            video_vae.extend(place.block, [item.norm for item in found], group)
             if around:
                 mix(place.block, ActivatedBefore, Activated(around), group)
         self.report.add(group)

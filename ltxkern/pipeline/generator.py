@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.streams import clock_for, side_by_side
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
+from ltxkern.pipeline.model.decode import Tiling
+from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions, use_side_by_side
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.decoding import decode
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
@@ -61,6 +65,8 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
+        fusions: str | FusionPolicy | None = None,
+        audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -75,6 +81,10 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
+        self.fusions = FusionPolicy.of(fusions)
+        # A stream of its own: on that of the manager sound would wait for weights on their way.
+        own = audio_stream and self.device.type == "cuda"
+        self._beside = partial(side_by_side, clock_for(self.device)) if own else None
         self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
@@ -93,6 +103,8 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
+        fusions: str | None = None,
+        audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -112,6 +124,8 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
+            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -130,10 +144,9 @@ class HQTwoStagePipeline:
         place = find_device(device)
         strengths = distilled_strengths or chosen.distilled_strengths
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
-        for path, strength in pairs:
-            require_strength(str(path), strength, signed=True)
-        for strength in strengths:
-            require_strength("distilled LoRA", strength)
+        wanted = [(str(path), strength, True) for path, strength in pairs]
+        for name, strength, signed in [*wanted, *(("distilled LoRA", strength, False) for strength in strengths)]:
+            require_strength(name, strength, signed=signed)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
         if model is not path_or_id:  # who found it has checked it
             admission = Admission()
@@ -162,6 +175,8 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
+            fusions=fusions,
+            audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -259,7 +274,7 @@ class HQTwoStagePipeline:
             initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
-            output_type: "video", "latents", or "stream" (video decoded while it is consumed).
+            output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
         Returns:
@@ -291,15 +306,15 @@ class HQTwoStagePipeline:
             phases = phases[: self._parallel.stages(policies[: len(stages)])]
         if phases:
             self._attach(request, phases)
-        with use_attention(self.attention):
+        with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
             latents = run.latents(policies, phases)
         output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
         leads = self._parallel is None or self._parallel.rank == 0
         if output_type != "latents" and leads:
-            videos, audio = self._decode(latents, tiling, output_type, progress)
+            streamed = output_type == "stream"
+            videos, audio = decode(self.components, self.manager, latents, tiling, progress, streamed=streamed)
             output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
-        kernels = served() | {"attention": self.attention.served}
-        output.backends = {name: sorted(names) for name, names in kernels.items()}
+        output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
 
     def share_branches(self, parallel: CFGParallel) -> None:
@@ -316,15 +331,12 @@ class HQTwoStagePipeline:
         if parallel.size > 1:
             if parallel.sequence is not None:
                 config = self.components.config("transformer") or {}
-                names = ("num_attention_heads", "audio_num_attention_heads")
-                parallel.sequence.require(heads=min(int(config[name]) for name in names))
+                parallel.sequence.require(heads=min(int(config[f"{of}num_attention_heads"]) for of in ("", "audio_")))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 
     def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
-        needed = ["transformer"]
-        if self.preset.stages == 2:
-            needed.append("upsampler")
+        needed = ["transformer", "upsampler"][: self.preset.stages]
         if encodes_images or output_type != "latents":
             needed.append("video_vae")
         if output_type != "latents":
@@ -350,35 +362,6 @@ class HQTwoStagePipeline:
 
             beside = plan(self.components, request, device=self.device).beside_transformer
         self.manager.prepare(*phases, activation_bytes=beside)
-
-    def _decode(
-        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
-    ) -> tuple[list[Any], list[Tensor]]:
-        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
-        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
-        if output_type == "stream":
-            return streams, self._waveforms(latents["audio"], progress)
-        waveforms, videos = self.manager.side_by_side(
-            lambda: self._waveforms(latents["audio"], progress),
-            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
-        )
-        return videos, waveforms
-
-    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
-        report(progress, "audio", 0, 1)
-        with (
-            self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
-            self.manager.component("vocoder", self.components.vocoder) as vocoder,
-        ):
-            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
-        report(progress, "audio", 1, 1)
-        return waveforms
-
-    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
-        with self.manager.component("video_vae", self.components.video_vae) as vae:
-            yield from decode_video(
-                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
-            )
 
     def close(self) -> None:
         """Release what is held, and give back what was given.

@@ -19,7 +19,8 @@ from ltxkern.verify.values import strided
 
 # Ops by what of a generation they take: what comes first is checked first. All others follow as the table has them.
 FIRST = (
-    *("rms_norm_modulate", "gated_residual_rms_norm_modulate", "qk_norm_rope", "gated_residual", "head_gate"),
+    *("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_rms_norm_modulate_twice"),
+    *("qk_norm_rope", "gated_residual", "head_gate"),
     *("group_norm_silu", "pixel_norm_silu", "res2s_midpoint", "res2s_advance", "combine_guidance", "merge_lora_"),
 )
 IMPORTANCE = tuple(dict.fromkeys([*FIRST, *(case.op for case in MAIN)]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.model.decoder_layout import lay_out
 from ltxkern.pipeline.model.tiling import (
     Interval,
     TileLayout,
@@ -103,7 +104,8 @@ def decode_video(
         (frames, height, width, 3) in [0, 1], VAE dtype, 8(F-1)+1 frames in all.
 
     Raises:
-        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, or a VAE with timestep conditioning.
+        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, a VAE with timestep conditioning, or a
+            layout that the variable LTXKERN_DECODER_LAYOUT should not name.
         NonFiniteError: the decoder produced NaN or infinity.
 
     Memory: one temporal group of frames in the VAE's dtype, one decoded tile, and that tile in fp32.
@@ -113,6 +115,7 @@ def decode_video(
     if vae.config.timestep_conditioning:
         raise ValueError("vae must have timestep_conditioning=False: LTX-2.3 decodes without noise")
     layout = resolve_tiling(vae, latent, tiling)
+    lay_out(vae.decoder)
     raw = denormalize(latent.to(next(vae.decoder.parameters()).dtype), vae)
     if layout.tiles == 1:
         groups = _decode_whole(vae, raw, progress)
@@ -129,6 +132,8 @@ def _to_pictures(groups: Iterator[Tensor], stage: str) -> Iterator[Tensor]:
         pictures = group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
         low, high = min(low, float(pictures.min())), max(high, float(pictures.max()))
         yield pictures
+        # Whoever keeps the chunk holds it; the next group needs the room.
+        del group, pictures
     finite.warn_if_flat(stage, low, high)
 
 
@@ -196,7 +201,12 @@ def _decode_group(
 
 @torch.no_grad()
 def decode_audio(
-    audio_vae: AutoencoderKLLTX2Audio, vocoder: nn.Module, latent: Tensor, *, stage: str = "audio decoding"
+    audio_vae: AutoencoderKLLTX2Audio,
+    vocoder: nn.Module,
+    latent: Tensor,
+    *,
+    stage: str = "audio decoding",
+    check: bool = True,
 ) -> Tensor:
     """Decode a normalised audio latent to a waveform: audio VAE, vocoder, bandwidth extension to 48 kHz.
 
@@ -205,6 +215,7 @@ def decode_audio(
         vocoder: runs in fp32; weights of another dtype are widened in place, which loses nothing.
         latent: (1, 8, T, 16), normalised.
         stage: what errors and warnings call this stage.
+        check: look at the result, for which the host waits; False leaves that to the caller (`finite.check_audio`).
 
     Returns:
         (2, 480 * (4T - 3)) fp32 samples in [-1, 1], rounded to the audio VAE's dtype on the way as the official code does.
@@ -222,5 +233,6 @@ def decode_audio(
     mel = audio_vae.decoder(unpatchify(packed * std.to(packed) + mean.to(packed), shape))
     vocoder.float()
     waveform = vocoder(mel.float())[0].to(mel.dtype).float()
-    finite.check_audio(stage, waveform)
+    if check:
+        finite.check_audio(stage, waveform)
     return waveform

@@ -9,6 +9,7 @@ import os
 import re
 import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -114,6 +115,9 @@ def write_mp4(
 ) -> None:
     """Encode frames as they arrive to an mp4: H.264 (crf 19, veryfast, yuv420p, BT.709 limited) and stereo AAC.
 
+    While the next chunk is made, a thread encodes the one before. Frames become YUV where they lie: of a chunk on a GPU the host
+    gets, and keeps until it is encoded, 1.5 bytes a pixel.
+
     Args:
         path: written beside itself first and renamed when complete, so no half file ever bears this name.
         chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size.
@@ -131,15 +135,31 @@ def write_mp4(
     """
     _require_stereo(audio)
     rate = frame_rate(fps)
-    with replacing_file(path) as temporary, _open_mp4(temporary) as container:
+    with replacing_file(path) as temporary, _open_mp4(temporary) as container, ThreadPoolExecutor(1) as encoder:
         writer: _Mp4Writer | None = None
-        for chunk in chunks:
+        pending: list[Future[range]] = []
+
+        def finish() -> None:
+            while pending:
+                for count in pending.pop(0).result():
+                    if progress is not None:
+                        progress(count)
+
+        try:
+            for chunk in chunks:
+                if writer is None:
+                    writer = _Mp4Writer.open(container, chunk, audio, rate, sample_rate, crf)
+                finish()
+                pending += [encoder.submit(writer.write, planes) for planes in writer.planes_of(chunk)]
+                # Its memory is free for the next one.
+                del chunk
             if writer is None:
-                writer = _Mp4Writer.open(container, chunk, audio, rate, sample_rate, crf)
-            writer.write(chunk, progress)
-        if writer is None:
-            raise ValueError("chunks must hold at least one frame, got none")
-        writer.finish()
+                raise ValueError("chunks must hold at least one frame, got none")
+            finish()
+            writer.finish()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _require_stereo(audio: Tensor | None) -> None:
@@ -225,20 +245,25 @@ class _Mp4Writer:
             samples = to_int16(audio)
         return cls(container, video, sound, samples, rate, (height, width))
 
-    def write(self, chunk: Tensor, progress: Progress | None) -> None:
-        import av
-
+    def planes_of(self, chunk: Tensor) -> Iterator[np.ndarray]:
+        """A chunk's frames as packed YUV on the host, some at a time."""
         if tuple(chunk.shape[1:3]) != self.size:
             raise ValueError(f"chunks must all be {self.size} (height, width), got {tuple(chunk.shape[1:3])}")
         for part in chunk.split(_CONVERTED_AT_ONCE):
-            for planes in rgb_to_yuv420(part).cpu().numpy():
-                frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-                frame.pts, frame.time_base = self.frames, 1 / self.rate
-                self.container.mux(self.video.encode(frame))
-                self.frames += 1
-                self._write_audio(until=math.ceil(self.frames / self.rate * (self.sound.rate if self.sound else 0)))
-                if progress is not None:
-                    progress(self.frames)
+            yield rgb_to_yuv420(part).cpu().numpy()
+
+    def write(self, frames: np.ndarray) -> range:
+        """Encodes packed YUV frames and the audio that goes with them; returns the numbers of frames there are after each."""
+        import av
+
+        first = self.frames
+        for planes in frames:
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts, frame.time_base = self.frames, 1 / self.rate
+            self.container.mux(self.video.encode(frame))
+            self.frames += 1
+            self._write_audio(until=math.ceil(self.frames / self.rate * (self.sound.rate if self.sound else 0)))
+        return range(first + 1, self.frames + 1)
 
     def _write_audio(self, until: int) -> None:
         import av

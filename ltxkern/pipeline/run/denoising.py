@@ -76,7 +76,7 @@ class DenoisingRun:
         """Transformer calls of a stage, where they are known beforehand; None where steps may be skipped or shared out."""
         if self.pipeline.denoiser_factory is not None or any(policy.skipped(step) for step in range(len(stage.sigmas))):
             return None
-        return stage.evaluations * -(-len(policy.branches) // self.request.max_batch_size)
+        return stage.evaluations
 
     def _pictures(self, index: int) -> Sequence[Tensor]:
         if self.image_latents is not None:

@@ -15,7 +15,7 @@ from ltxkern.pipeline.parallel.by_token import SequenceParallel
 from ltxkern.pipeline.run.request import Stage
 from ltxkern.pipeline.sampling.euler import euler_sample
 from ltxkern.pipeline.sampling.finite import check_latent
-from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner, run_branches
+from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.state import Latents, offset_seeds
@@ -50,25 +50,24 @@ class BranchForward:
         return self.batched(latents, sigma, [branch])[0]
 
     def batched(
-        self, latents: Mapping[str, Tensor], sigma: float, branches: Sequence[CFGBranch]
+        self, latents: Mapping[str, Tensor], sigma: float, branches: Sequence[CFGBranch], most: int | None = None
     ) -> list[dict[str, Tensor]]:
-        """x0 of several branches from one forward."""
+        """x0 of several branches from one forward, in batches of at most so many; see `predict_velocity_batched`."""
         inputs = [self.inputs(latents, sigma, branch) for branch in branches]
-        return predict_x0_batched(self.transformer, inputs, self.sequence)
+        return predict_x0_batched(self.transformer, inputs, self.sequence, most)
 
 
 def batched_runner(max_batch_size: int) -> Runner:
-    """A runner that takes up to `max_batch_size` branches into one forward; 1 runs them one after the other."""
+    """A runner that takes all branches into one forward, up to `max_batch_size` of them in one batch.
+
+    Batches go through the blocks side by side; those of one branch give the bits of forwards one after the other.
+    """
 
     def run(branches: Sequence[CFGBranch], forward: Any, latents: Latents, sigma: float) -> dict[str, Prediction]:
-        predictions: dict[str, Prediction] = {}
-        for start in range(0, len(branches), max_batch_size):
-            chunk = branches[start : start + max_batch_size]
-            results = forward.batched(latents, sigma, chunk)
-            predictions |= {branch.name: result for branch, result in zip(chunk, results, strict=True)}
-        return predictions
+        results = forward.batched(latents, sigma, branches, max_batch_size)
+        return {branch.name: result for branch, result in zip(branches, results, strict=True)}
 
-    return run_branches if max_batch_size == 1 else run
+    return run
 
 
 def run_stage(
@@ -96,10 +95,10 @@ def run_stage(
         conditioned: whether any token is held by a mask; False spares per-token work everywhere.
         eta, substep_eta: noise shares of a step (res2s, ancestral Euler) and of a res2s midpoint.
         seeds: of the videos, one each; the noise of ancestral Euler depends on them, that of res2s has fixed seeds.
-        max_batch_size: guidance branches per forward.
+        max_batch_size: guidance branches per batch of a forward.
         sde_noise: ready noise of every draw of the sampler per modality, in its order; seeded draws where None.
         callback: called after each step with (done, total, latents).
-        denoiser_factory: makes the denoiser from policy and forward; None runs the branches one after another.
+        denoiser_factory: makes the denoiser from policy and forward; None runs the branches by `batched_runner`.
     Returns:
         The states with the denoised latents, conditioning tokens removed.
     Raises:
