@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ltxkern.dispatch import served
-from ltxkern.patch import Patched, patch
+from ltxkern.patch import patch
+from ltxkern.patching.report import Report
 from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
@@ -91,7 +92,7 @@ class HQTwoStagePipeline:
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
         self._parallel: CFGParallel | None = None
-        self._patched: list[Patched] = []
+        self._patched: list[Report] = []
         self._pristine = pristine
         self._attached = False
         self.model_facts: dict[str, Any] | None = None
