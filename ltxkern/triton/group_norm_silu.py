@@ -18,6 +18,7 @@ from ltxkern.triton.channel_tiles import (
     channels_of,
     load_two,
     result_of,
+    shift_of,
     shifted,
     sum_group,
     tiles_of,
@@ -244,6 +245,8 @@ def _apply_kernel(
         partial_ptr, plane, batch * G + group, group < G, S, spans, partials, total, eps, span_length,
         D, BD, PARTIALS, dtype,
     )  # fmt: skip
+    # By itself: Triton has no None within a tuple.
+    shift = shift_of(channel, exists, conv_bias_ptr, dtype)
     affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
     first = span * span_length
     left = tl.minimum(S - first, span_length).to(tl.int32)
@@ -254,9 +257,9 @@ def _apply_kernel(
     residual = tiles_of(residual_ptr, place, residual_n, residual_c, residual_s, D, BS, BG, BD)
     whole = left // (4 * BS) * 4 if EVEN else 0
     for i in range(whole, tl.cdiv(left, BS), 2):
-        apply_two(out, x, residual, i, affine, exists, left - i * BS, slot, dtype, False)
+        apply_two(out, x, residual, i, shift, affine, exists, left - i * BS, slot, dtype, False)
     for i in range(0, whole, 4):
-        apply_four(out, x, residual, whole - 4 - i, affine, exists, left, slot, dtype)
+        apply_four(out, x, residual, whole - 4 - i, shift, affine, exists, left, slot, dtype)
 
 
 @triton.jit
@@ -307,9 +310,11 @@ def _single_kernel(
     if residual_ptr is not None:
         at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
         added = tl.load(at, mask=valid, other=0.0)
+    # By itself: Triton has no None within a tuple.
+    shift = shift_of(channel, exists, conv_bias_ptr, dtype)
     affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
     out_at = out_ptr + batch * out_n + channel * out_c + position * out_s
-    tl.store(out_at, result_of(tile, added, affine, dtype), mask=valid)
+    tl.store(out_at, result_of(tile, added, shift, affine, dtype), mask=valid)
 
 
 def single_tile(groups: int, depth: int, positions: int) -> tuple[Tile, int] | None:
@@ -385,7 +390,9 @@ def launch(out: Tensor, args: Arguments) -> None:
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
         **shape, GROUPS_FIRST=channels_last, **WALKING,
     )  # fmt: skip
+    # A residual's addresses take more registers, and would spill.
+    walking = WALKING if args.residual is None else {**WALKING, "maxnreg": 72}
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING,
+        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **walking,
     )  # fmt: skip
