@@ -1,8 +1,8 @@
 """The static budget: what every launch of the production calls issues, moves and holds on each architecture, by its code.
 
 `python bench/budget.py` writes results/counted/budget.json anew for all of them; `--architectures sm_90` replaces those rows
-alone. No GPU, no nvcc: NVRTC and Triton's compiler make the code, Triton's disassembler shows it. Look at the difference before
-committing it.
+alone, `--changed` those of ops that have other sources than they had. No GPU, no nvcc: NVRTC and Triton's compiler make the code,
+Triton's disassembler shows it. Look at the difference before committing it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def source(tier: str, stem: str) -> str:
 
 def changed(baseline: Baseline, architecture: str, tier: str) -> tuple[str, ...]:
     """The stems whose code is not what the rows were counted from."""
-    counted = baseline.sources[architecture]
+    counted = baseline.sources.get(architecture, {})
     stems = [suite.op for suite in suites()]
     return tuple(stem for stem in stems if counted.get(f"{tier} {stem}") != source(tier, stem))
 
@@ -301,6 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--architectures", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: all)")
     options.add_argument("--ops", help="replace the rows of these alone (default: all)")
+    options.add_argument(
+        "--changed", action="store_true", help="replace the rows of what has other sources than they had"
+    )
     options.add_argument("--output", type=Path, default=BASELINE)
     parsed = options.parse_args(arguments)
     known = read() if BASELINE.exists() else Baseline({}, {}, {})
@@ -310,6 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for architecture in parsed.architectures.split(","):
         if architecture not in MODELS:
             options.error(f"--architectures: {architecture!r} is none of {', '.join(MODELS)}")
+        if parsed.changed:
+            ops = sorted({op for tier in TIERS for op in changed(known, architecture, tier)})
+            if not ops:
+                continue
         given = launches_of(architecture, TIERS, DTYPES, ops)
         counted = rows_of(architecture, given)
         kept = [row for row in known.rows.get(architecture, ()) if ops and row.case.split(" ")[0] not in ops]
