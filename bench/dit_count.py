@@ -6,6 +6,9 @@ what those launches move, in units of that tensor: a fused pass reads and writes
 has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every result. Views are free;
 matrix products and attention are launches without elementwise bytes, and so is an activation within a product's epilogue. All
 other launches (sound, text, modulation) count their bytes and no pass.
+
+A forward is predicted from that: products and attention at their rates, the bytes of video-sized passes at theirs, a launch each
+for all other elementwise work. `beyond_percent` is what the last two add to the first two. Nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -34,14 +37,34 @@ OVERWRITING = ("copy_", "fill_", "zero_")
 FILLING = ("new_", "zeros", "ones", "full", "rand")
 
 
+class Rates(NamedTuple):
+    """Of a card: flop/s of products and of attention, bytes/s of elementwise passes, seconds of a launch of next to nothing."""
+
+    products: float
+    attention: float
+    bytes: float
+    launch: float
+
+
+# Products as cuBLAS multiplies random bf16; row kernels at 93 % of a copy's 4.2 TB/s, the least that docs/predicted.md says of
+# them at these shapes is 91; attention assumed, at a share of the products' rate that published kernels have on this card.
+H200 = Rates(790e12, 530e12, 0.93 * 4.2e12, 2.5e-6)
+BLOCKS = 48
+
+
 @dataclass(frozen=True)
 class Launched:
-    """One kernel launch: where it comes from, what it is, what it moves outside matrix products and attention."""
+    """One kernel launch: where it comes from, what it is; what it moves outside matrix products and attention, else its flops.
+
+    wide: whether it writes a tensor of more than two bytes a value that is as large as `largest`.
+    """
 
     site: str
     op: str
     bytes: int
     largest: int
+    flops: int = 0
+    wide: bool = False
 
 
 @dataclass
@@ -69,6 +92,21 @@ class Count:
         """Video-sized tensors read or written by these passes."""
         return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
 
+    @property
+    def wide_passes(self) -> int:
+        """Video-sized passes that write more than two bytes a value: fp32 temporaries."""
+        return sum(self._is_video(one) and one.wide for one in self.launches)
+
+    def predicted(self, rates: Rates) -> tuple[float, float]:
+        """Seconds of a forward of 48 such blocks: products and attention, then all else."""
+        flops: Counter[bool] = Counter()
+        for one in self.launches:
+            flops[one.op == "attention"] += one.flops
+        moved = sum(one.bytes for one in self.launches if self._is_video(one))
+        small = sum(bool(one.bytes) and not self._is_video(one) for one in self.launches)
+        within = flops[False] / rates.products + flops[True] / rates.attention
+        return BLOCKS * within, BLOCKS * (moved / rates.bytes + small * rates.launch)
+
     def sites(self) -> list[tuple[str, int, float]]:
         """Of the video-sized passes: site with op, how many, the tensors that they move; most of these first."""
         moved: Counter[str] = Counter()
@@ -81,6 +119,7 @@ class Count:
 
     def row(self, shape: str, provider: str) -> dict[str, Any]:
         """Plain data."""
+        within, beyond = self.predicted(H200)
         return {
             "shape": shape,
             "provider": provider,
@@ -88,6 +127,9 @@ class Count:
             "video_tensors": round(self.video_tensors, 2),
             "elementwise_bytes": self.elementwise_bytes,
             "launches": len(self.launches),
+            "wide_passes": self.wide_passes,
+            "gemm_and_attention_ms": round(1e3 * within, 1),
+            "beyond_percent": round(100 * beyond / within, 1),
             "sites": [{"site": s, "video_passes": n, "video_tensors": round(m, 2)} for s, n, m in self.sites()],
         }
 
@@ -128,7 +170,8 @@ class _OnDevice(TorchFunctionMode):
         settings = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention:
             query = args[0] if args else settings["query"]
-            self._count.launches.append(Launched(_site(), "attention", 0, 0))
+            key = args[1] if len(args) > 1 else settings["key"]
+            self._count.launches.append(Launched(_site(), "attention", 0, 0, 4 * query.numel() * key.shape[-2]))
             return torch.empty_like(query)  # the kernels keep the memory order of the queries
         if func in (torch.nn.functional.rms_norm, torch.rms_norm):
             tensors = [*_tensors((args, settings))]
@@ -152,7 +195,8 @@ class _Launches(TorchDispatchMode):
         if func.is_view or name in ALLOCATIONS:
             return result
         if name in PRODUCTS:
-            self._count.launches.append(Launched(_site(), "product", 0, 0))
+            matrix = args[0] if name in ("mm", "bmm", "linear") else args[1]
+            self._count.launches.append(Launched(_site(), "product", 0, 0, 2 * result.numel() * matrix.shape[-1]))
             return result
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
         changed = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -163,7 +207,8 @@ class _Launches(TorchDispatchMode):
         written = [*_tensors(([given.get(key) for key in changed], result))]
         moved = moved_bytes(read) + moved_bytes(written)
         largest = max(map(count_bytes, [*read, *written]), default=0)
-        self._count.launches.append(Launched(_site(), name, moved, largest))
+        wide = any(tensor.element_size() > 2 and count_bytes([tensor]) == largest for tensor in written)
+        self._count.launches.append(Launched(_site(), name, moved, largest, wide=wide))
         return result
 
 
@@ -191,12 +236,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The counts of a block, then what of ours remains, as text."""
     lines = [
         f"{'shape':8}{'provider':12}{'video passes':>14}{'video tensors':>15}{'elementwise bytes':>19}{'launches':>10}"
+        f"{'GEMM, attention':>17}{'beyond':>9}"
     ]
     for row in rows:
         lines.append(
             f"{row['shape']:8}{row['provider']:12}{row['video_passes']:14}{row['video_tensors']:15.1f}"
-            f"{row['elementwise_bytes']:19}{row['launches']:10}"
+            f"{row['elementwise_bytes']:19}{row['launches']:10}{row['gemm_and_attention_ms']:14} ms{row['beyond_percent']:8}%"
         )
+    rates = f"products {H200.products / 1e12:.0f} and attention {H200.attention / 1e12:.0f} TFLOP/s, {H200.bytes / 1e12:.2f} TB/s"
+    lines.append(
+        f"The last two, predicted for {BLOCKS} blocks on an H200: {rates}, {1e6 * H200.launch} us a small launch"
+    )
     last = next((row for row in reversed(rows) if row["provider"] == "ltxkern"), None)
     for one in last["sites"] if last else ():
         lines.append(f"{one['video_tensors']:8.2f} tensors, {one['video_passes']:2} passes: {one['site']}")

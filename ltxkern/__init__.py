@@ -1,5 +1,8 @@
 """ltxkern: fused kernels for diffusion video, and the exact LTX-2.3 HQ two-stage generator on top of them."""
 
+import importlib
+from typing import Any
+
 from ltxkern import reference
 from ltxkern.dispatch import Backend, BackendError, backends, capabilities, served, use_backend
 from ltxkern.ops.combine_guidance import combine_guidance
@@ -17,12 +20,14 @@ from ltxkern.ops.rms_norm_modulate import (
     gated_residual_rms_norm_modulate_twice,
     rms_norm_modulate,
 )
+from ltxkern.patch import patch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
     "BackendError",
+    "FusedLoRA",
     "Res2sStep",
     "apply_group_norm_silu",
     "backends",
@@ -30,6 +35,7 @@ __all__ = [
     "channelwise_normalize",
     "combine_guidance",
     "dual_add",
+    "fuse_lora",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
     "gated_residual_rms_norm_modulate_twice",
@@ -40,6 +46,7 @@ __all__ = [
     "merge_noise_statistics",
     "noise_statistics",
     "normalize_noise",
+    "patch",
     "pixel_norm_silu",
     "qk_norm_rope",
     "reference",
@@ -53,3 +60,12 @@ __all__ = [
     "served",
     "use_backend",
 ]
+
+# What stands on the pipeline's rooms is imported when it is first used.
+_LATER = {"FusedLoRA": "integrations.fused_lora", "fuse_lora": "integrations.fused_lora"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

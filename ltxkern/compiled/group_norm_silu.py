@@ -162,7 +162,7 @@ def columns_on_chip(case: Case, blocks: int, block_bytes: int, threads: int = 51
     chunks = ceil_div(case.positions, chunk)
     kept = max(0, min(chunk, (block_bytes - table) // row_bytes))
     counters = round_up(4 * case.samples * tiles, 16)
-    parameters = {
+    parameters: dict[str, Argument | int | float | None] = {
         **_parameters(case),
         **{"partials": Argument(WORKSPACE.index, counters), "arrived": WORKSPACE, "chunk": chunk},
         **{"chunks": chunks, "by_chunks": divider(chunks), "kept_rows": kept},

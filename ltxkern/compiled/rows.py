@@ -197,8 +197,8 @@ def check_range(rows: Tensor, count: int, name: str = "rows") -> None:
     Raises:
         ValueError: the least or the largest one does not.
     """
-    # A tensor that traces has no values.
-    if type(rows) is not Tensor or not rows.is_cpu or rows.numel() == 0:
+    # A tensor that traces has no values, and one under vmap may not be read; torch's own lookup checks the latter.
+    if type(rows) is not Tensor or not rows.is_cpu or rows.numel() == 0 or torch._C._functorch.is_batchedtensor(rows):
         return
     least, most = (int(value) for value in rows.aminmax())
     if least < 0 or most >= count:

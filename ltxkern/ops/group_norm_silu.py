@@ -1,14 +1,15 @@
 """GroupNorm followed by SiLU, with an optional residual and a folded convolution bias."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.compiled import group_norm_silu as launch
-from ltxkern.dispatch import Op, like
-from ltxkern.ops import tiers
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,
@@ -18,10 +19,9 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_together,
     check_vector,
+    is_plain,
     raise_no_tensor,
 )
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Arguments(NamedTuple):
@@ -79,7 +79,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: torch.empty_like(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run, refuse=_refuse), tiers.triton("group_norm_silu", _refuse_triton)],
     may_be=[("x", "residual")],
 )
@@ -120,7 +119,8 @@ def group_norm_silu(
     Bytes: read x, write out (2 units), plus one unit for residual; a third unit where a group does not fit on the chip.
     Source: Wu and He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of moments).
     """
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(group_norm_silu, locals())
     channels = x.shape[1]
     for name, value in (("weight", weight), ("bias", bias), ("conv_bias", conv_bias)):
         if value is not None:
@@ -151,20 +151,6 @@ def fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
         return False
     weight, bias = norm.weight, norm.bias
     return weight is None or (bias is not None and torch.promote_types(weight.dtype, x.dtype) == weight.dtype)
-
-
-def is_plain(module: Any) -> bool:
-    """Whether a call of the module is its class's forward on weights that are there, and nothing else.
-
-    It is not where hooks stand on it (torch's own, or those of accelerate and diffusers, which take the place of its forward),
-    where it has a forward of its own, or where its weights lie on the meta device, as those of offloaded modules do between calls.
-    """
-    if not isinstance(module, nn.Module):
-        return False
-    held = vars(module)
-    if any(name in held for name in ("forward", "_hf_hook", "_diffusers_hook")) or any(held[name] for name in _HOOKS):
-        return False
-    return not any(parameter is not None and parameter.is_meta for parameter in held["_parameters"].values())
 
 
 def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:

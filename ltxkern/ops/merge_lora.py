@@ -117,7 +117,8 @@ def reference_deltas(
     factors = [a.to(weight.dtype) for a in lora_a]
     for top in range(0, weight.shape[0], rows):
         with launch.full_precision_reduction():
-            delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
+            first = lora_b[0][top : top + rows].to(weight.dtype)
+            delta = torch.matmul(first if scale[0] == 1.0 else first * scale[0], factors[0])
             for k in range(1, len(factors)):
                 delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
         yield delta, slice(top, top + rows)
@@ -231,7 +232,7 @@ def merge_lora_(
     Bytes: read and write W, read the factors once.
     Source: Hu et al. 2021; the LoRA fuse of LTX-2.
     """
-    factors = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    factors = checked_factors(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
     if (call := _call(weight, *factors, chunk_bytes, rounding, seed)) is not None:
         OP(call)
     return weight
@@ -260,7 +261,7 @@ def _factors(name: str, value: Any) -> list[Tensor]:
     return list(value)
 
 
-def _checked(
+def checked_factors(
     weight: Tensor,
     lora_a: Tensor | Sequence[Tensor],
     lora_b: Tensor | Sequence[Tensor],
@@ -348,7 +349,7 @@ def merge_lora_many_(
     given: list[tuple[list[Tensor], list[Tensor]]] = []
     for index, (weight, a, b, s) in enumerate(layers):
         try:
-            factors = _checked(weight, a, b, s, chunk_bytes, rounding, seed + index)
+            factors = checked_factors(weight, a, b, s, chunk_bytes, rounding, seed + index)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index}: {error}") from error
         given.append(factors[:2])

@@ -9,7 +9,7 @@ from torch import Tensor
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -140,7 +140,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.rms_norm_modulate), tiers.triton("rms_norm_modulate", _refuse_triton)],
     may_be=[("x",)],
 )
@@ -150,7 +149,6 @@ GATED = Op(
     "(Tensor, Tensor)",
     gated_reference,
     lambda args: (fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.gated_norm),
         tiers.triton("rms_norm_modulate", _refuse_triton_gated, "launch_gated"),
@@ -164,7 +162,6 @@ TWICE = Op(
     "(Tensor, Tensor, Tensor)",
     twice_reference,
     lambda args: (fresh(args.x), fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.gated_norm_twice),
         tiers.triton("rms_norm_modulate", _refuse_triton_twice, "launch_twice"),
@@ -184,8 +181,9 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
 
 def _check_norm(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None, **others: Tensor
-) -> None:
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
+) -> bool:
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1, arrays=True):
+        return True
     if rows is None:
         _check_rows("scale", scale, x)
         _check_rows("shift", shift, x)
@@ -196,6 +194,7 @@ def _check_norm(
     if weight is not None:
         check_vector("weight", weight, x.shape[-1], x.device)
     check_finite_number("eps", eps, low=0.0)
+    return False
 
 
 def rms_norm_modulate(
@@ -232,7 +231,8 @@ def rms_norm_modulate(
         lookup there).
     Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
     """
-    _check_norm(x, scale, shift, eps, weight, rows)
+    if _check_norm(x, scale, shift, eps, weight, rows):
+        return arrays.through_torch(rms_norm_modulate, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(Arguments(x, scale, shift, eps, weight, rows), out)
@@ -269,7 +269,8 @@ def gated_residual_rms_norm_modulate(
     An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
-    _check_norm(x, scale, shift, eps, weight, rows, gate=gate)
+    if _check_norm(x, scale, shift, eps, weight, rows, gate=gate):
+        return arrays.through_torch(gated_residual_rms_norm_modulate, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x)
@@ -307,7 +308,8 @@ def gated_residual_rms_norm_modulate_twice(
     An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block, between its text attention and the two attentions between the modalities.
     """
-    _check_norm(x, scale, shift, eps, weight, rows, gate=gate, scale2=scale2, shift2=shift2)
+    if _check_norm(x, scale, shift, eps, weight, rows, gate=gate, scale2=scale2, shift2=shift2):
+        return arrays.through_torch(gated_residual_rms_norm_modulate_twice, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x, 3)

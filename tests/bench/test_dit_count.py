@@ -36,6 +36,19 @@ ROW_BYTES = WIDTH * 2
 HEADS = X.unflatten(2, (32, 128)).transpose(1, 2)
 
 
+def test_a_forward_is_predicted_from_flops_bytes_and_small_launches():
+    def block():
+        torch.nn.functional.linear(X, WEIGHT, ROW[0, 0])
+        torch.nn.functional.scaled_dot_product_attention(HEADS, HEADS, HEADS)
+        return [X + X, ROW + ROW, X.float()]
+
+    found = count(block)
+    rates = dit_count.Rates(products=2.0, attention=4.0, bytes=8.0, launch=3.0)
+    products, attention = 2 * TOKENS * WIDTH * WIDTH, 4 * TOKENS * TOKENS * WIDTH
+    assert found.predicted(rates) == (48 * (products / 2 + attention / 4), 48 * (5 * UNIT / 8 + 3))
+    assert found.wide_passes == 1
+
+
 @pytest.mark.parametrize(
     ("function", "launches", "moved"),
     [
@@ -97,6 +110,8 @@ def test_one_block_at_both_stages(tmp_path, capsys):
         for name, most in {**MOST, "elementwise_bytes": MOST_BYTES[shape]}.items():
             assert ours[name] <= most, (shape, name)
         assert ours["video_passes"] <= 17
+        assert ours["wide_passes"] == 0 < theirs["wide_passes"]
+        assert ours["beyond_percent"] <= {"stage1": 10, "stage2": 5}[shape]
         assert ours["launches"] <= 0.4 * theirs["launches"]
         assert ours["video_tensors"] <= 0.14 * theirs["video_tensors"]
         assert ours["elementwise_bytes"] <= 0.14 * theirs["elementwise_bytes"]

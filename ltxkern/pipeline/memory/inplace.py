@@ -17,6 +17,7 @@ from ltxkern.pipeline.memory.merge import (
     MAX_CORRECTION_BYTES,
     CorrectionTooLargeError,
     as_matrix,
+    bare_deltas,
     binary_ratio,
     phase_deltas,
 )
@@ -239,10 +240,10 @@ class InplaceStore(PhaseStore):
         assert live.key is not None
         entry = (module, live.key)
         present, matrix = as_matrix(live.tensor), as_matrix(tensor)
-        products = phase_deltas(matrix, module, self._phase_of[entry], self.factors)
         if (tier := switch_tier(present, matrix)) is not None:
-            return switch_in_one_pass(tier, present, matrix, products, self._corrections[entry], 1.0, ratio)
-        deltas = list(products)
+            products, scale = bare_deltas(matrix, module, self._phase_of[entry], self.factors)
+            return switch_in_one_pass(tier, present, matrix, products, self._corrections[entry], scale, ratio * scale)
+        deltas = list(phase_deltas(matrix, module, self._phase_of[entry], self.factors))
         for delta, rows in deltas:
             torch.sub(present[rows], delta, out=matrix[rows])
         apply_correction(tensor, self._corrections[entry])

@@ -49,7 +49,7 @@ class TwoStageDeviceManager(ComponentDevice):
             "auto": by the memory that is free. Default: LTXKERN_DEVICE_MODE, else "auto".
         device: where the transformer runs.
         host_budget_bytes: bound of what is kept on the host beside the pristine weights: snapshots, and page-locked
-            copies of blocks, components and of the LoRA factors that the device has no room for; None: nine tenths of
+            copies of weights, components and of the LoRA factors that the device has no room for; None: nine tenths of
             what is free there, control groups included.
         rounding: as `merge_lora_`.
         spare_blocks: "snapshot": blocks of the next phase that are fetched ahead.

@@ -154,9 +154,27 @@ def phase_deltas(
 ) -> Iterator[tuple[Tensor, slice]]:
     """`reference_deltas` of what a phase merges into one module, which it changes."""
     found = merged_changes(module, phase)
-    matrix = as_matrix(weight)
-    a, b = _factors(matrix, found, cache)
+    return _deltas(as_matrix(weight), found, [scale for _, scale in found], cache)
+
+
+def bare_deltas(
+    weight: Tensor, module: str, phase: LoRAPhase, cache: FactorCache | None = None
+) -> tuple[Iterator[tuple[Tensor, slice]], float]:
+    """Deltas, and the power of two by which they are multiplied to give `phase_deltas`, short of under- and overflow.
+
+    Of one LoRA at a strength that is a power of two it is the bare product, for which no factor is scaled.
+    """
+    found = merged_changes(module, phase)
     scales = [scale for _, scale in found]
+    if len(found) == 1 and abs(math.frexp(scales[0])[0]) == 0.5:
+        return _deltas(as_matrix(weight), found, [1.0], cache), scales[0]
+    return _deltas(as_matrix(weight), found, scales, cache), 1.0
+
+
+def _deltas(
+    matrix: Tensor, found: Sequence[tuple[Change, float]], scales: Sequence[float], cache: FactorCache | None
+) -> Iterator[tuple[Tensor, slice]]:
+    a, b = _factors(matrix, found, cache)
     return reference_deltas(matrix, a, b, scales, _chunk_bytes(matrix, a, b, scales))
 
 

@@ -1,14 +1,13 @@
 """One LTX-2.3 transformer block: diffusers' parameters, a forward of several branches in which each attention may be left out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
 
-from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_items, kept_update, text_keys_and_values
 from ltxkern.pipeline.model.fusions import (
     feed_forward,
@@ -17,57 +16,12 @@ from ltxkern.pipeline.model.fusions import (
     gated_residual,
     modulate,
     norm_modulate,
+    sound_beside_video,
 )
-
-if TYPE_CHECKING:
-    from ltxkern.pipeline.parallel.by_token import TokenShards
+from ltxkern.pipeline.model.inputs import Stream
 
 # Modulations of all blocks are made at once up to so many timesteps: with one for every token they are as large as the video.
 _MOST_TIMESTEPS = 64
-
-
-@dataclass(frozen=True)
-class CrossStream:
-    """What the attention between the modalities reads of one of them."""
-
-    modulation: Tensor  # (B, N, 4 * D): scale, shift for a2v, scale, shift for v2a
-    gate: Tensor  # (B, 1, D)
-    rope: RotaryTables
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What every block of a forward reads of one modality."""
-
-    contexts: tuple[Tensor, ...]  # (B, L, D) each: the texts of the branches, once each
-    modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
-    prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
-    rope: RotaryTables
-    cross: CrossStream | None  # None where the other modality is absent
-    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
-    shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
-
-    def repeated(self, times: int) -> "Stream":
-        """Of a batch with every item so many times, all items in turn; the texts stay."""
-        if times == 1:
-            return self
-        rows = None if self.rows is None else self.rows.repeat(times, 1)
-
-        def each(vectors: Tensor) -> Tensor:
-            # Tables serve any batch, and so does the row of a single item.
-            return vectors if rows is not None or vectors.shape[0] == 1 else vectors.repeat(times, 1, 1)
-
-        cross = self.cross
-        if cross is not None:
-            cross = CrossStream(each(cross.modulation), each(cross.gate), _repeated(cross.rope, times))
-        rope = _repeated(self.rope, times)
-        return replace(self, modulation=each(self.modulation), rope=rope, cross=cross, rows=rows)
-
-
-def _repeated(rope: RotaryTables, times: int) -> RotaryTables:
-    if rope.rows is None:
-        return RotaryTables(*(table.repeat(times, 1, 1, 1) if table.shape[0] > 1 else table for table in rope[:2]))
-    return rope._replace(rows=rope.rows.repeat(times, 1, 1)) if rope.rows.shape[0] > 1 else rope
 
 
 class Sums(NamedTuple):
@@ -260,12 +214,13 @@ class LTX2Block(LTX2VideoTransformerBlock):
             states = _shared(modules, states[0], self._with_modulations(trunk), lanes)
         texts = [_Texts(each.text_attention) for each in modules]
         for state, lane in zip(states, lanes, strict=True):
-            for at, module in enumerate(modules):
-                residual, side = state[at], lane.sides[at]
-                if residual is not None and side is not None:
-                    if trunk is None:
-                        _self_attention(module, residual, side, lane.keep[at])
-                    _text_attention(module, residual, side, texts[at].of(side, lane.texts))
+
+            def begin(at: int, residual: Residual, side: Side, lane: Lane = lane) -> None:
+                if trunk is None:
+                    _self_attention(modules[at], residual, side, lane.keep[at])
+                _text_attention(modules[at], residual, side, texts[at].of(side, lane.texts))
+
+            _both(state, lane, begin)
             if (
                 state.video is not None
                 and state.audio is not None
@@ -273,9 +228,7 @@ class LTX2Block(LTX2VideoTransformerBlock):
                 and lane.audio is not None
             ):
                 self._cross_attentions(lane.keep, state.video, state.audio, lane.video, lane.audio)
-            for module, residual, side in zip(modules, state, lane.sides, strict=True):
-                if residual is not None and side is not None:
-                    _feed_forward(module, residual, side)
+            _both(state, lane, lambda at, residual, side: _feed_forward(modules[at], residual, side))
         return list(states)
 
     def _with_modulations(self, lane: Lane) -> Lane:
@@ -321,6 +274,28 @@ class LTX2Block(LTX2VideoTransformerBlock):
                 shards=video.stream.shards,
             )
             y.branch = kept_update(update, keep.v2a), _cross_gate(audio)
+
+
+def _both(state: State, lane: Lane, work: Callable[[int, Residual, Side], None]) -> None:
+    """`work` on the modalities that are there: number, residual stream, side; on sound beside video where both are."""
+    there = [
+        (at, residual, side)
+        for at, (residual, side) in enumerate(zip(state, lane.sides, strict=True))
+        if residual is not None and side is not None
+    ]
+    if len(there) == 1:
+        work(*there[0])
+    elif there:
+        sound = there[1][1]
+
+        def of_sound() -> Any:
+            work(*there[1])
+            return sound.x, sound.normed, sound.branch
+
+        # What sound reads stays until both are done: other streams may take freed memory at once.
+        held = (sound.x, sound.normed, sound.branch)
+        sound_beside_video(of_sound, lambda: work(*there[0]))
+        del held
 
 
 def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tuple[bool, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The passes of the transformer block that join several ops, and the policy that lets them serve.
+"""How the transformer block runs: passes that join several ops, the policy that lets them serve, and sound beside video.
 
 Each is named with the composition that it replaces: the ops of diffusers' block, every one with its own rounding.
 """
@@ -48,7 +48,7 @@ class FusionPolicy:
     torch.compile traces is made of the separate ops then.
 
     Attributes:
-        name: one of `POLICIES`; None for what the variable LTXKERN_FUSIONS says, else "rounded".
+        name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".
         verdicts: under "exact", by fused function and layout of its arguments, whether it has the bits.
     """
 
@@ -56,8 +56,8 @@ class FusionPolicy:
     verdicts: dict[tuple[Any, ...], bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        source = "fusions" if self.name is not None else "LTXKERN_FUSIONS"
-        self.name = self.name if self.name is not None else os.environ.get("LTXKERN_FUSIONS") or "rounded"
+        source = "policy" if self.name is not None else "LTXKERN_POLICY"
+        self.name = self.name if self.name is not None else os.environ.get("LTXKERN_POLICY") or "rounded"
         if self.name not in POLICIES:
             raise ValueError(f"{source} must be one of {', '.join(POLICIES)}, got {self.name!r}")
 
@@ -99,7 +99,7 @@ def _captures(args: Any) -> bool:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return one.dtype == other.dtype and torch.equal(*(x.contiguous().view(torch.uint8) for x in (one, other)))
 
 
 _current: ContextVar[FusionPolicy | None] = ContextVar("ltxkern_fusions", default=None)
@@ -121,6 +121,34 @@ def use_fusions(policy: FusionPolicy | str) -> Iterator[FusionPolicy]:
         yield chosen
     finally:
         _current.reset(token)
+
+
+# Runs the work of sound and that of video and returns both results; whoever reads these may do so at once.
+SideBySide = Callable[[Callable[[], Any], Callable[[], Any]], Any]
+_beside: ContextVar[SideBySide | None] = ContextVar("ltxkern_sound_beside_video", default=None)
+
+
+@contextlib.contextmanager
+def use_side_by_side(run: SideBySide | None) -> Iterator[None]:
+    """Within it the sound's part of a block runs beside the video's, by `run`; one after the other where it is None."""
+    token = _beside.set(run)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def sound_beside_video(sound: Callable[[], Any], video: Callable[[], Any]) -> None:
+    """Both, in either order: neither reads what the other writes.
+
+    `sound` returns all tensors that it has made and that stay; memory that it gives away must not be the video's.
+    """
+    run = None if torch.compiler.is_compiling() else _beside.get()
+    if run is None:
+        video()
+        sound()
+    else:
+        run(sound, video)
 
 
 def _name() -> str | None:

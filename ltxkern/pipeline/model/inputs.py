@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.sampling.coordinates import Coordinates
+
+if TYPE_CHECKING:
+    from ltxkern.pipeline.parallel.by_token import TokenShards
 
 Embedding = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -92,6 +95,50 @@ class ModalityTensors:
             rows=None if self.rows is None else self.rows[:, own],
             coordinates=self.coordinates and self.coordinates.part(own),
         )
+
+
+@dataclass(frozen=True)
+class CrossStream:
+    """What the attention between the modalities reads of one of them."""
+
+    modulation: Tensor  # (B, N, 4 * D): scale, shift for a2v, scale, shift for v2a
+    gate: Tensor  # (B, 1, D)
+    rope: RotaryTables
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What every block of a forward reads of one modality."""
+
+    contexts: tuple[Tensor, ...]  # (B, L, D) each: the texts of the branches, once each
+    modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
+    prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
+    rope: RotaryTables
+    cross: CrossStream | None  # None where the other modality is absent
+    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
+    shards: TokenShards | None = None  # where its tokens are shared out over ranks
+
+    def repeated(self, times: int) -> Stream:
+        """Of a batch with every item so many times, all items in turn; the texts stay."""
+        if times == 1:
+            return self
+        rows = None if self.rows is None else self.rows.repeat(times, 1)
+
+        def each(vectors: Tensor) -> Tensor:
+            # Tables serve any batch, and so does the row of a single item.
+            return vectors if rows is not None or vectors.shape[0] == 1 else vectors.repeat(times, 1, 1)
+
+        cross = self.cross
+        if cross is not None:
+            cross = CrossStream(each(cross.modulation), each(cross.gate), _repeated(cross.rope, times))
+        rope = _repeated(self.rope, times)
+        return replace(self, modulation=each(self.modulation), rope=rope, cross=cross, rows=rows)
+
+
+def _repeated(rope: RotaryTables, times: int) -> RotaryTables:
+    if rope.rows is None:
+        return RotaryTables(*(table.repeat(times, 1, 1, 1) if table.shape[0] > 1 else table for table in rope[:2]))
+    return rope._replace(rows=rope.rows.repeat(times, 1, 1)) if rope.rows.shape[0] > 1 else rope
 
 
 def _float32_exact(value: float) -> bool:

@@ -9,26 +9,28 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 from torch import Tensor
 
+from ltxkern.ops.checks import ACTIVATION_DTYPES
+from ltxkern.ops.gated_residual import gated_residual
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.block import (
     BlockKeep,
-    CrossStream,
     Lane,
     LTX2Block,
     Residual,
     Side,
     State,
-    Stream,
     modulations,
     sums_at_once,
 )
 from ltxkern.pipeline.model.fusions import layer_norm_modulate
 from ltxkern.pipeline.model.inputs import (
     Batch,
+    CrossStream,
     KeptTables,
     ModalityInput,
     ModalityTensors,
     Perturbation,
+    Stream,
     check_branch,
     column,
     device_tensors,
@@ -363,7 +365,10 @@ def predict_x0_batched(
 
 
 def _to_x0(item: ModalityInput, velocity: Tensor) -> Tensor:
-    return to_denoised(item.latent, velocity, timesteps(item, item.mask))
+    steps = timesteps(item, item.mask).float()
+    if velocity.dtype != item.latent.dtype or velocity.dtype not in ACTIVATION_DTYPES:
+        return to_denoised(item.latent, velocity, steps)
+    return gated_residual(item.latent, velocity, -steps)  # its bits, in one pass
 
 
 def predict_x0(
