@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ltxkern.ops.arrays import is_array
+from ltxkern.layout import is_array
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
