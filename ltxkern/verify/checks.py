@@ -154,16 +154,41 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 class _Wide(TorchFunctionMode):
-    """Arithmetic that a reference does in fp32 is done in fp64."""
+    """Arithmetic that a reference does in fp32 is done in fp64, and what its means and deviations lose of that is made good.
+
+    An exact fp64 kernel would be called wrong otherwise: torch's std drifts as elements are added, and next to a mean of 1e4
+    deviations half of the mean's last bit is more than rounding explains.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._means: list[tuple[Tensor, dict[str, Any]]] = []
 
     def __torch_function__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is Tensor.float:
             return args[0].double()
         if func is Tensor.to:
             args = [F64 if value is F32 else value for value in args]
-        return func(*args, **(kwargs or {}))
+        if func is Tensor.std:
+            squares = _centred(args[0], args[0].mean(**kwargs), kwargs).square().sum(**kwargs)
+            return (squares / (args[0].numel() // squares.numel() - 1)).sqrt()
+        if func is Tensor.sub:
+            for mean, over in self._means:
+                if mean is args[1]:
+                    return _centred(*args, over)
+        result = func(*args, **kwargs)
+        if func is Tensor.mean:
+            self._means.append((result, kwargs))
+        return result
+
+
+def _centred(x: Tensor, mean: Tensor, over: dict[str, Any]) -> Tensor:
+    """x without its mean over some dims, and without what the mean's rounding left of it."""
+    rough = x - mean
+    return rough - rough.mean(**over)
 
 
 def _in_fp64(value: Any) -> Any:

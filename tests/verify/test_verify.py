@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,29 @@ def test_references_in_fp64_are_in_fp64(case: checks.OpCase) -> None:
     given = checks.handed(lambda: case.run(case.tensors(case.dtypes[0], Size(2, 3, 4))))
     composed, exact = checks.references(case.op, given)
     assert [value.dtype for value in exact] == [torch.float64] * len(composed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "channelwise_normalize float64 2x61x300",
+        "normalize_noise float64 1x1000x1024",
+        "channelwise_normalize-pairs float64 3x5x13 offset",
+    ],
+)
+def test_what_is_exact_in_fp64_is_not_called_wrong(name: str) -> None:
+    """Where torch's own fp64 is 1e-13 and more off."""
+    (check,) = (check for check in checks.plan("full") if str(check) == name)
+    tensors = checks.VALUES[check.values](check.case.tensors(check.dtype, check.size))
+    (x,) = tensors.values()
+    (composed,), (exact,) = checks.references(check.case.op, checks.handed(lambda: check.case.run(tensors)))
+    wide = x.numpy().astype(np.longdouble)
+    axes = (-2, -1)
+    ours = torch.from_numpy(
+        ((wide - wide.mean(axes, keepdims=True)) / wide.std(axes, ddof=1, keepdims=True)).astype(np.float64)
+    )
+    assert checks.distance(ours, composed, exact, check.dtype) is None
+    assert float((ours - exact).abs().max()) < 2e-15
 
 
 @pytest.mark.parametrize(
