@@ -41,7 +41,7 @@ def _names(text: str | None, option: str, known: tuple[str, ...]) -> list[str] |
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify; status 1 where something is wrong, 130 where it was interrupted, with what was found until then."""
+    """Verify; status 1 where something is wrong or was not reached, 130 where it was interrupted, with what was found by then."""
     from ltxkern.trust import proofs
     from ltxkern.verify.checks import IMPORTANCE
     from ltxkern.verify.report import Report, verify
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(report)
     if not report.finished:
         return INTERRUPTED
-    return 1 if report.wrong() or report.stopped else 0
+    return 1 if report.wrong() or report.stopped or report.unreached() else 0
 
 
 def _cell(report: Report, tier: str, op: str) -> str:

@@ -27,7 +27,8 @@ from ltxkern.trust import machine
 logger = logging.getLogger("ltxkern")
 
 SCHEMA = 1
-LEVELS = ("quick", "full")
+# Of the checks of a run: some, all of a quick one, all of a full one.
+LEVELS = ("partial", "quick", "full")
 TIERS = ("cuda", "nvrtc", "triton", "cpu")
 
 
@@ -54,7 +55,7 @@ class Verdict:
 
     Attributes:
         passed: all checks did, or which one did not is the `reason`.
-        level: of the run that found it, "quick" or "full".
+        level: "quick" or "full" by the run that found it; "partial" where that passed, but did not come to all of its checks.
         checks: how many ran.
     """
 
@@ -73,7 +74,7 @@ class Proof:
     when: str = ""
 
     def updated(self, newer: Proof) -> Proof:
-        """Both; a wrong result of a full run outlives a quick one that did not meet it."""
+        """Both; a wrong result outlives a run that did not come to all the checks of the one that met it."""
         merged = {op: dict(row) for op, row in self.verdicts.items()}
         for op, row in newer.verdicts.items():
             for tier, verdict in row.items():

@@ -178,7 +178,7 @@ class _Wide(TorchFunctionMode):
         if func is Tensor.sub:
             for mean, over in self._means:
                 if mean is args[1]:
-                    return _centred(*args, over)
+                    return _centred(args[0], mean, over)
         result = func(*args, **kwargs)
         if func is Tensor.mean:
             self._means.append((result, kwargs))
@@ -235,9 +235,16 @@ def distance(ours: Tensor, composed: Tensor, exact: Tensor, compute: torch.dtype
 
 
 @torch.no_grad()
-def fault(check: Check, backend: str, device: torch.device) -> str | None:
+def fault(
+    check: Check, backend: str, device: torch.device, calling: Callable[[bool], None] = lambda now: None
+) -> str | None:
     """What is wrong with a backend's answer to a check, or None.
 
+    Args:
+        check: what is asked.
+        backend: of whom.
+        device: of the tensors.
+        calling: told when a call of the backend begins, and when the device is done with it.
     Raises:
         BackendError: the backend refuses the call.
     """
@@ -252,8 +259,12 @@ def fault(check: Check, backend: str, device: torch.device) -> str | None:
     for fill in FILLS:
         inputs = {name: Guarded(value, fill, shift) for name, value in values.items()}
         outputs = [] if case.in_place else [Guarded(_stale(like, fill), fill, shift) for like in composed]
+        calling(True)
         with ltxkern.use_backend(backend):
             results = case.run({n: g.tensor for n, g in inputs.items()}, [g.tensor for g in outputs])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calling(False)
         for name, guarded in [*inputs.items(), *((f"output {i}", g) for i, g in enumerate(outputs))]:
             if not guarded.untouched():
                 return f"written outside of {name}"
