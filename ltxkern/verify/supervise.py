@@ -38,7 +38,7 @@ class Limits:
         return self.end - time.monotonic()
 
     def share(self, part: float, least: float) -> Limits:
-        """A part of what is left; one call may take a quarter of it, or `least`, so that one without an end leaves time to others."""
+        """A part of what is left; one call may take a quarter of it, or `least`, so that an endless one leaves time to others."""
         seconds = part * self.left()
         return Limits(time.monotonic() + seconds, self.check, min(self.call, max(least, 0.25 * seconds)))
 

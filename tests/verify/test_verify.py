@@ -1,6 +1,8 @@
 """verify finds what is planted, dispatch refuses it afterwards, and others still serve; what is right is proven."""
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from ltxkern.compiled import extension
 from ltxkern.trust import proofs
 from ltxkern.verify import checks, report, timing
 from ltxkern.verify.cases import BY_NAME, F32, Size
+from ltxkern.verify.interruption import interruptible
 from ltxkern.verify.report import Report, verify
 from ltxkern.verify.supervise import Found, Limits, check_tier
 from tests.csrc.shim_build import shim
@@ -163,13 +166,14 @@ def test_unknown_names_are_refused(option: str, value: str, capsys: pytest.Captu
     assert f"{option}: unknown {value}; known are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_was_found_survives_an_interruption(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: object, report: Report, **options: object) -> None:
         entries = Found(4, 4), Found(4, 3), Found(4, 3, 1), Found(4, 2, essential_left=2), Found(4, 1, wrong="a")
         report.found["cpu"] = dict(zip(checks.IMPORTANCE, entries, strict=False))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(report, "verify", interrupted)
     file = fresh / "found.json"
@@ -182,6 +186,16 @@ def test_what_was_found_survives_an_interruption(
     levels = {op: (row["cpu"].passed, row["cpu"].level) for op, row in stored.verdicts.items()}
     expected = {first: (True, "quick"), second: (True, "partial"), third: (True, "quick"), fifth: (False, "quick")}
     assert levels == expected, f"{fourth} was not reached"
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_worker_that_cannot_start_says_nothing_of_an_op(few_checks: None, fresh: Path) -> None:
