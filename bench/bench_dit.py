@@ -1,8 +1,9 @@
 """One forward of the LTX-2.3 transformer, random weights: diffusers, torch.compile, the toolkit, and the GEMM and attention floor.
 
+diffusers' forward is timed as its pipelines call it, with a timestep for every token, and with the one that all tokens have.
 `--count` counts one block of both at the two stages' shapes, from shapes alone: `dit_count.py` says what a video-sized pass is.
-`--blocks N` runs the first N of 48 blocks. The floor replays, each alone, every matrix product and attention call that the
-toolkit's forward makes; what the forward takes beyond it is what fusion can win.
+`--blocks N` runs the first N of 48 blocks. The floor replays every matrix product and attention call that the toolkit's
+forward makes, and nothing else; what the forward takes beyond it is what fusion can win.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
 from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
 from report import Record, size
-from timing import CallTimer, Summary, interleave, summarise
+from timing import CallTimer, interleave, summarise
 
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
 ROUNDINGS = 8
+ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
 CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 CONFIG = {
@@ -57,6 +59,9 @@ SMALL = {
 }
 CASES = (
     Case("small", (2, 6, 10), "small", {"config": SMALL, "blocks": 2, "audio": 18, "text": 64}),
+    # By name alone: what two CPU cores hold of the production width.
+    Case("wide256", (4, 8, 8), "named", {"config": {}, "blocks": 1, "audio": 16, "text": 256}),
+    Case("wide512", (8, 8, 8), "named", {"config": {}, "blocks": 2, "audio": 16, "text": 256}),
     Case("stage1", (16, 17, 30), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
     Case("stage2", (16, 34, 60), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
 )
@@ -106,8 +111,8 @@ def inputs_of(case: Case, model: LTX2Transformer, dtype: torch.dtype, device: to
     return Inputs(given(video, widths[0]), given(audio, widths[1]))
 
 
-def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
-    """diffusers' forward with per-token timesteps, as its pipelines and the published one call it."""
+def diffusers_forward(model: Any, inputs: Inputs, *, by_token: bool = True) -> Callable[[], Any]:
+    """diffusers' forward with per-token timesteps, as its pipelines and the published one call it, or with one timestep."""
     video, audio = inputs.video, inputs.audio
     device = video.latent.device
     sigma = torch.full((1,), SIGMA * 1000, device=device)
@@ -118,8 +123,8 @@ def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
             audio_hidden_states=audio.latent,
             encoder_hidden_states=video.context,
             audio_encoder_hidden_states=audio.context,
-            timestep=sigma[:, None].expand(1, video.latent.shape[1]),
-            audio_timestep=sigma[:, None].expand(1, audio.latent.shape[1]),
+            timestep=sigma[:, None].expand(1, video.latent.shape[1] if by_token else 1),
+            audio_timestep=sigma[:, None].expand(1, audio.latent.shape[1] if by_token else 1),
             sigma=sigma,
             audio_sigma=sigma,
             video_coords=video.positions,
@@ -131,16 +136,16 @@ def diffusers_forward(model: Any, inputs: Inputs) -> Callable[[], Any]:
 
 
 def counted(case: Case) -> list[dict[str, Any]]:
-    """What one block launches and moves in bf16, ours and diffusers', from shapes alone."""
+    """What one block between two others launches and moves in bf16, ours and diffusers', from shapes alone."""
     meta = torch.device("meta")
-    ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 1))
+    ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 3))
     inputs = inputs_of(case, ours, torch.bfloat16, meta)
     calls = {
         "ltxkern": (ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
         "diffusers": (theirs, diffusers_forward(theirs, inputs)),
     }
     return [
-        dit_count.count_block(model.transformer_blocks[0], call, case.numel).row(case.name, name)
+        dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
         for name, (model, call) in calls.items()
     ]
 
@@ -185,20 +190,22 @@ def is_layout(part: Any) -> bool:
     return isinstance(part, tuple) and len(part) == 3 and isinstance(part[2], torch.dtype)
 
 
-def floor_seconds(log: ContractionLog, run: Run) -> tuple[float, float, float]:
-    """Sums of the medians, minima and 80th percentiles of the logged calls, each replayed alone on random data."""
-    totals = [0.0, 0.0, 0.0]
+def floor_calls(log: ContractionLog, device: torch.device) -> Callable[[], None]:
+    """All logged calls one after another, each on random data of its own layout."""
+    calls = []
     for key, count in log.calls.items():
         layout, kwargs = log.arguments[key]
-        tensors = tuple(
-            torch.empty_strided(*part[:2], dtype=part[2], device=run.device).normal_() if is_layout(part) else part
+        tensors = [
+            torch.empty_strided(*part[:2], dtype=part[2], device=device).normal_() if is_layout(part) else part
             for part in layout
-        )
-        timer = CallTimer(lambda *a, f=key[0], k=kwargs: f(*a, **k), [tensors], run.device, run.settings)
-        summary = summarise(timer.sample_round())
-        for index, value in enumerate((summary.median, summary.minimum, summary.p80)):
-            totals[index] += count * value
-    return totals[0], totals[1], totals[2]
+        ]
+        calls += [functools.partial(key[0], *tensors, **kwargs)] * count
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
@@ -227,7 +234,13 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
     expected = theirs_forward()
     errors = {"ltxkern": distance(result, expected)}
     check_distance("ltxkern", errors["ltxkern"], dtype, blocks)
-    functions = {n: f for n, f in ((EAGER, theirs_forward), ("ltxkern", toolkit)) if is_wanted(n, run.backends)}
+    wanted = (
+        (EAGER, theirs_forward),
+        (ONE_TIMESTEP, diffusers_forward(theirs, inputs, by_token=False)),
+        ("ltxkern", toolkit),
+    )
+    functions: dict[str, Callable[[], Any]] = {n: f for n, f in wanted if is_wanted(n, run.backends)}
+    functions[FLOOR] = floor_calls(log, run.device)
     compile_s = None
     if is_wanted(COMPILE, run.backends):
         reason = compiler_missing(run.device)
@@ -243,33 +256,23 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
             run.skip("dit", title, COMPILE, reason)
     timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
-    median, least, high = floor_seconds(log, run)
+    floor = summarise(samples[FLOOR]).median
     common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops()}
+    notes = {name: f"relative RMS distance from diffusers {error:.1e}" for name, error in errors.items()}
+    notes[FLOOR] = f"{sum(log.calls.values())} calls"
     rows = [
         Record(
             **common,
-            provider="floor: GEMM and attention alone",
-            **Summary(least, median, median, high, run.settings.rounds).fields(),
-            floor_us=median * 1e6,
-            percent_of_roof=100.0,
-            timer="sum",
-            note=f"{sum(log.calls.values())} calls",
+            provider=name,
+            **(s := summarise(values)).fields(),
+            floor_us=floor * 1e6,
+            percent_of_roof=100 * floor / s.median,
+            timer=timers[name].kind,
+            compile_s=compile_s if name == COMPILE else None,
+            note=notes.get(name, ""),
         )
+        for name, values in samples.items()
     ]
-    for name, values in samples.items():
-        s = summarise(values)
-        rows.append(
-            Record(
-                **common,
-                provider=name,
-                **s.fields(),
-                floor_us=median * 1e6,
-                percent_of_roof=100 * median / s.median,
-                timer=timers[name].kind,
-                compile_s=compile_s if name == COMPILE else None,
-                note=f"relative RMS distance from diffusers {errors[name]:.1e}" if name in errors else "",
-            )
-        )
     run.records += with_ratios(rows)
 
 

@@ -29,6 +29,14 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> t
     return summed, modulated(summed, scale, shift)
 
 
+def gated_twice(x: Tensor, y: Tensor, gate: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated residual, then its norm with two modulations."""
+    summed = x + y * gate
+    normed = F.rms_norm(summed, (x.shape[-1],), None, EPS)
+    scale, shift, scale2, shift2 = modulation
+    return summed, normed * (1 + scale) + shift, normed * (1 + scale2) + shift2
+
+
 def with_norm(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     """Another library's RMSNorm of rows, `norm(rows, weight)`, with the modulation in torch."""
 
@@ -89,6 +97,9 @@ def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         return prepare_index([random(*case.shape) for _ in range(count)], tables)
     rows = tokens if case.options.get("per_token") else 1
     x, scale, shift = random(*case.shape), random(batch, rows, width) * 0.2, random(batch, rows, width) * 0.2
+    if case.options.get("twice"):
+        args = (x, random(*case.shape), *(random(batch, rows, width) * 0.2 for _ in range(5)))
+        return Call(args, op=ltxkern.gated_residual_rms_norm_modulate_twice, composition=gated_twice)
     if case.options.get("gated"):
         args = (x, random(*case.shape), random(batch, rows, width), scale, shift)
         return Call(args, op=ltxkern.gated_residual_rms_norm_modulate, composition=gated)
@@ -103,6 +114,7 @@ SUITE = Suite(
         Case("audio", (1, 126, 2048), "small"),
         Case("video_1k_tokens", (1, 1024, 4096), "small"),
         Case("video_1k_tokens_gated", (1, 1024, 4096), "small", GATED),
+        Case("video_1k_tokens_gated_twice", (1, 1024, 4096), "small", {"twice": True}),
         Case("video_1k_tokens_two_rows", (1, 1024, 4096), "small", TWO_ROWS),
         Case("stage1_video", (1, 8160, 4096)),
         Case("stage1_video_gated", (1, 8160, 4096), options=GATED),

@@ -91,6 +91,11 @@ class Row(NamedTuple):
         """What the row is of."""
         return self.tier, self.case, self.kernel
 
+    @property
+    def through(self) -> int:
+        """Bytes that the launch reads, reads again and writes."""
+        return sum(self.reads.values()) + self.again + self.writes
+
 
 class Baseline(NamedTuple):
     """All rows by architecture, and by case the least bytes that a call must move and its FLOP."""
@@ -133,6 +138,8 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     window = 0
     if again and "kept" in kernel.numbers:
         window = 2 * again // -(-kernel.numbers["groups"] * kernel.numbers["blocks"] // blocks)
+    elif again and "kept_rows" in kernel.numbers:
+        window = again
     shared = function.shared + kernel.shared_bytes + (1024 if card.architecture == "sm_80" else 0)
     typical = counted.typical
     return Row(

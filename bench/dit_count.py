@@ -1,10 +1,14 @@
 """Launches and elementwise bytes of one transformer block, counted from shapes alone: it runs on the meta device.
 
-A video-sized pass is one (T, 4096) bf16 tensor read or written once, T being the video tokens: `video_passes` are the bytes that
-launches on video-sized tensors move, matrix products and attention left out, in units of that tensor. What a launch reads and
-writes is what its kernel has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every
-result. Views are free; matrix products and attention are launches without elementwise bytes. A launch on no tensor of at least
-a quarter of the unit counts its bytes and no passes: sound, text, modulation.
+A video-sized pass is one kernel that walks over a video-sized tensor: `video_passes` counts the launches that read or write at
+least a quarter of a (T, 4096) bf16 tensor, T being the video tokens, matrix products and attention left out. `video_tensors` is
+what those launches move, in units of that tensor: a fused pass reads and writes several. What a launch moves is what its kernel
+has to: every distinct tensor argument once, the elements that an expanded dim repeats once, and every result. Views are free;
+matrix products and attention are launches without elementwise bytes, and so is an activation within a product's epilogue. All
+other launches (sound, text, modulation) count their bytes and no pass.
+
+A forward is predicted from that: products and attention at their rates, the bytes of video-sized passes at theirs, a launch each
+for all other elementwise work. `beyond_percent` is what the last two add to the first two. Nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,14 +37,34 @@ OVERWRITING = ("copy_", "fill_", "zero_")
 FILLING = ("new_", "zeros", "ones", "full", "rand")
 
 
+class Rates(NamedTuple):
+    """Of a card: flop/s of products and of attention, bytes/s of elementwise passes, seconds of a launch of next to nothing."""
+
+    products: float
+    attention: float
+    bytes: float
+    launch: float
+
+
+# Products as cuBLAS multiplies random bf16; row kernels at 93 % of a copy's 4.2 TB/s, the least that docs/predicted.md says of
+# them at these shapes is 91; attention assumed, at a share of the products' rate that published kernels have on this card.
+H200 = Rates(790e12, 530e12, 0.93 * 4.2e12, 2.5e-6)
+BLOCKS = 48
+
+
 @dataclass(frozen=True)
 class Launched:
-    """One kernel launch: where it comes from, what it is, what it moves outside matrix products and attention."""
+    """One kernel launch: where it comes from, what it is; what it moves outside matrix products and attention, else its flops.
+
+    wide: whether it writes a tensor of more than two bytes a value that is as large as `largest`.
+    """
 
     site: str
     op: str
     bytes: int
     largest: int
+    flops: int = 0
+    wide: bool = False
 
 
 @dataclass
@@ -59,35 +83,54 @@ class Count:
         return bool(one.bytes) and 4 * one.largest >= self.unit
 
     @property
-    def video_passes(self) -> float:
-        """Video-sized tensors read or written."""
-        return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
-
-    @property
-    def video_launches(self) -> int:
+    def video_passes(self) -> int:
         """Launches that walk over a video-sized tensor."""
         return sum(map(self._is_video, self.launches))
 
+    @property
+    def video_tensors(self) -> float:
+        """Video-sized tensors read or written by these passes."""
+        return sum(one.bytes for one in self.launches if self._is_video(one)) / self.unit
+
+    @property
+    def wide_passes(self) -> int:
+        """Video-sized passes that write more than two bytes a value: fp32 temporaries."""
+        return sum(self._is_video(one) and one.wide for one in self.launches)
+
+    def predicted(self, rates: Rates) -> tuple[float, float]:
+        """Seconds of a forward of 48 such blocks: products and attention, then all else."""
+        flops: Counter[bool] = Counter()
+        for one in self.launches:
+            flops[one.op == "attention"] += one.flops
+        moved = sum(one.bytes for one in self.launches if self._is_video(one))
+        small = sum(bool(one.bytes) and not self._is_video(one) for one in self.launches)
+        within = flops[False] / rates.products + flops[True] / rates.attention
+        return BLOCKS * within, BLOCKS * (moved / rates.bytes + small * rates.launch)
+
     def sites(self) -> list[tuple[str, int, float]]:
-        """Of the video-sized launches: site with op, how many, their passes; most passes first."""
+        """Of the video-sized passes: site with op, how many, the tensors that they move; most of these first."""
+        moved: Counter[str] = Counter()
         passes: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
         for one in filter(self._is_video, self.launches):
             name = f"{one.site} {one.op}"
-            passes[name] += one.bytes
-            counts[name] += 1
-        return [(name, counts[name], moved / self.unit) for name, moved in passes.most_common()]
+            moved[name] += one.bytes
+            passes[name] += 1
+        return [(name, passes[name], each / self.unit) for name, each in moved.most_common()]
 
     def row(self, shape: str, provider: str) -> dict[str, Any]:
         """Plain data."""
+        within, beyond = self.predicted(H200)
         return {
             "shape": shape,
             "provider": provider,
-            "video_passes": round(self.video_passes, 2),
-            "video_launches": self.video_launches,
+            "video_passes": self.video_passes,
+            "video_tensors": round(self.video_tensors, 2),
             "elementwise_bytes": self.elementwise_bytes,
             "launches": len(self.launches),
-            "sites": [{"site": s, "launches": n, "video_passes": round(p, 2)} for s, n, p in self.sites()],
+            "wide_passes": self.wide_passes,
+            "gemm_and_attention_ms": round(1e3 * within, 1),
+            "beyond_percent": round(100 * beyond / within, 1),
+            "sites": [{"site": s, "video_passes": n, "video_tensors": round(m, 2)} for s, n, m in self.sites()],
         }
 
 
@@ -127,7 +170,8 @@ class _OnDevice(TorchFunctionMode):
         settings = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention:
             query = args[0] if args else settings["query"]
-            self._count.launches.append(Launched(_site(), "attention", 0, 0))
+            key = args[1] if len(args) > 1 else settings["key"]
+            self._count.launches.append(Launched(_site(), "attention", 0, 0, 4 * query.numel() * key.shape[-2]))
             return torch.empty_like(query)  # the kernels keep the memory order of the queries
         if func in (torch.nn.functional.rms_norm, torch.rms_norm):
             tensors = [*_tensors((args, settings))]
@@ -151,7 +195,8 @@ class _Launches(TorchDispatchMode):
         if func.is_view or name in ALLOCATIONS:
             return result
         if name in PRODUCTS:
-            self._count.launches.append(Launched(_site(), "product", 0, 0))
+            matrix = args[0] if name in ("mm", "bmm", "linear") else args[1]
+            self._count.launches.append(Launched(_site(), "product", 0, 0, 2 * result.numel() * matrix.shape[-1]))
             return result
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
         changed = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -162,7 +207,8 @@ class _Launches(TorchDispatchMode):
         written = [*_tensors(([given.get(key) for key in changed], result))]
         moved = moved_bytes(read) + moved_bytes(written)
         largest = max(map(count_bytes, [*read, *written]), default=0)
-        self._count.launches.append(Launched(_site(), name, moved, largest))
+        wide = any(tensor.element_size() > 2 and count_bytes([tensor]) == largest for tensor in written)
+        self._count.launches.append(Launched(_site(), name, moved, largest, wide=wide))
         return result
 
 
@@ -188,13 +234,20 @@ def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) ->
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The counts of a block, then what of ours remains, as text."""
-    lines = [f"{'shape':8}{'provider':12}{'passes':>8}{'video launches':>16}{'elementwise bytes':>19}{'launches':>10}"]
+    lines = [
+        f"{'shape':8}{'provider':12}{'video passes':>14}{'video tensors':>15}{'elementwise bytes':>19}{'launches':>10}"
+        f"{'GEMM, attention':>17}{'beyond':>9}"
+    ]
     for row in rows:
         lines.append(
-            f"{row['shape']:8}{row['provider']:12}{row['video_passes']:8.1f}{row['video_launches']:16}"
-            f"{row['elementwise_bytes']:19}{row['launches']:10}"
+            f"{row['shape']:8}{row['provider']:12}{row['video_passes']:14}{row['video_tensors']:15.1f}"
+            f"{row['elementwise_bytes']:19}{row['launches']:10}{row['gemm_and_attention_ms']:14} ms{row['beyond_percent']:8}%"
         )
+    rates = f"products {H200.products / 1e12:.0f} and attention {H200.attention / 1e12:.0f} TFLOP/s, {H200.bytes / 1e12:.2f} TB/s"
+    lines.append(
+        f"The last two, predicted for {BLOCKS} blocks on an H200: {rates}, {1e6 * H200.launch} us a small launch"
+    )
     last = next((row for row in reversed(rows) if row["provider"] == "ltxkern"), None)
     for one in last["sites"] if last else ():
-        lines.append(f"{one['video_passes']:8.2f} passes, {one['launches']:2} launches: {one['site']}")
+        lines.append(f"{one['video_tensors']:8.2f} tensors, {one['video_passes']:2} passes: {one['site']}")
     return "\n".join(lines)

@@ -11,7 +11,9 @@ The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), f
 - latency: blocks one after the other on a multiprocessor, each as long as one thread alone needs: Little's law by another name.
 
 Blocks that do not divide evenly among the multiprocessors lengthen issue and the units'. To this come the launch, the wait for the
-first byte, and, where not all blocks fit at once, half a block's life in which the last ones run out (waves).
+first byte, where not all blocks fit at once half a block's life in which the last ones run out (waves), and where all blocks wait
+for one another between two passes a load from memory and four from the second cache (barrier). What it takes to zero the few
+counters that such blocks wait at is not counted.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ L2_LATENCY_NS = 160
 OLDER_MATRIX = 2 / 3
 # Warp instructions a clock and multiprocessor.
 ISSUED, SPECIAL, WAVEFRONTS = 4, 0.5, 1
+# Launches all of whose blocks wait for one another, with nothing else to do.
+WAITING = ("ltxk::group_norm_columns<",)
 TARGETS = {"h200": 85, "h100": 90}
 
 
@@ -56,6 +60,7 @@ class Prediction:
         limit: what takes longest.
         moved: bytes from and to memory.
         launches: of the call; `launched_percent` is what as many would reach that nothing but their bytes limits.
+        products_us: of its FLOP at the rate of a large product, bytes_us of its bytes at that of a copy.
     """
 
     op: str
@@ -75,6 +80,8 @@ class Prediction:
     warps: int
     loads_in_flight: float
     launches: int
+    bytes_us: float
+    products_us: float
 
     @property
     def misses(self) -> bool:
@@ -111,7 +118,6 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
     def unit(counted: float, rate: float) -> float:
         return uneven * counted * per_warp / (card.multiprocessors * clock * rate)
 
-    through = sum(row.reads.values()) + row.again + row.writes
     life = (row.waits * card.latency_ns + row.near_waits * L2_LATENCY_NS) / 1e3 + row.cycles / clock
     accesses = "shared" if row.wavefronts > 8 * row.lsu else "LSU"
     matrix = card.matrix_rate * (
@@ -123,15 +129,16 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
         Limit("MUFU", unit(row.mufu, SPECIAL * UNITS_REACHED)),
         Limit("fp64", unit(row.double, card.double_lanes / 32 * UNITS_REACHED)),
         Limit(accesses, unit(row.wavefronts, WAVEFRONTS * UNITS_REACHED)),
-        Limit("L2", through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
+        Limit("L2", row.through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
         Limit("FLOP", flops / matrix * 1e6),
         Limit("latency", max(1.0, waves) * life),
         Limit("launch", LAUNCH_US + card.latency_ns / 1e3),
         Limit("waves", life / 2 if waves > 1 else 0.0),
+        Limit("barrier", (card.latency_ns + 4 * L2_LATENCY_NS) / 1e3 if row.kernel.startswith(WAITING) else 0.0),
     ]
 
 
-ADDED = ("launch", "waves")
+ADDED = ("launch", "waves", "barrier")
 
 
 def together(limits: Sequence[Limit]) -> float:
@@ -160,7 +167,8 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         time += together(limits)
         for limit in limits:
             totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
-    least = max(floor[0] / card.roof, floor[1] / card.matrix_rate) * 1e6
+    bytes_us, products_us = floor[0] / card.roof * 1e6, floor[1] / card.matrix_rate * 1e6
+    least = max(bytes_us, products_us)
     launch = LAUNCH_US + card.latency_ns / 1e3
     op, case, dtype = rows[heavy].case.split(" ")
     packs = max(row.packs for row in rows)
@@ -178,4 +186,6 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         warps=rows[heavy].warps,
         loads_in_flight=rows[heavy].in_flight,
         launches=len(rows),
+        bytes_us=round(bytes_us, 2),
+        products_us=round(products_us, 2),
     )

@@ -16,7 +16,7 @@ PICTURE = "predicted.png"
 FORCED = "_two_pass"
 COLOURS = {
     "bytes": "#2a9d6f", "issue": "#1b5fa8", "MUFU": "#8a2f62", "fp64": "#c44e52", "LSU": "#6fb1e0", "shared": "#7d6b9e",
-    "L2": "#b5a642", "FLOP": "#4d4d4d", "latency": "#f2a33a", "launch": "#c9c9c9", "waves": "#e377c2",
+    "L2": "#b5a642", "FLOP": "#4d4d4d", "latency": "#f2a33a", "launch": "#c9c9c9", "waves": "#e377c2", "barrier": "#17becf",
 }  # fmt: skip
 TEXT = """# Predicted performance
 
@@ -104,15 +104,24 @@ SEVERAL = {
 }
 
 
+# What keeps a call of one launch below its target, where its kernels do not.
+ONE_LAUNCH = {
+    "group_norm_silu ltx2_upsampler_post_720p_channels_last": "positions have all groups side by side: of 944 MB between "
+    "statistics and result the chip keeps 55. A group alone, 29 MB, lies in pieces of 32 bytes, one to a KiB of memory",
+}
+
+
 def why(one: Prediction, target: float, on_cuda: bool) -> str:
     """What keeps a call below the target, whatever its kernels; or that they do."""
+    if one.products_us > one.bytes_us:
+        return f"products, not bytes: {one.products_us:.0f} us of them at best, {one.bytes_us:.0f} us of bytes"
     if one.op == "merge_lora" and not on_cuda:
         return "on the CUDA tier a library's product"
     if one.best_percent < target and one.launches == 1:
         return f"too short: one launch reaches {one.best_percent:.0f} at most"
     if one.launched_percent < target and one.launches > 1:
         return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}"
-    return f"nothing else: {one.limit}"
+    return ONE_LAUNCH.get(f"{one.op} {one.case}", f"nothing else: {one.limit}")
 
 
 def misses(by_card: ByCard) -> str:
@@ -205,8 +214,9 @@ one launch would reach that nothing but its bytes limits; `moved / least` says h
 1 where each does once. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
 Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
 first byte take too large a part of it. The last column says what keeps a call below its target beyond the limit of its
-kernels. A call of several launches could do with fewer only if blocks waited for one another on the device, as of these ops
-GroupNorm's pipeline alone does; "nothing else" marks calls that leaner kernels would bring there. Too short are: """
+kernels: products that take longer than the bytes, for which the target is not meant; a library; the launch; or where its
+bytes lie. A call of several launches could do with fewer only if blocks waited for one another on the device, as
+GroupNorm's do: counters that begin at zero, and no work until the last block is there. Too short are: """
 CALLS = """
 ## All calls
 

@@ -19,7 +19,7 @@ from report import Record, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-GENERATED = ("performance.md", "predicted.md")
+GENERATED = ("performance.md", "predicted.md", "predicted-switch.md")
 
 MARKER = re.compile(r"(?P<figure>-?\d[\d,]*(?:\.\d+)?)\s*[^\d<]{0,24}<!-- result: (?P<file>[^#\s]+)#(?P<row>.+?) -->")
 ANY_MARKER = re.compile(r"<!-- (result: .+?|not measured: .+?) -->")

@@ -1,5 +1,8 @@
 """ltxkern: fused kernels for diffusion video, and the exact LTX-2.3 HQ two-stage generator on top of them."""
 
+import importlib
+from typing import Any
+
 from ltxkern import reference
 from ltxkern.dispatch import Backend, BackendError, backends, capabilities, served, use_backend
 from ltxkern.ops.combine_guidance import combine_guidance
@@ -12,13 +15,18 @@ from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
 from ltxkern.ops.qk_norm_rope import qk_norm_rope
 from ltxkern.ops.res2s import res2s_advance, res2s_midpoint, res2s_sde_step
 from ltxkern.ops.res2s_step import Res2sStep, res2s_coefficients, res2s_steps, sde_coefficients
-from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.ops.rms_norm_modulate import (
+    gated_residual_rms_norm_modulate,
+    gated_residual_rms_norm_modulate_twice,
+    rms_norm_modulate,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
     "BackendError",
+    "FusedLoRA",
     "Res2sStep",
     "apply_group_norm_silu",
     "backends",
@@ -26,8 +34,10 @@ __all__ = [
     "channelwise_normalize",
     "combine_guidance",
     "dual_add",
+    "fuse_lora",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
+    "gated_residual_rms_norm_modulate_twice",
     "group_norm_silu",
     "head_gate",
     "merge_lora_",
@@ -48,3 +58,12 @@ __all__ = [
     "served",
     "use_backend",
 ]
+
+# What stands on the pipeline's rooms is imported when it is first used.
+_LATER = {"FusedLoRA": "fused_lora", "fuse_lora": "fused_lora"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -115,13 +115,10 @@ class _TorchOps(TorchDispatchMode):
 @functools.cache
 def _watch_triton() -> None:
     """Triton launches note themselves, compiled and interpreted ones."""
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    kinds: list[Any] = [JITFunction]
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from triton.runtime.interpreter import InterpretedFunction
-
-        kinds.append(InterpretedFunction)
+    kinds: tuple[Any, ...] = (JITFunction, InterpretedFunction)
     for kind in kinds:
         kind.run = _noting(kind.run)
 

@@ -26,10 +26,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ltxkern import debug, schema
+from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver
-from ltxkern.registration import refuse_gradients, register, register_in_place, tensors_of
+from ltxkern.registration import (
+    allow_writing,
+    composed,
+    is_compiling,
+    needs_dispatcher,
+    refuse_inference,
+    refuse_writing,
+    register,
+    register_in_place,
+    tensors_of,
+    transforming,
+)
 from ltxkern.trust.backends import Trust
 
 logger = logging.getLogger("ltxkern")
@@ -38,7 +49,7 @@ BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
 # Those whose tensors lie on a CUDA device.
 DEVICE_BACKENDS = BACKENDS[:3]
 
-_forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
+forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
 
 
@@ -101,7 +112,7 @@ def unavailable(backend: str) -> str | None:
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    return None if os.environ.get("TRITON_INTERPRET") == "1" else driver.no_device()
+    return None if triton.interpreted() else driver.no_device()
 
 
 def _ask_again() -> None:
@@ -116,7 +127,7 @@ os.register_at_fork(after_in_child=_ask_again)
 
 def _waiting(backend: str) -> bool:
     """Whether no tensor can lie where a backend works, CUDA not being in use yet: then nothing is asked of a device."""
-    return backend in DEVICE_BACKENDS and os.environ.get("TRITON_INTERPRET") != "1" and driver.unused(_ask_again)
+    return backend in DEVICE_BACKENDS and not triton.interpreted() and driver.unused(_ask_again)
 
 
 def backends() -> list[str]:
@@ -146,22 +157,22 @@ def use_backend(*names: str) -> Iterator[None]:
     chosen = tuple(name for text in names for name in backend_names(text, "use_backend"))
     if len(chosen) == 1 and (reason := unavailable(chosen[0])) is not None:
         raise BackendError(f"backend {chosen[0]!r} cannot run here: {reason}")
-    token = _forced.set(chosen)
+    token = forced.set(chosen)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 def handed(call: Callable[[], Any]) -> Any:
     """The arguments that a public function's call hands to its op, which does not run: no backend is permitted."""
-    token = _forced.set(("none",))
+    token = forced.set(("none",))
     try:
         call()
     except BackendError as refusal:
         return refusal.given
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 def capabilities() -> dict[str, dict[str, str | None]]:
@@ -187,27 +198,6 @@ def served() -> dict[str, set[str]]:
     return {name: backends for name, backends in served.items() if backends}
 
 
-def _needs_dispatcher(args: Sequence[Any]) -> bool:
-    """True where something traces, a gradient is wanted or a tensor is not a plain one; then the opaque torch op is called."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch._C._get_tracing_state() is not None:
-        return True
-    grad = torch.is_grad_enabled()
-    for value in args:
-        # Most optional arguments are absent, and to ask what they are no instance of takes longer than a tensor.
-        if value is None:
-            continue
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            kind = type(tensor)
-            if kind is Tensor or kind is torch.nn.Parameter:
-                if grad and tensor.requires_grad:
-                    return True
-            elif isinstance(tensor, Tensor):
-                return True
-    return False
-
-
 class Op:
     """One operation: arguments, torch reference, output allocator, backends, and its registration as `torch.ops.ltxkern.<name>`.
 
@@ -217,7 +207,6 @@ class Op:
         result: in torch schema syntax, "()" for an in-place op, which changes its first argument.
         reference: the torch composition, `reference(*args)`; returns fresh tensors (functional) or works in place.
         allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
-        differentiable: backward by recomputing the reference; otherwise a wanted gradient raises.
         backends: compiled implementations, best first.
         may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
     """
@@ -230,7 +219,6 @@ class Op:
         reference: Callable[..., Any],
         allocate: Callable[[Any], Any] | None = None,
         *,
-        differentiable: bool = False,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
     ) -> None:
@@ -238,7 +226,6 @@ class Op:
         self.arguments = arguments
         self.reference = reference
         self.allocate = allocate
-        self.differentiable = differentiable
         # What has served; what has only been captured, so that the next call asks again whether it is trusted.
         self.receipts: set[str] = set()
         self.captured: set[str] = set()
@@ -251,8 +238,7 @@ class Op:
         if allocate is None:
             self._torch_op = register_in_place(name, arguments, self._run_in_place)
         else:
-            recompute = reference if differentiable else None
-            self._torch_op = register(name, arguments, result, self._run, self._run_into, allocate, recompute)
+            self._torch_op = register(name, arguments, result, self._run, self._run_into, allocate, reference)
 
     def missing(self, backend: str) -> str | None:
         """Why this op has no such backend in this process, or None if it has."""
@@ -264,7 +250,9 @@ class Op:
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
         return self._trust.refused.get(backend) or unavailable(backend)
 
-    def _candidates(self, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
+        """The permitted backends that are here, best first."""
+        names = forced.get() or _environment_choice()
         found = self._present.get(names)
         if found is None:
             found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
@@ -277,8 +265,7 @@ class Op:
         Raises:
             BackendError: none does; with the reason of each.
         """
-        names = _forced.get() or _environment_choice()
-        for name in self._candidates(names):
+        for name in self.present():
             if name == "torch" or self._backends[name].refuse(args) is None:
                 return name
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(args))
@@ -288,7 +275,7 @@ class Op:
 
     def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
-        for name in _forced.get() or _environment_choice() or self._trust.order:
+        for name in forced.get() or _environment_choice() or self._trust.order:
             if name == before:
                 return
             yield name, self.missing(name) or self._backends[name].refuse(args) or ""
@@ -337,21 +324,23 @@ class Op:
         return out
 
     def _run_into(self, out: Any, args: Any) -> None:
-        self._signature.check((out,) if isinstance(out, Tensor) else out, args)
+        outputs = (out,) if isinstance(out, Tensor) else out
+        self._signature.check(outputs, args)
         backend = self._serving(args)
+        allow_writing(self.name, outputs)
         if backend != "torch":
             self.kernel(backend)(out, args)
-        elif isinstance(out, Tensor):
-            out.copy_(self._composition(*args))
-        else:
-            for target, value in zip(out, self._composition(*args), strict=True):
-                target.copy_(value)
+            return
+        values = self._composition(*args)
+        for target, value in zip(outputs, (values,) if isinstance(values, Tensor) else values, strict=True):
+            target.copy_(value)
 
     def _run_in_place(self, args: Any) -> None:
         self._signature.check(args[:1], args)
         self._change(self._serving(args), args)
 
     def _change(self, backend: str, args: Any) -> None:
+        allow_writing(self.name, args[:1])
         if backend == "torch":
             self._composition(*args)
         else:
@@ -359,9 +348,11 @@ class Op:
 
     def run_each(self, calls: Sequence[Any], check_memory: Callable[[], None]) -> None:
         """An in-place op on several lists of checked arguments; all that can be refused is, before the first is changed."""
-        if any(map(_needs_dispatcher, calls)):
+        for args in () if is_compiling() else calls:
+            refuse_inference(self.name, args[:1])
+        if any(map(needs_dispatcher, calls)):
             for args in calls:
-                refuse_gradients(self.name, args)
+                refuse_writing(self.name, args)
             for args in calls:
                 self._torch_op.call(*args)
             return
@@ -371,28 +362,38 @@ class Op:
 
     def check_memory(self, outputs: Sequence[Tensor], args: Sequence[Any]) -> None:
         """Refuse overlaps as a call does, for what is written without one; what traces has no addresses."""
-        if not _needs_dispatcher([*args, *outputs]):
+        if not needs_dispatcher([*args, *outputs]):
             self._signature.check(outputs, args)
+
+    def _followed(self, args: Any) -> Any:
+        """A call that something traces, differentiates or transforms: torch.func looks into the reference alone."""
+        if not transforming():
+            return self._torch_op.call(*args)
+        if is_compiling():
+            return composed(self.reference, args)
+        permitted = forced.get() or _environment_choice() or BACKENDS
+        if "torch" not in permitted:
+            raise BackendError(
+                f"ltxkern.{self.name}: torch.func and forward-mode gradients look into the torch reference alone, and only "
+                f"{', '.join(permitted)} may serve this call: permit torch, too"
+            )
+        self.receipts.add("torch")
+        return composed(self._composition, args)
 
     def __call__(self, args: Any, out: Any = None) -> Any:
         """Run the op on checked arguments, an `arguments`; `out` is a tensor, or a sequence where the op has several outputs."""
         if self.allocate is None:
-            self._torch_op.call(*args) if _needs_dispatcher(args) else self._run_in_place(args)
-            return None
+            if not needs_dispatcher(args):
+                return self._run_in_place(args)
+            refuse_writing(self.name, args)
+            return self._torch_op.call(*args)
         if out is None:
-            return self._torch_op.call(*args) if _needs_dispatcher(args) else self._run(args)
+            return self._followed(args) if needs_dispatcher(args) else self._run(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
-        if not _needs_dispatcher([*args, *outputs]):
+        if not needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)
-        else:
-            assert self._torch_op.into is not None
-            self._torch_op.into(*args, *(outputs if self._torch_op.outputs else [outputs]))
+            return out
+        assert self._torch_op.into is not None
+        refuse_writing(self.name, [*args, *outputs])
+        self._torch_op.into(*args, *(outputs if self._torch_op.outputs else [outputs]))
         return out
-
-
-def like(result: Tensor, model: Tensor) -> Tensor:
-    """`result` with the strides that `torch.empty_like(model)` has, copied only where they differ."""
-    if result.is_contiguous() and model.is_contiguous():
-        return result
-    target = torch.empty_like(model, dtype=result.dtype)
-    return result if result.stride() == target.stride() else target.copy_(result)

@@ -30,6 +30,14 @@ def fresh(model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(model, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def like(result: Tensor, model: Tensor) -> Tensor:
+    """`result` with the strides that `torch.empty_like(model)` has, copied only where they differ."""
+    if result.is_contiguous() and model.is_contiguous():
+        return result
+    target = torch.empty_like(model, dtype=result.dtype)
+    return result if result.stride() == target.stride() else target.copy_(result)
+
+
 def dense(outputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs, or contiguous stand-ins for those that are not."""
     return [output if output.is_contiguous() else fresh(output) for output in outputs]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltxkern.compiled.tensors import is_channels_last
 from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import fuses, group_norm_silu
 from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
@@ -51,6 +52,27 @@ class PixelNormSiLU(nn.Module):
         if x.dtype in ACTIVATION_DTYPES:
             return pixel_norm_silu(x, self.eps)
         return F.silu(x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + self.eps))
+
+    def with_frames(self, x: Tensor, before: int, after: int) -> Tensor:
+        """`forward` between copies of its first and of its last frame: what a convolution over time takes that pads so.
+
+        Args:
+            x: (N, C, F, H, W), fp16, bf16 or fp32, without gradients.
+            before, after: copies of the first frame, and of the last.
+        Returns:
+            (N, C, before + F + after, H, W), channels-last where x is. The op writes in place: nothing is concatenated.
+        """
+        frames, last = x.shape[2], not x.is_contiguous() and is_channels_last(x)
+        padded = torch.empty(
+            (*x.shape[:2], before + frames + after, *x.shape[3:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d if last else torch.contiguous_format,
+        )
+        inner = pixel_norm_silu(x, self.eps, out=padded.narrow(2, before, frames))
+        padded[:, :, :before] = inner[:, :, :1]
+        padded[:, :, before + frames :] = inner[:, :, -1:]
+        return padded
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

@@ -13,9 +13,12 @@ from itertools import pairwise
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ltxkern.compiled.tensors import is_channels_last
 from ltxkern.nn import GroupNormSiLU, PixelNormSiLU
+from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import apply_group_norm_silu, fuses, group_norm_silu, is_plain
 
 
@@ -62,6 +65,8 @@ SITES: dict[str, Site] = {
     "HunyuanImageResnetBlock": Site(("norm1", "norm2"), "nonlinearity"),
 }
 RESIDUAL_BLOCKS = ("ResBlock",)
+# Halves of a video VAE, which end in norm, activation and a convolution over time.
+VIDEO_ENDS = ("LTX2VideoEncoder3d", "LTX2VideoDecoder3d")
 PIXEL_NORMS = ("PerChannelRMSNorm", "LTX2AudioPixelNorm")
 
 
@@ -99,7 +104,8 @@ def patch(model: nn.Module) -> Patched:
         `Patched`: the fused sites, `.undo()`, and a context manager.
 
     Contract: that of `group_norm_silu` and `pixel_norm_silu`. Blocks whose norm or activation has hooks, a forward of its own or
-        no weights in memory are left alone.
+        no weights in memory are left alone. In the LTX-2 video VAE the fused norms write between the frames that a convolution
+        over time repeats at its ends, and depth goes to space into a tensor without gaps: the same bits with fewer copies.
 
     Example:
         >>> from torch import nn
@@ -118,6 +124,13 @@ def patch(model: nn.Module) -> Patched:
             patched.sites += [f"{prefix}norm1", f"{prefix}norm2"]
         elif kind in SITES:
             _fuse_site(patched, block, SITES[kind], prefix)
+            if kind == "LTX2VideoResnetBlock3d" and _is_plain_resnet(block):
+                _override(patched, block, _video_resnet_forward)
+            elif kind in VIDEO_ENDS and isinstance(block.norm_out, PixelNormSiLU) and is_plain(block.conv_out):
+                _override(patched, block.conv_out, partial(_normed_convolution_forward, norm=block.norm_out))
+                _replace(patched, block, {"norm_out": nn.Identity()})
+        elif kind == "LTX2VideoUpsampler3d" and not block.residual and is_plain(block):
+            _override(patched, block, _depth_to_space_forward)
         elif isinstance(block, nn.Sequential):
             for first, second in _pairs(block):
                 _replace(patched, block, {first: _fused(block[int(first)]), second: nn.Identity()})
@@ -177,3 +190,57 @@ def _residual_block_forward(block: Any, x: Tensor) -> Tensor:
     if fuses(y, norm) and y.dtype == x.dtype and y.shape == x.shape:
         return group_norm_silu(y, norm.weight, norm.bias, norm.num_groups, norm.eps, residual=x)
     return block.activation(norm(y) + x)
+
+
+def _is_plain_resnet(block: Any) -> bool:
+    """Whether a block of the LTX-2 video VAE is norm, convolution, norm, convolution and sum, with its norms fused."""
+    extra = ("conv_shortcut", "per_channel_scale1", "per_channel_scale2", "scale_shift_table")
+    fused = isinstance(block.norm1, PixelNormSiLU) and isinstance(block.norm2, PixelNormSiLU)
+    return fused and is_plain(block) and block.dropout.p == 0 and all(getattr(block, name) is None for name in extra)
+
+
+def _padded(norm: PixelNormSiLU, convolution: Any, x: Tensor, causal: bool) -> Tensor:
+    """What the convolution over time takes of the fused norm."""
+    frames = convolution.kernel_size[0] - 1
+    return norm.with_frames(x, *((frames, 0) if causal else (frames // 2, frames // 2)))
+
+
+def _video_resnet_forward(
+    block: Any, inputs: Tensor, temb: Tensor | None = None, generator: Any = None, causal: bool = True
+) -> Tensor:
+    parts = block.dropout, block.conv1, block.conv2
+    if inputs.dtype not in ACTIVATION_DTYPES or torch.is_grad_enabled() or not all(map(is_plain, parts)):
+        return type(block).forward(block, inputs, temb, generator, causal)
+    # No name holds what a convolution has taken while the next one runs.
+    y = block.conv1.conv(_padded(block.norm1, block.conv1, inputs, causal))
+    y = _padded(block.norm2, block.conv2, y, causal)
+    y = block.conv2.conv(y)
+    return y.add_(inputs) if y.dtype == inputs.dtype else y + inputs
+
+
+def _normed_convolution_forward(convolution: Any, x: Tensor, causal: bool = True, *, norm: PixelNormSiLU) -> Tensor:
+    if x.dtype not in ACTIVATION_DTYPES or torch.is_grad_enabled():
+        return type(convolution).forward(convolution, norm(x), causal)
+    return convolution.conv(_padded(norm, convolution, x, causal))
+
+
+def _depth_to_space_forward(block: Any, hidden_states: Tensor, causal: bool = True) -> Tensor:
+    if torch.is_grad_enabled():
+        return type(block).forward(block, hidden_states, causal)
+    return _depth_to_space(block.conv(hidden_states, causal=causal), block.stride)
+
+
+def _depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """Channels (c, t, h, w) to frames, rows and columns, without the first t - 1 frames; as dense as x, and in its layout."""
+    t, h, w = stride
+    batch, channels, frames, height, width = x.shape
+    layout = torch.channels_last_3d if not x.is_contiguous() and is_channels_last(x) else torch.contiguous_format
+    shape = batch, channels // (t * h * w), frames * t - (t - 1), height * h, width * w
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    parts = x.unflatten(1, (-1, t, h, w)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    for source, first, last in ((parts[:, :, :1, t - 1 :], 0, 1), (parts[:, :, 1:], 1, shape[2])):
+        target = (
+            out[:, :, first:last].unflatten(4, (width, w)).unflatten(3, (height, h)).unflatten(2, source.shape[2:4])
+        )
+        target.copy_(source)
+    return out

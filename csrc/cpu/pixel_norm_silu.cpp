@@ -54,7 +54,7 @@ static void contiguous_tile(const PixelNormSilu& p, const T* x, T* out, i64 coun
         squares[i] = static_cast<float>(1.0 / __builtin_sqrt(total[i] / static_cast<double>(p.channels) + p.eps));
     for (i64 c = 0; c < p.channels; ++c) {
         const T* row = x + c * p.positions;
-        T* to = out + c * p.positions;
+        T* to = out + c * p.out_channel;
         bool stream = kStream && reinterpret_cast<std::uintptr_t>(to) % kStreamAlignment == 0;
         for (i64 i = 0; i < body; i += kBlock) {
             Floats v[kVectors];
@@ -97,10 +97,12 @@ static void pixel_norm_silu(const void* parameters, int threads) {
             std::vector<double> total(static_cast<std::size_t>(tile));
 #pragma omp for schedule(static)
             for (i64 i = 0; i < p.samples * tiles; ++i) {
-                i64 first = i % tiles * tile, base = i / tiles * p.channels * p.positions + first;
+                i64 sample = i / tiles, first = i % tiles * tile;
+                const T* from = x + sample * p.channels * p.positions + first;
+                T* to = out + sample * p.out_sample + first;
                 i64 count = p.positions - first < tile ? p.positions - first : tile;
                 auto run = stream ? contiguous_tile<T, true> : contiguous_tile<T, false>;
-                run(p, x + base, out + base, count, weight, squares.data(), total.data());
+                run(p, from, to, count, weight, squares.data(), total.data());
             }
             end_streaming();
         }

@@ -1,6 +1,7 @@
 // The instantiations of the GroupNorm + SiLU kernels in this build.
 #include "ltxkern/group_norm_silu.cuh"
 #include "ltxkern/group_norm_silu_channels_last.cuh"
+#include "ltxkern/group_norm_silu_columns.cuh"
 #include "ltxkern/group_norm_silu_on_chip.cuh"
 #include "registry.h"
 
@@ -23,3 +24,7 @@ FOR_TYPE_AND_VECTOR(ltxk::bf16, 1)
 LTXK_KERNEL(ltxk::group_norm_pipeline<float, 4>)
 LTXK_KERNEL(ltxk::group_norm_pipeline<ltxk::f16, 8>)
 LTXK_KERNEL(ltxk::group_norm_pipeline<ltxk::bf16, 8>)
+
+LTXK_KERNEL(ltxk::group_norm_columns<float, 4>)
+LTXK_KERNEL(ltxk::group_norm_columns<ltxk::f16, 8>)
+LTXK_KERNEL(ltxk::group_norm_columns<ltxk::bf16, 8>)

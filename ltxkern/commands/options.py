@@ -144,8 +144,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("LTXKERN_ATTENTION") or "auto",
         help="attention kernel: auto (default), cudnn, fa3, flash, efficient, math, torch; sage, which only approximates",
     )
+    group.add_argument(
+        "--fusions",
+        metavar="POLICY",
+        default=os.environ.get("LTXKERN_FUSIONS") or "rounded",
+        help="fused passes of the transformer: rounded (default), or exact, those alone that give the bits of separate ops here",
+    )
+    group.add_argument(
+        "--audio-stream",
+        action="store_true",
+        help="run the sound's part of a block beside the video's (CUDA; same bits)",
+    )
     group.add_argument("--backend", help="force a backend, or several in order: cuda,nvrtc,triton,cpu,torch")
-    group.add_argument("--max-batch-size", type=int, default=1, help="guidance branches per forward (default 1)")
+    group.add_argument(
+        "--max-batch-size", type=int, default=1, help="guidance branches per batch of a forward (default 1)"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,8 @@ class ModelOptions:
     dtype: torch.dtype
     device_mode: str
     attention: str
+    fusions: str
+    audio_stream: bool
     backends: tuple[str, ...]
     loras: tuple[tuple[str, float], ...]
     distilled_lora: str | None
@@ -199,6 +214,8 @@ class ModelOptions:
                 preset=self.preset.name,
                 device_mode=self.device_mode,
                 attention=self.attention,
+                fusions=self.fusions,
+                audio_stream=self.audio_stream,
                 loras=self.loras,
                 distilled_lora=self.distilled_lora,
                 distilled_strengths=self.distilled_strengths,
@@ -229,6 +246,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
     from ltxkern.pipeline.model.attention_choice import AttentionChoice
+    from ltxkern.pipeline.model.fusions import FusionPolicy
     from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
 
@@ -251,6 +269,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     if arguments.device_mode not in modes:
         admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     attention = admission.attempt("", lambda: AttentionChoice(arguments.attention))
+    admission.attempt("", lambda: FusionPolicy(arguments.fusions))
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
     device = admission.attempt("", lambda: find_device(arguments.device))
     model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
@@ -268,6 +287,8 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         dtype=dtype,
         device_mode=arguments.device_mode,
         attention=arguments.attention,
+        fusions=arguments.fusions,
+        audio_stream=arguments.audio_stream,
         backends=backends,
         loras=loras,
         distilled_lora=arguments.distilled_lora,

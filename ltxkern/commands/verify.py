@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         report.notes.append("interrupted: what was found until then")
         report.store()
+    if report.finished and ops is None:
+        report.notes += _decoder_layouts()
     if path is not None:
         report.write(path)
     if sys.stderr.isatty():
@@ -74,6 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not report.finished:
         return INTERRUPTED
     return 1 if report.wrong() or report.stopped or report.unreached() else 0
+
+
+def _decoder_layouts() -> list[str]:
+    """How the video decoder lies on each card, checked there; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from ltxkern.pipeline.model.decoder_layout import describe
+
+    return [describe(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
 
 
 def _cell(report: Report, tier: str, op: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ ARGUMENTS = 7
 WAITING = 1.1
 # Upper bound of the on-chip kernels' static shared memory.
 STATIC_SHARED = 1024
+# That of `columns_on_chip`.
+COLUMNS_SHARED = 9 << 10
 # Bytes of which no multiprocessor holds twice as many.
 ALONE = 114 << 10
 
@@ -144,6 +147,38 @@ def columns(case: Case, blocks: int, threads: int = THREADS) -> tuple[tuple[Step
     return _two_pass_steps(case, parameters, grid, threads, f"_columns<{CUDA_NAMES[case.dtype]}, {vector}>")
 
 
+def waits_on_chip(case: Case) -> bool:
+    """Whether `columns_on_chip` serves a channels-last case: a warp's accesses are whole groups, each access of one of them."""
+    tile = 32 * case.vector
+    whole = case.channels % tile == 0 and tile % case.group_channels == 0 and case.group_channels % case.vector == 0
+    return case.vector > 1 and whole and case.channels * case.itemsize < 1 << 31
+
+
+def columns_on_chip(case: Case, blocks: int, block_bytes: int, threads: int = 512) -> tuple[tuple[Step, ...], int]:
+    """Channels-last: one cooperative launch of up to `blocks` blocks; each keeps what fits in `block_bytes` of shared memory."""
+    tile = 32 * case.vector
+    tiles, row_bytes, table = case.channels // tile, tile * case.itemsize, 16 * tile
+    chunk = ceil_div(case.positions, max(1, min(case.positions, blocks // (case.samples * tiles))))
+    chunks = ceil_div(case.positions, chunk)
+    kept = max(0, min(chunk, (block_bytes - table) // row_bytes))
+    counters = round_up(4 * case.samples * tiles, 16)
+    parameters: dict[str, Argument | int | float | None] = {
+        **_parameters(case),
+        **{"partials": Argument(WORKSPACE.index, counters), "arrived": WORKSPACE, "chunk": chunk},
+        **{"chunks": chunks, "by_chunks": divider(chunks), "kept_rows": kept},
+        "lanes": case.group_channels // case.vector,
+    }
+    launch = Launch(
+        f"ltxk::group_norm_columns<{CUDA_NAMES[case.dtype]}, {case.vector}>",
+        (case.samples * chunks, tiles),
+        threads,
+        parameters,
+        shared_bytes=kept * row_bytes + table,
+        cooperative=True,
+    )
+    return (Zero(WORKSPACE, counters), launch), counters + 16 * case.samples * case.groups * chunks
+
+
 def _on_chip_vector(case: Case) -> int:
     return case.vector if case.positions % case.vector == 0 else 1
 
@@ -181,7 +216,9 @@ def resident(case: Case, cluster: int, threads: int | None = None) -> tuple[tupl
     """One launch, a cluster of blocks per group, the group in shared memory: 2 units. Returns the steps and workspace bytes."""
     vector = _on_chip_vector(case)
     part = round_up(ceil_div(case.group_length, cluster), vector)
-    threads = threads or _resident_threads(case, part)
+    # Not the warps that would have no element.
+    each = _range(part, threads or _resident_threads(case, part), vector)
+    threads = 32 * ceil_div(part, each)
     shared = round_up(part * case.itemsize, 16) + _table_bytes(case)
     launch = Launch(
         f"ltxk::group_norm_resident<{CUDA_NAMES[case.dtype]}, {vector}>",
@@ -242,6 +279,12 @@ def _held(limits: DeviceLimits, steps: tuple[Step, ...], counted: int) -> int:
     return counted if limits.held is None else limits.held(launch)
 
 
+def _blocks(steps: tuple[Step, ...]) -> int:
+    launch = steps[-1]
+    assert isinstance(launch, Launch)
+    return math.prod(launch.grid)
+
+
 def _worth_its_waves(case: Case, limits: DeviceLimits, held: int, counted: int) -> bool:
     """Whether a launch that holds `held` groups at once, where `counted` were expected, still costs at most two passes."""
     groups = case.samples * case.groups
@@ -278,6 +321,12 @@ def choose(case: Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step
     `threads=` of a block, in place of a kernel's own number where the workspace does not depend on it.
     """
     if case.channels_last:
+        blocks, shared = 2 * limits.multiprocessors, (limits.shared_bytes + 1024) // 2 - 1024 - COLUMNS_SHARED
+        if waits_on_chip(case) and case.samples * case.channels // (32 * case.vector) <= blocks:
+            # Never more bytes than two passes move, and a launch instead of three.
+            planned = columns_on_chip(case, blocks, shared, **threads)
+            if _held(limits, planned[0], blocks) >= _blocks(planned[0]):
+                return planned
         return columns(case, 4 * limits.multiprocessors)
     if (found := _cluster_size(case, limits)) is not None:
         cluster, at_once = found

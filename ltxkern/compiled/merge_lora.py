@@ -10,7 +10,7 @@ import torch
 
 from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.steps import Argument, Launch, Parameter, nested
-from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16
 from ltxkern.layout import ceil_div
 
 if TYPE_CHECKING:
@@ -166,3 +166,49 @@ def run(tier: str, composition: Composition, args: Arguments) -> None:
         run_cpu(composition, args)
     else:
         run_device(tier, composition, args)
+
+
+# Elements of a row of a weight's checksum in 16 bits (kSwitchTile in csrc/include/ltxkern/switch_lora.cuh), and rows of a block.
+SWITCH_TILE = 4096
+SWITCH_WALK = 2
+SWITCH_TENSORS = ("weight", "delta", "bases", "places", "offsets", "codes", "escapes", "out", "sums")
+
+
+class Switch(NamedTuple):
+    """A part of a weight that goes from one multiple of a product to another."""
+
+    dtype: torch.dtype
+    size: int
+    first: int
+    subtract: float
+    add: float
+
+
+def switch_steps(case: Switch) -> list[Launch]:
+    """One launch; a block of 256 threads takes SWITCH_WALK rows of the checksum."""
+    parameters: dict[str, Parameter] = {name: Argument(i) for i, name in enumerate(SWITCH_TENSORS)}
+    numbers = {"size": case.size, "first": case.first, "walk": SWITCH_WALK}
+    parameters |= {**numbers, "subtract": case.subtract, "add": case.add}
+    kernel = f"ltxk::switch_lora<{CUDA_NAMES[case.dtype]}>"
+    return [Launch(kernel, (ceil_div(case.size, SWITCH_TILE * SWITCH_WALK),), THREADS, parameters)]
+
+
+def refuse_switch(*tensors: torch.Tensor) -> str | None:
+    """Why the kernel does not take a weight, its product and the result."""
+    weight = tensors[0]
+    if weight.dtype not in HALVES:
+        return f"it takes float16 and bfloat16, not {weight.dtype}"
+    if weight.numel() % SWITCH_TILE:
+        return f"it takes whole rows of {SWITCH_TILE} elements of the checksum, not {weight.numel()} elements"
+    if not aligned16(*tensors) or not all(tensor.is_contiguous() for tensor in tensors):
+        return "it takes whole vectors of 16 bytes, one behind the other"
+    return None
+
+
+def run_switch(tier: str, case: Switch, *tensors: torch.Tensor | None) -> torch.Tensor:
+    """One call on SWITCH_TENSORS but the last; returns what the result adds to its weight's checksum, a pair a block."""
+    assert tensors[0] is not None
+    blocks = ceil_div(case.size, SWITCH_TILE * SWITCH_WALK)
+    sums = torch.empty(blocks, 2, dtype=torch.int64, device=tensors[0].device)
+    program(tier, switch_steps, case, len(SWITCH_TENSORS))(*tensors, sums)
+    return sums

@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from ltxkern import sources
 from ltxkern.compiled import driver
 from ltxkern.compiled.steps import Launch, Step, Zero
+from ltxkern.whole_files import replacing
 
 logger = logging.getLogger("ltxkern")
 
@@ -127,9 +127,8 @@ def cubin(kernel: str, architecture: str) -> tuple[bytes, str]:
     body = name.encode() + b"\n" + compiled
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-            partial.write(_MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        Path(partial.name).replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(_MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     except OSError as error:
         logger.warning("cubin cache %s cannot be written: %s", path.parent, error)
     return compiled, name

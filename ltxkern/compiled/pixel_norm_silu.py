@@ -18,7 +18,7 @@ from ltxkern.compiled.tensors import (
     matched,
     param_code,
 )
-from ltxkern.layout import ceil_div, contiguous
+from ltxkern.layout import ceil_div, channel_view, contiguous
 
 if TYPE_CHECKING:
     from ltxkern.ops.pixel_norm_silu import Arguments
@@ -45,18 +45,27 @@ class Case(NamedTuple):
     aligned: bool
     weight_code: int
     limits: DeviceLimits | None = None
+    # Contiguous: from a sample of out to the next, and from a channel; None: as in x.
+    out_strides: tuple[int, int] | None = None
 
-    def vector(self, length: int) -> int:
-        """Elements per access along an axis of this length."""
+    def vector(self, *lengths: int) -> int:
+        """Elements per access along an axis of these lengths."""
         vector = 16 // self.dtype.itemsize
-        return vector if self.aligned and length % vector == 0 else 1
+        return vector if self.aligned and not any(length % vector for length in lengths) else 1
+
+    @property
+    def out_steps(self) -> tuple[int, int]:
+        """Elements from a sample of out to the next, and from a channel."""
+        return self.out_strides or (self.channels * self.positions, self.positions)
 
 
 def _parameters(case: Case) -> dict[str, Parameter]:
     return {
         **{"x": X, "out": OUT, "weight": WEIGHT, "weight_type": case.weight_code},
         **{"samples": case.samples, "channels": case.channels, "positions": case.positions},
-        **{"channels_last": int(case.channels_last), "eps": case.eps},
+        "channels_last": int(case.channels_last),
+        **dict(zip(("out_sample", "out_channel"), case.out_steps, strict=True)),
+        "eps": case.eps,
     }
 
 
@@ -72,7 +81,7 @@ def _launch_parameters(case: Case, lane_bits: int, tiles: int = 1, walk: int = 1
 
 def rows(case: Case, shared_bytes: int, threads: int = THREADS) -> Launch:
     """Contiguous: the widest tile of positions whose channels fit half of a multiprocessor's shared memory, or all of it."""
-    vector = case.vector(case.positions)
+    vector = case.vector(case.positions, *case.out_steps)
     per_lane = case.channels * vector * case.dtype.itemsize
     room = shared_bytes - STATIC_SHARED - WEIGHT_BYTES * case.channels
     half = room - shared_bytes // 2
@@ -121,15 +130,25 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     return [rows(case, case.limits.shared_bytes, threads)]
 
 
-def describe(out: Tensor, args: Arguments, limits: DeviceLimits | None) -> Case:
-    """The case of a call whose x and out share a dense layout; without limits it is one of the CPU, which takes any alignment."""
+def plane_strides(out: Tensor) -> tuple[int, int] | None:
+    """From a sample and from a channel to the next, where the positions of each lie side by side: frames of a longer buffer do."""
+    view = channel_view(out)
+    return (view.batch, view.channel) if view is not None and view.position == 1 else None
+
+
+def describe(
+    out: Tensor, args: Arguments, limits: DeviceLimits | None, out_strides: tuple[int, int] | None = None
+) -> Case:
+    """The case of a call whose x is dense, and out as it or with strides of its own; without limits it is one of the CPU, which
+    takes any alignment."""
     x = args.x
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
     # A tensor of single positions is both; its channels lie side by side, which the channels-last kernel reads in full lines.
     last = positions == 1 or not x.is_contiguous()
     aligned = limits is None or aligned16(out, x, args.weight)
-    return Case(x.dtype, samples, channels, positions, float(args.eps), last, aligned, param_code(args.weight), limits)
+    code = param_code(args.weight)
+    return Case(x.dtype, samples, channels, positions, float(args.eps), last, aligned, code, limits, out_strides)
 
 
 def run(tier: str, out: Tensor, args: Arguments) -> None:
@@ -138,12 +157,15 @@ def run(tier: str, out: Tensor, args: Arguments) -> None:
     if x.numel() == 0:
         return
     channels_last = not x.is_contiguous() and is_channels_last(x)
-    source = matched(x, channels_last)
-    target = out if matched(out, channels_last) is out else torch.empty_like(source)
+    source, strides, target = matched(x, channels_last), None, out
+    if not (is_channels_last(out) if channels_last else out.is_contiguous()):
+        # Single positions go by the channels-last kernel, which takes no strides.
+        strides = None if channels_last or x[0, 0].numel() == 1 else plane_strides(out)
+        target = out if strides else torch.empty_like(source)
     if source is not x:
         args = args._replace(x=source)
     steps = cpu_calls if tier == "cpu" else device_steps
-    case = describe(target, args, limits_of(tier, x))
+    case = describe(target, args, limits_of(tier, x), strides)
     program(tier, steps, case, ARGUMENTS)(target, source, contiguous(args.weight))
     if target is not out:
         out.copy_(target)

@@ -15,7 +15,7 @@ from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, ro
 
 if TYPE_CHECKING:
     from ltxkern.ops.gated_residual import HeadGateArguments, ResidualArguments
-    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments
+    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments, TwiceArguments
 
 
 # Packs of 16 bytes of x that a warp has of a row in the kernels that know their dtypes, 4 a thread: rows of whole warps go there.
@@ -123,15 +123,22 @@ def _in_packs(case: Case, strided: int) -> Case:
     return case._replace(operands=(*operands, *case.operands[strided:]), width=case.packs)
 
 
-# Order of the tensors of rms_norm_modulate: operands, weight, sum, out, index.
-WEIGHT, SUMMED, NORM_OUT, NORM_INDEX = (Argument(i) for i in range(5, 9))
-NORM_ARGUMENTS = 9
+# Order of the tensors of rms_norm_modulate: operands, weight, sum, out, the second out, index.
+WEIGHT, SUMMED, NORM_OUT, NORM_OUT2, NORM_INDEX = (Argument(i) for i in range(7, 12))
+NORM_OPERANDS = ("x", "y", "scale", "shift", "gate", "scale2", "shift2")
+NORM_ARGUMENTS = 12
 
 
 def _norm_parameters(case: Case) -> dict[str, Parameter]:
     return {
-        **_fields(case, ("x", "y", "scale", "shift", "gate"), NORM_INDEX),
-        **{"weight": WEIGHT, "weight_type": case.weight_code or 0, "summed": SUMMED, "out": NORM_OUT},
+        **_fields(case, NORM_OPERANDS, NORM_INDEX),
+        **{
+            "weight": WEIGHT,
+            "weight_type": case.weight_code or 0,
+            "summed": SUMMED,
+            "out": NORM_OUT,
+            "out2": NORM_OUT2,
+        },
         **{"rows": case.rows, "inner": case.inner, "width": case.width, "eps": case.eps},
     }
 
@@ -190,8 +197,8 @@ def check_range(rows: Tensor, count: int, name: str = "rows") -> None:
     Raises:
         ValueError: the least or the largest one does not.
     """
-    # A tensor that traces has no values.
-    if type(rows) is not Tensor or not rows.is_cpu or rows.numel() == 0:
+    # A tensor that traces has no values, and one under vmap may not be read; torch's own lookup checks the latter.
+    if type(rows) is not Tensor or not rows.is_cpu or rows.numel() == 0 or torch._C._functorch.is_batchedtensor(rows):
         return
     least, most = (int(value) for value in rows.aminmax())
     if least < 0 or most >= count:
@@ -240,19 +247,13 @@ def lay_out(
     return [*given, *tables], view._replace(strides=tuple(strides)), index, row_index
 
 
-def _run_norm(
-    tier: str,
-    out: Tensor,
-    summed: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    args: Arguments | GatedArguments,
-) -> None:
+def _run_norm(tier: str, outputs: Sequence[Tensor], args: Arguments | GatedArguments | TwiceArguments) -> None:
+    """`outputs`: the norm, the sum where there is one, the second norm where there is one."""
     x, weight = args.x, args.weight
     if x.numel() == 0:
         return
-    given, view, index, row_index = lay_out(tier, [x, y], [args.scale, args.shift, gate], args.rows)
-    outputs = [out] if summed is None else [out, summed]
+    y, gate, scale2, shift2 = (getattr(args, name, None) for name in ("y", "gate", "scale2", "shift2"))
+    given, view, index, row_index = lay_out(tier, [x, y], [args.scale, args.shift, gate, scale2, shift2], args.rows)
     targets = dense(outputs)
     weight = None if weight is None else weight.contiguous()
     operands = tuple([_operand(tensor, strides) for tensor, strides in zip(given, view.strides, strict=True)])
@@ -261,19 +262,26 @@ def _run_norm(
     sizes = (view.outer * view.inner, view.inner, x.shape[-1], vector)
     weight_code = None if weight is None else param_code(weight)
     case = Case(operands, *sizes, args.eps, weight_code, row_index=row_index)
-    tensors = (*given, weight, None if summed is None else targets[1], targets[0], index)
-    program(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)(*tensors)
+    out, summed, out2 = (*targets, None, None)[:3]
+    program(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)(
+        *given, weight, summed, out, out2, index
+    )
     hand_back(outputs, targets)
 
 
 def rms_norm_modulate(tier: str, out: Tensor, args: Arguments) -> None:
     """rms_norm_modulate on rows that collapse to two dims."""
-    _run_norm(tier, out, None, None, None, args)
+    _run_norm(tier, [out], args)
 
 
 def gated_norm(tier: str, out: tuple[Tensor, Tensor], args: GatedArguments) -> None:
     """gated_residual_rms_norm_modulate: out is (sum, norm)."""
-    _run_norm(tier, out[1], out[0], args.y, args.gate, args)
+    _run_norm(tier, [out[1], out[0]], args)
+
+
+def gated_norm_twice(tier: str, out: tuple[Tensor, Tensor, Tensor], args: TwiceArguments) -> None:
+    """gated_residual_rms_norm_modulate_twice: out is (sum, norm, second norm)."""
+    _run_norm(tier, [out[1], out[0], out[2]], args)
 
 
 GATE_OUT, GATE_INDEX = Argument(3), Argument(4)

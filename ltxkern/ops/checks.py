@@ -13,13 +13,24 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ltxkern.ops.arrays import is_array
+
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | None = None, min_dim: int = 0) -> None:
-    """`value` is a tensor of an allowed dtype with at least `min_dim` dimensions."""
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    min_dim: int = 0,
+    arrays: bool = False,
+) -> bool:
+    """`value` is a tensor of an allowed dtype with at least `min_dim` dimensions; True where it is an array and may be."""
     if not isinstance(value, Tensor):
+        if arrays and is_array(value):
+            return True
         raise_no_tensor(name, value)
     if dtypes is not None and value.dtype not in dtypes:
         nearest = torch.float32 if torch.float32 in dtypes else dtypes[-1]
@@ -28,6 +39,7 @@ def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | 
         raise TypeError(f"{name} must be {expected}, got {value.dtype}: use {use}")
     if min_dim and value.dim() < min_dim:
         raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {tuple(value.shape)}")
+    return False
 
 
 def check_integer_tensor(name: str, value: object) -> None:
@@ -171,19 +183,20 @@ def check_out(
         raise TypeError(f"{name} must be {dtype}, got {out.dtype}")
 
 
-def check_pair(out: Any) -> None:
-    """`out` is a pair, of tensors or of lists of them."""
+def check_pair(out: Any, count: int = 2) -> None:
+    """`out` is a pair, or three, of tensors or of lists of them."""
+    wanted = "a pair of tensors" if count == 2 else "three tensors"
     if not isinstance(out, (tuple, list)):
-        raise TypeError(f"out must be a pair of tensors, got {type(out).__name__}")
-    if len(out) != 2:
-        raise ValueError(f"out must be a pair of tensors, got {len(out)} of them")
+        raise TypeError(f"out must be {wanted}, got {type(out).__name__}")
+    if len(out) != count:
+        raise ValueError(f"out must be {wanted}, got {len(out)} of them")
 
 
-def check_outs(out: Any, model: Tensor) -> None:
-    """`out` is a pair of tensors that can take results of the model's shape, dtype and device."""
-    check_pair(out)
-    check_out(out[0], model.shape, model.dtype, model.device, "out[0]")
-    check_out(out[1], model.shape, model.dtype, model.device, "out[1]")
+def check_outs(out: Any, model: Tensor, count: int = 2) -> None:
+    """`out` is a pair, or three, of tensors that can take results of the model's shape, dtype and device."""
+    check_pair(out, count)
+    for index, each in enumerate(out):
+        check_out(each, model.shape, model.dtype, model.device, f"out[{index}]")
 
 
 def listed(name: str, value: Any, count: int) -> list[Any]:
@@ -199,12 +212,18 @@ def listed(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def modalities(name: str, value: Any) -> list[Tensor]:
-    """The states of a half-step: one tensor, or one per modality."""
+def modalities(name: str, value: Any) -> list[Tensor] | None:
+    """The states of a half-step: one tensor, or one per modality; None where they are arrays."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_array(value):
+        return None
     if isinstance(value, (list, tuple)) and not value:
         raise ValueError(f"{name} must have at least one entry, got an empty {type(value).__name__}")
     states = listed(name, value, len(value) if isinstance(value, (list, tuple)) else 1)
     for index, state in enumerate(states):
         if not isinstance(state, Tensor):
+            if is_array(state):
+                return None
             raise_no_tensor(f"{name}[{index}]" if isinstance(value, (list, tuple)) else name, state)
     return states

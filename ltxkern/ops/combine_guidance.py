@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.compiled import combine_guidance as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_like, check_out, check_tensor
 
 
@@ -56,7 +56,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: fresh(args.cond),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("combine_guidance", tiers.not_contiguous)],
     may_be=[("cond", "uncond", "perturbed", "isolated")],
 )
@@ -96,7 +95,8 @@ def combine_guidance(
     Bytes: each branch twice (the second time from cache) and one write.
     Source: multi-modal guidance of LTX-2; Lin et al. 2023 (rescale).
     """
-    check_tensor("cond", cond, dtypes=SAMPLER_DTYPES)
+    if check_tensor("cond", cond, dtypes=SAMPLER_DTYPES, arrays=True):
+        return arrays.through_torch(combine_guidance, locals())
     scales = {"cfg_scale": (cfg_scale, 1), "stg_scale": (stg_scale, 0), "modality_scale": (modality_scale, 1)}
     branches = {"uncond": uncond, "perturbed": perturbed, "isolated": isolated}
     used: list[Any] = []

@@ -7,7 +7,7 @@ from torch import Tensor
 from ltxkern.compiled import dual_add as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_like, check_outs, check_tensor
 
 
@@ -30,7 +30,6 @@ OP = Op(
     "(Tensor, Tensor)",
     reference,
     lambda args: (fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("dual_add", tiers.not_contiguous)],
     may_be=[("x",), ("x",)],
 )
@@ -54,7 +53,8 @@ def dual_add(
     Bytes: read x, first and second, write both sums; two adds of torch read x twice.
     Source: both phases of a LoRA schedule from one pristine weight.
     """
-    check_tensor("x", x, dtypes=SAMPLER_DTYPES)
+    if check_tensor("x", x, dtypes=SAMPLER_DTYPES, arrays=True):
+        return arrays.through_torch(dual_add, locals())
     check_like("first", first, x)
     check_like("second", second, x)
     if out is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -63,7 +63,6 @@ RESIDUAL = Op(
     "Tensor",
     residual_reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.gated_residual), tiers.triton("gated_residual", _refuse_triton_residual)],
     may_be=[("x", "y")],
 )
@@ -73,7 +72,6 @@ HEAD_GATE = Op(
     "Tensor",
     head_gate_reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.head_gate),
         tiers.triton("gated_residual", _refuse_triton_head_gate, "launch_head_gate"),
@@ -103,7 +101,8 @@ def gated_residual(
     An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES)
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, arrays=True):
+        return arrays.through_torch(gated_residual, locals())
     check_like("y", y, x)
     check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
     check_device("gate", gate, x.device)
@@ -128,11 +127,13 @@ def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor
     Raises:
         TypeError, ValueError: each names the parameter.
 
-    Contract: rounded; fp32 arithmetic, one rounding.
+    Contract: rounded; fp32 arithmetic, one rounding. Below logits of -88 the factor has fewer digits, and below -104 it is 0; in
+    between it may be 0 already, and an infinite x times 0 is NaN.
     Bytes: read x, write out.
     Source: gated attention of LTX-2.3.
     """
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(head_gate, locals())
     check_tensor("logits", logits, dtypes=ACTIVATION_DTYPES)
     check_shape("logits", logits, x.shape[:-1])
     check_device("logits", logits, x.device)

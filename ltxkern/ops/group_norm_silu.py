@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.compiled import group_norm_silu as launch
-from ltxkern.dispatch import Op, like
-from ltxkern.ops import tiers
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,
@@ -79,7 +80,6 @@ OP = Op(
     "Tensor",
     reference,
     lambda args: torch.empty_like(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run, refuse=_refuse), tiers.triton("group_norm_silu", _refuse_triton)],
     may_be=[("x", "residual")],
 )
@@ -120,7 +120,8 @@ def group_norm_silu(
     Bytes: read x, write out (2 units), plus one unit for residual; a third unit where a group does not fit on the chip.
     Source: Wu and He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of moments).
     """
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2)
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(group_norm_silu, locals())
     channels = x.shape[1]
     for name, value in (("weight", weight), ("bias", bias), ("conv_bias", conv_bias)):
         if value is not None:

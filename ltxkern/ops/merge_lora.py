@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ltxkern.aliasing import Read, Written, apart, check
 from ltxkern.compiled import merge_lora as launch
+from ltxkern.compiled.tensors import refuse_device
 from ltxkern.dispatch import Op
 from ltxkern.layout import unit_rows
 from ltxkern.ops import tiers
@@ -116,7 +117,8 @@ def reference_deltas(
     factors = [a.to(weight.dtype) for a in lora_a]
     for top in range(0, weight.shape[0], rows):
         with launch.full_precision_reduction():
-            delta = torch.matmul(lora_b[0][top : top + rows].to(weight.dtype) * scale[0], factors[0])
+            first = lora_b[0][top : top + rows].to(weight.dtype)
+            delta = torch.matmul(first if scale[0] == 1.0 else first * scale[0], factors[0])
             for k in range(1, len(factors)):
                 delta.addmm_(lora_b[k][top : top + rows].to(weight.dtype), factors[k], alpha=scale[k])
         yield delta, slice(top, top + rows)
@@ -185,6 +187,17 @@ OP = Op(
 )
 
 
+def switch_tier(*tensors: Tensor) -> str | None:
+    """The compiled tier that takes 16-bit weights of this device from phase to phase in one pass; None: there is none.
+
+    The pass is no op of its own: it is chosen as `merge_lora_` is, and whoever asks for it proves every result by its checksum.
+    """
+    if not tensors[0].is_cuda or launch.refuse_switch(*tensors) is not None:
+        return None
+    tiers = (name for name in OP.present() if name in ("cuda", "nvrtc"))
+    return next((tier for tier in tiers if refuse_device(tier, tensors[0]) is None), None)
+
+
 def merge_lora_(
     weight: Tensor,
     lora_a: Tensor | Sequence[Tensor],
@@ -219,7 +232,7 @@ def merge_lora_(
     Bytes: read and write W, read the factors once.
     Source: Hu et al. 2021; the LoRA fuse of LTX-2.
     """
-    factors = _checked(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
+    factors = checked_factors(weight, lora_a, lora_b, scale, chunk_bytes, rounding, seed)
     if (call := _call(weight, *factors, chunk_bytes, rounding, seed)) is not None:
         OP(call)
     return weight
@@ -248,7 +261,7 @@ def _factors(name: str, value: Any) -> list[Tensor]:
     return list(value)
 
 
-def _checked(
+def checked_factors(
     weight: Tensor,
     lora_a: Tensor | Sequence[Tensor],
     lora_b: Tensor | Sequence[Tensor],
@@ -336,7 +349,7 @@ def merge_lora_many_(
     given: list[tuple[list[Tensor], list[Tensor]]] = []
     for index, (weight, a, b, s) in enumerate(layers):
         try:
-            factors = _checked(weight, a, b, s, chunk_bytes, rounding, seed + index)
+            factors = checked_factors(weight, a, b, s, chunk_bytes, rounding, seed + index)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {index}: {error}") from error
         given.append(factors[:2])

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled import normalize_noise as launch
-from ltxkern.dispatch import Op, like
-from ltxkern.ops import tiers
+from ltxkern.dispatch import Op
+from ltxkern.layout import like
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
 
 # Below the size from which torch shares one sum among threads.
@@ -136,7 +137,8 @@ def normalize_noise(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     Bytes: two reads (the second from cache where it fits) and one write.
     Source: the res2s sampler of LTX-2.
     """
-    check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(normalize_noise, locals())
     if out is not None:
         check_out(out, noise.shape, noise.dtype, noise.device)
     return NORMALIZE(NoiseArguments(noise), out)
@@ -157,7 +159,8 @@ def channelwise_normalize(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     Bytes: two reads and one write.
     Source: the res2s sampler of LTX-2.
     """
-    check_tensor("x", x, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if check_tensor("x", x, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(channelwise_normalize, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return CHANNELWISE(Arguments(x), out)
@@ -180,7 +183,8 @@ def noise_statistics(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     Bytes: one read of the noise.
     Source: Chan, Golub, LeVeque 1979.
     """
-    check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
+        return arrays.through_torch(noise_statistics, locals())
     if out is not None:
         check_out(out, _statistics_shape(noise), torch.float64, noise.device)
     return STATISTICS(NoiseArguments(noise), out)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ltxkern.compiled import qk_norm_rope as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh, power_of_two, unit_rows
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_choice,
@@ -154,7 +154,6 @@ OP = Op(
     "(Tensor, Tensor)",
     reference,
     lambda args: (fresh(args.q), fresh(args.k)),
-    differentiable=True,
     backends=[*tiers.compiled(launch.run), tiers.triton("qk_norm_rope", _refuse_triton)],
     may_be=[("q",), ("k",)],
 )
@@ -205,7 +204,8 @@ def qk_norm_rope(
         much again; by row they are 0.6 MB for any length at (16, 34, 60) coordinates.
     Source: Su et al. 2021 (RoPE); the LTX-2 attention.
     """
-    check_tensor("q", q, dtypes=ACTIVATION_DTYPES)
+    if check_tensor("q", q, dtypes=ACTIVATION_DTYPES, arrays=True):
+        return arrays.through_torch(qk_norm_rope, locals())
     if q.dim() != 3:
         raise ValueError(f"q must be (B, T, heads * d), got shape {tuple(q.shape)}")
     inner = q.shape[2]

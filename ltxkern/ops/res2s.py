@@ -9,7 +9,7 @@ from torch import Tensor
 from ltxkern.compiled import res2s as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_device,
@@ -191,9 +191,11 @@ def _check_operand(name: str, value: Tensor, first: Tensor) -> None:
 
 def _check_modality(
     tensors: dict[str, Tensor], mask: Tensor | None, clean: Tensor | None, stats: Tensor | None
-) -> None:
+) -> bool:
+    """Tensors of one modality; True where the first one is an array."""
     (first_name, first), *others = tensors.items()
-    check_tensor(first_name, first, dtypes=SAMPLER_DTYPES, min_dim=2)
+    if check_tensor(first_name, first, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
+        return True
     for name, value in others:
         _check_operand(name, value, first)
     check_together("mask", mask, "clean", clean)
@@ -206,6 +208,7 @@ def _check_modality(
         check_tensor("noise_stats", stats, dtypes=(torch.float64,))
         check_shape("noise_stats", stats, (first.shape[:-2].numel(), 3))
         check_device("noise_stats", stats, first.device)
+    return False
 
 
 def res2s_sde_step(
@@ -243,7 +246,8 @@ def res2s_sde_step(
     Bytes: read sample, denoised, noise, write the result, once each.
     Source: the res2s sampler of LTX-2.
     """
-    _check_modality({"sample": sample, "denoised": denoised, "noise": noise}, None, None, noise_stats)
+    if _check_modality({"sample": sample, "denoised": denoised, "noise": noise}, None, None, noise_stats):
+        return arrays.through_torch(res2s_sde_step, locals())
     for name, value in (("sigma", sigma), ("sigma_next", sigma_next), ("eta", eta)):
         check_finite_number(name, value, low=0.0)
     check_flag("terminal", terminal)
@@ -299,6 +303,8 @@ def res2s_midpoint(
     """
     single = isinstance(latent, Tensor)
     states = modalities("latent", latent)
+    if states is None:
+        return arrays.through_torch(res2s_midpoint, locals())
     count = len(states)
     x0s, noises = listed("x0", x0, count), listed("noise", noise, count)
     masks, cleans, stats = (
@@ -359,6 +365,8 @@ def res2s_advance(
     """
     single = isinstance(anchor, Tensor)
     starts = modalities("anchor", anchor)
+    if starts is None:
+        return arrays.through_torch(res2s_advance, locals())
     count = len(starts)
     firsts, seconds, noises = listed("x0", x0, count), listed("x0_mid", x0_mid, count), listed("noise", noise, count)
     masks, cleans, stats = (

@@ -1,4 +1,4 @@
-"""Parameter-free (or weighted) RMSNorm followed by adaLN modulation, alone and behind a gated residual."""
+"""Parameter-free (or weighted) RMSNorm and adaLN modulation: alone, behind a gated residual, and there with two modulations."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
 from ltxkern.layout import fresh
-from ltxkern.ops import tiers
+from ltxkern.ops import arrays, tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -43,6 +43,21 @@ class GatedArguments(NamedTuple):
     gate: Tensor
     scale: Tensor
     shift: Tensor
+    eps: float
+    weight: Tensor | None
+    rows: Tensor | None
+
+
+class TwiceArguments(NamedTuple):
+    """Of `gated_residual_rms_norm_modulate_twice`."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    scale: Tensor
+    shift: Tensor
+    scale2: Tensor
+    shift2: Tensor
     eps: float
     weight: Tensor | None
     rows: Tensor | None
@@ -88,6 +103,23 @@ def gated_reference(
     return summed, reference(summed, scale, shift, eps, weight)
 
 
+def twice_reference(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual `x + y gate` rounded to x's dtype, and its norm with either modulation."""
+    summed, normed = gated_reference(x, y, gate, scale, shift, eps, weight, rows)
+    return summed, normed, reference(summed, scale2, shift2, eps, weight, rows)
+
+
 def _refuse_triton(args: Arguments) -> str | None:
     return tiers.wide_rows(args.x) or tiers.split_rows([args.x], [args.scale, args.shift], args.rows)
 
@@ -97,13 +129,17 @@ def _refuse_triton_gated(args: GatedArguments) -> str | None:
     return tiers.wide_rows(args.x) or tiers.split_rows(over_x, modulation, args.rows)
 
 
+def _refuse_triton_twice(args: TwiceArguments) -> str | None:
+    modulation = [args.gate, args.scale, args.shift, args.scale2, args.shift2]
+    return tiers.wide_rows(args.x) or tiers.split_rows([args.x, args.y], modulation, args.rows)
+
+
 OP = Op(
     "rms_norm_modulate",
     Arguments,
     "Tensor",
     reference,
     lambda args: fresh(args.x),
-    differentiable=True,
     backends=[*tiers.compiled(launch.rms_norm_modulate), tiers.triton("rms_norm_modulate", _refuse_triton)],
     may_be=[("x",)],
 )
@@ -113,12 +149,24 @@ GATED = Op(
     "(Tensor, Tensor)",
     gated_reference,
     lambda args: (fresh(args.x), fresh(args.x)),
-    differentiable=True,
     backends=[
         *tiers.compiled(launch.gated_norm),
         tiers.triton("rms_norm_modulate", _refuse_triton_gated, "launch_gated"),
     ],
     may_be=[("x", "y"), ("x", "y")],
+)
+
+TWICE = Op(
+    "gated_residual_rms_norm_modulate_twice",
+    TwiceArguments,
+    "(Tensor, Tensor, Tensor)",
+    twice_reference,
+    lambda args: (fresh(args.x), fresh(args.x), fresh(args.x)),
+    backends=[
+        *tiers.compiled(launch.gated_norm_twice),
+        tiers.triton("rms_norm_modulate", _refuse_triton_twice, "launch_twice"),
+    ],
+    may_be=[("x", "y"), ("x", "y"), ("x", "y")],
 )
 
 
@@ -132,19 +180,21 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def _check_norm(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None, **gate: Tensor
-) -> None:
-    check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1)
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None, rows: Tensor | None, **others: Tensor
+) -> bool:
+    if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=1, arrays=True):
+        return True
     if rows is None:
         _check_rows("scale", scale, x)
         _check_rows("shift", shift, x)
-        for name, value in gate.items():
+        for name, value in others.items():
             _check_rows(name, value, x)
     else:
-        check_indexed(x, rows, {"scale": scale, "shift": shift, **gate})
+        check_indexed(x, rows, {"scale": scale, "shift": shift, **others})
     if weight is not None:
         check_vector("weight", weight, x.shape[-1], x.device)
     check_finite_number("eps", eps, low=0.0)
+    return False
 
 
 def rms_norm_modulate(
@@ -181,7 +231,8 @@ def rms_norm_modulate(
         lookup there).
     Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
     """
-    _check_norm(x, scale, shift, eps, weight, rows)
+    if _check_norm(x, scale, shift, eps, weight, rows):
+        return arrays.through_torch(rms_norm_modulate, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(Arguments(x, scale, shift, eps, weight, rows), out)
@@ -218,8 +269,48 @@ def gated_residual_rms_norm_modulate(
     An index below 0 or beyond N - 1: see `rms_norm_modulate`.
     Source: the LTX-2 transformer block.
     """
-    _check_norm(x, scale, shift, eps, weight, rows, gate=gate)
+    if _check_norm(x, scale, shift, eps, weight, rows, gate=gate):
+        return arrays.through_torch(gated_residual_rms_norm_modulate, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x)
     return GATED(GatedArguments(x, y, gate, scale, shift, eps, weight, rows), out)
+
+
+def gated_residual_rms_norm_modulate_twice(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated residual and its norm with two modulations, from one read: where two attentions look at one stream.
+
+    Args:
+        x, y, gate, scale, shift, eps, weight, rows: as in `gated_residual_rms_norm_modulate`.
+        scale2, shift2: the second modulation, as the first.
+        out: (s, n, n2); any may be x or y.
+    Returns:
+        (s, n, n2), shape and dtype of x: `s = x + y gate`, `n = rms_norm_modulate(s, scale, shift)` and
+        `n2 = rms_norm_modulate(s, scale2, shift2)`.
+    Raises:
+        TypeError, ValueError: each names the parameter.
+
+    Contract: rounded; s, n and n2 are rounded once each, with the bits of `gated_residual_rms_norm_modulate` for s and n.
+    Bytes: read x and y, write s, n and n2; 4 or 8 a row for its index.
+    An index below 0 or beyond N - 1: see `rms_norm_modulate`.
+    Source: the LTX-2 transformer block, between its text attention and the two attentions between the modalities.
+    """
+    if _check_norm(x, scale, shift, eps, weight, rows, gate=gate, scale2=scale2, shift2=shift2):
+        return arrays.through_torch(gated_residual_rms_norm_modulate_twice, locals())
+    check_like("y", y, x)
+    if out is not None:
+        check_outs(out, x, 3)
+    return TWICE(TwiceArguments(x, y, gate, scale, shift, scale2, shift2, eps, weight, rows), out)

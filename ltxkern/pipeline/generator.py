@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
+from ltxkern.pipeline.memory.streams import clock_for, side_by_side
 from ltxkern.pipeline.model.attention_choice import AttentionChoice, use_attention
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
+from ltxkern.pipeline.model.decode import Tiling
+from ltxkern.pipeline.model.fusions import FusionPolicy, use_fusions, use_side_by_side
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.parallel.by_branch import CFGParallel
 from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback, report
+from ltxkern.pipeline.run.decoding import decode
+from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
@@ -36,6 +40,9 @@ from ltxkern.pipeline.run.request import (
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
 from ltxkern.pipeline.sampling.latents import Geometry
+from ltxkern.pipeline.work.facts import facts_of
+from ltxkern.pipeline.work.folder import WorkFolder
+from ltxkern.pipeline.work.kept import KeptWork
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
@@ -60,6 +67,8 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
+        fusions: str | FusionPolicy | None = None,
+        audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
         embedding_cache: EmbeddingCache | None = None,
@@ -74,6 +83,10 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
+        self.fusions = FusionPolicy.of(fusions)
+        # A stream of its own: on that of the manager sound would wait for weights on their way.
+        own = audio_stream and self.device.type == "cuda"
+        self._beside = partial(side_by_side, clock_for(self.device)) if own else None
         self.geometry = geometry or geometry_from_configs(config, components.config("audio_vae"))
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
@@ -81,6 +94,7 @@ class HQTwoStagePipeline:
         self._patched: list[Patched] = []
         self._pristine = pristine
         self._attached = False
+        self.model_facts: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -92,6 +106,8 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
+        fusions: str | None = None,
+        audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
         distilled_strengths: tuple[float, float] | None = None,
@@ -111,6 +127,8 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
+            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
             distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
@@ -129,10 +147,9 @@ class HQTwoStagePipeline:
         place = find_device(device)
         strengths = distilled_strengths or chosen.distilled_strengths
         pairs = [(item, 1.0) if isinstance(item, (str, Path)) else (item[0], float(item[1])) for item in loras]
-        for path, strength in pairs:
-            require_strength(str(path), strength, signed=True)
-        for strength in strengths:
-            require_strength("distilled LoRA", strength)
+        wanted = [(str(path), strength, True) for path, strength in pairs]
+        for name, strength, signed in [*wanted, *(("distilled LoRA", strength, False) for strength in strengths)]:
+            require_strength(name, strength, signed=signed)
         model = FoundModel.of(path_or_id, upsampler=upsampler, text_encoder=text_encoder, variant=variant, **parts)
         if model is not path_or_id:  # who found it has checked it
             admission = Admission()
@@ -161,6 +178,8 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
+            fusions=fusions,
+            audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
@@ -247,6 +266,7 @@ class HQTwoStagePipeline:
         output_type: str = "video",
         callback: StepCallback | None = None,
         progress: Progress | None = None,
+        work_dir: str | Path | WorkFolder | None = None,
     ) -> HQOutput:
         """Generate what a request asks for.
 
@@ -258,9 +278,11 @@ class HQTwoStagePipeline:
             initial_noise: stage-1 video, stage-1 audio, stage-2 video, stage-2 audio noise (B, T, C) in place of seeded draws.
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
-            output_type: "video", "latents", or "stream" (video decoded while it is consumed).
+            output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
+            work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
+                `WorkFolder` stays open, and its owner says when the result is safe; None keeps nothing.
         Returns:
             `HQOutput`.
         Raises:
@@ -279,27 +301,42 @@ class HQTwoStagePipeline:
             )
         strengths = request.distilled_strengths or self.distilled_strengths
         replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
-        self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
-        stages = request.stages(self.geometry)
-        run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress)
-        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
-        guidance = request.guidance(self.geometry)
-        policies = self.prompts.policies(request, guidance, guidance_policy, embeddings, negative_embeddings, progress)
-        stages[0] = replace(stages[0], branches=len(policies[0].branches))
-        if self._parallel is not None:
-            phases = phases[: self._parallel.stages(policies[: len(stages)])]
-        if phases:
-            self._attach(request, phases)
-        with use_attention(self.attention):
-            latents = run.latents(policies, phases)
-        output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
-        leads = self._parallel is None or self._parallel.rank == 0
-        if output_type != "latents" and leads:
-            videos, audio = self._decode(latents, tiling, output_type, progress)
-            output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
-        kernels = served() | {"attention": self.attention.served}
-        output.backends = {name: sorted(names) for name, names in kernels.items()}
+        encodes_images = bool(request.images) and image_latents is None
+        decodes, streamed = output_type != "latents", output_type == "stream"
+        self.components.require(self.preset.stages, encodes_images, embeddings is None, decodes)
+        facts: dict[str, Any] = {}
+        if work_dir is not None:
+            given = (embeddings, negative_embeddings, initial_noise, sde_noise, image_latents, guidance_policy, tiling)
+            facts = facts_of(self, replace(request, distilled_strengths=strengths), given)
+        with KeptWork.opened(work_dir, self.device, facts) as work:
+            stages = request.stages(self.geometry)
+            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
+            phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
+            guidance = request.guidance(self.geometry)
+            policies = self.prompts.policies(
+                request, guidance, guidance_policy, embeddings, negative_embeddings, progress, work
+            )
+            stages[0] = replace(stages[0], branches=len(policies[0].branches))
+            if self._parallel is not None:
+                phases = phases[: self._parallel.stages(policies[: len(stages)])]
+            if phases and not run.is_denoised:
+                self._attach(request, phases)
+            with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
+                latents = run.latents(policies, phases)
+            output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
+            if decodes and (self._parallel is None or self._parallel.rank == 0):
+                how: dict[str, Any] = {"streamed": streamed, "work": work}
+                videos, audio = decode(self.components, self.manager, latents, tiling, progress, **how)
+                one = isinstance(request.prompt, str)
+                output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
+        output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
+
+    def detach(self) -> None:
+        """Give the transformer its pristine weights again; the next call takes them up."""
+        if self._attached:
+            self.manager.close()
+        self._attached = False
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -315,26 +352,9 @@ class HQTwoStagePipeline:
         if parallel.size > 1:
             if parallel.sequence is not None:
                 config = self.components.config("transformer") or {}
-                names = ("num_attention_heads", "audio_num_attention_heads")
-                parallel.sequence.require(heads=min(int(config[name]) for name in names))
+                parallel.sequence.require(heads=min(int(config[f"{of}num_attention_heads"]) for of in ("", "audio_")))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
-
-    def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
-        needed = ["transformer"]
-        if self.preset.stages == 2:
-            needed.append("upsampler")
-        if encodes_images or output_type != "latents":
-            needed.append("video_vae")
-        if output_type != "latents":
-            needed += ["audio_vae", "vocoder"]
-        if encodes_text:
-            needed += ["tokenizer", "text_encoder", "connectors"]
-        absent = [name for name in needed if self.components.is_absent(name)]
-        if absent:
-            raise ValueError(
-                f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
-            )
 
     def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
         if not self._attached:
@@ -349,35 +369,6 @@ class HQTwoStagePipeline:
 
             beside = plan(self.components, request, device=self.device).beside_transformer
         self.manager.prepare(*phases, activation_bytes=beside)
-
-    def _decode(
-        self, latents: Mapping[str, Tensor], tiling: Tiling, output_type: str, progress: Progress | None
-    ) -> tuple[list[Any], list[Tensor]]:
-        """Videos, as iterators of chunks where they are streamed, and waveforms; one a prompt."""
-        streams = [self._video_chunks(one[None], tiling, progress) for one in latents["video"]]
-        if output_type == "stream":
-            return streams, self._waveforms(latents["audio"], progress)
-        waveforms, videos = self.manager.side_by_side(
-            lambda: self._waveforms(latents["audio"], progress),
-            lambda: [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams],
-        )
-        return videos, waveforms
-
-    def _waveforms(self, latents: Tensor, progress: Progress | None) -> list[Tensor]:
-        report(progress, "audio", 0, 1)
-        with (
-            self.manager.component("audio_vae", self.components.audio_vae) as audio_vae,
-            self.manager.component("vocoder", self.components.vocoder) as vocoder,
-        ):
-            waveforms = [decode_audio(audio_vae, vocoder, one[None]) for one in latents]
-        report(progress, "audio", 1, 1)
-        return waveforms
-
-    def _video_chunks(self, latent: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
-        with self.manager.component("video_vae", self.components.video_vae) as vae:
-            yield from decode_video(
-                vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
-            )
 
     def close(self) -> None:
         """Release what is held, and give back what was given.

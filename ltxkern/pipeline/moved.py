@@ -19,7 +19,7 @@ _ROOMS = {
     "model": "transformer attention components text decode tiling conditioning transformer_block>block "
     "transformer_inputs>inputs",
     "memory": "host_copy host_memory devices>manager device_modes>modes mode_choice>modes phase_stores>stores "
-    "snapshot_store>snapshot offload_store>offload phase_merge>merge correction>exact_subtraction factor_cache>factors "
+    "snapshot_store>snapshot offload_store>offload phase_merge>merge correction>inplace factor_cache>factors "
     "weight_table>table home>origin component_device>lending forward_hooks>hooks stream_clock>streams",
     "files": "checkpoint hub official_names official_config lora lora_file demo weights_file>headers model_geometry>found",
     "results": "media output_file>atomic embedding_cache",

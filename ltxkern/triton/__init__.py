@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ LEAST_CAPABILITY = (8, 0)
 
 def load(stem: str, entry: str) -> Callable[..., None]:
     """The launcher `ltxkern.triton.<stem>.<entry>`; Triton launches on the current device: that is made the tensors' own."""
-    launch = getattr(importlib.import_module(f"ltxkern.triton.{stem}"), entry)
+    module = importlib.import_module(f"ltxkern.triton.{stem}")
+    launch = getattr(module, entry)
+    if not interpreted():
+        _compile_outside_captures(module)
 
     @functools.wraps(launch)
     def on_its_device(*args: Any) -> None:
@@ -30,12 +34,38 @@ def load(stem: str, entry: str) -> Callable[..., None]:
     return on_its_device
 
 
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors; it looks as it decorates them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _compile_outside_captures(module: ModuleType) -> None:
+    """A module's kernels refuse to be compiled, and so to be loaded, while a CUDA graph is captured."""
+    from triton.runtime.jit import JITFunction
+
+    def guarded(kernel: Any) -> Callable[..., Any]:
+        def compile_kernel(*args: Any) -> Any:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{kernel.__module__}.{kernel.__name__} is not compiled yet for such a call, and a CUDA graph capture is no "
+                    "time to compile and load it: make the same call once before the capture"
+                )
+            return type(kernel)._do_compile(kernel, *args)
+
+        return compile_kernel
+
+    for kernel in vars(module).values():
+        # Triton asks for it where a call finds no kernel compiled for its dtypes, alignments and constants.
+        if isinstance(kernel, JITFunction):
+            kernel._do_compile = guarded(kernel)
+
+
 def refuse_elsewhere(args: tuple[Any, ...]) -> str | None:
     """Why the tier cannot serve tensors where these lie, or None."""
     tensor = _first_tensor(args)
     if tensor.is_cuda:
         return _refuse_capability(tensor.device.index)
-    if os.environ.get("TRITON_INTERPRET") == "1" and tensor.device.type == "cpu":
+    if interpreted() and tensor.device.type == "cpu":
         return None
     return f"triton serves CUDA tensors, got one on {tensor.device}"
 

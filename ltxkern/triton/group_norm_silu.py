@@ -66,13 +66,16 @@ def _place(pid, spans, channel_blocks, group_blocks, GROUPS_FIRST: tl.constexpr)
         rest = pid // group_blocks
         span = rest % spans
         rest = rest // spans
-        return rest // channel_blocks, group_block, rest % channel_blocks, span
+        batch = rest // channel_blocks
+        channel_block = rest % channel_blocks
     else:
         span = pid % spans
         rest = pid // spans
         channel_block = rest % channel_blocks
         rest = rest // channel_blocks
-        return rest // group_blocks, rest % group_blocks, channel_block, span
+        batch = rest // group_blocks
+        group_block = rest % group_blocks
+    return batch.to(tl.int64), group_block, channel_block, span.to(tl.int64)
 
 
 @triton.jit
@@ -106,26 +109,27 @@ def _stats_kernel(
 ):
     """Mean (as a pair of floats) and M2 of one chunk of each of BG groups; every slot of the tile runs its own recurrence."""
     batch, group_block, channel_block, span = _place(
-        tl.program_id(0).to(tl.int64), spans, channel_blocks, group_blocks, GROUPS_FIRST
+        tl.program_id(0), spans, channel_blocks, group_blocks, GROUPS_FIRST
     )
     _, channel, exists = _channels(group_block, channel_block, G, D, BG, BD)
     first = span * (BS * SPANS)
+    left = tl.minimum(S - first, BS * SPANS).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
-    base = x_ptr + batch * stride_n + channel * stride_c
+    base = x_ptr + batch * stride_n + first * stride_s + channel.to(tl.int64) * stride_c
     mean = tl.zeros([BS, BG, BD], tl.float32)
     m2 = tl.zeros([BS, BG, BD], tl.float32)
     for i in range(SPANS):
-        position = first + i * BS + slot
-        valid = exists & (position < S)
-        value = tl.load(base + position * stride_s, mask=valid, other=0.0).to(tl.float32)
+        place = i * BS + slot
+        valid = exists & (place < left)
+        value = tl.load(base + place.to(tl.int64) * stride_s, mask=valid, other=0.0).to(tl.float32)
         if conv_bias_ptr is not None:
             value += tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
         delta = tl.where(valid, value - mean, 0.0)
         mean += delta * (1.0 / (i + 1.0))
         m2 += tl.where(valid, delta * (value - mean), 0.0)
-    seen = (S - first - slot + BS - 1) // BS
+    seen = (left - slot + BS - 1) // BS
     count = tl.where(exists, tl.minimum(tl.maximum(seen, 0), SPANS), 0).to(tl.float32)
-    total = tl.minimum(BD, D - channel_block * BD) * tl.minimum(BS * SPANS, S - first)
+    total = tl.minimum(BD, D - channel_block * BD) * left
     total = total.to(tl.float32)
     high = _sum_group(count * mean) / total
     offset = mean - high[None, :, None]
@@ -153,6 +157,7 @@ def _merge(
     BD: tl.constexpr,
     SPAN: tl.constexpr,
     PARTIALS: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """Mean (pivot + low) and reciprocal standard deviation of each row from its partials, in fixed order."""
     part = tl.arange(0, PARTIALS)[None, :]
@@ -169,7 +174,7 @@ def _merge(
     offset = tl.where(mask, offset - mean[:, None], 0.0)
     variance = tl.div_rn(tl.sum(m2 + count * offset * offset, axis=1), total)
     variance = tl.where(variance < 0.0, 0.0, variance)
-    return pivot, mean, reciprocal_root(variance + eps)
+    return pivot, mean, reciprocal_root(variance + eps, dtype)
 
 
 @triton.jit
@@ -226,36 +231,29 @@ def _apply_kernel(
     PARTIALS: tl.constexpr,
 ):
     """Normalise, residual, SiLU; walks the tensor backwards, since the statistics pass left its tail in the L2 cache."""
-    pid = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, group_block, channel_block, span = _place(pid, spans, channel_blocks, group_blocks, GROUPS_FIRST)
     _, channel, exists = _channels(group_block, channel_block, G, D, BG, BD)
     group = group_block * BG + tl.arange(0, BG)
     pivot, mean, rstd = _merge(
-        partial_ptr,
-        plane,
-        batch * G + group,
-        group < G,
-        S,
-        stat_spans,
-        partials,
-        total,
-        eps,
-        D,
-        STAT_BD,
-        STAT_SPAN,
-        PARTIALS,
-    )
+        partial_ptr, plane, batch * G + group, group < G, S, stat_spans, partials, total, eps,
+        D, STAT_BD, STAT_SPAN, PARTIALS, out_ptr.dtype.element_ty,
+    )  # fmt: skip
+    first = span * (BS * SPANS)
+    left = tl.minimum(S - first, BS * SPANS).to(tl.int32)
+    channel_wide = channel.to(tl.int64)
     for i in range(SPANS):
-        position = span * (BS * SPANS) + i * BS + tl.arange(0, BS)[:, None, None]
-        valid = exists & (position < S)
-        value = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
+        place = i * BS + tl.arange(0, BS)[:, None, None]
+        valid = exists & (place < left)
+        position = first + place
+        value = tl.load(x_ptr + batch * stride_n + channel_wide * stride_c + position * stride_s, mask=valid, other=0.0)
         value = value.to(tl.float32)
         if conv_bias_ptr is not None:
             value += tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
         residual_at = residual_ptr
         if residual_ptr is not None:
-            residual_at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
-        out_at = out_ptr + batch * out_n + channel * out_c + position * out_s
+            residual_at = residual_ptr + batch * residual_n + channel_wide * residual_c + position * residual_s
+        out_at = out_ptr + batch * out_n + channel_wide * out_c + position * out_s
         _finish(value, pivot, mean, rstd, channel, valid, exists, weight_ptr, bias_ptr, residual_at, out_at)
 
 
@@ -300,7 +298,7 @@ def _single_kernel(
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
     mean = _sum_group(offset) / total
     offset = tl.where(valid, offset - mean[None, :, None], 0.0)
-    rstd = reciprocal_root(tl.div_rn(_sum_group(offset * offset), total) + eps)
+    rstd = reciprocal_root(tl.div_rn(_sum_group(offset * offset), total) + eps, out_ptr.dtype.element_ty)
     residual_at = residual_ptr
     if residual_ptr is not None:
         residual_at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s

@@ -55,9 +55,9 @@ def _pixel_norm_kernel(
     CHANNELS_LAST: tl.constexpr,
 ):
     """A tile of all channels x BS positions; `scale` is 1 / C."""
-    pid = tl.program_id(0).to(tl.int64)
-    batch = pid // blocks
-    first = (pid % blocks) * BS
+    pid = tl.program_id(0)
+    batch = (pid // blocks).to(tl.int64)
+    first = (pid % blocks).to(tl.int64) * BS
     if CHANNELS_LAST:
         channel = tl.arange(0, BC)[None, :].to(tl.int64)
         position = first + tl.arange(0, BS)[:, None]
@@ -69,7 +69,7 @@ def _pixel_norm_kernel(
     value = value.to(tl.float32)
     axis: tl.constexpr = 1 if CHANNELS_LAST else 0
     mean_square = tl.sum(value * value, axis=axis, keep_dims=True) * scale
-    value = value * reciprocal_root(mean_square + eps)
+    value = value * reciprocal_root(mean_square + eps, out_ptr.dtype.element_ty)
     if weight_ptr is not None:
         value *= tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     value = silu(value, out_ptr.dtype.element_ty)

@@ -1,7 +1,8 @@
-"""Triton kernel of query and key RMSNorm with rotary embedding: one program a token and tensor, q and k in one launch."""
+"""Triton kernel of RMSNorm with rotary embedding: one launch, a program a token of both where they share their angles."""
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import triton
@@ -59,7 +60,7 @@ def _rotate(
     """One token: norm over all heads, weight, rotation, one rounding."""
     first, second = _load_pairs(x_ptr, head, pair, valid, D, SPLIT, BH, BP)
     square = first * first + second * second
-    rstd = reciprocal_root(tl.sum(tl.sum(square, axis=1), axis=0) * inverse + eps)
+    rstd = reciprocal_root(tl.sum(tl.sum(square, axis=1), axis=0) * inverse + eps, out_ptr.dtype.element_ty)
     first_weight, second_weight = _load_pairs(weight_ptr, head, pair, valid, D, SPLIT, BH, BP)
     first = first * rstd * first_weight
     second = second * rstd * second_weight
@@ -120,39 +121,45 @@ def _rope_kernel(
     BP: tl.constexpr,
     AXES: tl.constexpr,
     LEAD: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """A token of q or k, in turn as long as both have some, so that neighbours use the same table lines."""
-    pid = tl.program_id(0).to(tl.int64)
+    """A token of q and k that share angles, else of one: in turn as long as both have some, so that neighbours share lines."""
+    pid = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
     of_q = pid % 2 == 0
-    row = pid // 2
+    t = pid // 2
     if pid >= 2 * shared:
         of_q = q_tokens > k_tokens
-        row = pid - shared
+        t = pid - shared
+    if SHARED:
+        t = pid
+    t = t.to(tl.int64)
     head = tl.arange(0, BH)[:, None]
     pair = tl.arange(0, BP)[None, :]
     valid = (head < heads) & (pair < D // 2)
     width = heads * D
-    if of_q:
-        b = row // q_tokens
-        t = row % q_tokens
+    if SHARED or of_q:
         cos, sin = _load_tables(
             cos_ptr, sin_ptr, rows_ptr, head, pair, valid, b, t, rope_b, rope_h, rope_t, rope_d, rows_b, rows_a, rows_t,
             count, D, AXES, LEAD,
         )  # fmt: skip
         _rotate(
-            q_out_ptr + row * width, q_ptr + b * q_b + t * q_t, q_weight_ptr, cos, sin, head, pair, valid, inverse, eps,
-            D, SPLIT, BH, BP,
+            q_out_ptr + (b * q_tokens + t) * width, q_ptr + b * q_b + t * q_t, q_weight_ptr, cos, sin, head, pair, valid, inverse,
+            eps, D, SPLIT, BH, BP,
         )  # fmt: skip
-    else:
-        b = row // k_tokens
-        t = row % k_tokens
+    if SHARED:
+        _rotate(
+            k_out_ptr + (b * k_tokens + t) * width, k_ptr + b * k_b + t * k_t, k_weight_ptr, cos, sin, head, pair, valid, inverse,
+            eps, D, SPLIT, BH, BP,
+        )  # fmt: skip
+    elif not of_q:
         cos, sin = _load_tables(
             k_cos_ptr, k_sin_ptr, k_rows_ptr, head, pair, valid, b, t, k_rope_b, k_rope_h, k_rope_t, k_rope_d, k_rows_b,
             k_rows_a, k_rows_t, k_count, D, AXES, LEAD,
         )  # fmt: skip
         _rotate(
-            k_out_ptr + row * width, k_ptr + b * k_b + t * k_t, k_weight_ptr, cos, sin, head, pair, valid, inverse, eps,
-            D, SPLIT, BH, BP,
+            k_out_ptr + (b * k_tokens + t) * width, k_ptr + b * k_b + t * k_t, k_weight_ptr, cos, sin, head, pair, valid, inverse,
+            eps, D, SPLIT, BH, BP,
         )  # fmt: skip
 
 
@@ -185,11 +192,12 @@ def launch(out: tuple[Tensor, Tensor], args: Arguments) -> None:
     depth = width // heads
     targets = dense(out)
     block_heads, block_pairs = power_of_two(heads), power_of_two(depth // 2)
-    _rope_kernel[(batch * (tokens + k.shape[1]),)](
+    shared = tokens == k.shape[1] and all(map(operator.is_, args.q_tables, args.k_tables))
+    _rope_kernel[(tokens if shared else tokens + k.shape[1], batch)](
         *targets, q, k, args.q_weight.contiguous(), args.k_weight.contiguous(), *args.q_tables, *args.k_tables,
-        args.eps, 1.0 / width, batch * min(tokens, k.shape[1]), heads, *_lies(q, args.q_tables), *_lies(k, args.k_tables),
+        args.eps, 1.0 / width, min(tokens, k.shape[1]), heads, *_lies(q, args.q_tables), *_lies(k, args.k_tables),
         D=depth, SPLIT=args.layout == "split", BH=block_heads, BP=block_pairs,
-        AXES=axes, LEAD=-(width // 2) % axes if axes else 0,
+        AXES=axes, LEAD=-(width // 2) % axes if axes else 0, SHARED=shared,
         num_warps=min(16, max(4, block_heads * block_pairs * 2 // 512)), enable_fp_fusion=True,
     )  # fmt: skip
     hand_back(out, targets)

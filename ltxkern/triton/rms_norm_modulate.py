@@ -1,7 +1,8 @@
-"""Triton kernel of RMSNorm + modulation, alone and behind a gated residual: whole rows in registers."""
+"""Triton kernel of RMSNorm + modulation, alone and behind a gated residual, once or twice: whole rows in registers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import triton
@@ -12,7 +13,7 @@ from ltxkern.layout import ceil_div, contiguous, dense, hand_back, power_of_two,
 from ltxkern.triton.numerics import reciprocal_root
 
 if TYPE_CHECKING:
-    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments
+    from ltxkern.ops.rms_norm_modulate import Arguments, GatedArguments, TwiceArguments
 
 # Rows of 4096 (the video stream) take 8 warps at 16 elements a thread; shorter rows share a program up to this many elements.
 TILE = 4096
@@ -22,11 +23,14 @@ TILE = 4096
 def _modulate_kernel(
     out_ptr,
     summed_ptr,
+    out2_ptr,
     x_ptr,
     y_ptr,
     gate_ptr,
     scale_ptr,
     shift_ptr,
+    scale2_ptr,
+    shift2_ptr,
     weight_ptr,
     index_ptr,
     eps,
@@ -45,12 +49,18 @@ def _modulate_kernel(
     scale_t,
     shift_b,
     shift_t,
+    scale2_b,
+    scale2_t,
+    shift2_b,
+    shift2_t,
     index_b,
     index_t,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
     """BR rows; with `y_ptr`, x becomes `x + y gate`, is stored rounded, and its rounded value is normalised.
+
+    With `out2_ptr` the norm is modulated a second time, into it.
 
     With `index_ptr`, gate, scale and shift are tables of `count` rows (their `_b` strides are 0), and a row whose index is none of
     them becomes NaN.
@@ -76,32 +86,37 @@ def _modulate_kernel(
         tl.store(summed_ptr + row * D + column, x, mask=valid)
     value = x.to(tl.float32)
     mean_square = tl.sum(value * value, axis=1, keep_dims=True) * inverse
-    value = value * reciprocal_root(mean_square + eps)
+    value = value * reciprocal_root(mean_square + eps, out_ptr.dtype.element_ty)
     if weight_ptr is not None:
         value *= tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + b * scale_b + t * scale_t + column, mask=found, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + b * shift_b + t * shift_t + column, mask=found, other=0.0).to(tl.float32)
     if index_ptr is not None:
         shift = tl.where(inside, shift, float("nan"))
-    value = value * (1.0 + scale) + shift
-    tl.store(out_ptr + row * D + column, value.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + row * D + column, (value * (1.0 + scale) + shift).to(out_ptr.dtype.element_ty), mask=valid)
+    if out2_ptr is not None:
+        scale = tl.load(scale2_ptr + b * scale2_b + t * scale2_t + column, mask=found, other=0.0).to(tl.float32)
+        shift = tl.load(shift2_ptr + b * shift2_b + t * shift2_t + column, mask=found, other=0.0).to(tl.float32)
+        if index_ptr is not None:
+            shift = tl.where(inside, shift, float("nan"))
+        tl.store(out2_ptr + row * D + column, (value * (1.0 + scale) + shift).to(out2_ptr.dtype.element_ty), mask=valid)
 
 
-def _launch(
-    out: Tensor, summed: Tensor | None, y: Tensor | None, gate: Tensor | None, args: Arguments | GatedArguments
-) -> None:
-    x, scale, shift, index = args.x, args.scale, args.shift, args.rows
+def _launch(outputs: Sequence[Tensor], args: Arguments | GatedArguments | TwiceArguments) -> None:
+    """`outputs`: the norm, the sum where there is one, the second norm where there is one."""
+    x, scale, index = args.x, args.scale, args.rows
     if x.numel() == 0:
         return
-    view = rows_of([x, y], [gate, scale, shift], index)
+    y, gate, scale2, shift2 = (getattr(args, name, None) for name in ("y", "gate", "scale2", "shift2"))
+    view = rows_of([x, y], [gate, scale, args.shift, scale2, shift2], index)
     assert view is not None
     width, rows = x.shape[-1], view.outer * view.inner
     columns = power_of_two(width)
     together = min(power_of_two(rows), max(1, TILE // 2 // columns))
-    outputs = [out] if summed is None else [out, summed]
     targets = dense(outputs)
+    out, summed, out2 = (*targets, None, None)[:3]
     _modulate_kernel[(ceil_div(rows, together),)](
-        targets[0], None if summed is None else targets[1], x, y, gate, scale, shift, contiguous(args.weight), index,
+        out, summed, out2, x, y, gate, scale, args.shift, scale2, shift2, contiguous(args.weight), index,
         args.eps, 1.0 / width, rows, view.inner, width, 0 if index is None else scale.shape[0],
         *(stride for pair in view.strides for stride in pair),
         BR=together, BD=columns, num_warps=min(16, max(4, together * columns // 512)), enable_fp_fusion=True,
@@ -111,9 +126,14 @@ def _launch(
 
 def launch(out: Tensor, args: Arguments) -> None:
     """rms_norm_modulate on rows that collapse to two dims."""
-    _launch(out, None, None, None, args)
+    _launch([out], args)
 
 
 def launch_gated(out: tuple[Tensor, Tensor], args: GatedArguments) -> None:
     """gated_residual_rms_norm_modulate: out is (sum, norm)."""
-    _launch(out[1], out[0], args.y, args.gate, args)
+    _launch([out[1], out[0]], args)
+
+
+def launch_twice(out: tuple[Tensor, Tensor, Tensor], args: TwiceArguments) -> None:
+    """gated_residual_rms_norm_modulate_twice: out is (sum, norm, second norm)."""
+    _launch([out[1], out[0], out[2]], args)

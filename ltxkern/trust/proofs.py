@@ -11,8 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from ltxkern import sources
 from ltxkern.compiled import extension
 from ltxkern.trust import machine
+from ltxkern.whole_files import replacing
 
 logger = logging.getLogger("ltxkern")
 
@@ -145,18 +144,11 @@ def write(origin: Origin, proof: Proof) -> str | None:
     path, stored = origin.path, read(origin)
     whole = stored.updated(proof) if stored is not None else proof
     text = json.dumps({"schema": SCHEMA, "origin": origin._asdict(), **asdict(whole)}, indent=1)
-    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            partial = Path(file.name)
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(text + "\n")
     except OSError as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
         return f"the proof cannot be stored in {path.parent}: {error.strerror or error}"
     return None
 

@@ -206,6 +206,18 @@ CASES = [
         rows={"arguments": "x y: B T W; gate scale shift: 3 W; rows: B T"},
     ),
     *family(
+        OpCase(
+            *("gated_residual_rms_norm_modulate_twice", "x y gate scale shift scale2 shift2: B T W; weight: W"),
+            *("x y; x y; x y",),
+            **NORM,
+        ),
+        vectors={
+            "arguments": "x y: B T W; gate scale scale2 shift2: B 1 W; shift: W",
+            "fixed": {"scale": F32, "scale2": F32},
+        },
+        rows={"arguments": "x y: B T W; gate scale shift scale2 shift2: 3 W; rows: B T"},
+    ),
+    *family(
         OpCase("gated_residual", "x y gate: B T W", "x y", **BY_ROW),
         row={"arguments": "x y: B T W; gate: B 1 W"},
         vector={"arguments": "x y: B T W; gate: W"},

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ltxkern import triton
 from ltxkern.dispatch import BACKENDS, unavailable
 from ltxkern.trust import proofs
 from ltxkern.verify import timing
 from ltxkern.verify.checks import IMPORTANCE, Check, plan
 from ltxkern.verify.supervise import WORKER, Found, Limits, NoWorkerError, check_tier, time_tiers
+from ltxkern.whole_files import replacing
 
 SCHEMA = 1
 # Of a run: how long it may take, how long a check may, and what is kept for the timing.
@@ -28,8 +29,7 @@ CALL_SECONDS = {"cuda": 2.0, "nvrtc": 8.0, "triton": 8.0, "cpu": 2.0}
 
 def device_of(tier: str) -> str:
     """Where a tier's tensors lie."""
-    interpreted = tier == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "cpu" if tier in ("cpu", "torch") or interpreted else "cuda"
+    return "cpu" if tier in ("cpu", "torch") or (tier == "triton" and triton.interpreted()) else "cuda"
 
 
 @dataclass
@@ -83,9 +83,8 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the JSON, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.as_data(), indent=1) + "\n")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.as_data(), indent=1) + "\n")
 
     def proof(self, kind: str) -> proofs.Proof:
         """What is worth storing of a kind of device."""

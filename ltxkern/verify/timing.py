@@ -46,6 +46,10 @@ def sizes(device: str) -> list[tuple[OpCase, torch.dtype, Size]]:
     changed: dict[str, tuple[Size, dict[str, Any]]] = {
         "rms_norm_modulate": (rows, {"arguments": "x: B T W; scale shift: B 1 W"}),
         "gated_residual_rms_norm_modulate": (rows, {"arguments": "x y: B T W; gate scale shift: B 1 W"}),
+        "gated_residual_rms_norm_modulate_twice": (
+            rows,
+            {"arguments": "x y: B T W; gate scale shift scale2 shift2: B 1 W"},
+        ),
         "qk_norm_rope": (
             Size(1, tokens, 64),
             {"arguments": "q k: 1 T 64W; q_weight k_weight: 64W; cos sin: 1 32 T W", "fixed": wide},

@@ -21,7 +21,7 @@ from ltxkern.compiled import nvrtc
 
 # Another version of a compiler may take a few more.
 SLACK = 1.03
-COUNTS = ("issue", "mufu", "double", "lsu", "shared", "wavefronts", "waits")
+COUNTS = ("issue", "mufu", "double", "lsu", "shared", "wavefronts", "waits", "through")
 # Instructions for 16 bytes of bf16 on sm_90, at most: beyond it instructions bind before bytes do.
 GOALS = {
     "ltxk::rms_norm_modulate_packs<ltxk::bf16, ltxk::bf16, false>": 95,
@@ -158,6 +158,9 @@ def test_a_step_backwards_is_seen() -> None:
         {"waits": first.waits + 9},
         {"warps": 8},
         {"in_flight": 0},
+        {"again": first.again + first.through // 10},
+        {"reads": first.reads | {"0": first.through}},
+        {"writes": first.writes + first.through // 10},
         {"kernel": "other"},
     ):
         assert len(worse([first._replace(**change)], rows)) == 1, change

@@ -111,6 +111,31 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
     expected = predicted_page.page(by_card, ROOT / "bench" / "results")
     assert (ROOT / "docs" / "predicted.md").read_text() == expected, "run python bench/predict.py --docs"
     assert "is a prediction" in expected
+    # Every row below its target says why no kernel is above.
+    assert "nothing else" not in expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"products_us": 20.0}, "products, not bytes: 20 us of them at best, 10 us of bytes"),
+        ({"best_percent": 80.0}, "too short: one launch reaches 80 at most"),
+        ({"launches": 2, "launched_percent": 70.0}, "2 launches reach 70 at most: the deviations"),
+        ({"op": "group_norm_silu", "case": "ltx2_upsampler_post_720p_channels_last"}, "the chip keeps 55"),
+        ({}, "nothing else: issue"),
+    ],
+)
+def test_what_keeps_a_call_below_its_target_is_said(changes, reason, by_card) -> None:
+    one = next(one for one in by_card["h200"] if one.op == "combine_guidance")
+    plain = {"launches": 1, "best_percent": 95.0, "limit": "issue", "products_us": 0.0}
+    one = dataclasses.replace(one, **{**plain, "bytes_us": 10.0, **changes})
+    assert reason in predicted_page.why(one, 85, True)
+
+
+def test_blocks_that_all_wait_for_one_another_take_longer() -> None:
+    waiting = ROW._replace(kernel=f"{model.WAITING[0]}ltxk::bf16, 8>")
+    plain, longer = (model.predict([row], FLOOR, CARDS["h200"]) for row in (ROW, waiting))
+    assert longer.time_us == pytest.approx(plain.time_us + 1.24, abs=0.02)
 
 
 def test_a_measured_figure_stands_beside_its_prediction(tmp_path, by_card) -> None:

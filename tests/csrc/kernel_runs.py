@@ -37,12 +37,20 @@ CHANNELS_LAST: dict[str, Planner] = {
     "columns_one_block": lambda case: group_norm.columns(case, blocks=1, threads=256),
     "columns_narrow": lambda case: group_norm.columns(case, blocks=64, threads=4),
 }
-PLANNERS = CONTIGUOUS | PIPELINES | CHANNELS_LAST
+# Of blocks that wait for one another: all rows kept, some, none; few threads, so that a warp has several rows.
+COLUMNS_ON_CHIP: dict[str, Planner] = {
+    "columns_kept": lambda case: group_norm.columns_on_chip(case, 3, 1 << 16, threads=64),
+    "columns_partly_kept": lambda case: group_norm.columns_on_chip(case, 4, 6 << 10, threads=32),
+    "columns_nothing_kept": lambda case: group_norm.columns_on_chip(case, 64, 0, threads=128),
+}
+PLANNERS = CONTIGUOUS | PIPELINES | CHANNELS_LAST | COLUMNS_ON_CHIP
 
 
 def planners_of(shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
     """Those that serve a shape."""
     vectors = torch.Size(shape[2:]).numel() % (16 // dtype.itemsize) == 0
+    if shape[1] % 256 == 0:
+        return [*CHANNELS_LAST, *COLUMNS_ON_CHIP]
     return [*CONTIGUOUS, *(PIPELINES if vectors else ()), *(CHANNELS_LAST if len(shape) > 2 else ())]
 
 
@@ -82,7 +90,7 @@ def group_norm_of(planner: str, shape: tuple[int, ...], dtype: torch.dtype) -> G
     """Tensors of a mean far from zero, as a planner's kernels take them."""
     x, residual = (3 * noise(*shape) + 5).to(dtype), noise(*shape, seed=1).to(dtype)
     weight, bias, conv_bias = (noise(shape[1], seed=seed) for seed in (2, 3, 4))
-    if planner in CHANNELS_LAST:
+    if planner in CHANNELS_LAST | COLUMNS_ON_CHIP:
         x, residual = channels_last(x), channels_last(residual)
     return GroupNorm(x, weight, bias, residual, conv_bias)
 

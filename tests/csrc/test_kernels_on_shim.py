@@ -13,6 +13,7 @@ from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.steps import Launch, divider
 from ltxkern.verify.cases import CASES, F32, OpCase, Size
 from tests.csrc.kernel_runs import (
+    COLUMNS_ON_CHIP,
     CONTIGUOUS,
     PIPELINES,
     PLANNERS,
@@ -31,6 +32,8 @@ MOST = (1 << 31) - 1
 SHAPES = [((1, 16, 2, 4, 8), 4), ((2, 6, 5, 7), 3), ((1, 4, 331), 2), ((2, 8, 1, 3), 8), ((3, 12), 2), ((1, 3, 1), 1)]
 # Four lanes do not have all channels of their groups.
 SHAPES += [((2, 6, 2, 3), 2)]
+# Tiles of whole groups: of one access, of two lanes, and several tiles.
+SHAPES += [((2, 256, 1, 7, 5), 32), ((1, 512, 3, 13), 32), ((1, 256, 29), 8)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -46,7 +49,10 @@ def test_every_case_and_schedules_do_not_change_a_bit(case: OpCase) -> None:
                     assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-ROW_OPS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual", "head_gate", "qk_norm_rope")
+ROW_OPS = (
+    *("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_rms_norm_modulate_twice"),
+    *("gated_residual", "head_gate", "qk_norm_rope"),
+)
 
 
 def whole_warps(op: str, dtype: torch.dtype) -> int:
@@ -69,7 +75,8 @@ def test_every_case_of_whole_warps(case: OpCase) -> None:
             with on_shim(seed=warps, run=noting(kernels)), ltxkern.use_backend("cpu"):
                 results = case.run(tensors, [poisoned(value) for value in wanted], **changed)
                 kept = {name: value.clone() for name, value in tensors.items()}
-                outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be)]
+                outputs = [kept[names[-min(place, 1)]] for place, names in enumerate(case.may_be[:2])]
+                outputs += map(poisoned, wanted[2:])
                 in_place = case.run(kept, outputs, **changed)
             mixed = case.variant == "vectors" and dtype != F32
             general = mixed or case.variant == "column" or "heads" in case.variant
@@ -104,6 +111,11 @@ def group_norm_held(planner: str, given: GroupNorm, groups: int, seed: int = 7, 
     return out
 
 
+def channels_of(planner: str) -> int:
+    """As few as its kernels take."""
+    return 128 if planner in COLUMNS_ON_CHIP else 8
+
+
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
 def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
@@ -113,7 +125,8 @@ def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_schedules_do_not_change_a_bit(planner: str) -> None:
-    given = group_norm_of(planner, (1, 8, 4, 4), torch.float32)
+    channels = channels_of(planner)
+    given = group_norm_of(planner, (1, channels, 4, 4), torch.float32)
     first, *others = (group_norm_held(planner, given, 4, seed, shuffle=seed > 0) for seed in range(3))
     assert all(torch.equal(first, other) for other in others)
 
@@ -142,7 +155,7 @@ def test_group_norm_into_its_own_input(planner: str, into: str) -> None:
     """Bit-equal to the result in memory of its own."""
     results = []
     for own in (True, False):
-        given = group_norm_of(planner, (2, 8, 3, 16), torch.float32)
+        given = group_norm_of(planner, (2, channels_of(planner), 3, 16), torch.float32)
         out = torch.full_like(given.x, torch.nan) if own else getattr(given, into)
         with on_shim(seed=3), forced(PLANNERS[planner]), ltxkern.use_backend("cpu"):
             results.append(ltxkern.group_norm_silu(given.x, None, None, 4, residual=given.residual, out=out))
@@ -182,6 +195,19 @@ def test_pixel_norm(shape: tuple[int, ...], threads: int, last: bool, dtype: tor
     torch.testing.assert_close(out.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=4e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 3, 16), (1, 300, 3, 8), (2, 7, 3, 5)], ids=str)
+def test_pixel_norm_into_frames_of_a_longer_buffer(shape: tuple[int, ...]) -> None:
+    """The kernel writes there itself: in vectors where the frames lie so, else by elements."""
+    x, buffer = noise(*shape), torch.full((*shape[:2], shape[2] + 2, shape[3]), torch.nan)
+    kernels: list[str] = []
+    with on_shim(64, seed=3, run=noting(kernels)), ltxkern.use_backend("cpu"):
+        expected = ltxkern.pixel_norm_silu(x, 1e-6)
+        ltxkern.pixel_norm_silu(x, 1e-6, out=buffer[:, :, 1:-1])
+    assert [kernel.split("<")[0] for kernel in kernels] == ["ltxk::pixel_norm_rows"] * 2
+    assert torch.equal(buffer[:, :, 1:-1], expected)
+    assert bool(buffer[:, :, [0, -1]].isnan().all())
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [24, 300])
 def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
@@ -195,8 +221,12 @@ def test_pixel_norm_into_its_own_input(channels: int, last: bool) -> None:
     assert torch.equal(*results)
 
 
-# A group that a cluster holds, and one that none does.
-ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS)}
+# A group that a cluster holds, one that none does, and channels-last.
+ON_CHIP = {
+    "resident": ((1, 4, 32, 64), 2, H200),
+    "pipeline": ((1, 4, 16, 64), 2, FEW_PROCESSORS),
+    "columns": ((1, 256, 3, 16), 32, H200),
+}
 
 
 @pytest.mark.parametrize("held", [0, 1])
@@ -204,7 +234,9 @@ ON_CHIP = {"resident": ((1, 4, 32, 64), 2, H200), "pipeline": ((1, 4, 16, 64), 2
 def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str, held: int) -> None:
     """And gives their bits; one that holds as much takes the kernel on chip."""
     shape, groups, limits = ON_CHIP[kernel]
-    given = group_norm_of("two_pass", shape, torch.bfloat16)
+    last = kernel == "columns"
+    given = group_norm_of("columns" if last else "two_pass", shape, torch.bfloat16)
+    passes = partial(group_norm.columns, blocks=4 * limits.multiprocessors) if last else group_norm.two_pass
     kernels: list[str] = []
     asked: list[str] = []
 
@@ -217,17 +249,18 @@ def test_a_device_that_holds_less_than_was_counted_takes_two_passes(kernel: str,
             return given.run(groups, poisoned(given.x))
 
     few = answer(held)
+    layout = "_columns" if last else ""
     assert kernels == [
-        "ltxk::group_norm_stats<ltxk::bf16, 8>",
+        f"ltxk::group_norm_stats{layout}<ltxk::bf16, 8>",
         "ltxk::group_norm_finalize",
-        "ltxk::group_norm_apply<ltxk::bf16, 8>",
+        f"ltxk::group_norm_apply{layout}<ltxk::bf16, 8>",
     ]
     chip = f"ltxk::group_norm_{kernel}<ltxk::bf16, 8>"
     assert chip in asked
     kernels.clear()
     torch.testing.assert_close(answer(1 << 20), few)
     assert kernels == [chip]
-    with on_shim(), forced(group_norm.two_pass), ltxkern.use_backend("cpu"):
+    with on_shim(), forced(passes), ltxkern.use_backend("cpu"):
         assert torch.equal(few, given.run(groups, poisoned(given.x)))
 
 

@@ -128,9 +128,9 @@ def test_opcheck(case: OpCase, backend: str) -> None:
                 torch.library.opcheck(
                     op._torch_op.into, (*args, *(outputs if op._torch_op.outputs else [outputs])), **check
                 )
-        if op.differentiable:
+        if op.allocate is not None:
             wanted = {**plain, first: plain[first].clone().requires_grad_()}
-            torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)))
+            torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)), **check)
 
 
 @over(TRACED)
@@ -168,7 +168,7 @@ def test_jit_trace(case: OpCase, backend: str) -> None:
         assert_same(list(traced(other)), call(other))
 
 
-@pytest.mark.parametrize("case", [case for case in MAIN if not dispatch._registry[case.op].differentiable], ids=str)
+@pytest.mark.parametrize("case", [case for case in MAIN if case.in_place], ids=str)
 def test_a_wanted_gradient_is_an_error(case: OpCase) -> None:
     tensors = case.tensors()
     for name, value in tensors.items():

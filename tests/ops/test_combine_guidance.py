@@ -89,8 +89,12 @@ def test_rescale_one_gives_back_the_deviation_of_the_whole_batch(backend: str) -
 
 
 @over_backends("combine_guidance")
-def test_rescale_far_from_zero(backend: str) -> None:
-    given = [branch + 1e3 for branch in branches(1, 61, 16)]
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.0, 1e3), (1e-24, 0.0), (1e-30, 1e-28), (1e-36, 0.0), (1e30, 0.0)], ids=str
+)
+def test_rescale_far_from_one(backend: str, scale: float, shift: float) -> None:
+    """The squares of such deviations are none that fp32 has."""
+    given = [branch * scale + shift for branch in branches(1, 61, 16)]
     with serving(backend):
         out = ltxkern.combine_guidance(*given, **SCALES["all"])
     assert_as_close(out, composition(*given, **SCALES["all"]), composition(*doubles(given), **SCALES["all"]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ltxkern import dispatch, use_backend
-from ltxkern.compiled import extension
+from ltxkern.compiled import extension, merge_lora
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
 from ltxkern.verify.cases import CASES, Size
 from tests.csrc import registered
@@ -68,6 +68,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Steps]
                             case.run(given)
                 found.setdefault(case.op, []).extend(step for step in made if isinstance(step, (Launch, Call)))
                 made.clear()
+        # What moves weights between LoRA phases is chosen with the merge, and called by the pipeline alone.
+        switches = [merge_lora.Switch(half, 4096, 1, 0.25, 0.5) for half in merge_lora.HALVES] if tier == "cuda" else ()
+        found.setdefault("merge_lora_", []).extend(step for case in switches for step in merge_lora.switch_steps(case))
         return found
 
     monkeypatch.setattr(extension, "cpu_program", record)

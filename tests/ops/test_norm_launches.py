@@ -1,5 +1,7 @@
 """The choice between the GroupNorm kernels, and what every launch must keep within a device's limits; needs no GPU."""
 
+import math
+
 import pytest
 import torch
 
@@ -67,6 +69,27 @@ def test_choice_on_an_h200(shape: str, kernel: str, launches: int) -> None:
     assert len(kernels) == launches
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "kept"),
+    [
+        ("production", "columns", 1.0),
+        ("production_x2", "columns", 0.4),
+        ("post_720p", "columns", 0.02),
+        # Four channels of a group: no access of its own.
+        ("hunyuan_vae", "stats_columns", None),
+        ("odd", "stats_columns", None),
+    ],
+)
+def test_choice_of_channels_last_on_an_h200(shape: str, kernel: str, kept: float | None) -> None:
+    """And what a block keeps of what it reads, at least."""
+    steps, _ = launch.choose(case_of(SHAPES[shape], last=True), H200)
+    first = next(step for step in steps if isinstance(step, Launch))
+    assert first.kernel.startswith(f"ltxk::group_norm_{kernel}<")
+    assert first.cooperative == (kept is not None)
+    if kept is not None:
+        assert first.parameters["kept_rows"] >= kept * first.parameters["chunk"]  # type: ignore[operator]
+
+
 def test_groups_of_the_small_shape_run_in_one_wave() -> None:
     steps, workspace = launch.choose(case_of(SHAPES["small"]), H200)
     (step,) = steps
@@ -106,13 +129,16 @@ def test_limits_are_kept(device: str, shape: str, dtype: torch.dtype, last: bool
         assert len(packed) < 4096
         assert all(offset < max(workspace, 1) for _, index, offset in relocations if index == launch.WORKSPACE.index)
         if step.cooperative:
-            per_processor = (limits.shared_bytes + 1024) // (step.shared_bytes + launch.STATIC_SHARED + 1024)
-            assert step.grid[0] <= limits.multiprocessors * min(per_processor, 2)
-            part, kept = step.parameters["slice"], step.parameters["kept"]
+            static = launch.COLUMNS_SHARED if last else launch.STATIC_SHARED
+            per_processor = (limits.shared_bytes + 1024) // (step.shared_bytes + static + 1024)
+            assert math.prod(step.grid) <= limits.multiprocessors * min(per_processor, 2)
+            # What a block takes and keeps, how many share it, and what there is to share.
+            names = ("chunk", "kept_rows", "chunks") if last else ("slice", "kept", "blocks")
+            part, kept, sharing = (step.parameters[name] for name in names)
             assert isinstance(part, int)
             assert isinstance(kept, int)
             assert kept <= part
-            assert part * (step.parameters["blocks"] or 0) >= case.group_length  # type: ignore[operator]
+            assert part * (sharing or 0) >= (case.positions if last else case.group_length)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -70,6 +70,21 @@ def test_non_finite_values_stay_in_their_position(backend: str, value: float, la
     torch.testing.assert_close(out, wanted, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
+@over_backends("pixel_norm_silu")
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 24, 3, 4, 8), (2, 7, 3, 5, 3), (2, 5, 2, 1, 1), (2, 130, 1, 1, 1)], ids=str)
+def test_into_frames_of_a_longer_buffer(backend: str, shape: tuple[int, ...], last: bool) -> None:
+    x = noise(*shape, scale=3.0)
+    buffer = torch.full((*shape[:2], shape[2] + 3, *shape[3:]), torch.nan)
+    x, buffer = (channels_last(t) if last else t for t in (x, buffer))
+    with serving(backend):
+        expected = ltxkern.pixel_norm_silu(x, 1e-6)
+        ltxkern.pixel_norm_silu(x, 1e-6, out=buffer[:, :, 1:-2])
+    assert torch.equal(buffer[:, :, 1:-2], expected)
+    assert bool(buffer[:, :, :1].isnan().all())
+    assert bool(buffer[:, :, -2:].isnan().all())
+
+
 def test_errors_name_the_parameter() -> None:
     x = torch.zeros(1, 6, 4)
     with pytest.raises(ValueError, match="weight must have shape"):

@@ -1,5 +1,6 @@
 """rms_norm_modulate and its gated form: contract, rows of modulation, hard numbers, calls around them, errors."""
 
+import functools
 import math
 from typing import Any
 
@@ -61,6 +62,27 @@ def test_gated_contract(backend: str, dtype: torch.dtype, shape: tuple[int, ...]
     assert_as_close(out, norm(summed, scale, shift), norm(*(value.double() for value in (summed, scale, shift))))
 
 
+@over_backends("gated_residual_rms_norm_modulate_twice")
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:-1:2], ids=str)
+@KINDS
+def test_two_modulations_have_the_bits_of_one_each(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], kind: str
+) -> None:
+    x, y = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=4)
+    gate, *modulation = (rows(shape, kind, dtype, seed) for seed in (3, 1, 2, 5, 6))
+    with serving(backend):
+        found = ltxkern.gated_residual_rms_norm_modulate_twice(x, y, gate, *modulation)
+        first = ltxkern.gated_residual_rms_norm_modulate(x, y, gate, *modulation[:2])
+        second = ltxkern.gated_residual_rms_norm_modulate(x, y, gate, *modulation[2:])
+        kept = x.clone(), y.clone()
+        outputs = (kept[0], kept[1], torch.full_like(x, math.nan))
+        ltxkern.gated_residual_rms_norm_modulate_twice(*kept, gate, *modulation, out=outputs)
+    for results in (found, outputs):
+        for one, other in zip(results, (*first, second[1]), strict=True):
+            assert_same(one, other)
+
+
 @over_backends("rms_norm_modulate")
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e-6, 1e15])
 def test_hard_numbers(backend: str, value: float) -> None:
@@ -95,12 +117,15 @@ def test_eps_and_wider_rows(backend: str) -> None:
 @over_backends("rms_norm_modulate")
 def test_gradients(backend: str) -> None:
     def twice(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> list[Tensor]:
-        summed, out = ltxkern.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight=weight)
-        return [summed, out, ltxkern.rms_norm_modulate(summed, scale, shift)]
+        given = (x, y, gate, scale, shift, shift, scale)
+        summed, out, second = ltxkern.gated_residual_rms_norm_modulate_twice(*given, weight=weight)
+        other, again = ltxkern.gated_residual_rms_norm_modulate(*given[:5], weight=weight)
+        return [summed + other, out + again, second, ltxkern.rms_norm_modulate(summed, scale, shift)]
 
     def plain(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> list[Tensor]:
         summed = x + y * gate
-        return [summed, norm(summed, scale, shift, weight=weight), norm(summed, scale, shift)]
+        normed, second = norm(summed, scale, shift, weight=weight), norm(summed, shift, scale, weight=weight)
+        return [2 * summed, 2 * normed, second, norm(summed, scale, shift)]
 
     with serving(backend):
         assert_gradients(twice, plain, *(noise(2, 3, 6, seed=k) for k in range(5)), noise(6, seed=5), near=1e-4)
@@ -135,5 +160,10 @@ def test_errors_of_the_gated_form() -> None:
         ltxkern.gated_residual_rms_norm_modulate(x, x, torch.zeros(5), row, row)
     with pytest.raises(ValueError, match=r"out\[1\] must have shape"):
         ltxkern.gated_residual_rms_norm_modulate(x, x, row, row, row, out=(x, x[:1]))
+    twice = functools.partial(ltxkern.gated_residual_rms_norm_modulate_twice, x, x, row, row, row)
+    with pytest.raises(ValueError, match=r"scale2 must broadcast to x's shape"):
+        twice(torch.zeros(5), row)
+    with pytest.raises(ValueError, match=r"out must be three tensors, got 2 of them"):
+        twice(row, row, out=(x, x.clone()))
     with pytest.raises(TypeError, match=r"out must be torch\.float32, got torch\.float16"):
         ltxkern.rms_norm_modulate(x, row, row, out=x.half())

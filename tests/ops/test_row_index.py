@@ -27,6 +27,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "gated_norm": lambda t, **more: ltxkern.gated_residual_rms_norm_modulate(
         *(t[name] for name in ("x", "y", "gate", "scale", "shift")), **more
     ),
+    "norms": lambda t, **more: ltxkern.gated_residual_rms_norm_modulate_twice(
+        *(t[name] for name in ("x", "y", "gate", "scale", "shift", "shift", "scale")), **more
+    ),
     "residual": lambda t, **more: ltxkern.gated_residual(t["x"], t["y"], t["gate"], **more),
 }
 over_ops = pytest.mark.parametrize("op", OPS)
@@ -224,7 +227,8 @@ def test_a_wrong_index_on_the_host_is_refused_before_anything_is_written(backend
     rows = torch.zeros(2, 3, dtype=torch.int64)
     rows[1, 1] = wrong
     kept = tensors["x"].clone()
-    out = (tensors["x"], poisoned(kept)) if op == "gated_norm" else tensors["x"]
+    outs = {"gated_norm": 1, "norms": 2}.get(op)
+    out = (tensors["x"], *(poisoned(kept) for _ in range(outs))) if outs else tensors["x"]
     with serving(backend), pytest.raises(ValueError, match=rf"^rows must be at least 0 and below 2, .* got {wrong}$"):
         OPS[op](tensors, rows=rows, out=out)
     assert torch.equal(tensors["x"], kept)

@@ -24,11 +24,12 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def count_forwards(pipe: HQTwoStagePipeline, **changes: Any) -> dict[str, int]:
+    """Forwards of branches by stage: a call of the transformer runs those of all its batches."""
     counts: dict[str, int] = {}
     stage = "stage 1"
 
-    def count(*_: Any) -> None:
-        counts[stage] = counts.get(stage, 0) + 1
+    def count(_: Any, given: tuple[Any, ...]) -> None:
+        counts[stage] = counts.get(stage, 0) + sum(len(batch.perturbations) for batch in given[2])
 
     def follow(name: str, *_: Any) -> None:
         nonlocal stage

@@ -107,11 +107,12 @@ def two_adds(dtype: torch.dtype) -> Call:
 def block(*rows: int, by_rows: bool) -> list[Call]:
     """The elementwise ops of a transformer block; `rows`: leading dims of its scales, shifts and gates."""
     x, y = empty(*TOKENS, 4096), empty(*TOKENS, 4096)
-    gate, scale, shift = (empty(*rows, 4096) for _ in range(3))
+    gate, scale, shift, scale2, shift2 = (empty(*rows, 4096) for _ in range(5))
     index = {"rows": empty(*TOKENS, dtype=torch.int64) if by_rows else None}
     return [
         partial(ltxkern.rms_norm_modulate, x, scale, shift, **index),
         partial(ltxkern.gated_residual_rms_norm_modulate, x, y, gate, scale, shift, **index),
+        partial(ltxkern.gated_residual_rms_norm_modulate_twice, x, y, gate, scale, shift, scale2, shift2, **index),
         partial(ltxkern.gated_residual, x, y, gate, **index),
     ]
 

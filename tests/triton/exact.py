@@ -68,6 +68,13 @@ FORMULAS: dict[str, Callable[..., Any]] = {
         gates.residual(x, y, *taken(rows, gate)),
         modulated(summed, scale, shift, weight, rows),
     ),
+    "gated_residual_rms_norm_modulate_twice": lambda x, y, gate, scale, shift, scale2, shift2, summed, **more: (
+        gates.residual(x, y, *taken(more.get("rows"), gate)),
+        *(
+            modulated(summed, *each, more.get("weight"), more.get("rows"))
+            for each in ((scale, shift), (scale2, shift2))
+        ),
+    ),
     "gated_residual": lambda x, y, gate, rows=None: gates.residual(x, y, *taken(rows, gate)),
     "head_gate": gates.gated,
     "qk_norm_rope": rotated,
@@ -97,7 +104,7 @@ def exact_results(case: OpCase, tensors: Mapping[str, Tensor], composed: list[Te
     if case.op not in FORMULAS:
         return [value.double() for value in composed]
     given = dict(tensors)
-    if case.op == "gated_residual_rms_norm_modulate":
+    if case.op.startswith("gated_residual_rms_norm_modulate"):
         given["summed"] = composed[0]
     wide = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
     results = FORMULAS[case.op](**wide, **case.others)

@@ -1,7 +1,7 @@
 """Mends Triton's interpreter where it is wrong about bfloat16, so that kernels can be held to their numerical contract on a CPU.
 
 The stock interpreter truncates fp32 to bf16, garbles fp64 to bf16, and does arithmetic and dot products on the raw bits.
-It also sums over a leading axis one value after another, where the device sums as a tree.
+It also sums over a leading axis one value after another, and reduces by other functions so, where the device makes a tree.
 """
 
 from __future__ import annotations
@@ -68,7 +68,16 @@ def mend() -> None:
             total = total.reshape(whole) if self.axis is None else np.expand_dims(total, axis)
         return self.to_tensor(total, value.dtype)
 
+    def tree(self, given):
+        data = [np.moveaxis(each.handle.data, self.axis, 0) for each in given]
+        while (half := len(data[0]) // 2) > 0:
+            sides = [[self.to_tensor(each[part], each_of.dtype) for each, each_of in zip(data, given, strict=True)]
+                     for part in (slice(half), slice(half, None))]  # fmt: skip
+            data = [each.handle.data for each in self.combine_fn.fn(*sides[0], *sides[1])]
+        return [self.to_tensor(each[0], each_of.dtype) for each, each_of in zip(data, given, strict=True)]
+
     interpreter.ReduceOps.sum = tree_sum
+    interpreter.ReduceOps.generic_reduce = tree
     for name in (
         "create_si_to_fp",
         "create_ui_to_fp",

@@ -88,28 +88,54 @@ constexpr int kResidualBatch = kBatch;
 template <int V>
 constexpr u32 kApart = 32 * V;
 
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 // All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
-// `batch` takes the first element of B packs, `single` that of one. A thread meets the same elements in every call with this range.
+// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one. A thread meets the
+// same elements in every call with this range.
 template <int V, int B = kBatch, class Batch, class Single>
 LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
     u32 i = begin + threadIdx.x % 32 * V;
     if (end > count) end = count;
-    for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(i);
+    for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(Count<B>(), i);
+    if (B > 2 && i + (B - 2) * kApart<V> < end) {
+        batch(Count<B - 1>(), i);
+        i += (B - 1) * kApart<V>;
+    }
     for (; i < end; i += kApart<V>) single(i);
 }
 
-// Normalises `count` elements of x, or where they are KEPT of shared memory; `affine_at` gives the numbers of an element's channel.
-template <class T, int V, bool KEPT, bool RESIDUAL, class AffineAt>
-LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, AffineAt affine_at) {
+// The numbers of all elements, which are of one channel.
+struct OneChannel {
+    ChannelAffine scaled;
+    LTXK_DEVICE bool same(u32, u32) const { return true; }
+    LTXK_DEVICE const ChannelAffine& at(u32) const { return scaled; }
+};
+
+// Those of elements of a group, the first of which is number `first` in it.
+struct ChannelsOfGroup {
+    const ChannelAffine* affine;
+    u32 first;
+    i64 by_positions;
+    LTXK_DEVICE bool same(u32 i, u32 j) const { return divide(first + i, by_positions) == divide(first + j, by_positions); }
+    LTXK_DEVICE ChannelAffine at(u32 i) const { return affine[divide(first + i, by_positions)]; }
+};
+
+// Normalises `count` elements of x, or where they are KEPT of shared memory; `channels` gives the numbers of an element's channel.
+template <class T, int V, bool KEPT, bool RESIDUAL, class Channels>
+LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const Channels& channels) {
     auto read = [](const T* from) {
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
     };
-    constexpr int B = RESIDUAL ? kResidualBatch<T> : kBatch;
-    each_pack<V, B>(
+    each_pack<V, RESIDUAL ? kResidualBatch<T> : kBatch>(
         count, range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = x + i;
             T* to = out + i;
             Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
@@ -120,15 +146,23 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
 #pragma unroll
                 for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
+            auto write = [&](int b, const ChannelAffine& scaled) {
+                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], scaled));
+            };
+            // Nearly always.
+            if (channels.same(i, i + (B - 1) * kApart<V>)) {
+                ChannelAffine all = channels.at(i);
 #pragma unroll
-            for (int b = 0; b < B; ++b)
-                store_streaming<T, V>(
-                    to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], affine_at(i + b * kApart<V>)));
+                for (int b = 0; b < B; ++b) write(b, all);
+            } else {
+#pragma unroll
+                for (int b = 0; b < B; ++b) write(b, channels.at(i + b * kApart<V>));
+            }
         },
         [&](u32 i) {
             Pack<T, V> added;
             if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, affine_at(i)));
+            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
         });
 }
 
@@ -155,15 +189,16 @@ LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span, i64 range) 
     const T* body = x + span.body_begin;
     each_pack<V>(
         static_cast<u32>(span.body_end - span.body_begin), range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = body + i;
-            Pack<T, V> packs[kBatch];
-            float values[kBatch][V];
+            Pack<T, V> packs[B];
+            float values[B][V];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = load<T, V>(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = load<T, V>(from + b * kApart<V>);
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) unpack(packs[b], values[b]);
-            moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+            for (int b = 0; b < B; ++b) unpack(packs[b], values[b]);
+            moments.add<kWide<T>>(reinterpret_cast<float (&)[B * V]>(values));
         },
         [&](u32 i) {
             float values[V];
@@ -187,7 +222,7 @@ __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     LTXK_SHARED(WarpMoments, scratch);
     u32 tile = blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
     Span span = tile_span(p, row, chunk, V);
-    PairMoments all = merge_to_first_warp(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
+    PairMoments all = merge_to_first_warp<kWide<T>>(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
     if (threadIdx.x == 0) p.partials[tile] = {all.mean, all.m2};
 }
 
@@ -228,7 +263,7 @@ LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const C
     T* out = static_cast<T*>(p.out);
     apply_all<T, V, false, RESIDUAL>(
         out + span.body_begin, x + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr,
-        static_cast<u32>(span.body_end - span.body_begin), p.range, [&](u32) { return scaled; });
+        static_cast<u32>(span.body_end - span.body_begin), p.range, OneChannel{scaled});
     for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
         i64 at = span.ragged_index(k);
         Pack<T, 1> added = {};

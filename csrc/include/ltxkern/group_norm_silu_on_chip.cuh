@@ -29,10 +29,12 @@ struct Slice {
     u32 group_channel;  // first channel of the group
 
     LTXK_DEVICE Slice(const GroupNormOnChip& p, u32 group, u32 block) {
-        i64 length = p.group_channels * p.positions, from = p.slice * block;
-        first = static_cast<u32>(from);
-        count = from >= length ? 0u : static_cast<u32>(length - from < p.slice ? length - from : p.slice);
-        start = group * length + from;
+        // Groups have fewer than 2^31 elements.
+        u32 length = static_cast<u32>(p.group_channels) * static_cast<u32>(p.positions), most = static_cast<u32>(p.slice);
+        first = most * block;
+        u32 left = first < length ? length - first : 0u;
+        count = left < most ? left : most;
+        start = static_cast<i64>(group) * length + first;
         u32 channels = static_cast<u32>(p.group_channels);
         group_channel = group * channels - divide(group, p.by_groups) * static_cast<u32>(p.channels);
     }
@@ -63,15 +65,16 @@ LTXK_DEVICE void read_part(
     auto shift_at = [&](u32 i) { return SHIFTED ? shifts[divide(in_group + i, p.by_positions)] : 0.0f; };
     each_pack<V>(
         count, KEPT ? p.kept_range : p.rest_range,
-        [&](u32 i) {
+        [&](auto batch, u32 i) {
+            constexpr int B = decltype(batch)::value;
             const T* from = x + i;
             T* to = kept + i;
-            Pack<T, V> packs[kBatch];
-            float values[kBatch][V];
+            Pack<T, V> packs[B];
+            float values[B][V];
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) packs[b] = read(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = read(from + b * kApart<V>);
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
+            for (int b = 0; b < B; ++b) {
                 if constexpr (KEPT) store<T, V>(to + b * kApart<V>, packs[b]);
                 unpack(packs[b], values[b]);
                 float shift = shift_at(i + b * kApart<V>);
@@ -82,7 +85,7 @@ LTXK_DEVICE void read_part(
                     for (int k = 0; k < V; ++k) values[b][k] += shift;
                 }
             }
-            if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[kBatch * V]>(values));
+            if constexpr (!SHIFTED || !kWide<T>) moments.add<kWide<T>>(reinterpret_cast<float (&)[B * V]>(values));
         },
         [&](u32 i) {
             Pack<T, V> pack = read(x + i);
@@ -119,12 +122,11 @@ LTXK_DEVICE void apply_parts(const GroupNormOnChip& p, const Slice& slice, const
     T* out = static_cast<T*>(p.out) + slice.start;
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
     apply_all<T, V, true, RESIDUAL>(
-        out, kept, residual, keep, p.kept_range, [&](u32 i) { return affine[divide(slice.first + i, p.by_positions)]; });
+        out, kept, residual, keep, p.kept_range, ChannelsOfGroup{affine, slice.first, p.by_positions});
     if (!ALL && keep < slice.count) {
-        u32 in_group = slice.first + keep;
         apply_all<T, V, false, RESIDUAL>(
             out + keep, x + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep, p.rest_range,
-            [&](u32 i) { return affine[divide(in_group + i, p.by_positions)]; });
+            ChannelsOfGroup{affine, slice.first + keep, p.by_positions});
     }
 }
 
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(1024) group_norm_resident(GroupNormOnChip p) {
     u32 blocks = static_cast<u32>(p.blocks), group = divide(blockIdx.x, p.by_blocks);
     Slice slice(p, group, blockIdx.x - group * blocks);
     fill_shifts(p, slice, tables.shift);
-    PairMoments all = merge_to_first_warp(read_slice<T, V, true>(p, slice, kept, tables.shift), scratch);
+    PairMoments all = merge_to_first_warp<kWide<T>>(read_slice<T, V, true>(p, slice, kept, tables.shift), scratch);
     if (threadIdx.x == 0) total = all;
     cluster_sync();
     if (threadIdx.x < 32) {
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(512, 2) group_norm_pipeline(GroupNormOnChip p)
             Slice slice(p, group, block);
             T* kept = reinterpret_cast<T*>(memory + slot * slot_bytes<T>(p));
             fill_shifts(p, slice, tables.shift);
-            PairMoments mine = merge_to_first_warp(read_slice<T, V, false>(p, slice, kept, tables.shift), scratch);
+            PairMoments mine = merge_to_first_warp<kWide<T>>(read_slice<T, V, false>(p, slice, kept, tables.shift), scratch);
             if (threadIdx.x == 0) {
                 p.partials[static_cast<i64>(group) * blocks + block] = mine;
                 signal_add(p.arrived + group);

@@ -129,14 +129,20 @@ LTXK_DEVICE F sum_warp(F value) {
 }
 
 // Moments of the whole warp, in a fixed order; every lane gets the same bits. About the mean of lane 0 first, then about that of all:
-// it may lie far away. Equal means merge to themselves exactly.
+// it may lie far away. Equal means merge to themselves exactly. WIDE as above.
+template <bool WIDE = true>
 LTXK_DEVICE PairMoments merge_warp(const PairMoments& lane) {
     PairMoments all;
     all.count = sum_warp(lane.count);
     float share = all.count > 0.0f ? lane.count * fast_reciprocal(all.count) : 0.0f, pivot = __shfl_sync(0xffffffffu, lane.mean, 0);
-    all.mean = pivot + sum_warp(((lane.mean - pivot) + lane.low) * share);
-    float offset = (lane.mean - all.mean) + lane.low;
-    all.low = sum_warp(offset * share);
+    float apart = lane.mean - pivot;
+    if constexpr (WIDE) apart += lane.low;
+    all.mean = pivot + sum_warp(apart * share);
+    float offset = lane.mean - all.mean;
+    if constexpr (WIDE) {
+        offset += lane.low;
+        all.low = sum_warp(offset * share);
+    }
     all.m2 = sum_warp(fused(offset * offset, lane.count, lane.m2));
     return all;
 }
@@ -150,9 +156,10 @@ struct WarpMoments {
     PairMoments warp[32];
 };
 
-// The moments of the warp whose number is the thread's lane, by way of shared memory.
+// The moments of the warp whose number is the thread's lane, by way of shared memory. WIDE: as above.
+template <bool WIDE = true>
 LTXK_DEVICE PairMoments of_warps(const PairMoments& value, WarpMoments& scratch) {
-    PairMoments mine = merge_warp(value), other;
+    PairMoments mine = merge_warp<WIDE>(value), other;
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     if (lane == 0) scratch.warp[warp] = mine;
@@ -165,8 +172,9 @@ LTXK_DEVICE PairMoments of_warps(const PairMoments& value, WarpMoments& scratch)
 LTXK_DEVICE PairMoments merge_block(const PairMoments& value, WarpMoments& scratch) { return merge_warp(of_warps(value, scratch)); }
 
 // The same, but the first warp alone gets them, and the others are spared the work.
+template <bool WIDE>
 LTXK_DEVICE PairMoments merge_to_first_warp(const PairMoments& value, WarpMoments& scratch) {
-    PairMoments other = of_warps(value, scratch);
+    PairMoments other = of_warps<WIDE>(value, scratch);
     return threadIdx.x < 32 ? merge_warp(other) : other;
 }
 

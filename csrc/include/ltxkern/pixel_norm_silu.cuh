@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
 #pragma unroll
         for (int i = 0; i < kPart; ++i) scale[k + i] = part.value[i];
     }
-    T* out = static_cast<T*>(p.out) + base + row * p.positions;
+    T* out = static_cast<T*>(p.out) + sample * p.out_sample + row * p.out_channel + position;
+    i64 out_stride = rows * p.out_channel;
     auto emit = [&](auto finish) {
         u32 step = rows * width;
 #pragma unroll 8
-        for (u32 c = row; c < channels; c += rows, out += stride, kept += step) {
+        for (u32 c = row; c < channels; c += rows, out += out_stride, kept += step) {
             float values[V];
             unpack(load<T, V>(kept), values);
             finish(values, c);

@@ -7,5 +7,6 @@ struct PixelNormSilu {
     const void* weight;
     i64 weight_type;
     i64 samples, channels, positions, channels_last;
+    i64 out_sample, out_channel;  // contiguous: from a sample, and from a channel, of out to the next
     double eps;
 };

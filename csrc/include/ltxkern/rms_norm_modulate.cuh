@@ -1,4 +1,4 @@
-// RMSNorm + modulation of rows, alone and behind a gated residual. The second look at a row comes from the L1 cache.
+// RMSNorm + modulation of rows, alone and behind a gated residual, once or twice. The second look at a row comes from the L1 cache.
 #pragma once
 
 #include "ltxkern/rows.cuh"
@@ -20,7 +20,35 @@ LTXK_DEVICE void gated_sum(const RmsNormModulate& p, i64 x_row, i64 y_row, i64 g
     for (int k = 0; k < V; ++k) values[k] = round_through(values[k] + product(y[k], gate[k]), p.x.type);
 }
 
-// Block = one row; a thread meets the same columns in both passes, so it reads back only what it wrote itself.
+// One modulation of a row whose inverse RMS is known. A thread reads back only what it wrote itself.
+template <int V>
+LTXK_DEVICE void modulate_row(const RmsNormModulate& p, i64 dense, i64 x_row, float rstd, const RowOperand& scales, i64 scale_row,
+                              const RowOperand& shifts, i64 shift_row, void* out) {
+    bool gated = p.y.data != nullptr;
+    i64 step = static_cast<i64>(blockDim.x) * V;
+    for (i64 column = static_cast<i64>(threadIdx.x) * V; column < p.width; column += step) {
+        Raw<V> raw = gated ? load_raw<V>(p.summed, p.x.type, dense + column) : load_raw<V>(p.x.data, p.x.type, x_row + column);
+        Raw<V> raw_scale = load_raw<V>(scales.data, scales.type, scale_row + column);
+        Raw<V> raw_shift = load_raw<V>(shifts.data, shifts.type, shift_row + column);
+        float values[V], scale[V], shift[V];
+        convert(raw, p.x.type, values);
+        convert(raw_scale, scales.type, scale);
+        convert(raw_shift, shifts.type, shift);
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] *= rstd;
+        if (p.weight) {
+            float weight[V];
+            load_typed(p.weight, p.weight_type, column, weight);
+#pragma unroll
+            for (int k = 0; k < V; ++k) values[k] *= weight[k];
+        }
+#pragma unroll
+        for (int k = 0; k < V; ++k) values[k] = values[k] * (1.0f + scale[k]) + shift[k];
+        store_typed(out, p.x.type, dense + column, values);
+    }
+}
+
+// Block = one row; a thread meets the same columns in all passes.
 template <int V>
 __global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate p) {
     LTXK_SHARED(RowSum, scratch);
@@ -31,6 +59,7 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate
     if (!p.index.find(outer, inner)) {
         for (i64 column = start; column < p.width; column += step) {
             if (gated) store_nan<V>(p.summed, p.x.type, dense + column);
+            if (p.out2) store_nan<V>(p.out2, p.x.type, dense + column);
             store_nan<V>(p.out, p.x.type, dense + column);
         }
         return;
@@ -48,26 +77,10 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate
         for (int k = 0; k < V; ++k) sum += values[k] * values[k];
     }
     float rstd = inverse_rms(sum_row(sum, scratch), p.width, p.eps);
-    i64 scale_row = p.scale.row(outer, inner), shift_row = p.shift.row(outer, inner);
-    for (i64 column = start; column < p.width; column += step) {
-        Raw<V> raw = gated ? load_raw<V>(p.summed, p.x.type, dense + column) : load_raw<V>(p.x.data, p.x.type, x_row + column);
-        Raw<V> raw_scale = load_raw<V>(p.scale.data, p.scale.type, scale_row + column);
-        Raw<V> raw_shift = load_raw<V>(p.shift.data, p.shift.type, shift_row + column);
-        float values[V], scale[V], shift[V];
-        convert(raw, p.x.type, values);
-        convert(raw_scale, p.scale.type, scale);
-        convert(raw_shift, p.shift.type, shift);
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] *= rstd;
-        if (p.weight) {
-            float weight[V];
-            load_typed(p.weight, p.weight_type, column, weight);
-#pragma unroll
-            for (int k = 0; k < V; ++k) values[k] *= weight[k];
-        }
-#pragma unroll
-        for (int k = 0; k < V; ++k) values[k] = values[k] * (1.0f + scale[k]) + shift[k];
-        store_typed(p.out, p.x.type, dense + column, values);
+#pragma unroll 1
+    for (int second = 0; second < (p.out2 ? 2 : 1); ++second) {
+        const RowOperand &scale = second ? p.scale2 : p.scale, &shift = second ? p.shift2 : p.shift;
+        modulate_row<V>(p, dense, x_row, rstd, scale, scale.row(outer, inner), shift, shift.row(outer, inner), second ? p.out2 : p.out);
     }
 }
 
@@ -76,6 +89,31 @@ struct RmsNormModulatePacks : RmsNormModulate {
     i64 by_inner;          // divides a row by `inner`
     double inverse_width;  // 1 / elements of a row
 };
+
+template <class M, int V, int kAhead>
+LTXK_DEVICE void load_ahead(int first, Raw<V> (&scale)[kPacks], Raw<V> (&shift)[kPacks], const char* scale_at, const char* shift_at) {
+#pragma unroll
+    for (int j = first; j < first + kAhead; ++j) {
+        scale[j] = load_pack<M, V>(scale_at, j);
+        shift[j] = load_pack<M, V>(shift_at, j);
+    }
+}
+
+// One modulation of a row in registers; the first packs of scale and shift are there already.
+template <class T, class M>
+LTXK_DEVICE void modulate_packs(const Raw<kVector<T>> (&x)[kPacks], float rstd, Raw<kVector<T>> (&scale)[kPacks], Raw<kVector<T>> (&shift)[kPacks],
+                                const char* scale_at, const char* shift_at, char* out) {
+    constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+        if (j >= kAhead && j % kAhead == 0) load_ahead<M, V, kAhead>(j, scale, shift, scale_at, shift_at);
+        float values[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+            values[k] = element<T>(x[j], k) * rstd * (1.0f + element<M>(scale[j], k)) + element<M>(shift[j], k);
+        store_pack<T>(out, j, rounded_pack<T>(values));
+    }
+}
 
 // Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
 template <class T, class M, bool kGated>
@@ -98,6 +136,7 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulat
 #pragma unroll
         for (int j = 0; j < kPacks; ++j) {
             if constexpr (kGated) store_pack<T>(summed, j, nan_pack<T, V>());
+            if (kGated && p.out2) store_pack<T>(pack_address<T, V>(p.out2, dense), j, nan_pack<T, V>());
             store_pack<T>(out, j, nan_pack<T, V>());
         }
         return;
@@ -117,27 +156,15 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulat
     const char* shift_at = pack_address<M, V>(p.shift.data, packed_row(p.shift, outer, inner) + column);
     Raw<V> scale[kPacks], shift[kPacks];
     // The first of them are on their way while the block sums.
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-        scale[j] = load_pack<M, V>(scale_at, j);
-        shift[j] = load_pack<M, V>(shift_at, j);
-    }
+    load_ahead<M, V, kAhead>(0, scale, shift, scale_at, shift_at);
     sum = sum_short_row(sum, scratch);
     float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-        if (j >= kAhead && j % kAhead == 0) {
-#pragma unroll
-            for (int next = j; next < j + kAhead; ++next) {
-                scale[next] = load_pack<M, V>(scale_at, next);
-                shift[next] = load_pack<M, V>(shift_at, next);
-            }
-        }
-        float values[V];
-#pragma unroll
-        for (int k = 0; k < V; ++k)
-            values[k] = element<T>(x[j], k) * rstd * (1.0f + element<M>(scale[j], k)) + element<M>(shift[j], k);
-        store_pack<T>(out, j, rounded_pack<T>(values));
+    modulate_packs<T, M>(x, rstd, scale, shift, scale_at, shift_at, out);
+    if (kGated && p.out2) {
+        scale_at = pack_address<M, V>(p.scale2.data, packed_row(p.scale2, outer, inner) + column);
+        shift_at = pack_address<M, V>(p.shift2.data, packed_row(p.shift2, outer, inner) + column);
+        load_ahead<M, V, kAhead>(0, scale, shift, scale_at, shift_at);
+        modulate_packs<T, M>(x, rstd, scale, shift, scale_at, shift_at, pack_address<T, V>(p.out2, dense));
     }
 }
 

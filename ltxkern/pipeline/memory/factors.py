@@ -89,6 +89,11 @@ class FactorCache:
             self.nbytes += factors.nbytes
         return pair
 
+    def stays_on(self, device: torch.device, factors: Change) -> bool:
+        """Whether they lie on the device, or would be kept there once they are asked for."""
+        near = factors in self._kept or device == factors.tensors[0].device
+        return near or self.nbytes + factors.nbytes <= self.limit
+
     def keep_only(self, phases: Iterable[LoRAPhase]) -> None:
         """Lets go of what these phases do not merge, on the device and on the host."""
         wanted = {factors for group in _factors_of(phases).values() for factors in group}

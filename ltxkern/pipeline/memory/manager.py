@@ -17,10 +17,11 @@ from ltxkern.pipeline.memory.hooks import ForwardHooks
 from ltxkern.pipeline.memory.host_copy import HostCopy, module_tensors
 from ltxkern.pipeline.memory.host_memory import HostBudgetError
 from ltxkern.pipeline.memory.lending import ComponentDevice
+from ltxkern.pipeline.memory.merge import CorrectionTooLargeError
 from ltxkern.pipeline.memory.modes import MODES, ModeChoice, build_store, decide, mode_of
 from ltxkern.pipeline.memory.offload import OffloadStore
 from ltxkern.pipeline.memory.origin import Home, release_weights
-from ltxkern.pipeline.memory.stores import CorrectionTooLargeError, PhaseStore, StoreContext
+from ltxkern.pipeline.memory.stores import PhaseStore, StoreContext
 from ltxkern.pipeline.memory.streams import StreamClock
 from ltxkern.pipeline.memory.table import (
     OUTER_BLOCK,
@@ -48,7 +49,7 @@ class TwoStageDeviceManager(ComponentDevice):
             "auto": by the memory that is free. Default: LTXKERN_DEVICE_MODE, else "auto".
         device: where the transformer runs.
         host_budget_bytes: bound of what is kept on the host beside the pristine weights: snapshots, and page-locked
-            copies of blocks, components and of the LoRA factors that the device has no room for; None: nine tenths of
+            copies of weights, components and of the LoRA factors that the device has no room for; None: nine tenths of
             what is free there, control groups included.
         rounding: as `merge_lora_`.
         spare_blocks: "snapshot": blocks of the next phase that are fetched ahead.
@@ -285,9 +286,7 @@ class TwoStageDeviceManager(ComponentDevice):
     def _transition(self) -> Iterator[None]:
         """Within, the transformer is in no phase; on an exception it returns to the former one only if all weights say so."""
         previous = self._phase
-        self._phase = None
-        self._forwards_left = None
-        self._upcoming = None
+        self._phase = self._forwards_left = self._upcoming = None
         try:
             yield
         except BaseException:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ltxkern.ops.dual_add import dual_add
-from ltxkern.ops.merge_lora import merge_lora_, reference_deltas, reference_rows
+from ltxkern.ops.merge_lora import CHUNK_BYTES, merge_lora_, reference_deltas, reference_rows
 from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.files.lora_kinds import Change, Factors, LoRAFactors
 from ltxkern.pipeline.memory.factors import FactorCache
@@ -49,7 +50,9 @@ def merge_phase(
     if found:
         matrix = as_matrix(weight)
         a, b = _factors(matrix, found, cache)
-        merge_lora_(matrix, a, b, [sign * scale for _, scale in found], rounding=rounding)
+        scales = [sign * scale for _, scale in found]
+        chunk = _chunk_bytes(matrix, a, b, scales) if rounding == "reference" else CHUNK_BYTES
+        merge_lora_(matrix, a, b, scales, chunk_bytes=chunk, rounding=rounding)
     return weight
 
 
@@ -87,6 +90,7 @@ def merge_phase_pair(
     *,
     rounding: str = "reference",
     cache: FactorCache | None = None,
+    ratio: float | None = None,
 ) -> None:
     """Merges two phases at once: `weight` becomes the first, in place, `other` the second; each bit-equal to `merge_phase`.
 
@@ -97,10 +101,11 @@ def merge_phase_pair(
         phases: what to merge; each changes the module.
         rounding: as `merge_lora_`.
         cache: where factors come from that are on the device already.
+        ratio: as `proven_ratios` says of the module; one product makes both deltas then.
 
     Bytes: with "reference", one read of W, one write of each result, and one write and read of each delta, which is made
-    chunk by chunk (32 MiB at most); with the other roundings, or where the phases do not have the same chunks, W is
-    copied first.
+    chunk by chunk and stays in the second cache where it fits; with the other roundings, or where the phases do not have the
+    same chunks, W is copied first.
     """
     first, second = phases
     found = [merged_changes(module, phase) for phase in phases]
@@ -116,9 +121,12 @@ def merge_phase_pair(
         merge_phase_beside(weight, other, module, second, rounding=rounding, cache=cache)
         merge_phase(weight, module, first, rounding=rounding, cache=cache)
         return
-    for (delta, part), (other_delta, _) in zip(
-        phase_deltas(weight, module, first, cache), phase_deltas(weight, module, second, cache), strict=True
-    ):
+    deltas = phase_deltas(weight, module, first, cache)
+    if ratio is not None:
+        for delta, part in deltas:
+            dual_add(weight[part], delta, delta * ratio, out=(weight[part], other[part]))
+        return
+    for (delta, part), (other_delta, _) in zip(deltas, phase_deltas(weight, module, second, cache), strict=True):
         dual_add(weight[part], delta, other_delta, out=(weight[part], other[part]))
 
 
@@ -146,8 +154,64 @@ def phase_deltas(
 ) -> Iterator[tuple[Tensor, slice]]:
     """`reference_deltas` of what a phase merges into one module, which it changes."""
     found = merged_changes(module, phase)
-    matrix = as_matrix(weight)
-    return reference_deltas(matrix, *_factors(matrix, found, cache), [scale for _, scale in found])
+    return _deltas(as_matrix(weight), found, [scale for _, scale in found], cache)
+
+
+def bare_deltas(
+    weight: Tensor, module: str, phase: LoRAPhase, cache: FactorCache | None = None
+) -> tuple[Iterator[tuple[Tensor, slice]], float]:
+    """Deltas, and the power of two by which they are multiplied to give `phase_deltas`, short of under- and overflow.
+
+    Of one LoRA at a strength that is a power of two it is the bare product, for which no factor is scaled.
+    """
+    found = merged_changes(module, phase)
+    scales = [scale for _, scale in found]
+    if len(found) == 1 and abs(math.frexp(scales[0])[0]) == 0.5:
+        return _deltas(as_matrix(weight), found, [1.0], cache), scales[0]
+    return _deltas(as_matrix(weight), found, scales, cache), 1.0
+
+
+def _deltas(
+    matrix: Tensor, found: Sequence[tuple[Change, float]], scales: Sequence[float], cache: FactorCache | None
+) -> Iterator[tuple[Tensor, slice]]:
+    a, b = _factors(matrix, found, cache)
+    return reference_deltas(matrix, a, b, scales, _chunk_bytes(matrix, a, b, scales))
+
+
+@functools.cache
+def near_bytes(device: torch.device) -> int | None:
+    """Bytes of a delta that are still in the device's second cache when they are added; None where no chunk helps.
+
+    A quarter of it, for the weight passes through it too. A CPU's chunks are the op's own.
+    """
+    if device.type != "cuda":
+        return None
+    return 1 << (torch.cuda.get_device_properties(device).L2_cache_size // 4).bit_length() - 1
+
+
+# Chunks that were asked for, by everything that a library picks its product by.
+_chunks: dict[tuple[object, ...], int] = {}
+
+
+def _chunk_bytes(weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> int:
+    """The chunk of a delta: near the multiprocessors if its bits are those of the whole product, which the first weight of each
+    shape shows; else the op's own if that holds for it; else the whole."""
+    near = near_bytes(weight.device)
+    if near is None:
+        return CHUNK_BYTES
+    shapes = tuple((one.shape, one.dtype) for one in a)
+    key = weight.device, weight.dtype, weight.shape, shapes, tuple(one.dtype for one in b)
+    if key not in _chunks:
+        whole = max(1, weight.nbytes, b[0].numel() * weight.itemsize)
+        (expected, _), *_ = reference_deltas(weight, a, b, scales, whole)
+        candidates = [size for size in (near, CHUNK_BYTES) if size < whole]
+        equal = (
+            size
+            for size in candidates
+            if all(torch.equal(delta, expected[rows]) for delta, rows in reference_deltas(weight, a, b, scales, size))
+        )
+        _chunks[key] = next(equal, whole)
+    return _chunks[key]
 
 
 def binary_ratio(module: str, before: LoRAPhase, after: LoRAPhase) -> float | None:
@@ -162,3 +226,46 @@ def binary_ratio(module: str, before: LoRAPhase, after: LoRAPhase) -> float | No
     first, second = one[0][1], other[0][1]
     ratio = second / first
     return ratio if abs(math.frexp(ratio)[0]) == 0.5 and first * ratio == second else None
+
+
+def proven_ratios(
+    weights: Mapping[str, Tensor], phases: tuple[LoRAPhase, LoRAPhase], cache: FactorCache
+) -> dict[str, float]:
+    """`binary_ratio` of the modules where it holds for every bit, by the sizes of the factors. The host waits once.
+
+    Scaling by a power of two commutes with every rounding on the way to a delta, as long as no number met there, nor any part of
+    one, lies below the normal numbers or beyond the largest.
+
+    Args:
+        weights: of a block, by module.
+        phases: of which deltas are wanted.
+        cache: factors that it would not keep are not asked for: to bring them twice costs more than a product.
+    """
+    found: dict[str, tuple[float, Tensor, Tensor, float]] = {}
+    for module, weight in weights.items():
+        ratio = binary_ratio(module, *phases)
+        if ratio is None:
+            continue
+        change, scale = merged_changes(module, phases[0])[0]
+        if isinstance(change, LoRAFactors) and cache.stays_on(weight.device, change):
+            found[module] = ratio, *change.factors(cache.on(weight.device, change), weight), scale
+    if not found:
+        return {}
+    factors = [factor for _, a, b, _ in found.values() for factor in (a, b)]
+    largest = torch._foreach_norm(factors, torch.inf)
+    # Of a zero the reciprocal is infinite: that factor proves nothing.
+    inverse = torch._foreach_norm(torch._foreach_reciprocal(factors), torch.inf)
+    bounds = torch.stack([torch.stack((high.float(), low.float())) for high, low in zip(largest, inverse, strict=True)])
+    sizes = iter(bounds.tolist())
+    proven = {}
+    for module, (ratio, a, _, scale) in found.items():
+        (a_high, a_low), (b_high, b_low) = next(sizes), next(sizes)
+        limits = torch.finfo(weights[module].dtype)
+        few, many = sorted((abs(scale), abs(scale * ratio)))
+        # The last bit of a product of the smallest factors, of which that of A counts as 1 at most; and a sum of the largest.
+        least = few / (max(a_low, 1.0) * b_low) * limits.eps**2 if b_low else 0.0
+        most = many * max(a_high, 1.0) * b_high * a.shape[0]
+        # The sixteenth is for the roundings of the bounds themselves.
+        if least > 16 * limits.tiny and most < limits.max / 16:
+            proven[module] = ratio
+    return proven

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.memory.host_memory import HostBudget, device_available
+from ltxkern.pipeline.memory.inplace import InplaceStore
 from ltxkern.pipeline.memory.offload import OffloadStore
 from ltxkern.pipeline.memory.snapshot import SnapshotStore
-from ltxkern.pipeline.memory.stores import InplaceStore, OriginalStore, PhaseStore, ResidentStore, StoreContext
+from ltxkern.pipeline.memory.stores import OriginalStore, PhaseStore, ResidentStore, StoreContext
 from ltxkern.pipeline.memory.table import OUTER_BLOCK, blocks_of
 
 # In order of preference: the first that fits is taken.
@@ -220,6 +221,8 @@ def build_store(
         return SnapshotStore(context, budget, spare_blocks)
     if mode == "original" and offload:
         return OffloadStore(context, budget, device)
+    if mode == "original" and device.type == "cuda":
+        return OriginalStore(context, budget)
     store: PhaseStore = _STORES[mode](context)
     return store
 

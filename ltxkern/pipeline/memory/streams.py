@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -112,3 +112,25 @@ def side_by_side(
             clock.wait(end)
     clock.hand_over(result)
     return result, other
+
+
+def in_turn(clock: StreamClock, jobs: Sequence[Callable[[], _First]]) -> list[_First]:
+    """Runs jobs by turns on the current stream and on the side stream, which start and end together.
+
+    One job's matrix product then runs beside the passes over memory of another, and launches need not wait for each other.
+    """
+    start = clock.mark()
+    results: list[_First] = []
+    with clock.side():
+        clock.wait(start)
+    try:
+        for index, job in enumerate(jobs):
+            with clock.side() if index % 2 else contextlib.nullcontext():
+                results.append(job())
+    finally:
+        # After an exception too: what the side stream still reads must not be given away before.
+        with clock.side():
+            end = clock.mark()
+        clock.wait(end)
+    clock.hand_over(results[1::2])
+    return results

@@ -212,10 +212,13 @@ class WeightTable:
 
     def expect_all(self, tensors: Mapping[str, Tensor], keys: Mapping[str, WeightKey]) -> None:
         """`expect` for the weights of a block, with one transfer to the host."""
-        if not tensors:
+        self.expect_sums({module: checksum(tensor) for module, tensor in tensors.items()}, keys)
+
+    def expect_sums(self, sums: Mapping[str, Tensor], keys: Mapping[str, WeightKey]) -> None:
+        """`expect_all`, of checksums that are on the device."""
+        if not sums:
             return
-        sums = torch.stack([checksum(tensor) for tensor in tensors.values()]).tolist()
-        for module, found in zip(tensors, sums, strict=True):
+        for module, found in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True):
             before = self.checksums.setdefault((module, keys[module]), tuple(found))
             if before != tuple(found):
                 raise LoRAPhaseError(

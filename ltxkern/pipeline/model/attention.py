@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ltxkern.ops.gated_residual import head_gate
-from ltxkern.ops.qk_norm_rope import RotaryTables, qk_norm_rope
+from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.attention_choice import softmax_attention
+from ltxkern.pipeline.model.fusions import head_gate, rotated
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
 
 Keep = bool | Tensor
+
+
+def kept_items(flags: tuple[bool, ...], like: Tensor) -> Keep:
+    """What `attend` takes: a bool where the branches agree, else (B, 1, 1) built on the device, so that nothing synchronises."""
+    if all(flags) or not any(flags):
+        return flags[0]
+    items = like.shape[0] // len(flags)
+    return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
+
+
+def kept_update(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
+    """The result of an attention without that of the branches that leave it out."""
+    keep = kept_items(flags, x)
+    return x * keep if isinstance(keep, Tensor) else x
+
+
+def text_keys_and_values(attention: Any, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised keys, and values, of an attention without rotation; both (B, L, D)."""
+    return attention.norm_k(attention.to_k(context)), attention.to_v(context)
+
+
+def attend_to_text(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of (B, T, D) to keys and values that `text_keys_and_values` has made."""
+    query = attention.norm_q(attention.to_q(x))
+    return _gated(attention, x, _softmax(attention, query, key, value, None, False))
 
 
 def attend(
@@ -32,7 +58,7 @@ def attend(
         attention: diffusers' LTX2Attention: its projections, norms and gate.
         x: (B, T, D) queries; the gate's logits come from it.
         context: (B, L, Dc) keys and values; None for self-attention.
-        rope: split tables of the queries; None for text attention.
+        rope: split tables of the queries; None for no rotation.
         context_rope: tables of the keys, where they differ, in the same form.
         keep: False puts the values in the place of the attention result (self-attention that is left out); a (B, 1, 1)
             tensor of 0 and 1 does so for some items of the batch.
@@ -46,16 +72,26 @@ def attend(
     result = value
     if keep is not False:
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
-        q, k, v = (tensor.unflatten(2, (attention.heads, -1)) for tensor in (query, key, value))
-        if shards is None:
-            result = softmax_attention(q, k, v)
-        elif context is None:
-            result = shards.self_attention(q, k, v, softmax_attention)
-        else:
-            result = shards.attention_from_outside(q, k, v, softmax_attention)
-        result = result.flatten(2, 3).to(query.dtype)
+        result = _softmax(attention, query, key, value, shards, context is None)
     if isinstance(keep, Tensor):
         result = result * keep + value * (1 - keep)
+    return _gated(attention, x, result)
+
+
+def _softmax(
+    attention: Any, query: Tensor, key: Tensor, value: Tensor, shards: TokenShards | None, is_self: bool
+) -> Tensor:
+    q, k, v = (tensor.unflatten(2, (attention.heads, -1)) for tensor in (query, key, value))
+    if shards is None:
+        result = softmax_attention(q, k, v)
+    elif is_self:
+        result = shards.self_attention(q, k, v, softmax_attention)
+    else:
+        result = shards.attention_from_outside(q, k, v, softmax_attention)
+    return result.flatten(2, 3).to(query.dtype)
+
+
+def _gated(attention: Any, x: Tensor, result: Tensor) -> Tensor:
     if attention.to_gate_logits is not None:
         result = head_gate(result.unflatten(2, (attention.heads, -1)), attention.to_gate_logits(x)).flatten(2, 3)
     return attention.to_out[0](result)
@@ -68,18 +104,4 @@ def _queries_and_keys(
     first, second = attention.norm_q, attention.norm_k
     if rope is None:
         return first(query), second(key)
-    k_cos, k_sin, k_rows = context_rope or (None, None, None)
-    return qk_norm_rope(
-        query,
-        key,
-        first.weight,
-        second.weight,
-        rope.cos,
-        rope.sin,
-        eps=first.eps,
-        rows=rope.rows,
-        heads=None if rope.rows is None else attention.heads,
-        k_cos=k_cos,
-        k_sin=k_sin,
-        k_rows=k_rows,
-    )
+    return rotated(query, key, first.weight, second.weight, first.eps, attention.heads, rope, context_rope)

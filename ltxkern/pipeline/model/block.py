@@ -1,169 +1,373 @@
-"""One LTX-2.3 transformer block: diffusers' parameters, a forward in which each attention may be left out per item."""
+"""One LTX-2.3 transformer block: diffusers' parameters, a forward of several branches in which each attention may be left out."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
 
-from ltxkern.ops.gated_residual import gated_residual
-from ltxkern.ops.qk_norm_rope import RotaryTables
-from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
-from ltxkern.pipeline.model.attention import Keep, attend
+from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_items, kept_update, text_keys_and_values
+from ltxkern.pipeline.model.fusions import (
+    feed_forward,
+    gated_norm,
+    gated_norms,
+    gated_residual,
+    modulate,
+    norm_modulate,
+    sound_beside_video,
+)
+from ltxkern.pipeline.model.inputs import Stream
 
-if TYPE_CHECKING:
-    from ltxkern.pipeline.parallel.by_token import TokenShards
-
-
-@dataclass(frozen=True)
-class CrossStream:
-    """What the attention between the modalities reads of one of them."""
-
-    modulation: Tensor  # (B, N, 4 * D): scale, shift for a2v, scale, shift for v2a
-    gate: Tensor  # (B, 1, D)
-    rope: RotaryTables
-    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
-    shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
+# Modulations of all blocks are made at once up to so many timesteps: with one for every token they are as large as the video.
+_MOST_TIMESTEPS = 64
 
 
-@dataclass(frozen=True)
-class Stream:
-    """What every block of a forward reads of one modality."""
+class Sums(NamedTuple):
+    """`table (n, D) + vectors (B, N, n * D)` of one block; `sums (B, N, n, D)` where they are made already."""
 
-    context: Tensor  # (B, L, D)
-    modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
-    prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
-    rope: RotaryTables
-    cross: CrossStream | None  # None where the other modality is absent
-    rows: Tensor | None = None  # (B, T) int64 into B * N; None where N is 1 or T
-    shards: "TokenShards | None" = None  # where its tokens are shared out over ranks
+    table: Tensor
+    vectors: Tensor
+    rows: Tensor | None
+    sums: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class BlockKeep:
-    """Which attentions of a block run: True all items, False none, a (B, 1, 1) tensor of 0 and 1 some of them."""
-
-    video_self: Keep = True
-    audio_self: Keep = True
-    a2v: Keep = True
-    v2a: Keep = True
+    def parts(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Parts start..stop, each (B, N, D), or (B * N, D) for `rows` to point into."""
+        if self.sums is not None:
+            part = self.sums[:, :, start:stop]
+        else:
+            width = self.table.shape[1]
+            vectors = self.vectors[..., start * width : stop * width].unflatten(-1, (stop - start, width))
+            part = self.table[start:stop] + vectors
+        return (part if self.rows is None else part.flatten(0, 1)).unbind(-2)
 
 
-def _parts(table: Tensor, modulation: Tensor, start: int, stop: int, rows: Tensor | None) -> tuple[Tensor, ...]:
-    """Parts start..stop of `table (n, D) + modulation (B, N, n * D)`: each (B, N, D), or (B * N, D) for `rows` to point into."""
-    width = table.shape[1]
-    part = modulation[..., start * width : stop * width].unflatten(-1, (stop - start, width))
-    sums = table[start:stop] + part
-    return (sums if rows is None else sums.flatten(0, 1)).unbind(-2)
+def sums_at_once(blocks: Sequence[Any], stream: Stream) -> bool:
+    """Whether the modulations of all blocks may be made before the first: few timesteps, and no block that is elsewhere."""
+    few = stream.modulation.shape[0] * stream.modulation.shape[1] <= _MOST_TIMESTEPS
+    return few and all(block.scale_shift_table.device == stream.modulation.device for block in blocks)
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x (1 + scale) + shift`."""
-    return x * (1 + scale) + shift
+class Modulation(NamedTuple):
+    """Of one modality in one block."""
+
+    own: Sums  # nine parts: shift, scale, gate of self-attention, feed-forward, text attention
+    prompt: Sums  # shift, scale
+    cross: Sums | None  # scale, shift for a2v, scale, shift for v2a
+    gate: Sums | None
 
 
-def _kept(x: Tensor, keep: Keep) -> Tensor:
-    return x * keep if isinstance(keep, Tensor) else x
+def modulations(blocks: Sequence[Any], stream: Stream, modality: str) -> list[Modulation]:
+    """Of every block, by one sum for all of them; of a single one by a sum where a part is asked for."""
+    prefix = "" if modality == "video" else "audio_"
+
+    def sums(name: str, vectors: Tensor, rows: Tensor | None, part: slice = slice(None)) -> list[Sums]:
+        tables = [getattr(block, name)[part] for block in blocks]
+        if len(tables) == 1:
+            return [Sums(tables[0], vectors, rows)]
+        together = torch.stack(tables)[:, None, None] + vectors.unflatten(-1, tables[0].shape)
+        return [Sums(table, vectors, rows, each) for table, each in zip(tables, together.unbind(0), strict=True)]
+
+    own = sums(f"{prefix}scale_shift_table", stream.modulation, stream.rows)
+    prompt = sums(f"{prefix}prompt_scale_shift_table", stream.prompt_modulation, None)
+    if stream.cross is None:
+        return [Modulation(*each, None, None) for each in zip(own, prompt, strict=True)]
+    name = f"{modality}_a2v_cross_attn_scale_shift_table"
+    cross = sums(name, stream.cross.modulation, stream.rows, slice(4))
+    gate = sums(name, stream.cross.gate, None, slice(4, 5))
+    return [Modulation(*each) for each in zip(own, prompt, cross, gate, strict=True)]
+
+
+class BlockKeep(NamedTuple):
+    """Which attentions of a block run, one flag for every branch of a batch."""
+
+    video_self: tuple[bool, ...] = (True,)
+    audio_self: tuple[bool, ...] = (True,)
+    a2v: tuple[bool, ...] = (True,)
+    v2a: tuple[bool, ...] = (True,)
+
+
+class Side(NamedTuple):
+    """One modality of a lane in one block: `now` is None where the block makes its modulations, `following` where the next does."""
+
+    stream: Stream
+    now: Modulation | None
+    following: Modulation | None
+
+    @property
+    def made(self) -> Modulation:
+        """`now`, within the block."""
+        assert self.now is not None
+        return self.now
+
+
+class Lane(NamedTuple):
+    """Branches that go through a block in one batch; `texts` has the number of each one's text among those of its streams."""
+
+    video: Side | None
+    audio: Side | None
+    keep: BlockKeep
+    texts: tuple[int, ...]
+
+    @property
+    def sides(self) -> tuple[Side | None, Side | None]:
+        """Video and audio."""
+        return self.video, self.audio
+
+
+@dataclass(eq=False)
+class Residual:
+    """One modality of a lane on its way through the blocks. A tensor is let go of as soon as nobody reads it again.
+
+    Attributes:
+        x: (B, T, D).
+        normed: its modulated norm, for whoever reads it next.
+        branch: an update and its gate, to be added together with the next norm.
+    """
+
+    x: Tensor
+    normed: Tensor | None = None
+    branch: tuple[Tensor, Tensor] | None = None
+
+    def take(self) -> Tensor:
+        """The norm, which is the caller's from now on."""
+        normed, self.normed = self.normed, None
+        assert normed is not None
+        return normed
+
+    def norm(self, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> None:
+        """Add what is to be added, and make the modulated norm of the sum, in one pass."""
+        if self.branch is None:
+            self.normed = norm_modulate(self.x, scale, shift, eps, rows)
+        else:
+            self.x, self.normed = gated_norm(self.x, *self.branch, scale, shift, eps, rows)
+        self.branch = None
+
+    def norms(self, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add what is to be added; the norms of the sum by two modulations, which are the caller's."""
+        assert self.branch is not None
+        self.x, *normed = gated_norms(self.x, *self.branch, modulation, eps, rows)
+        self.branch = None
+        return normed[0], normed[1]
+
+    def settle(self, rows: Tensor | None) -> None:
+        """Add what is to be added."""
+        if self.branch is not None:
+            self.x = gated_residual(self.x, *self.branch, rows)
+        self.branch = None
+
+
+class State(NamedTuple):
+    """Both modalities of a lane; None where one is absent."""
+
+    video: Residual | None
+    audio: Residual | None
+
+
+class _Modules(NamedTuple):
+    """Of one modality in one block."""
+
+    norm: Any
+    attention: Any
+    text_norm: Any
+    text_attention: Any
+    cross_norm: Any
+    last_norm: Any
+    network: Any
+
+
+class _Texts:
+    """Keys and values of the texts of one modality in one block, made when a lane first asks for them."""
+
+    def __init__(self, attention: Any) -> None:
+        self._attention = attention
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, side: Side, texts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of the branches of a lane, one after another."""
+        for text in texts:
+            if text not in self._made:
+                shift, scale = side.made.prompt.parts(0, 2)
+                context = modulate(side.stream.contexts[text], scale, shift)
+                self._made[text] = text_keys_and_values(self._attention, context)
+        if len(texts) == 1:
+            return self._made[texts[0]]
+        keys, values = zip(*(self._made[text] for text in texts), strict=True)
+        return torch.cat(keys), torch.cat(values)
 
 
 class LTX2Block(LTX2VideoTransformerBlock):
-    """One block; either modality may be absent, and each attention may be left out for some items of the batch."""
+    """One block; either modality may be absent, and each attention may be left out for some branches of a lane."""
 
-    def forward(
-        self,
-        video: Tensor | None,
-        audio: Tensor | None,
-        video_stream: Stream | None,
-        audio_stream: Stream | None,
-        keep: BlockKeep,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if video is not None and video_stream is not None:
-            video = self._video_attentions(video, video_stream, keep.video_self)
-        if audio is not None and audio_stream is not None:
-            audio = self._audio_attentions(audio, audio_stream, keep.audio_self)
-        if video is not None and audio is not None:
-            video_cross, audio_cross = (stream.cross if stream else None for stream in (video_stream, audio_stream))
-            if video_cross is not None and audio_cross is not None:
-                video, audio = self._cross_attentions(video, audio, video_cross, audio_cross, keep)
-        if video is not None and video_stream is not None:
-            video = _feed_forward(self.ff, self.norm3, video, self.scale_shift_table, video_stream)
-        if audio is not None and audio_stream is not None:
-            audio = _feed_forward(self.audio_ff, self.audio_norm3, audio, self.audio_scale_shift_table, audio_stream)
-        return video, audio
+    def forward(self, states: Sequence[State], lanes: Sequence[Lane], trunk: Lane | None = None) -> list[State]:
+        """The states behind the block, one for every lane; those that are given are used up.
 
-    def _video_attentions(self, x: Tensor, stream: Stream, keep: Keep) -> Tensor:
-        tables = (self.scale_shift_table, self.prompt_scale_shift_table)
-        return _attentions(x, stream, keep, tables, (self.norm1, self.attn1), (self.norm2, self.attn2))
+        Args:
+            states: before it, one for every lane; with `trunk` one alone.
+            lanes: what the block reads of each.
+            trunk: the state of one branch that all branches of all lanes have: what comes before the text is made once for them.
+        """
+        modules = self._video(), self._audio()
+        lanes = [self._with_modulations(lane) for lane in lanes]
+        if trunk is not None:
+            states = _shared(modules, states[0], self._with_modulations(trunk), lanes)
+        texts = [_Texts(each.text_attention) for each in modules]
+        for state, lane in zip(states, lanes, strict=True):
 
-    def _audio_attentions(self, x: Tensor, stream: Stream, keep: Keep) -> Tensor:
-        tables = (self.audio_scale_shift_table, self.audio_prompt_scale_shift_table)
+            def begin(at: int, residual: Residual, side: Side, lane: Lane = lane) -> None:
+                if trunk is None:
+                    _self_attention(modules[at], residual, side, lane.keep[at])
+                _text_attention(modules[at], residual, side, texts[at].of(side, lane.texts))
+
+            _both(state, lane, begin)
+            if (
+                state.video is not None
+                and state.audio is not None
+                and lane.video is not None
+                and lane.audio is not None
+            ):
+                self._cross_attentions(lane.keep, state.video, state.audio, lane.video, lane.audio)
+            _both(state, lane, lambda at, residual, side: _feed_forward(modules[at], residual, side))
+        return list(states)
+
+    def _with_modulations(self, lane: Lane) -> Lane:
+        """The lane with this block's own modulations, where the transformer has not made those of all blocks."""
+
+        def side(side: Side | None, modality: str) -> Side | None:
+            if side is None or side.now is not None:
+                return side
+            return side._replace(now=modulations([self], side.stream, modality)[0])
+
+        return lane._replace(video=side(lane.video, "video"), audio=side(lane.audio, "audio"))
+
+    def _video(self) -> _Modules:
+        own, text = (self.norm1, self.attn1), (self.norm2, self.attn2)
+        return _Modules(*own, *text, self.audio_to_video_norm, self.norm3, self.ff)
+
+    def _audio(self) -> _Modules:
         own, text = (self.audio_norm1, self.audio_attn1), (self.audio_norm2, self.audio_attn2)
-        return _attentions(x, stream, keep, tables, own, text)
+        return _Modules(*own, *text, self.video_to_audio_norm, self.audio_norm3, self.audio_ff)
 
-    def _cross_attentions(
-        self, video: Tensor, audio: Tensor, video_cross: CrossStream, audio_cross: CrossStream, keep: BlockKeep
-    ) -> tuple[Tensor, Tensor]:
+    def _cross_attentions(self, keep: BlockKeep, x: Residual, y: Residual, video: Side, audio: Side) -> None:
         """Audio to video and video to audio, both from the states before either is added."""
-        video_table = self.video_a2v_cross_attn_scale_shift_table
-        audio_table = self.audio_a2v_cross_attn_scale_shift_table
-
-        def inputs(start: int) -> tuple[Tensor, Tensor]:
-            """Both states modulated by rows start, start + 1 (scale, shift) of their tables."""
-            first = _modulated(self.audio_to_video_norm, video, video_table, video_cross, start)
-            return first, _modulated(self.video_to_audio_norm, audio, audio_table, audio_cross, start)
-
-        updates: dict[str, Tensor] = {}
-        if keep.a2v is not False:
-            queries, context = inputs(0)
+        to_video, to_audio = any(keep.a2v), any(keep.v2a)
+        # Rows 0, 1 of the tables (scale, shift) are for the attention into video, 2, 3 for that into audio.
+        starts = [start for start, runs in ((0, to_video), (2, to_audio)) if runs]
+        if not starts or video.stream.cross is None or audio.stream.cross is None:
+            return
+        seen = _cross_norms(self.audio_to_video_norm, x, video, starts)
+        heard = _cross_norms(self.video_to_audio_norm, y, audio, starts)
+        video_rope, audio_rope = video.stream.cross.rope, audio.stream.cross.rope
+        if to_video:
             update = attend(
-                self.audio_to_video_attn, queries, context, rope=video_cross.rope, context_rope=audio_cross.rope
+                self.audio_to_video_attn, seen.pop(0), heard.pop(0), rope=video_rope, context_rope=audio_rope
             )
-            updates["video"] = _kept(update, keep.a2v)
-        if keep.v2a is not False:
-            context, queries = inputs(2)
+            x.branch = kept_update(update, keep.a2v), _cross_gate(video)
+        if to_audio:
             update = attend(
                 self.video_to_audio_attn,
-                queries,
-                context,
-                rope=audio_cross.rope,
-                context_rope=video_cross.rope,
-                shards=video_cross.shards,
+                heard.pop(2),
+                seen.pop(2),
+                rope=audio_rope,
+                context_rope=video_rope,
+                shards=video.stream.shards,
             )
-            updates["audio"] = _kept(update, keep.v2a)
-        if "video" in updates:
-            video = gated_residual(video, updates["video"], video_table[4] + video_cross.gate)
-        if "audio" in updates:
-            audio = gated_residual(audio, updates["audio"], audio_table[4] + audio_cross.gate)
-        return video, audio
+            y.branch = kept_update(update, keep.v2a), _cross_gate(audio)
 
 
-def _modulated(norm: Any, x: Tensor, table: Tensor, cross: CrossStream, start: int) -> Tensor:
-    scale, shift = _parts(table, cross.modulation, start, start + 2, cross.rows)
-    return rms_norm_modulate(x, scale, shift, eps=norm.eps, rows=cross.rows)
+def _both(state: State, lane: Lane, work: Callable[[int, Residual, Side], None]) -> None:
+    """`work` on the modalities that are there: number, residual stream, side; on sound beside video where both are."""
+    there = [
+        (at, residual, side)
+        for at, (residual, side) in enumerate(zip(state, lane.sides, strict=True))
+        if residual is not None and side is not None
+    ]
+    if len(there) == 1:
+        work(*there[0])
+    elif there:
+        sound = there[1][1]
+
+        def of_sound() -> Any:
+            work(*there[1])
+            return sound.x, sound.normed, sound.branch
+
+        # What sound reads stays until both are done: other streams may take freed memory at once.
+        held = (sound.x, sound.normed, sound.branch)
+        sound_beside_video(of_sound, lambda: work(*there[0]))
+        del held
 
 
-def _attentions(
-    x: Tensor,
-    stream: Stream,
-    keep: Keep,
-    tables: tuple[Tensor, Tensor],
-    own: tuple[Any, Any],
-    text: tuple[Any, Any],
-) -> Tensor:
-    """Self-attention, then attention to the text; the residual between them is fused with the text norm."""
-    shift, scale, gate = _parts(tables[0], stream.modulation, 0, 3, stream.rows)
-    normed = rms_norm_modulate(x, scale, shift, eps=own[0].eps, rows=stream.rows)
-    update = attend(own[1], normed, rope=stream.rope, keep=keep, shards=stream.shards)
-    text_shift, text_scale, text_gate = _parts(tables[0], stream.modulation, 6, 9, stream.rows)
-    x, queries = gated_residual_rms_norm_modulate(
-        x, update, gate, text_scale, text_shift, eps=text[0].eps, rows=stream.rows
+def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tuple[bool, ...]) -> None:
+    """Self-attention, and the norm that asks the text."""
+    stream, own = side.stream, side.made.own
+    shift, scale, gate = own.parts(0, 3)
+    if residual.normed is None:
+        residual.norm(scale, shift, modules.norm.eps, stream.rows)
+    keep = kept_items(flags, residual.x)
+    update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
+    residual.branch = update, gate
+    del update
+    shift, scale, _ = own.parts(6, 9)
+    residual.norm(scale, shift, modules.text_norm.eps, stream.rows)
+
+
+def _shared(modules: Sequence[_Modules], start: State, trunk: Lane, lanes: Sequence[Lane]) -> list[State]:
+    """Every lane behind its self-attentions, all branches having one state before: these run once, and once left out."""
+    columns: list[list[Residual | None]] = []
+    for at, module in enumerate(modules):
+        first, side, made = start[at], trunk.sides[at], {}
+        if first is None or side is None:
+            columns.append([None] * len(lanes))
+            continue
+        for flag in sorted({flag for lane in lanes for flag in lane.keep[at]}):
+            made[flag] = Residual(first.x)
+            _self_attention(module, made[flag], side, (flag,))
+        each = [[made[flag] for flag in lane.keep[at]] for lane in lanes]
+        columns.append([_joined(residuals) for residuals in each])
+    return [State(video, audio) for video, audio in zip(*columns, strict=True)]
+
+
+def _joined(residuals: Sequence[Residual]) -> Residual:
+    """Of branches, those of a lane."""
+    if len(residuals) == 1:
+        return Residual(residuals[0].x, residuals[0].normed)
+    return Residual(
+        torch.cat([each.x for each in residuals]),
+        torch.cat([each.normed for each in residuals if each.normed is not None]),
     )
-    context_shift, context_scale = _parts(tables[1], stream.prompt_modulation, 0, 2, None)
-    update = attend(text[1], queries, modulate(stream.context, context_scale, context_shift))
-    return gated_residual(x, update, text_gate, rows=stream.rows)
 
 
-def _feed_forward(network: Any, norm: Any, x: Tensor, table: Tensor, stream: Stream) -> Tensor:
-    shift, scale, gate = _parts(table, stream.modulation, 3, 6, stream.rows)
-    normed = rms_norm_modulate(x, scale, shift, eps=norm.eps, rows=stream.rows)
-    return gated_residual(x, network(normed), gate, rows=stream.rows)
+def _text_attention(modules: _Modules, residual: Residual, side: Side, text: tuple[Tensor, Tensor]) -> None:
+    (gate,) = side.made.own.parts(8, 9)
+    residual.branch = attend_to_text(modules.text_attention, residual.take(), *text), gate
+
+
+def _cross_norms(norm: Any, residual: Residual, side: Side, starts: Sequence[int]) -> dict[int, Tensor]:
+    """The norms modulated by rows start, start + 1 (scale, shift) of the table."""
+    assert side.made.cross is not None
+    if len(starts) == 2:
+        both = residual.norms(side.made.cross.parts(0, 4), norm.eps, side.stream.rows)
+        return dict(zip(starts, both, strict=True))
+    scale, shift = side.made.cross.parts(starts[0], starts[0] + 2)
+    residual.norm(scale, shift, norm.eps, side.stream.rows)
+    return {starts[0]: residual.take()}
+
+
+def _cross_gate(side: Side) -> Tensor:
+    assert side.made.gate is not None
+    (gate,) = side.made.gate.parts(0, 1)
+    # One a sample, but with an index it is a table as the others are.
+    return gate if side.stream.rows is None else gate.expand(-1, side.stream.modulation.shape[1], -1).flatten(0, 1)
+
+
+def _feed_forward(modules: _Modules, residual: Residual, side: Side) -> None:
+    """Feed-forward, and the norm that begins the next block where its modulation is known."""
+    shift, scale, gate = side.made.own.parts(3, 6)
+    residual.norm(scale, shift, modules.last_norm.eps, side.stream.rows)
+    residual.branch = feed_forward(modules.network, residual.take()), gate
+    if side.following is None:
+        residual.settle(side.stream.rows)
+    else:
+        shift, scale, _ = side.following.own.parts(0, 3)
+        residual.norm(scale, shift, modules.norm.eps, side.stream.rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from ltxkern.pipeline.model.decoder_layout import lay_out
 from ltxkern.pipeline.model.tiling import (
     Interval,
     TileLayout,
@@ -84,6 +84,7 @@ def decode_video(
     latent: Tensor,
     *,
     tiling: Tiling = "auto",
+    skip: int = 0,
     progress: Callable[[int, int], None] | None = None,
     stage: str = "video decoding",
 ) -> Iterator[Tensor]:
@@ -96,6 +97,7 @@ def decode_video(
         vae: video VAE without timestep conditioning.
         latent: (1, C, F, H, W), normalised.
         tiling: "auto", the official layout; None, one tile; or sizes of your own.
+        skip: chunks at the start that are not wanted; at most one of them is decoded for the frames it shares with the next.
         progress: called with (tiles decoded, tiles in all).
         stage: what errors and warnings call this stage.
 
@@ -103,7 +105,8 @@ def decode_video(
         (frames, height, width, 3) in [0, 1], VAE dtype, 8(F-1)+1 frames in all.
 
     Raises:
-        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, or a VAE with timestep conditioning.
+        ValueError: a batch above 1, a wrong channel count, a tiling that does not fit, a VAE with timestep conditioning, or a
+            layout that the variable LTXKERN_DECODER_LAYOUT should not name.
         NonFiniteError: the decoder produced NaN or infinity.
 
     Memory: one temporal group of frames in the VAE's dtype, one decoded tile, and that tile in fp32.
@@ -113,29 +116,34 @@ def decode_video(
     if vae.config.timestep_conditioning:
         raise ValueError("vae must have timestep_conditioning=False: LTX-2.3 decodes without noise")
     layout = resolve_tiling(vae, latent, tiling)
+    lay_out(vae.decoder)
     raw = denormalize(latent.to(next(vae.decoder.parameters()).dtype), vae)
     if layout.tiles == 1:
-        groups = _decode_whole(vae, raw, progress)
+        groups = _decode_whole(vae, raw, skip, progress)
     else:
-        groups = _decode_tiles(vae, raw, layout, progress)
-    return _to_pictures(groups, stage)
+        groups = _decode_tiles(vae, raw, layout, skip, progress)
+    return _to_pictures(groups, stage, whole=skip == 0)
 
 
 @torch.no_grad()
-def _to_pictures(groups: Iterator[Tensor], stage: str) -> Iterator[Tensor]:
-    low, high = math.inf, -math.inf
+def _to_pictures(groups: Iterator[Tensor], stage: str, *, whole: bool) -> Iterator[Tensor]:
+    watch = finite.VideoWatch(stage)
     for group in groups:
-        finite.check_finite(stage, "video", group)
+        watch.chunk(group)
         pictures = group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
-        low, high = min(low, float(pictures.min())), max(high, float(pictures.max()))
         yield pictures
-    finite.warn_if_flat(stage, low, high)
+        # Whoever keeps the chunk holds it; the next group needs the room.
+        del group, pictures
+    if whole:
+        watch.end()
 
 
 @torch.no_grad()
 def _decode_whole(
-    vae: AutoencoderKLLTX2Video, raw: Tensor, progress: Callable[[int, int], None] | None
+    vae: AutoencoderKLLTX2Video, raw: Tensor, skip: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[Tensor]:
+    if skip:
+        return
     video = vae.decoder(raw)
     if progress is not None:
         progress(1, 1)
@@ -147,11 +155,15 @@ def _decode_tiles(
     vae: AutoencoderKLLTX2Video,
     raw: Tensor,
     layout: TileLayout,
+    skip: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Tensor]:
+    if skip >= len(layout.time):
+        return
     ratio = vae.temporal_compression_ratio
     pending: Tensor | None = None  # blended frames that the next temporal group adds to
-    done = 0
+    first = _first_needed(layout.time, skip)
+    done = first * len(layout.height) * len(layout.width)
 
     def tile_done() -> None:
         nonlocal done
@@ -159,7 +171,7 @@ def _decode_tiles(
         if progress is not None:
             progress(done, layout.tiles)
 
-    for index, time in enumerate(layout.time):
+    for index, time in enumerate(layout.time[first:], first):
         group = _decode_group(vae, raw, time, layout, tile_done)
         if pending is not None:
             group[:, :, : pending.shape[2]] += pending
@@ -168,8 +180,18 @@ def _decode_tiles(
             return
         finished = (layout.time[index + 1].start - time.start) * ratio
         pending = group[:, :, finished:].clone()  # a copy, so that the group itself can be freed
-        yield group[:, :, :finished]
+        if index >= skip:
+            yield group[:, :, :finished]
         del group
+
+
+def _first_needed(times: Sequence[Interval], skip: int) -> int:
+    """The temporal group to begin with for the bits of the groups from `skip` on."""
+    first = max(skip - 1, 0)
+    # What a group hands on begins with its own frames alone where nothing that it was handed reaches that far.
+    while first > 0 and times[first - 1].end > times[first + 1].start:
+        first -= 1
+    return first
 
 
 def _decode_group(
@@ -196,7 +218,12 @@ def _decode_group(
 
 @torch.no_grad()
 def decode_audio(
-    audio_vae: AutoencoderKLLTX2Audio, vocoder: nn.Module, latent: Tensor, *, stage: str = "audio decoding"
+    audio_vae: AutoencoderKLLTX2Audio,
+    vocoder: nn.Module,
+    latent: Tensor,
+    *,
+    stage: str = "audio decoding",
+    check: bool = True,
 ) -> Tensor:
     """Decode a normalised audio latent to a waveform: audio VAE, vocoder, bandwidth extension to 48 kHz.
 
@@ -205,6 +232,7 @@ def decode_audio(
         vocoder: runs in fp32; weights of another dtype are widened in place, which loses nothing.
         latent: (1, 8, T, 16), normalised.
         stage: what errors and warnings call this stage.
+        check: look at the result, for which the host waits; False leaves that to the caller (`finite.check_audio`).
 
     Returns:
         (2, 480 * (4T - 3)) fp32 samples in [-1, 1], rounded to the audio VAE's dtype on the way as the official code does.
@@ -222,5 +250,6 @@ def decode_audio(
     mel = audio_vae.decoder(unpatchify(packed * std.to(packed) + mean.to(packed), shape))
     vocoder.float()
     waveform = vocoder(mel.float())[0].to(mel.dtype).float()
-    finite.check_audio(stage, waveform)
+    if check:
+        finite.check_audio(stage, waveform)
     return waveform

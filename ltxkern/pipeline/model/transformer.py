@@ -9,20 +9,39 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
 from torch import Tensor
 
+from ltxkern.ops.checks import ACTIVATION_DTYPES
+from ltxkern.ops.gated_residual import gated_residual
 from ltxkern.ops.qk_norm_rope import RotaryTables
-from ltxkern.pipeline.model.block import BlockKeep, CrossStream, Keep, LTX2Block, Stream, modulate
+from ltxkern.pipeline.model.block import (
+    BlockKeep,
+    Lane,
+    LTX2Block,
+    Residual,
+    Side,
+    State,
+    modulations,
+    sums_at_once,
+)
+from ltxkern.pipeline.model.fusions import layer_norm_modulate
 from ltxkern.pipeline.model.inputs import (
+    Batch,
+    CrossStream,
+    KeptTables,
     ModalityInput,
     ModalityTensors,
     Perturbation,
+    Stream,
     check_branch,
+    column,
     device_tensors,
+    shared_tensors,
+    shares_all_but_text,
     stack,
     timesteps,
 )
-from ltxkern.pipeline.model.rotary import rotary_tables
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards
 from ltxkern.pipeline.sampling.latents import to_denoised
+from ltxkern.pipeline.sampling.state import MODALITIES
 
 
 class LTX2Transformer(LTX2VideoTransformer3DModel):
@@ -48,34 +67,63 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             block.__class__ = LTX2Block
             block.attn1.set_processor(LTX2PerturbedAttnProcessor())
             block.audio_attn1.set_processor(LTX2PerturbedAttnProcessor())
+        self._rope_tables = KeptTables()
 
     def forward(
         self,
         video: ModalityTensors | None,
         audio: ModalityTensors | None,
-        perturbations: tuple[Perturbation, ...] = (Perturbation(),),
+        batches: tuple[Batch, ...] = (Batch(),),
         shards: TokenShards | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Velocities (B, T, C) of the modalities that are given; the batch is split evenly over `perturbations`.
+        """Velocities (B, T, C) of the modalities that are given, of the branches of all batches one after another.
 
+        The batches go through every block side by side, so that what they share is made once and a block's weights are read once.
         With `shards`, video is this rank's tokens of a forward that several ranks share, and so is its velocity.
         """
-        present = video if video is not None else audio
-        if present is None:
+        if video is None and audio is None:
             raise ValueError("video and audio are both None: expected at least one modality")
-        video_stream = self._video_stream(video, audio, shards) if video is not None else None
-        audio_stream = self._audio_stream(audio, video) if audio is not None else None
-        x = self.proj_in(video.tokens) if video is not None else None
-        y = self.audio_proj_in(audio.tokens) if audio is not None else None
-        for index, block in enumerate(self.transformer_blocks):
-            x, y = block(x, y, video_stream, audio_stream, _block_keep(index, perturbations, present.tokens))
-        if video is not None and x is not None:
-            table = self.scale_shift_table
-            x = self._output(x, video, self.time_embed, table, self.norm_out, self.proj_out)
-        if audio is not None and y is not None:
-            table = self.audio_scale_shift_table
-            y = self._output(y, audio, self.audio_time_embed, table, self.audio_norm_out, self.audio_proj_out)
-        return x, y
+        streams = (
+            None if video is None else self._video_stream(video, audio, shards),
+            None if audio is None else self._audio_stream(audio, video),
+        )
+        blocks = self.transformer_blocks
+        # By how often a batch has every token: once for each of its branches.
+        repeated = {1} | {len(batch.texts) for batch in batches}
+        videos, audios = (
+            {times: _sides(blocks, stream, name, times) for times in repeated}
+            for stream, name in zip(streams, MODALITIES, strict=True)
+        )
+
+        def lane(index: int, batch: Batch) -> Lane:
+            times = len(batch.texts)
+            return Lane(videos[times][index], audios[times][index], _block_keep(index, batch), batch.texts)
+
+        states = [
+            State(
+                None if video is None else Residual(self.proj_in(video.tokens)),
+                None if audio is None else Residual(self.audio_proj_in(audio.tokens)),
+            )
+        ]
+        apart = len(batches) == len(batches[0].texts) == 1
+        for index, block in enumerate(blocks):
+            # What all branches begin with goes into the first block once.
+            trunk = None if apart or index else lane(0, Batch())
+            states = block(states, [lane(index, batch) for batch in batches], trunk)
+        return self._video_output(video, states), self._audio_output(audio, states)
+
+    def _video_output(self, item: ModalityTensors | None, states: Sequence[State]) -> Tensor | None:
+        flows = [state.video.x for state in states if state.video is not None]
+        if item is None:
+            return None
+        return self._output(flows, item, self.time_embed, self.scale_shift_table, self.norm_out, self.proj_out)
+
+    def _audio_output(self, item: ModalityTensors | None, states: Sequence[State]) -> Tensor | None:
+        flows = [state.audio.x for state in states if state.audio is not None]
+        if item is None:
+            return None
+        table, projection = self.audio_scale_shift_table, self.audio_proj_out
+        return self._output(flows, item, self.audio_time_embed, table, self.audio_norm_out, projection)
 
     def _video_stream(
         self, video: ModalityTensors, audio: ModalityTensors | None, shards: TokenShards | None
@@ -86,15 +134,13 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             cross = CrossStream(
                 modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
                 gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
-                rope=_tables(self.cross_attn_rope, video, cross_with=audio),
-                rows=video.rows,
-                shards=shards,
+                rope=self._tables("cross_attn_rope", video, cross_with=audio),
             )
         return Stream(
-            context=video.context,
+            contexts=video.contexts,
             modulation=_embed(self.time_embed, video.timestep, dtype),
             prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
-            rope=_tables(self.rope, video),
+            rope=self._tables("rope", video),
             cross=cross,
             rows=video.rows,
             shards=shards,
@@ -107,14 +153,13 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             cross = CrossStream(
                 modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
                 gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
-                rope=_tables(self.cross_attn_audio_rope, audio, cross_with=video),
-                rows=audio.rows,
+                rope=self._tables("cross_attn_audio_rope", audio, cross_with=video),
             )
         return Stream(
-            context=audio.context,
+            contexts=audio.contexts,
             modulation=_embed(self.audio_time_embed, audio.timestep, dtype),
             prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
-            rope=_tables(self.audio_rope, audio),
+            rope=self._tables("audio_rope", audio),
             cross=cross,
             rows=audio.rows,
         )
@@ -124,29 +169,45 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         factor = self.config.cross_attn_timestep_scale_multiplier / self.config.timestep_scale_multiplier
         return other.sigma[:, None] * factor
 
+    def _tables(self, name: str, item: ModalityTensors, *, cross_with: ModalityTensors | None = None) -> RotaryTables:
+        """RoPE tables of a modality by one of the model's embeddings; of the attention between two by time alone.
+
+        They are by coordinate where the coordinates are known (between two, of both), and kept for the next forward with these.
+        """
+        embedding, coordinates = getattr(self, name), item.coordinates
+        if cross_with is None:
+            return self._rope_tables.of(name, embedding, item.positions, coordinates, alone=False)
+        known = coordinates if cross_with.coordinates is not None else None
+        return self._rope_tables.of(name, embedding, item.positions[:, :1], known, alone=True)
+
     @staticmethod
     def _output(
-        x: Tensor,
+        flows: Sequence[Tensor],
         item: ModalityTensors,
         embedder: Any,
         table: Tensor,
         norm: Any,
         projection: Any,
     ) -> Tensor:
-        embedded = _timestep_embedding(embedder, item.timestep, x.dtype)
+        embedded = _timestep_embedding(embedder, item.timestep, flows[0].dtype)
         sums = table[:, None, None] + embedded
         if item.rows is not None:
             sums = sums.flatten(1, 2)[:, item.rows]
-        shift, scale = sums.unbind(0)
-        return projection(modulate(norm(x), scale, shift))
+        outputs = []
+        for x in flows:
+            times = x.shape[0] // item.tokens.shape[0]
+            shift, scale = (sums if times == 1 or sums.shape[1] == 1 else sums.repeat(1, times, 1, 1)).unbind(0)
+            outputs.append(projection(layer_norm_modulate(norm, x, scale, shift)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _tables(embedding: Any, item: ModalityTensors, *, cross_with: ModalityTensors | None = None) -> RotaryTables:
-    """RoPE tables of a modality; of the attention between two by time alone, and by coordinate where both have them."""
-    if cross_with is None:
-        return rotary_tables(embedding, item.positions, item.coordinates)
-    coordinates = cross_with.coordinates and item.coordinates and item.coordinates.first_axis()
-    return rotary_tables(embedding, item.positions[:, :1], coordinates)
+def _sides(blocks: Sequence[Any], stream: Stream | None, modality: str, times: int) -> list[Side | None]:
+    """What each block reads of a modality in a batch that has every token so many times."""
+    if stream is None:
+        return [None] * len(blocks)
+    repeated = stream.repeated(times)
+    every = modulations(blocks, repeated, modality) if sums_at_once(blocks, repeated) else [None] * len(blocks)
+    return [Side(repeated, now, following) for now, following in zip(every, [*every[1:], None], strict=True)]
 
 
 def _sinusoid(timestep: Tensor, width: int) -> Tensor:
@@ -172,21 +233,14 @@ def _embed(embedder: Any, timestep: Tensor, dtype: torch.dtype) -> Tensor:
     return embedder.linear(embedder.silu(_timestep_embedding(embedder, timestep, dtype)))
 
 
-def _block_keep(index: int, perturbations: tuple[Perturbation, ...], like: Tensor) -> BlockKeep:
+def _block_keep(index: int, batch: Batch) -> BlockKeep:
+    each = batch.perturbations
     return BlockKeep(
-        video_self=_keep([index not in p.skip_video_self_attn_blocks for p in perturbations], like),
-        audio_self=_keep([index not in p.skip_audio_self_attn_blocks for p in perturbations], like),
-        a2v=_keep([not p.disable_a2v_cross_attn for p in perturbations], like),
-        v2a=_keep([not p.disable_v2a_cross_attn for p in perturbations], like),
+        video_self=tuple(index not in p.skip_video_self_attn_blocks for p in each),
+        audio_self=tuple(index not in p.skip_audio_self_attn_blocks for p in each),
+        a2v=tuple(not p.disable_a2v_cross_attn for p in each),
+        v2a=tuple(not p.disable_v2a_cross_attn for p in each),
     )
-
-
-def _keep(flags: list[bool], like: Tensor) -> Keep:
-    """One Python bool where the branches agree; else (B, 1, 1) built on the device, so that nothing synchronises."""
-    if all(flags) or not any(flags):
-        return flags[0]
-    items = like.shape[0] // len(flags)
-    return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
 
 
 def _perturbation(transformer: LTX2Transformer, flags: Mapping[str, Any]) -> Perturbation:
@@ -202,21 +256,25 @@ def _perturbation(transformer: LTX2Transformer, flags: Mapping[str, Any]) -> Per
 
 @torch.no_grad()
 def predict_velocity_batched(
-    transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]], sequence: SequenceParallel | None = None
+    transformer: LTX2Transformer,
+    branches: Sequence[Mapping[str, Any]],
+    sequence: SequenceParallel | None = None,
+    most: int | None = None,
 ) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Velocities of several guidance branches from one forward over their concatenated batches.
+    """Velocities of several guidance branches from one forward.
 
     Args:
         transformer: the model.
         branches: keyword arguments of `predict_velocity`, one mapping per branch; `video` and `audio` included. All
             branches have the same modalities and shapes, and differ in context, sigma and perturbation.
         sequence: ranks over which the video tokens are shared out; every one of them makes the same call.
+        most: branches of one batch; None for all of them. Batches of branches with the very same tokens and sigma go through the
+            blocks side by side in one forward, others one after the other in forwards of their own.
 
     Returns:
-        One (video, audio) pair per branch, as `predict_velocity` gives it alone (equal up to GEMM rounding).
+        One (video, audio) pair per branch, as `predict_velocity` gives it alone: bit for bit with `most` 1, else equal up to
+        GEMM rounding.
     """
-    if not branches:
-        return []
     pairs = []
     perturbations = []
     for branch in branches:
@@ -225,23 +283,28 @@ def predict_velocity_batched(
         check_branch(transformer.config, *pair)
         pairs.append(pair)
         perturbations.append(_perturbation(transformer, flags))
-    scale = transformer.config.timestep_scale_multiplier
-    stacked = []
-    for name, items in (("video", [v for v, _ in pairs]), ("audio", [a for _, a in pairs])):
-        given = [item for item in items if item is not None]
-        if given and len(given) != len(items):
-            raise ValueError(f"{name}: expected in every branch or in none, got it in {len(given)} of {len(items)}")
-        if len({tuple(item.latent.shape) for item in given}) > 1:
-            raise ValueError(f"{name}.latent: expected one shape, got {[tuple(i.latent.shape) for i in given]}")
-        masked = len({item.mask is None for item in given}) > 1
-        if masked:
-            raise ValueError(f"{name}.mask: expected in every branch or in none")
-        if len({item.levels for item in given}) > 1:
-            raise ValueError(f"{name}.levels: expected the same in every branch, got {[i.levels for i in given]}")
-        stacked.append(stack([device_tensors(item, scale) for item in given]) if given else None)
+    columns = [column(name, items) for name, items in zip(MODALITIES, zip(*pairs, strict=True), strict=False)]
+    most = most or max(1, len(branches))
+    chunks = [slice(start, start + most) for start in range(0, len(branches), most)]
     run: Any = transformer if sequence is None else functools.partial(sequence.run, transformer)
-    outputs = run(*stacked, tuple(perturbations))
-    chunks = [[None] * len(branches) if out is None else out.chunk(len(branches)) for out in outputs]
+    scale = transformer.config.timestep_scale_multiplier
+    if len(branches) > 1 and all(shares_all_but_text(items) for items in columns if items):
+        numbers, tensors = shared_tensors(columns, scale)
+        batches = tuple(Batch(tuple(perturbations[chunk]), numbers[chunk]) for chunk in chunks)
+        return _split(run(*tensors, batches), len(branches))
+    outputs = []
+    for chunk in chunks:
+        tensors = [
+            stack([device_tensors(item, scale) for item in items[chunk]]) if items else None for items in columns
+        ]
+        batch = Batch(tuple(perturbations[chunk]))
+        outputs += _split(run(*tensors, (batch,)), len(batch.perturbations))
+    return outputs
+
+
+def _split(outputs: Sequence[Tensor | None], count: int) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Outputs of so many branches, one pair each."""
+    chunks = [[None] * count if out is None else out.chunk(count) for out in outputs]
     return list(zip(*chunks, strict=True))
 
 
@@ -284,11 +347,16 @@ def predict_velocity(
 
 @torch.no_grad()
 def predict_x0_batched(
-    transformer: LTX2Transformer, branches: Sequence[Mapping[str, Any]], sequence: SequenceParallel | None = None
+    transformer: LTX2Transformer,
+    branches: Sequence[Mapping[str, Any]],
+    sequence: SequenceParallel | None = None,
+    most: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """Denoised predictions of several branches from one forward; arguments as `predict_velocity_batched`."""
     results = []
-    for branch, velocities in zip(branches, predict_velocity_batched(transformer, branches, sequence), strict=True):
+    for branch, velocities in zip(
+        branches, predict_velocity_batched(transformer, branches, sequence, most), strict=True
+    ):
         items = {"video": (branch.get("video"), velocities[0]), "audio": (branch.get("audio"), velocities[1])}
         results.append(
             {name: _to_x0(item, v) for name, (item, v) in items.items() if item is not None and v is not None}
@@ -297,7 +365,10 @@ def predict_x0_batched(
 
 
 def _to_x0(item: ModalityInput, velocity: Tensor) -> Tensor:
-    return to_denoised(item.latent, velocity, timesteps(item, item.mask))
+    steps = timesteps(item, item.mask).float()
+    if velocity.dtype != item.latent.dtype or velocity.dtype not in ACTIVATION_DTYPES:
+        return to_denoised(item.latent, velocity, steps)
+    return gated_residual(item.latent, velocity, -steps)  # its bits, in one pass
 
 
 def predict_x0(

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from ltxkern.whole_files import beside, replacing
+
 OutputKind = Literal["mp4", "latents", "frames"]
 
 AUDIO_FILE = "audio.wav"
 _PROBE_BYTES = 4096
-_TEMPORARY = ".ltxkern-"  # not from the result's name, which may be as long as a name can be
 _OWN_FILE = re.compile(r"frame_\d{5,}\.png|" + re.escape(AUDIO_FILE))
 _LEGAL = "name a .mp4 file, a .safetensors file (latents), or a folder (PNG frames and wav)"
 _FULL = {
@@ -119,32 +120,23 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
 
 @contextlib.contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Hand out a temporary path beside `output_target`; rename it on success, remove it on any exception or Ctrl-C.
+    """`whole_files.replacing` for what `path` leads to.
 
     Raises:
         OSError: one sentence that names `path` where the disk is full.
     """
     target = output_target(path)
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        temporary.chmod(0o666 & ~_umask())
-        with _full_disk_in_words(path):
-            yield temporary
-            _sync(temporary)
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _full_disk_in_words(path), replacing(target) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
     target = output_target(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent))
+    temporary = beside(target)
+    temporary.mkdir()
     try:
-        temporary.chmod(0o777 & ~_umask())
         with _full_disk_in_words(path):
             yield temporary
         if target.is_dir():
@@ -166,15 +158,3 @@ def _full_disk_in_words(path: str | Path) -> Iterator[None]:
             raise
         reason = _FULL[error.errno]
         raise OSError(error.errno, f"writing {str(path)!r} failed: {reason}; nothing was written there") from error
-
-
-def _sync(file: Path) -> None:
-    """Some file systems report a full disk only here."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -9,6 +9,7 @@ import os
 import re
 import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -77,6 +78,18 @@ def rgb_to_yuv420(chunk: Tensor) -> Tensor:
     return torch.cat((luma.flatten(1), chroma.flatten(1)), dim=1).view(frames, height * 3 // 2, width)
 
 
+def to_planes(chunk: Tensor) -> Tensor:
+    """What `write_mp4` encodes of a chunk, on the host: `rgb_to_yuv420` of a few frames at a time; of planes, themselves."""
+    if chunk.dtype == torch.uint8:
+        return chunk
+    return torch.cat([rgb_to_yuv420(part).cpu() for part in chunk.split(_CONVERTED_AT_ONCE)])
+
+
+def to_pictures(chunk: Tensor) -> Tensor:
+    """What `write_frames` writes of a chunk, on the host: 8-bit sRGB, rounded; of 8-bit pictures, themselves."""
+    return (chunk if chunk.dtype == torch.uint8 else (chunk.float() * 255).round().to(torch.uint8)).cpu()
+
+
 def frame_rate(value: str | float | Fraction) -> Fraction:
     """Frames per second as a fraction: "24000/1001", 29.97 and 23.98 are the broadcast rates that people write like this.
 
@@ -114,9 +127,12 @@ def write_mp4(
 ) -> None:
     """Encode frames as they arrive to an mp4: H.264 (crf 19, veryfast, yuv420p, BT.709 limited) and stereo AAC.
 
+    While the next chunk is made, a thread encodes the one before. Frames become YUV where they lie: of a chunk on a GPU the host
+    gets, and keeps until it is encoded, 1.5 bytes a pixel.
+
     Args:
         path: written beside itself first and renamed when complete, so no half file ever bears this name.
-        chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size.
+        chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size; or what `to_planes` makes of them.
         audio: (2, N) samples in [-1, 1], or None for no sound.
         fps: frames per second, as `frame_rate` takes them.
         sample_rate: of `audio`, in Hz.
@@ -131,20 +147,42 @@ def write_mp4(
     """
     _require_stereo(audio)
     rate = frame_rate(fps)
-    with replacing_file(path) as temporary, _open_mp4(temporary) as container:
+    with replacing_file(path) as temporary, _open_mp4(temporary) as container, ThreadPoolExecutor(1) as encoder:
         writer: _Mp4Writer | None = None
-        for chunk in chunks:
+        pending: list[Future[range]] = []
+
+        def finish() -> None:
+            while pending:
+                for count in pending.pop(0).result():
+                    if progress is not None:
+                        progress(count)
+
+        try:
+            for chunk in chunks:
+                if writer is None:
+                    writer = _Mp4Writer.open(container, chunk, audio, rate, sample_rate, crf)
+                finish()
+                pending += [encoder.submit(writer.write, planes) for planes in writer.planes_of(chunk)]
+                # Its memory is free for the next one.
+                del chunk
             if writer is None:
-                writer = _Mp4Writer.open(container, chunk, audio, rate, sample_rate, crf)
-            writer.write(chunk, progress)
-        if writer is None:
-            raise ValueError("chunks must hold at least one frame, got none")
-        writer.finish()
+                raise ValueError("chunks must hold at least one frame, got none")
+            finish()
+            writer.finish()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _require_stereo(audio: Tensor | None) -> None:
     if audio is not None and (audio.ndim != 2 or audio.shape[0] != 2):
         raise ValueError(f"audio must be (2, samples), got {tuple(audio.shape)}")
+
+
+def _size(chunk: Tensor) -> tuple[int, int]:
+    """Height and width of a chunk's frames."""
+    rows, width = chunk.shape[1:3]
+    return (rows * 2 // 3 if chunk.dtype == torch.uint8 else rows), width
 
 
 class _Sink:
@@ -211,7 +249,7 @@ class _Mp4Writer:
     def open(
         cls, container: OutputContainer, chunk: Tensor, audio: Tensor | None, rate: Fraction, sample_rate: int, crf: int
     ) -> _Mp4Writer:
-        height, width = chunk.shape[1:3]
+        height, width = _size(chunk)
         video = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         context = video.codec_context
@@ -225,20 +263,25 @@ class _Mp4Writer:
             samples = to_int16(audio)
         return cls(container, video, sound, samples, rate, (height, width))
 
-    def write(self, chunk: Tensor, progress: Progress | None) -> None:
+    def planes_of(self, chunk: Tensor) -> Iterator[np.ndarray]:
+        """A chunk's frames as packed YUV on the host, some at a time."""
+        if _size(chunk) != self.size:
+            raise ValueError(f"chunks must all be {self.size} (height, width), got {_size(chunk)}")
+        for part in chunk.split(_CONVERTED_AT_ONCE):
+            yield to_planes(part).numpy()
+
+    def write(self, frames: np.ndarray) -> range:
+        """Encodes packed YUV frames and the audio that goes with them; returns the numbers of frames there are after each."""
         import av
 
-        if tuple(chunk.shape[1:3]) != self.size:
-            raise ValueError(f"chunks must all be {self.size} (height, width), got {tuple(chunk.shape[1:3])}")
-        for part in chunk.split(_CONVERTED_AT_ONCE):
-            for planes in rgb_to_yuv420(part).cpu().numpy():
-                frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-                frame.pts, frame.time_base = self.frames, 1 / self.rate
-                self.container.mux(self.video.encode(frame))
-                self.frames += 1
-                self._write_audio(until=math.ceil(self.frames / self.rate * (self.sound.rate if self.sound else 0)))
-                if progress is not None:
-                    progress(self.frames)
+        first = self.frames
+        for planes in frames:
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts, frame.time_base = self.frames, 1 / self.rate
+            self.container.mux(self.video.encode(frame))
+            self.frames += 1
+            self._write_audio(until=math.ceil(self.frames / self.rate * (self.sound.rate if self.sound else 0)))
+        return range(first + 1, self.frames + 1)
 
     def _write_audio(self, until: int) -> None:
         import av
@@ -275,7 +318,7 @@ def write_frames(
     with replacing_folder(folder) as temporary:
         count = 0
         for chunk in chunks:
-            for picture in (chunk.float() * 255).round().to(torch.uint8).cpu().numpy():
+            for picture in to_pictures(chunk).numpy():
                 Image.fromarray(picture).save(temporary / f"frame_{count:05d}.png")
                 count += 1
                 if progress is not None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAPhase, lora_phases
-from ltxkern.pipeline.memory import stores
+from ltxkern.pipeline.memory import inplace, stores
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError
@@ -46,10 +46,10 @@ def fail_at(monkeypatch):
 
     real_pair = stores.merge_phase_pair
 
-    def merge_pair(weight, other, module, phases, **kwargs):
+    def merge_pair(weight, other, module, phases, *, ratio, **kwargs):
         merge(other.copy_(weight), module, phases[1], **kwargs)
         merge(weight.clone(), module, phases[0], **kwargs)
-        real_pair(weight, other, module, phases, **kwargs)
+        real_pair(weight, other, module, phases, ratio=ratio, **kwargs)
 
     real_beside = stores.merge_phase_beside
 
@@ -57,7 +57,7 @@ def fail_at(monkeypatch):
         merge(other.copy_(weight), module, phase, **kwargs)
         real_beside(weight, other, module, phase, **kwargs)
 
-    real_deltas = stores.phase_deltas
+    real_deltas = inplace.phase_deltas
 
     def deltas(weight, module, phase, cache):
         merge(torch.empty_like(weight), module, phase)
@@ -66,7 +66,7 @@ def fail_at(monkeypatch):
     monkeypatch.setattr(stores, "merge_phase", merge)
     monkeypatch.setattr(stores, "merge_phase_pair", merge_pair)
     monkeypatch.setattr(stores, "merge_phase_beside", merge_beside)
-    monkeypatch.setattr(stores, "phase_deltas", deltas)
+    monkeypatch.setattr(inplace, "phase_deltas", deltas)
 
     def arm(count, error=MidwayError):
         state["left"], state["error"] = count, error
@@ -134,7 +134,7 @@ def test_an_exception_anywhere_in_prepare(mode, fail_at):
 
 def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkeypatch):
     """After a failure in `prepare` there may be a correction and no checksum yet: a wrong ratio would go unnoticed."""
-    monkeypatch.setattr(stores, "binary_ratio", lambda *_: 1.0)
+    monkeypatch.setattr(inplace, "binary_ratio", lambda *_: 1.0)
     for count in range(30):
         model, _, phases, expected = fresh(blocks=1)
         with TwoStageDeviceManager("inplace") as manager:
@@ -150,7 +150,7 @@ def test_one_product_is_taken_only_where_a_checksum_can_prove_it(fail_at, monkey
 class InterruptAtLine:
     """Raises KeyboardInterrupt before the n-th line that runs in the manager's own files."""
 
-    STEMS = ("stores", "merge", "snapshot", "offload", "table", "exact_subtraction", "factors", "manager", "origin")
+    STEMS = ("stores", "merge", "snapshot", "offload", "table", "inplace", "factors", "manager", "origin")
     FILES = (*(f"memory/{stem}.py" for stem in STEMS), "files/lora.py")
 
     def __init__(self, line):

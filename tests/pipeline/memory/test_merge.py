@@ -6,7 +6,9 @@ import torch
 import ltxkern
 from ltxkern.compiled import merge_lora as launch
 from ltxkern.pipeline.files.lora import NO_LORA, LoRA, LoRAFactors, LoRAPhase
-from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair
+from ltxkern.pipeline.memory import merge as merging
+from ltxkern.pipeline.memory.factors import FactorCache
+from ltxkern.pipeline.memory.merge import binary_ratio, merge_phase, merge_phase_pair, proven_ratios
 from tests.ops.contract import noise
 from tests.pipeline.memory.lora_models import Touched, linear_weights, one_lora, random_lora
 from tests.serving import serving
@@ -91,6 +93,66 @@ def test_a_pair_reads_the_weight_once(monkeypatch):
 def test_deltas_are_multiples_where_the_scales_are(model, first, second, ratio):
     lora = random_lora("distilled", model, seed=1)
     assert binary_ratio("proj_in", LoRAPhase(((lora, first),)), LoRAPhase(((lora, second),))) == ratio
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("strengths", [(0.25, 0.5), (0.5, 0.25), (0.3, -0.15), (0.7, 22.4)])
+def test_one_product_gives_the_bits_of_both_phases(dtype, strengths, monkeypatch):
+    weight, phases = stacked((64, 48), dtype, (16,), [(one,) for one in strengths])
+    (ratio,) = proven_ratios({"m": weight}, phases, FactorCache()).values()
+    assert ratio == strengths[1] / strengths[0]
+    expected = [merge_phase(weight.clone(), "m", phase) for phase in phases]
+    products, real = [], merging.phase_deltas
+    monkeypatch.setattr(merging, "phase_deltas", lambda *args: (products.append(1), real(*args))[1])
+    other = torch.full_like(weight, torch.nan)
+    merge_phase_pair(weight, other, "m", phases, ratio=ratio)
+    assert products == [1]
+    assert torch.equal(weight, expected[0])
+    assert torch.equal(other, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spoil"),
+    [
+        # A product of fp16 factors has bits below the normal numbers, whatever the factors.
+        (torch.float16, lambda a, b: None),
+        (torch.bfloat16, lambda a, b: a.view(-1)[:1].fill_(1e-38)),
+        (torch.bfloat16, lambda a, b: b.view(-1)[:1].fill_(1e-37)),
+        (torch.bfloat16, lambda a, b: b.view(-1)[:1].fill_(0.0)),
+        (torch.bfloat16, lambda a, b: a.view(-1)[:1].fill_(3e38)),
+        (torch.float32, lambda a, b: b.view(-1)[:1].fill_(torch.nan)),
+        (torch.float32, lambda a, b: a.mul_(1e-20) if b.mul_(1e-12) is b else None),
+    ],
+)
+def test_what_could_underflow_or_overflow_takes_two_products(dtype, spoil):
+    weight, phases = stacked((64, 48), dtype, (16,), ((0.25,), (0.5,)))
+    factors = phases[0].entries[0][0].factors["m"]
+    spoil(factors.a, factors.b)
+    assert proven_ratios({"m": weight}, phases, FactorCache()) == {}
+
+
+@pytest.mark.parametrize("wrong", [(), (4096,), (4096, 32 << 20)], ids=["near", "own chunk", "whole"])
+def test_a_chunk_that_changes_the_bits_is_not_taken(wrong, monkeypatch):
+    """Asked once of each shape; what has the bits of the whole product and lies nearest is taken."""
+    monkeypatch.setattr(merging, "near_bytes", lambda device: 4096)
+    monkeypatch.setattr(merging, "_chunks", {})
+    monkeypatch.setattr(merging, "CHUNK_BYTES", 5000)
+    wrong = [5000 if size == 32 << 20 else size for size in wrong]
+    weight, phases = stacked((200, 24), torch.bfloat16, (4,), ((0.25,), (0.5,)))
+    expected, calls, real = merge_phase(weight.clone(), "m", phases[0]), [], merging.reference_deltas
+    monkeypatch.setattr(merging, "_chunks", {})
+
+    def deltas(weight, a, b, scales, size):
+        calls.append(size)
+        for delta, rows in real(weight, a, b, scales, size):
+            yield (delta + 1 if size in wrong and rows.start else delta), rows
+
+    monkeypatch.setattr(merging, "reference_deltas", deltas)
+    for _ in range(2):
+        assert torch.equal(merge_phase(weight.clone(), "m", phases[0]), expected)
+    taken = next(size for size in (4096, 5000, weight.nbytes) if size not in wrong)
+    assert list(merging._chunks.values()) == [taken]
+    assert calls == [weight.nbytes, *dict.fromkeys((*wrong, *([taken] if taken < weight.nbytes else [])))]
 
 
 def test_two_loras_or_another_one_have_no_ratio(model):

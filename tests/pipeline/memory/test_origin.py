@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ltxkern.pipeline.files.lora import lora_phases
-from ltxkern.pipeline.memory import origin, stores
+from ltxkern.pipeline.memory import inplace, origin, stores
 from ltxkern.pipeline.memory.host_copy import module_tensors, storages
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
@@ -80,8 +80,11 @@ def test_a_transformer_that_is_discarded_is_freed_and_nothing_is_merged_for_it(m
     manager.attach(model)
     manager.prepare(*lora_phases([], random_lora("distilled", model, seed=1)))
     model(torch.randn(1, 48).bfloat16())
-    for name in ("merge_phase", "merge_phase_beside", "merge_phase_pair", "phase_deltas"):
-        monkeypatch.setattr(stores, name, lambda *_, **__: pytest.fail("merged"))
+    for place, name in (
+        *((stores, f"merge_phase{end}") for end in ("", "_beside", "_pair")),
+        (inplace, "phase_deltas"),
+    ):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("merged"))
     manager.close(discard=True)
     assert storages(model) == {}
     assert not model._forward_pre_hooks

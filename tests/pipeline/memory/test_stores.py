@@ -6,10 +6,13 @@ import pytest
 from safetensors.torch import save_file
 
 from ltxkern.pipeline.files.lora import NO_LORA, TWO_STAGE_STRENGTHS, LoRAPhase, lora_phases
-from ltxkern.pipeline.memory import stores
-from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
+from ltxkern.pipeline.memory import inplace, stores
+from ltxkern.pipeline.memory import manager as manager_module
+from ltxkern.pipeline.memory.host_memory import HostBudget
+from ltxkern.pipeline.memory.inplace import bit_pattern
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
+from ltxkern.pipeline.memory.stores import OriginalStore
 from ltxkern.pipeline.memory.table import CheckpointPristine, LoRAPhaseError
 from ltxkern.pipeline.planning.meta_trace import AllocationTrace
 from tests.pipeline.memory.lora_models import (
@@ -67,8 +70,8 @@ def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(
     def counted(real):
         return lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
 
-    for name in ("merge_phase", "phase_deltas"):
-        monkeypatch.setattr(stores, name, counted(getattr(stores, name)))
+    for place, name in ((stores, "merge_phase"), (inplace, "phase_deltas")):
+        monkeypatch.setattr(place, name, counted(getattr(place, name)))
     for strengths, products in (((0.25, 0.5), 1), ((0.3, 0.7), 2), ((0.5, -0.125), 1)):
         phases = lora_phases([], lora, strengths)
         expected = fresh_merges(linear_weights(model), phases)
@@ -81,7 +84,7 @@ def test_inplace_takes_one_product_where_the_strengths_differ_by_a_power_of_two(
 
 def test_inplace_takes_two_products_where_one_does_not_give_the_bits(model, phases, expected, monkeypatch):
     with prepared(model, phases, "inplace") as manager:
-        monkeypatch.setattr(stores, "binary_ratio", lambda *_: 1.0)
+        monkeypatch.setattr(inplace, "binary_ratio", lambda *_: 1.0)
         assert_switches(manager, model, expected, phases[1], phases[0])
 
 
@@ -93,8 +96,9 @@ def test_preparing_the_same_phases_again_merges_nothing(model, phases, mode, mon
             raise AssertionError("merged again")
 
         with monkeypatch.context() as patch:
-            for name in ("merge_phase", "merge_phase_beside", "merge_phase_pair", "phase_deltas"):
+            for name in ("merge_phase", "merge_phase_beside", "merge_phase_pair"):
                 patch.setattr(stores, name, refuse)
+            patch.setattr(inplace, "phase_deltas", refuse)
             manager.prepare(*phases)
             if mode in ("resident", "snapshot"):
                 manager.switch_lora_phase(phases[1])
@@ -151,3 +155,36 @@ def test_resident_makes_the_other_phase_from_the_pristine_weights_at_hand(
         model.proj_in.weight[3, 4] += 1
         with pytest.raises(LoRAPhaseError, match=r"proj_in\.weight does not have the bits"):
             manager.switch_lora_phase(phases[1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_original_brings_pristine_weights_from_page_locked_memory_within_the_budget(
+    model, pristine, phases, expected, share, tmp_path, monkeypatch
+):
+    """What has no room is read again from the files; a first merge reads nothing, for the weights are pristine."""
+    save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
+    budget = HostBudget(int(share * sum(weight.nbytes for weight in pristine.values())))
+    monkeypatch.setattr(manager_module, "build_store", lambda mode, context, *_, **__: OriginalStore(context, budget))
+    fetched, real = [], CheckpointPristine.fetch
+    monkeypatch.setattr(CheckpointPristine, "fetch", lambda self, name: (fetched.append(name), real(self, name))[1])
+    with TwoStageDeviceManager("original") as manager:
+        manager.attach(model, pristine=tmp_path)
+        manager.prepare(*phases)
+        assert not fetched
+        assert_weights(model, expected[phases[0]])
+        kept = budget.used
+        assert_switches(manager, model, expected, phases[1], phases[0])
+        assert len(set(fetched)) == {0.0: len(pristine), 1.0: 0}.get(share, len(set(fetched)))
+        assert (0 < len(set(fetched)) < len(pristine)) == (share == 0.5)
+        assert kept == manager.store.host_bytes == budget.used
+        manager.prepare(*phases)
+        assert budget.used == kept
+    assert budget.used == 0
+    assert_weights(model, pristine)
+
+
+def test_one_phase_page_locks_nothing(model, phases, monkeypatch):
+    budget = HostBudget(1 << 30)
+    monkeypatch.setattr(manager_module, "build_store", lambda mode, context, *_, **__: OriginalStore(context, budget))
+    with prepared(model, phases[:1], "original"):
+        assert budget.used == 0

@@ -1,5 +1,8 @@
 """No mode of the device manager reads or frees anything that another stream may still be writing or reading."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from ltxkern.pipeline.files.lora import NO_LORA, lora_phases
 from ltxkern.pipeline.memory import host_memory
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
-from ltxkern.pipeline.memory.streams import side_by_side
+from ltxkern.pipeline.memory.streams import in_turn, side_by_side
 from tests.pipeline.memory.lora_models import random_lora, small_model
+from tests.pipeline.memory.simulated_clock import SimulatedClock
 from tests.pipeline.memory.stream_races import RaceClock
 
 
@@ -140,3 +144,34 @@ def test_what_the_side_stream_made_is_handed_over():
         made["audio"] * 2
         del made
     assert clock.races == []
+
+
+@pytest.mark.parametrize("fails", [None, 0, 3])
+def test_jobs_in_turn_race_with_nothing_before_or_after_them(fails):
+    clock = RaceClock()
+    given = [torch.zeros(3) for _ in range(5)]
+
+    def job(index):
+        if index == fails:
+            raise MemoryError
+        return given[index].add_(1) * 2
+
+    with clock:
+        for x in given:
+            x.add_(1)
+        with pytest.raises(MemoryError) if fails is not None else contextlib.nullcontext():
+            made = in_turn(clock, [functools.partial(job, index) for index in range(5)])
+            assert [x.tolist() for x in made] == [[4.0] * 3] * 5
+            del made
+        for x in given:
+            x.add_(1)
+    assert clock.races == []
+
+
+def test_jobs_in_turn_take_half_the_time_on_two_streams():
+    clock = SimulatedClock()
+    clock.run("before", 3.0)
+    in_turn(clock, [functools.partial(clock.run, f"job {i}", 2.0) for i in range(5)])
+    assert [clock.first(f"job {i}").stream for i in range(5)] == ["compute", "side"] * 2 + ["compute"]
+    assert clock.first("job 1").start == clock.first("job 0").start == 3.0
+    assert clock.busy_until["compute"] == 9.0

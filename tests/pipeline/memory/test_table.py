@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from ltxkern.pipeline.files.lora import NO_LORA, lora_phases
-from ltxkern.pipeline.memory.exact_subtraction import bit_pattern
+from ltxkern.pipeline.memory.inplace import bit_pattern
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.memory.table import LoRAPhaseError, block_of, blocks_of, checksum

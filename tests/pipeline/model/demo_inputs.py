@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ltxkern.pipeline.model.inputs import ModalityInput
+from ltxkern.pipeline.model.inputs import ModalityInput, device_tensors
 
 ISOLATED = {"disable_a2v_cross_attn": True, "disable_v2a_cross_attn": True}
 
@@ -32,6 +32,29 @@ def with_mask(item: ModalityInput, kept: int = 2) -> ModalityInput:
     mask[:, :kept] = 0
     mask[:, kept] = 0.25
     return dataclasses.replace(item, mask=mask)
+
+
+@torch.no_grad()
+def of_diffusers(stock: Any, pair: dict[str, ModalityInput], **options: Any) -> tuple[torch.Tensor, ...]:
+    """The velocities of diffusers' own model."""
+    video, audio = (device_tensors(item, 1000.0) for item in pair.values())
+    velocities: tuple[torch.Tensor, ...] = stock(
+        video.tokens,
+        audio.tokens,
+        video.contexts[0],
+        audio.contexts[0],
+        timestep=video.timestep.expand(video.tokens.shape[:2]),
+        audio_timestep=audio.timestep.expand(audio.tokens.shape[:2]),
+        sigma=video.sigma,
+        audio_sigma=audio.sigma,
+        encoder_attention_mask=torch.ones(video.contexts[0].shape[:2]),
+        audio_encoder_attention_mask=torch.ones(audio.contexts[0].shape[:2]),
+        video_coords=video.positions,
+        audio_coords=audio.positions,
+        return_dict=False,
+        **options,
+    )
+    return velocities
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:

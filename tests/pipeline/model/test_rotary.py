@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoRotaryPosEmbed
 
-from ltxkern.pipeline.model.inputs import ModalityInput
-from ltxkern.pipeline.model.rotary import rotary_tables
+from ltxkern.pipeline.model.inputs import KeptTables, ModalityInput, rotary_tables
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity_batched
 from ltxkern.pipeline.sampling.coordinates import Coordinates
 from ltxkern.pipeline.sampling.latents import (
@@ -105,3 +104,23 @@ def test_the_velocity_is_that_of_tables_by_token(model: LTX2Transformer, known: 
         for velocity, expected in zip(one, other, strict=True):
             assert velocity is not None
             assert torch.equal(velocity, expected)
+
+
+def test_tables_are_kept_while_the_coordinates_stay() -> None:
+    made: list[int] = []
+
+    def counted(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(positions.shape[2])
+        return torch.ones(1, 2, positions.shape[2], 4), torch.ones(1, 2, positions.shape[2], 4)
+
+    def of(coordinates: Coordinates | None, *, alone: bool = False, name: str = "rope") -> Any:
+        return kept.of(name, counted, torch.zeros(1, 2, 6, 2), coordinates, alone=alone)
+
+    kept, bounds = KeptTables(), (torch.zeros(2, 2), torch.zeros(3, 2))
+    first, second = Coordinates.on_grid(*bounds), Coordinates.on_grid(*bounds)
+    assert of(first) is of(first)
+    assert of(first, alone=True, name="cross").cos.shape[0] == 2
+    assert made == [5, 2]
+    assert of(second) is of(second) is not None
+    assert of(first) is not of(None)  # tables by token are large, and are not kept
+    assert made == [5, 2, 5, 5, 6]

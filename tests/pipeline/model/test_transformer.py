@@ -27,33 +27,16 @@ from tests.pipeline.model.demo_inputs import (
     close,
     differ,
     inputs,
+    of_diffusers,
     with_mask,
 )
 
 
-@torch.no_grad()
-def of_diffusers(model: LTX2Transformer, pair: dict[str, ModalityInput], **options: Any) -> tuple[torch.Tensor, ...]:
-    """The velocities of diffusers' own forward with the same weights."""
-    stock = LTX2VideoTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
-    stock.load_state_dict(model.state_dict())
-    video, audio = (device_tensors(item, 1000.0) for item in pair.values())
-    velocities: tuple[torch.Tensor, ...] = stock(
-        video.tokens,
-        audio.tokens,
-        video.context,
-        audio.context,
-        timestep=video.timestep.expand(video.tokens.shape[:2]),
-        audio_timestep=audio.timestep.expand(audio.tokens.shape[:2]),
-        sigma=video.sigma,
-        audio_sigma=audio.sigma,
-        encoder_attention_mask=torch.ones(video.context.shape[:2]),
-        audio_encoder_attention_mask=torch.ones(audio.context.shape[:2]),
-        video_coords=video.positions,
-        audio_coords=audio.positions,
-        return_dict=False,
-        **options,
-    )
-    return velocities
+def stock(model: LTX2Transformer) -> LTX2VideoTransformer3DModel:
+    """diffusers' model with the same weights."""
+    made = LTX2VideoTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    made.load_state_dict(model.state_dict())
+    return made
 
 
 @pytest.mark.parametrize("use_cross_timestep", [True, False])
@@ -61,7 +44,7 @@ def test_the_fix_is_still_needed(model: LTX2Transformer, use_cross_timestep: boo
     """If this fails, diffusers follows the official timesteps of a partly masked video: the override may go."""
     pair = inputs()
     pair["video"] = with_mask(pair["video"])
-    theirs = of_diffusers(model, pair, use_cross_timestep=use_cross_timestep)
+    theirs = of_diffusers(stock(model), pair, use_cross_timestep=use_cross_timestep)
     assert any(differ(*both) for both in zip(predict_velocity(model, **pair), theirs, strict=True))
 
 
@@ -69,7 +52,7 @@ def test_equals_diffusers_where_they_agree(model: LTX2Transformer) -> None:
     """With one sigma and no mask both conditionings of diffusers are the official one."""
     pair = inputs(batch=2, sigma=0.25)
     assert all((device_tensors(item, 1000.0).sigma == 250).all() for item in pair.values())
-    close(predict_velocity(model, **pair), of_diffusers(model, pair), 2e-5)
+    close(predict_velocity(model, **pair), of_diffusers(stock(model), pair), 2e-5)
 
 
 def test_gate_follows_the_other_sigma_and_scale_the_own_tokens(model: LTX2Transformer, monkeypatch: Any) -> None:
@@ -155,6 +138,18 @@ def test_one_modality_equals_isolation(model: LTX2Transformer) -> None:
     assert nothing is None
     close([audio], both[1:], 0)
     assert set(predict_x0(model, None, pair["audio"])) == {"audio"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sigma", [0.5, 0.9093749523162842, (0.99 * 0.73) ** 0.5])
+def test_x0_has_the_bits_of_the_composition(dtype: torch.dtype, sigma: float) -> None:
+    pair = inputs(batch=2, sigma=sigma, dtype=dtype)
+    items = [pair["audio"], with_mask(pair["video"])]
+    for item in items:
+        velocity = torch.randn(item.latent.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        steps = torch.tensor(sigma).expand(2, 1, 1) if item.mask is None else (item.mask.double() * sigma).float()
+        expected = (item.latent.float() - velocity.float() * steps).to(dtype)
+        assert torch.equal(module._to_x0(item, velocity), expected)
 
 
 def test_x0(model: LTX2Transformer) -> None:

@@ -28,8 +28,10 @@ def test_latents_and_contexts_are_counted_to_the_byte(sizes: ModelSizes) -> None
 
 def test_branches_in_one_forward_take_more(sizes: ModelSizes) -> None:
     stage = SMALL.stages(sizes.geometry)[0]
-    alone = stage_activations(sizes, SMALL, stage, True).device
-    assert stage_activations(sizes, replace(SMALL, max_batch_size=3), stage, True).device > 2 * alone
+    alone = stage_activations(
+        sizes, SMALL, stage, True
+    ).device  # what lies between two blocks, of every branch; one within
+    assert stage_activations(sizes, replace(SMALL, max_batch_size=3), stage, True).device > 1.5 * alone
 
 
 def test_encoding_holds_at_least_the_picture(sizes: ModelSizes) -> None:

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import wave
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 
 import av
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from ltxkern.pipeline.results import media
 from ltxkern.pipeline.results.media import (
     frame_rate,
     probe_mp4,
@@ -141,6 +145,37 @@ def test_mp4_colours_and_sound_come_back(tmp_path: Path) -> None:
     with av.open(str(path)) as container:
         heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)[:, :24000]
     assert np.abs(heard - tone(24000).numpy())[:, 2048:-2048].mean() < 0.01
+
+
+def test_a_chunk_is_encoded_while_the_next_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second chunk is not done before the first one's frames are in the file; at most one chunk waits, as bytes."""
+    begun, encoded, waiting = Event(), Event(), []
+    real = media._Mp4Writer.write
+
+    def write(writer: media._Mp4Writer, frames: np.ndarray) -> range:
+        assert begun.wait(60)
+        assert frames.dtype == np.uint8
+        done = real(writer, frames)
+        if writer.frames >= 9:
+            encoded.set()
+        return done
+
+    monkeypatch.setattr(media._Mp4Writer, "write", write)
+
+    def chunks() -> Iterator[Tensor]:
+        first = video(9)
+        waiting.append(weakref.ref(first))
+        yield first
+        del first
+        assert waiting[0]() is None, "the pictures are kept while the next chunk is made"
+        begun.set()
+        assert encoded.wait(60)
+        yield video(4)
+
+    seen: list[int] = []
+    write_mp4(tmp_path / "a.mp4", chunks(), tone(24000), 24.0, progress=seen.append)
+    assert seen == list(range(1, 14))
+    assert probe_mp4(tmp_path / "a.mp4").frames == 13
 
 
 def test_mp4_without_sound(tmp_path: Path) -> None:

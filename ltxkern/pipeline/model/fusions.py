@@ -1,0 +1,397 @@
+"""How the transformer block runs: passes that join several ops, the policy that lets them serve, and sound beside video.
+
+Each is named with the composition that it replaces: the ops of diffusers' block, every one with its own rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from ltxkern.ops.gated_residual import gated_residual as fused_gated_residual
+from ltxkern.ops.gated_residual import head_gate as fused_head_gate
+from ltxkern.ops.qk_norm_rope import RotaryTables, qk_norm_rope
+from ltxkern.ops.rms_norm_modulate import (
+    gated_residual_rms_norm_modulate,
+    gated_residual_rms_norm_modulate_twice,
+    rms_norm_modulate,
+)
+
+POLICIES = ("rounded", "exact")
+ERROR_RATIO = 1.5  # of a fused pass's distance from fp64 to that of the composition
+
+
+class Fusion(NamedTuple):
+    """A pass that joins several ops, and the ops themselves; both take the same arguments."""
+
+    fused: Callable[..., Any]
+    separate: Callable[..., Any]
+
+
+@dataclass
+class FusionPolicy:
+    """Which fused passes serve the transformer.
+
+    "rounded": all of them; each is at least as close to fp64 as what it replaces. "exact": those alone that gave the bits of the
+    separate ops on this device in their first call of a dtype and shape, where both run; the others never again. What
+    torch.compile traces is made of the separate ops then.
+
+    Attributes:
+        name: one of `POLICIES`; None for what the variable LTXKERN_FUSIONS says, else "rounded".
+        verdicts: under "exact", by fused function and layout of its arguments, whether it has the bits.
+    """
+
+    name: str | None = None
+    verdicts: dict[tuple[Any, ...], bool] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        source = "fusions" if self.name is not None else "LTXKERN_FUSIONS"
+        self.name = self.name if self.name is not None else os.environ.get("LTXKERN_FUSIONS") or "rounded"
+        if self.name not in POLICIES:
+            raise ValueError(f"{source} must be one of {', '.join(POLICIES)}, got {self.name!r}")
+
+    @classmethod
+    def of(cls, policy: str | FusionPolicy | None) -> FusionPolicy:
+        """One by a name, or the one that is given."""
+        return policy if isinstance(policy, FusionPolicy) else cls(policy)
+
+    def checked(self, fusion: Fusion, args: tuple[Any, ...]) -> Any:
+        """The result under "exact"."""
+        layout = (fusion.fused, *map(_layout, tree_leaves(args)))
+        known = self.verdicts.get(layout)
+        if known is not None:
+            return (fusion.fused if known else fusion.separate)(*args)
+        expected = fusion.separate(*args)
+        if _traces(args) or _captures(args):
+            return expected
+        found = fusion.fused(*args)
+        same = all(map(_same_bits, tree_leaves(found), tree_leaves(expected)))
+        self.verdicts[layout] = same
+        return expected
+
+
+def _layout(value: Any) -> Any:
+    return (value.device, value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _tensors(args: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def _traces(args: Any) -> bool:
+    """Whether the tensors have shapes and no values."""
+    return any(tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter) for tensor in _tensors(args))
+
+
+def _captures(args: Any) -> bool:
+    return any(tensor.is_cuda for tensor in _tensors(args)) and torch.cuda.is_current_stream_capturing()
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(*(x.contiguous().view(torch.uint8) for x in (one, other)))
+
+
+_current: ContextVar[FusionPolicy | None] = ContextVar("ltxkern_fusions", default=None)
+_default = functools.cache(FusionPolicy)
+
+
+@contextlib.contextmanager
+def use_fusions(policy: FusionPolicy | str) -> Iterator[FusionPolicy]:
+    """Within it the transformer's passes are fused as the policy says.
+
+    Args:
+        policy: one that is kept, or a name.
+    Raises:
+        ValueError: unknown name; with the legal ones.
+    """
+    chosen = FusionPolicy.of(policy)
+    token = _current.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _current.reset(token)
+
+
+# Runs the work of sound and that of video and returns both results; whoever reads these may do so at once.
+SideBySide = Callable[[Callable[[], Any], Callable[[], Any]], Any]
+_beside: ContextVar[SideBySide | None] = ContextVar("ltxkern_sound_beside_video", default=None)
+
+
+@contextlib.contextmanager
+def use_side_by_side(run: SideBySide | None) -> Iterator[None]:
+    """Within it the sound's part of a block runs beside the video's, by `run`; one after the other where it is None."""
+    token = _beside.set(run)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+def sound_beside_video(sound: Callable[[], Any], video: Callable[[], Any]) -> None:
+    """Both, in either order: neither reads what the other writes.
+
+    `sound` returns all tensors that it has made and that stay; memory that it gives away must not be the video's.
+    """
+    run = None if torch.compiler.is_compiling() else _beside.get()
+    if run is None:
+        video()
+        sound()
+    else:
+        run(sound, video)
+
+
+def _name() -> str | None:
+    """What torch.compile fixes in a graph: the policy that is in force while it traces."""
+    return (_current.get() or _default()).name
+
+
+# The mark of `torch.compiler.assume_constant_result`, which would import the whole compiler.
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _serve(fusion: Fusion, *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return (fusion.fused if _name() == "rounded" else fusion.separate)(*args)
+    policy = _current.get() or _default()
+    return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion, args)
+
+
+def _taken(rows: Tensor | None, table: Tensor) -> Tensor:
+    return table if rows is None else table[rows]
+
+
+def _rms(x: Tensor, eps: float) -> Tensor:
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    return (x * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x (1 + scale) + shift`."""
+    return x * (1 + scale) + shift
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+    return rms_norm_modulate(x, scale, shift, eps=eps, rows=rows)
+
+
+def _norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+    return modulate(_rms(x, eps), _taken(rows, scale), _taken(rows, shift))
+
+
+def _residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+    return fused_gated_residual(x, y, gate, rows=rows)
+
+
+def _residual_apart(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+    return x + y * _taken(rows, gate)
+
+
+def _gated_norm(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return gated_residual_rms_norm_modulate(x, y, gate, scale, shift, eps=eps, rows=rows)
+
+
+def _gated_norm_apart(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    summed = _residual_apart(x, y, gate, rows)
+    return summed, _norm_apart(summed, scale, shift, eps, rows)
+
+
+def _gated_norms(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gated_residual_rms_norm_modulate_twice(x, y, gate, *modulation, eps=eps, rows=rows)
+
+
+def _gated_norms_apart(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, shift, scale2, shift2 = modulation
+    summed, normed = _gated_norm_apart(x, y, gate, scale, shift, eps, rows)
+    return summed, normed, _norm_apart(summed, scale2, shift2, eps, rows)
+
+
+def _rotated(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    heads: int,
+    rope: RotaryTables,
+    k_rope: RotaryTables | None,
+) -> tuple[Tensor, Tensor]:
+    k_cos, k_sin, k_rows = k_rope or (None, None, None)
+    cos, sin, rows = rope
+    known = None if rows is None else heads
+    tables = {"rows": rows, "k_cos": k_cos, "k_sin": k_sin, "k_rows": k_rows}
+    return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, heads=known, **tables)  # type: ignore[arg-type]
+
+
+def _rotated_apart(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    heads: int,
+    rope: RotaryTables,
+    k_rope: RotaryTables | None,
+) -> tuple[Tensor, Tensor]:
+    # Not above: a request is refused by its policy's name before diffusers is imported.
+    from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
+
+    def one(x: Tensor, weight: Tensor, tables: RotaryTables) -> Tensor:
+        cos, sin = (
+            table.expand(x.shape[0], -1, -1, -1) for table in tables.by_token(heads, x.shape[-1] // (2 * heads))
+        )
+        return apply_split_rotary_emb(F.rms_norm(x, weight.shape, weight, eps), (cos, sin))
+
+    return one(q, q_weight, rope), one(k, k_weight, k_rope or rope)
+
+
+def _head_gate(x: Tensor, logits: Tensor) -> Tensor:
+    return fused_head_gate(x, logits)
+
+
+def _head_gate_apart(x: Tensor, logits: Tensor) -> Tensor:
+    return x * (2.0 * torch.sigmoid(logits)).unsqueeze(-1)
+
+
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return product.unflatten(0, x.shape[:-1])
+
+
+def _product_gelu_apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    hidden = F.linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(hidden, approximate="tanh")
+    return torch.ops.aten.gelu_(hidden, approximate="tanh")
+
+
+def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps)
+
+
+def _layer_norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift)
+
+
+NORM = Fusion(_norm, _norm_apart)
+RESIDUAL = Fusion(_residual, _residual_apart)
+GATED_NORM = Fusion(_gated_norm, _gated_norm_apart)
+GATED_NORMS = Fusion(_gated_norms, _gated_norms_apart)
+ROTATED = Fusion(_rotated, _rotated_apart)
+HEAD_GATE = Fusion(_head_gate, _head_gate_apart)
+PRODUCT_GELU = Fusion(_product_gelu, _product_gelu_apart)
+LAYER_NORM = Fusion(_layer_norm, _layer_norm_apart)
+
+
+@functools.cache
+def _gelu_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function."""
+    if device.type == "meta":
+        return True
+    generator = torch.Generator().manual_seed(0)
+    with _disable_current_modes(), torch.no_grad():
+        x, weight, bias = (
+            torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, 128), (512, 128), (512,))
+        )
+        weight *= 128**-0.5
+        exact = _product_gelu_apart(x.double(), weight.double(), bias.double())
+
+        def error(result: Tensor) -> float:
+            return float((result.double() - exact).norm())
+
+        try:
+            return error(_product_gelu(x, weight, bias)) <= ERROR_RATIO * error(_product_gelu_apart(x, weight, bias))
+        except RuntimeError:
+            return False
+
+
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+    """RMSNorm, then `(1 + scale)` and `shift`, which are tables where `rows` says which of theirs a token has."""
+    return _serve(NORM, x, scale, shift, eps, rows)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+    """`x + y gate`."""
+    return _serve(RESIDUAL, x, y, gate, rows)
+
+
+def gated_norm(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`x + y gate`, and its modulated norm."""
+    return _serve(GATED_NORM, x, y, gate, scale, shift, eps, rows)
+
+
+def gated_norms(
+    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x + y gate`, and its norm with two modulations: scale, shift, scale, shift."""
+    return _serve(GATED_NORMS, x, y, gate, modulation, eps, rows)
+
+
+def rotated(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    heads: int,
+    rope: RotaryTables,
+    k_rope: RotaryTables | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys normalised over all heads and rotated; `k_rope` None where both have one table."""
+    return _serve(ROTATED, q, k, q_weight, k_weight, eps, heads, rope, k_rope)
+
+
+def head_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """`x 2 sigmoid(logits)` per head of (..., heads, d)."""
+    return _serve(HEAD_GATE, x, logits)
+
+
+def is_plain(network: Any) -> bool:
+    """Whether diffusers' FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
+    first = network.net[0]
+    layer = getattr(first, "proj", None)
+    if type(layer) is not nn.Linear or layer.bias is None or getattr(first, "approximate", None) != "tanh":
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(module, name) for module in (network, first, layer) for name in hooks)
+    return not hooked and not network.training and len(network.net) == 3
+
+
+def feed_forward(network: Any, x: Tensor) -> Tensor:
+    """diffusers' FeedForward with tanh GELU, which goes into the epilogue of the first product where it can."""
+    if not is_plain(network):
+        return network(x)
+    layer, last = network.net[0].proj, network.net[2]
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):
+        hidden = _product_gelu_apart(x, layer.weight, layer.bias)
+    else:
+        hidden = _serve(PRODUCT_GELU, x, layer.weight, layer.bias)
+    del x  # not read while the second product runs
+    return last(hidden)
+
+
+def layer_norm_modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm without weights of (B, T, D), then `(1 + scale)` and `shift`: one pass where they are one row for all tokens."""
+    if scale.numel() == x.shape[-1]:
+        return _serve(LAYER_NORM, x, scale, shift, norm.eps)
+    return modulate(norm(x), scale, shift)

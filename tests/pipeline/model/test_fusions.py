@@ -1,0 +1,187 @@
+"""Fused passes and their policies: close to fp64 as "rounded", the bits of the separate ops as "exact"."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from ltxkern.ops.qk_norm_rope import RotaryTables
+from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.model import fusions
+from ltxkern.pipeline.model.fusions import Fusion, FusionPolicy, use_fusions
+from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity, predict_velocity_batched
+from tests.pipeline.model.demo_inputs import FLAGS, inputs, with_mask
+
+TOKENS, WIDTH, HEADS = 6, 64, 4
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Of a fused pass, with a row of modulation for each token of few."""
+    x, y, one, two, three = (drawn(1, TOKENS, WIDTH, dtype=dtype, seed=seed) for seed in range(5))
+    tables = [drawn(3, WIDTH, dtype=dtype, seed=9 + seed) for seed in range(3)]
+    rows = torch.tensor([[0, 2, 1, 1, 0, 2]])
+    angles = RotaryTables(drawn(1, HEADS, TOKENS, 8), drawn(1, HEADS, TOKENS, 8, seed=1))
+    return {
+        "NORM": (x, one[:, :1], two[:, :1], 1e-6, None),
+        "NORM by rows": (x, *tables[:2], 1e-6, rows),
+        "RESIDUAL": (x, y, one[:, :1], None),
+        "GATED_NORM": (x, y, one[:, :1], two[:, :1], three[:, :1], 1e-6, None),
+        "GATED_NORM by rows": (x, y, *tables, 1e-6, rows),
+        "GATED_NORMS": (x, y, one[:, :1], (two[:, :1], three[:, :1], three[:, 1:2], two[:, 1:2]), 1e-6, None),
+        "ROTATED": (x, y[:, :4], one[0, 0], two[0, 0], 1e-6, HEADS, angles, RotaryTables(*(t[:, :, :4] for t in angles[:2]))),
+        "HEAD_GATE": (x.unflatten(-1, (HEADS, -1)), one[..., :HEADS]),
+        "PRODUCT_GELU": (x, drawn(2 * WIDTH, WIDTH, dtype=dtype, seed=7) / 8, drawn(2 * WIDTH, dtype=dtype)),
+        "LAYER_NORM": (x, one[:, :1], two[:, :1], 1e-6),
+    }[name]  # fmt: skip
+
+
+def in_fp64(args: Any) -> Any:
+    if isinstance(args, Tensor):
+        return args.double() if args.is_floating_point() else args
+    if isinstance(args, RotaryTables):
+        return RotaryTables(*map(in_fp64, args))
+    return tuple(map(in_fp64, args)) if isinstance(args, tuple) else args
+
+
+def results(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    ["NORM", "NORM by rows", "RESIDUAL", "GATED_NORM", "GATED_NORM by rows", "GATED_NORMS", "ROTATED", "HEAD_GATE", "LAYER_NORM"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_fused_pass_is_as_close_to_fp64_as_its_ops(name: str, dtype: torch.dtype) -> None:
+    fusion, args = getattr(fusions, name.split()[0]), arguments(name, dtype)
+    found, apart = results(fusion.fused(*args)), results(fusion.separate(*args))
+    exact = [each.double() for each in results(fusion.separate(*in_fp64(args)))]
+    for one, other, true in zip(found, apart, exact, strict=True):
+        assert one.dtype == other.dtype == dtype
+        least = torch.finfo(torch.float32).eps * float(true.norm())
+        error = float((one.double() - true).norm())
+        assert error <= max(fusions.ERROR_RATIO * float((other.double() - true).norm()), least)
+
+
+def changed(x: Tensor) -> Tensor:
+    return x * 2 + 1e-7
+
+
+@pytest.mark.parametrize(("fused", "serves"), [(lambda x: x + x, True), (changed, False)])
+def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool) -> None:
+    """Both run in the first call of a shape, and from then on one of them alone; another shape is another case."""
+    calls: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def run(x: Tensor) -> Tensor:
+            calls.append(name)
+            return function(x)
+
+        return run
+
+    fusion, policy = Fusion(noted("fused", fused), noted("apart", lambda x: x * 2)), FusionPolicy("exact")
+    x, longer = drawn(5), drawn(7)
+    for tensor in (x, x, longer, x):
+        assert torch.equal(policy.checked(fusion, (tensor,)), tensor * 2)
+    one = "fused" if serves else "apart"
+    assert calls == ["apart", "fused", one, "apart", "fused", one]
+    assert list(policy.verdicts.values()) == [serves, serves]
+    with use_fusions("rounded"):
+        fusions._serve(fusion, x)
+    assert calls[-1] == "fused"
+
+
+def test_exact_judges_no_shapes_without_values() -> None:
+    policy = FusionPolicy("exact")
+    policy.checked(Fusion(lambda x: x + x, lambda x: x * 2), (torch.empty(3, device="meta"),))
+    assert policy.verdicts == {}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_exact_gives_the_bits_of_separate_ops(model: LTX2Transformer, monkeypatch: Any, masked: bool) -> None:
+    """In both of the first calls; every pass of the block is asked."""
+    pair = inputs()
+    if masked:
+        pair["video"] = dataclasses.replace(with_mask(pair["video"]), levels=(1.0, 0.0, 0.25))
+    rounded = predict_velocity(model, **pair)
+    with use_fusions("exact") as policy:
+        found = [predict_velocity(model, **pair) for _ in range(2)]
+    assert {layout[0] for layout in policy.verdicts} >= {
+        getattr(fusions, name).fused
+        for name in ("NORM", "RESIDUAL", "GATED_NORM", "GATED_NORMS", "ROTATED", "HEAD_GATE")
+    }
+    monkeypatch.setattr(fusions, "_serve", lambda fusion, *args: fusion.separate(*args))
+    expected = predict_velocity(model, **pair)
+    for velocities in found:
+        assert all(map(torch.equal, velocities, expected))
+    assert not all(map(torch.equal, rounded, expected))
+
+
+def test_exact_holds_for_branches_side_by_side() -> None:
+    transformer = build_demo(dtype=torch.bfloat16).transformer
+    assert transformer is not None
+    pair = inputs(dtype=torch.bfloat16)
+    branches = [pair | flags for flags in FLAGS]
+    with use_fusions("exact"):
+        together = predict_velocity_batched(transformer, branches, most=1)
+        for outputs, branch in zip(together, branches, strict=True):
+            assert all(map(torch.equal, outputs, predict_velocity(transformer, **branch)))
+
+
+def test_names(monkeypatch: Any) -> None:
+    monkeypatch.setenv("LTXKERN_FUSIONS", "exact")
+    assert FusionPolicy().name == "exact"
+    assert FusionPolicy("rounded").name == "rounded"
+    monkeypatch.setenv("LTXKERN_FUSIONS", "fast")
+    with pytest.raises(ValueError, match="LTXKERN_FUSIONS must be one of rounded, exact, got 'fast'"):
+        FusionPolicy()
+    with pytest.raises(ValueError, match="fusions must be one of rounded, exact, got 'all'"):
+        FusionPolicy("all")
+
+
+def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: Any) -> None:
+    """torch's on a CPU is that of the error function; one that is right serves."""
+    device, args = torch.device("cpu"), arguments("PRODUCT_GELU", torch.float32)
+    right = fusions.PRODUCT_GELU.separate(*args)
+    wrong = fusions.PRODUCT_GELU.fused(*args)
+    assert wrong.shape == right.shape
+    fusions._gelu_serves.cache_clear()
+    assert fusions._gelu_serves(device, torch.float32) == (float((wrong - right).abs().max()) < 1e-5)
+
+    def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
+        assert use_gelu
+        return nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", activation)
+    fusions._gelu_serves.cache_clear()
+    assert fusions._gelu_serves(device, torch.float32)
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *args, **kwargs: torch.zeros(64, 512))
+    fusions._gelu_serves.cache_clear()
+    assert not fusions._gelu_serves(device, torch.float32)
+    fusions._gelu_serves.cache_clear()
+
+
+@torch.no_grad()
+def test_layers_with_something_around_them_are_called(model: LTX2Transformer) -> None:
+    """Hooks of the feed-forward and of its products see their calls, and so do other layers in their place."""
+    network, x = model.transformer_blocks[0].ff, drawn(1, TOKENS, WIDTH)
+    assert fusions.is_plain(network)
+    torch.testing.assert_close(fusions.feed_forward(network, x), network(x), rtol=0, atol=1e-6)
+    for module in (network, network.net[0], network.net[0].proj, network.net[2]):
+        seen: list[int] = []
+        handle = module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        assert torch.equal(fusions.feed_forward(network, x), network(x))
+        handle.remove()
+        assert seen == [1, 1]
+    other = FeedForward(WIDTH, activation_fn="gelu-approximate", bias=False).eval()
+    assert not fusions.is_plain(other)
+    assert torch.equal(fusions.feed_forward(other, x), other(x))
+    assert not fusions.is_plain(FeedForward(WIDTH, activation_fn="gelu").eval())
