@@ -21,7 +21,7 @@ import torch
 from ltxkern import sources
 from ltxkern.compiled import extension
 from ltxkern.trust import machine
-from ltxkern.whole_files import replacing
+from ltxkern.whole_files import cache_folder, replacing
 
 logger = logging.getLogger("ltxkern")
 
@@ -45,7 +45,7 @@ class Origin(NamedTuple):
     def path(self) -> Path:
         """Its file."""
         name = hashlib.sha256("\0".join(self).encode()).hexdigest()[:32]
-        return machine.cache_folder() / "proofs" / f"{name}.json"
+        return cache_folder() / "proofs" / f"{name}.json"
 
 
 @dataclass(frozen=True)
