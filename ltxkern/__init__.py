@@ -20,6 +20,7 @@ from ltxkern.ops.rms_norm_modulate import (
     gated_residual_rms_norm_modulate_twice,
     rms_norm_modulate,
 )
+from ltxkern.patch import patch
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "merge_noise_statistics",
     "noise_statistics",
     "normalize_noise",
+    "patch",
     "pixel_norm_silu",
     "qk_norm_rope",
     "reference",
@@ -60,7 +62,7 @@ __all__ = [
 ]
 
 # What stands on the pipeline's rooms is imported when it is first used.
-_LATER = {"FusedLoRA": "fused_lora", "fuse_lora": "fused_lora"}
+_LATER = {"FusedLoRA": "integrations.fused_lora", "fuse_lora": "integrations.fused_lora"}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,13 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     rescaled = case.rescale != 0.0
     partials = WORKSPACE if rescaled else None
     factors = zip(("cfg_bits", "stg_bits", "modality_bits"), map(float_bits, case.factors), strict=True)
-    parameters = {**_parameters(case), "partials": partials, "chunk": case.chunk, "chunks": case.chunks, **dict(factors)}
+    parameters = {
+        **_parameters(case),
+        "partials": partials,
+        "chunk": case.chunk,
+        "chunks": case.chunks,
+        **dict(factors),
+    }
     kernels = ("guidance_measure", "guidance_apply") if rescaled else ("guidance_apply",)
     return [Launch(f"ltxk::{kernel}{kind}{arguments}", (case.chunks,), threads, parameters) for kernel in kernels]
 

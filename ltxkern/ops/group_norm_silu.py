@@ -1,6 +1,6 @@
 """GroupNorm followed by SiLU, with an optional residual and a folded convolution bias."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_together,
     check_vector,
+    is_plain,
     raise_no_tensor,
 )
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Arguments(NamedTuple):
@@ -152,20 +151,6 @@ def fuses(x: Tensor, norm: nn.GroupNorm) -> bool:
         return False
     weight, bias = norm.weight, norm.bias
     return weight is None or (bias is not None and torch.promote_types(weight.dtype, x.dtype) == weight.dtype)
-
-
-def is_plain(module: Any) -> bool:
-    """Whether a call of the module is its class's forward on weights that are there, and nothing else.
-
-    It is not where hooks stand on it (torch's own, or those of accelerate and diffusers, which take the place of its forward),
-    where it has a forward of its own, or where its weights lie on the meta device, as those of offloaded modules do between calls.
-    """
-    if not isinstance(module, nn.Module):
-        return False
-    held = vars(module)
-    if any(name in held for name in ("forward", "_hf_hook", "_diffusers_hook")) or any(held[name] for name in _HOOKS):
-        return False
-    return not any(parameter is not None and parameter.is_meta for parameter in held["_parameters"].values())
 
 
 def apply_group_norm_silu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ltxkern.dispatch import served
-from ltxkern.patch import Patched, patch
+from ltxkern.patch import patch
+from ltxkern.patching.report import Report
 from ltxkern.pipeline.files.found import FoundModel, geometry_from_configs
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase, lora_phases
@@ -67,7 +68,7 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
-        fusions: str | FusionPolicy | None = None,
+        policy: str | FusionPolicy | None = None,
         audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
@@ -83,7 +84,7 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
-        self.fusions = FusionPolicy.of(fusions)
+        self.policy = FusionPolicy.of(policy)
         # A stream of its own: on that of the manager sound would wait for weights on their way.
         own = audio_stream and self.device.type == "cuda"
         self._beside = partial(side_by_side, clock_for(self.device)) if own else None
@@ -91,7 +92,7 @@ class HQTwoStagePipeline:
         self.prompts = PromptEncoder(components, self.manager, self.device, embedding_cache, keep_text_encoder)
         self.denoiser_factory: Callable[..., Any] | None = None
         self._parallel: CFGParallel | None = None
-        self._patched: list[Patched] = []
+        self._patched: list[Report] = []
         self._pristine = pristine
         self._attached = False
         self.model_facts: dict[str, Any] | None = None
@@ -106,7 +107,7 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
-        fusions: str | None = None,
+        policy: str | None = None,
         audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
@@ -127,7 +128,7 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
-            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            policy: of fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_POLICY.
             audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
@@ -178,7 +179,7 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
-            fusions=fusions,
+            policy=policy,
             audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
@@ -321,7 +322,7 @@ class HQTwoStagePipeline:
                 phases = phases[: self._parallel.stages(policies[: len(stages)])]
             if phases and not run.is_denoised:
                 self._attach(request, phases)
-            with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
+            with use_attention(self.attention), use_fusions(self.policy), use_side_by_side(self._beside):
                 latents = run.latents(policies, phases)
             output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
             if decodes and (self._parallel is None or self._parallel.rank == 0):

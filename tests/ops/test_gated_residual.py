@@ -53,7 +53,10 @@ def test_head_gate_contract(backend: str, dtype: torch.dtype, shape: tuple[int, 
 @pytest.mark.parametrize("width", [5, 128])
 def test_head_gate_at_the_ends(backend: str, dtype: torch.dtype, width: int) -> None:
     """What is left of the factor counts wherever fp32 has it: a large x makes up for it, and an infinite one stays infinite."""
-    x, logits = noise(1, 8, 32, width, dtype=dtype), torch.tensor([-1e4, -88.5, -20, 0, 20, 1e4, -torch.inf, -87]).to(dtype)
+    x, logits = (
+        noise(1, 8, 32, width, dtype=dtype),
+        torch.tensor([-1e4, -88.5, -20, 0, 20, 1e4, -torch.inf, -87]).to(dtype),
+    )
     logits = logits.repeat(4).expand(1, 8, 32)
     faint = ((logits < -80) & (logits > -90))[..., None]
     x *= torch.where(faint, 6e3 if dtype == torch.float16 else 1e36, 1.0)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ltxkern.patch import patch
+from ltxkern.patch import fuse
+from ltxkern.patching.rules import Rules
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
@@ -150,7 +151,8 @@ def build(
             if part not in parts:
                 setattr(module, part, None)
     if component in ("video_vae", "audio_vae", "upsampler"):
-        patch(module)
+        # Weights come later where the device is meta.
+        fuse(module, Rules(meta=True))
     return module.eval().requires_grad_(False)
 
 

@@ -87,7 +87,7 @@ def facts_of(pipeline: Any, request: Any, given: Sequence[Any]) -> dict[str, Any
         pipeline.model_facts = model_facts(pipeline.components, pipeline.loras, pipeline.distilled_lora)
     own = {
         "attention": pipeline.attention.name,
-        "fusions": pipeline.fusions.name,
+        "policy": pipeline.policy.name,
         **dict(zip(GIVEN, given, strict=True)),
     }
     dtype = pipeline.components.dtype("transformer")

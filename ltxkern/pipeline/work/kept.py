@@ -77,7 +77,7 @@ class KeptWork:
         work.done()
 
     def done(self) -> None:
-        """A part of the run is complete: after the last a folder that the run opened is tidied and closed, another is its owner's."""
+        """A part of the run is complete: after the last a folder that the run opened is tidied and closed."""
         self.waiting -= 1
         if self.owns and self.folder is not None and self.waiting == 0:
             self.folder.finish()

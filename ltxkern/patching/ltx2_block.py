@@ -1,0 +1,393 @@
+"""diffusers' LTX-2 attention and transformer block on the row ops, with its arguments, masks and processors as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_ltx2 as stock
+from torch import Tensor
+
+from ltxkern.ops.checks import ACTIVATION_DTYPES
+from ltxkern.ops.gated_residual import gated_residual, head_gate
+from ltxkern.ops.qk_norm_rope import qk_norm_rope
+from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.patching.norms import Fused, stands
+from ltxkern.patching.report import Group, Site
+
+
+class Modulation(NamedTuple):
+    """Modulation parameters: (B, 1 or T, n * D), or with `rows` (B, T) a row (N, n * D) for each distinct timestep."""
+
+    table: Tensor
+    rows: Tensor | None = None
+
+    def by_token(self) -> Tensor:
+        """(B, 1 or T, n * D)."""
+        return self.table if self.rows is None else self.table[self.rows]
+
+
+@dataclass
+class Held:
+    """The sites of an attention or a block, each by the child it stands at and its op."""
+
+    sites: dict[tuple[str, str], Site]
+    group: Group
+
+
+def _rows(rows: Tensor | None, *tables: Tensor) -> tuple[Tensor, ...]:
+    return tables if rows is None else tuple(table[rows] for table in tables)
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, rows: Tensor | None) -> Tensor:
+    scale, shift = _rows(rows, scale, shift)
+    y = (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y * (1 + scale) + shift
+
+
+def _residual(x: Tensor, y: Tensor, gate: Tensor, *, rows: Tensor | None) -> Tensor:
+    return x + y * _rows(rows, gate)[0]
+
+
+def _residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x = _residual(x, y, gate, rows=rows)
+    return x, _norm(x, scale, shift, eps=eps, rows=rows)
+
+
+def _gate(x: Tensor, logits: Tensor) -> Tensor:
+    return x * (2.0 * torch.sigmoid(logits)).unsqueeze(-1)
+
+
+# Each op, and what stands in its place where the patch may not use it.
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "rms_norm_modulate": (rms_norm_modulate, _norm),
+    "gated_residual": (gated_residual, _residual),
+    "gated_residual_rms_norm_modulate": (gated_residual_rms_norm_modulate, _residual_norm),
+    "head_gate": (head_gate, _gate),
+}
+
+
+def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: Any) -> Any:
+    fused, composed = OPS[op]
+    site = held.sites.get((child, op))
+    if site is None or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
+        if site is not None and not torch.compiler.is_compiling():
+            site.composed += 1
+        return composed(x, *args, **keywords)
+    if not torch.compiler.is_compiling():
+        site.count(x, lambda x: fused(x, *args, **keywords))
+    return fused(x, *args, **keywords)
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _composed(held: Held) -> None:
+    if not torch.compiler.is_compiling():
+        for site in held.sites.values():
+            site.composed += 1
+
+
+class FusedAttention(Fused):
+    """LTX2Attention: q and k normalised and rotated in one op, the heads' gate in another."""
+
+    _ltxkern: Held
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        """As the stock one; a processor of somebody else has the call."""
+        given = (hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb)
+        if not stands(self):
+            others |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+            return type(self).forward(self, *given, **{k: v for k, v in others.items() if v is not None})
+        kind = type(self.processor)
+        perturbs = kind is stock.LTX2PerturbedAttnProcessor
+        if not (perturbs or kind is stock.LTX2AudioVideoAttnProcessor) or others or _autocast(hidden_states):
+            _composed(self._ltxkern)
+            if perturbation_mask is not None or all_perturbed is not None:
+                others |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+            return super().forward(*given, **others)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = self.prepare_attention_mask(attention_mask, source.shape[1], source.shape[0])
+            attention_mask = attention_mask.view(source.shape[0], self.heads, -1, attention_mask.shape[-1])
+        logits = None if self.to_gate_logits is None else self.to_gate_logits(hidden_states)
+        value = self.to_v(source)
+        if not perturbs:
+            perturbation_mask, all_perturbed = None, False
+        elif all_perturbed is None:
+            all_perturbed = False if perturbation_mask is None else torch.all(perturbation_mask == 0)
+        result = value
+        if not all_perturbed:
+            query, key = _rotated(self, self.to_q(hidden_states), self.to_k(source), query_rotary_emb, key_rotary_emb)
+            result = dispatch_attention_fn(
+                *(part.unflatten(2, (self.heads, -1)) for part in (query, key, value)),
+                attn_mask=attention_mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self.processor._attention_backend,
+                parallel_config=self.processor._parallel_config,
+            )
+            result = result.flatten(2, 3).to(query.dtype)
+            if perturbation_mask is not None:
+                result = torch.lerp(value, result, perturbation_mask)
+        if logits is not None:
+            result = _run(self._ltxkern, "to_gate_logits", "head_gate", result.unflatten(2, (self.heads, -1)), logits)
+            result = result.flatten(2, 3)
+        for layer in self.to_out:
+            result = layer(result)
+        return result
+
+
+def _rotated(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    key_tables: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normalised, and rotated where there are tables."""
+    first, second = attention.norm_q, attention.norm_k
+    site = attention._ltxkern.sites.get(("norm_q", "qk_norm_rope"))
+    # A norm that offloading has got hold of since the patch has its weight only within its own call.
+    apart = site is None or "forward" in vars(first) or "forward" in vars(second)
+    if tables is None:
+        return first(query), second(key)
+    if apart or query.dtype not in ACTIVATION_DTYPES or key.dtype != query.dtype or first.eps is None:
+        if site is not None and not torch.compiler.is_compiling():
+            site.composed += 1
+        split = attention.rope_type == "split"
+        rotate = stock.apply_split_rotary_emb if split else stock.apply_interleaved_rotary_emb
+        return rotate(first(query), tables), rotate(second(key), tables if key_tables is None else key_tables)
+    cos, sin = (_by_head(table, attention) for table in tables)
+    k_cos, k_sin = (None, None) if key_tables is None else (_by_head(table, attention) for table in key_tables)
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope(
+            x,
+            key,
+            first.weight,
+            second.weight,
+            cos,
+            sin,
+            eps=first.eps,
+            layout=attention.rope_type,
+            k_cos=k_cos,
+            k_sin=k_sin,
+        )
+
+    if not torch.compiler.is_compiling():
+        site.count(query, call)
+    return call(query)
+
+
+def _by_head(table: Tensor, attention: Any) -> Tensor:
+    """(B, heads, T, d / 2), a view: interleaved tables come as (B, T, heads * d), each number twice."""
+    if table.dim() == 4:
+        return table
+    return table[..., ::2].unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+
+class FusedBlock(Fused):
+    """LTX2VideoTransformerBlock: norms, modulations and gated residuals in one op each."""
+
+    _ltxkern: Held
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        audio_hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        audio_encoder_hidden_states: Tensor,
+        temb: Tensor | Modulation,
+        temb_audio: Tensor | Modulation,
+        temb_ca_scale_shift: Tensor | Modulation,
+        temb_ca_audio_scale_shift: Tensor | Modulation,
+        temb_ca_gate: Tensor | Modulation,
+        temb_ca_audio_gate: Tensor | Modulation,
+        temb_prompt: Tensor | None = None,
+        temb_prompt_audio: Tensor | None = None,
+        video_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ca_video_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ca_audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        audio_encoder_attention_mask: Tensor | None = None,
+        self_attention_mask: Tensor | None = None,
+        audio_self_attention_mask: Tensor | None = None,
+        a2v_cross_attention_mask: Tensor | None = None,
+        v2a_cross_attention_mask: Tensor | None = None,
+        use_a2v_cross_attention: bool = True,
+        use_v2a_cross_attention: bool = True,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As the stock one; modulation may also come by rows."""
+        x, y = hidden_states, audio_hidden_states
+        base, audio_base, cross, audio_cross, gate, audio_gate = (
+            value if isinstance(value, Modulation) else Modulation(value)
+            for value in (
+                temb,
+                temb_audio,
+                temb_ca_scale_shift,
+                temb_ca_audio_scale_shift,
+                temb_ca_gate,
+                temb_ca_audio_gate,
+            )
+        )
+        if not stands(self) or not _row_ops_take(self, x, y, base.table, audio_base.table):
+            if stands(self):
+                _composed(self._ltxkern)
+            forward = super().forward if stands(self) else type(self).forward.__get__(self)
+            return forward(
+                x,
+                y,
+                encoder_hidden_states,
+                audio_encoder_hidden_states,
+                *(value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate)),
+                temb_prompt,
+                temb_prompt_audio,
+                video_rotary_emb,
+                audio_rotary_emb,
+                ca_video_rotary_emb,
+                ca_audio_rotary_emb,
+                encoder_attention_mask,
+                audio_encoder_attention_mask,
+                self_attention_mask,
+                audio_self_attention_mask,
+                a2v_cross_attention_mask,
+                v2a_cross_attention_mask,
+                use_a2v_cross_attention,
+                use_v2a_cross_attention,
+                perturbation_mask,
+                all_perturbed,
+            )
+        perturbed = (
+            {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
+        )
+        own = {"query_rotary_emb": video_rotary_emb, "attention_mask": self_attention_mask, **perturbed}
+        text = (encoder_hidden_states, encoder_attention_mask, temb_prompt)
+        x = _attentions(self, _VIDEO, x, base, own, text, self.video_cross_attn_adaln)
+        own = {"query_rotary_emb": audio_rotary_emb, "attention_mask": audio_self_attention_mask, **perturbed}
+        text = (audio_encoder_hidden_states, audio_encoder_attention_mask, temb_prompt_audio)
+        y = _attentions(self, _AUDIO, y, audio_base, own, text, self.audio_cross_attn_adaln)
+        # Both directions read the states before either is added.
+        before = (x, y)
+        if use_a2v_cross_attention:
+            queries = _crossed(self, _VIDEO, before[0], cross, 0)
+            context = _crossed(self, _AUDIO, before[1], audio_cross, 0)
+            update = self.audio_to_video_attn(
+                queries,
+                encoder_hidden_states=context,
+                query_rotary_emb=ca_video_rotary_emb,
+                key_rotary_emb=ca_audio_rotary_emb,
+                attention_mask=a2v_cross_attention_mask,
+            )
+            x = _gated(self, "audio_to_video_attn", x, update, self.video_a2v_cross_attn_scale_shift_table, gate)
+        if use_v2a_cross_attention:
+            context = _crossed(self, _VIDEO, before[0], cross, 2)
+            queries = _crossed(self, _AUDIO, before[1], audio_cross, 2)
+            update = self.video_to_audio_attn(
+                queries,
+                encoder_hidden_states=context,
+                query_rotary_emb=ca_audio_rotary_emb,
+                key_rotary_emb=ca_video_rotary_emb,
+                attention_mask=v2a_cross_attention_mask,
+            )
+            y = _gated(self, "video_to_audio_attn", y, update, self.audio_a2v_cross_attn_scale_shift_table, audio_gate)
+        return _feed_forward(self, _VIDEO, x, base), _feed_forward(self, _AUDIO, y, audio_base)
+
+
+class _Names(NamedTuple):
+    """A modality's children."""
+
+    prefix: str
+    cross_norm: str
+    cross_table: str
+
+
+_VIDEO = _Names("", "audio_to_video_norm", "video_a2v_cross_attn_scale_shift_table")
+_AUDIO = _Names("audio_", "video_to_audio_norm", "audio_a2v_cross_attn_scale_shift_table")
+
+
+def _row_ops_take(block: Any, *tensors: Tensor) -> bool:
+    """Of one dtype, so that nothing is promoted."""
+    dtype = block.scale_shift_table.dtype
+    return dtype in ACTIVATION_DTYPES and all(t.dtype == dtype for t in tensors) and not _autocast(tensors[0])
+
+
+def _parts(table: Tensor, modulation: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+    """Parts start..stop of `table (n, D) + modulation (..., n * D)`, each (..., D)."""
+    width = table.shape[1]
+    part = modulation[..., start * width : stop * width].unflatten(-1, (stop - start, width))
+    return (table[start:stop] + part).unbind(-2)
+
+
+def _attentions(
+    block: Any, names: _Names, x: Tensor, base: Modulation, own: dict[str, Any], text: Any, modulates: bool
+) -> Tensor:
+    """Self-attention, then attention to the text; the residual between them goes with the text norm where that is modulated."""
+    held, rows, prefix = block._ltxkern, base.rows, names.prefix
+    table = getattr(block, f"{prefix}scale_shift_table")
+    norm1, norm2 = f"{prefix}norm1", f"{prefix}norm2"
+    first, second = getattr(block, norm1), getattr(block, norm2)
+    shift, scale, gate = _parts(table, base.table, 0, 3)
+    normed = _run(held, norm1, "rms_norm_modulate", x, scale, shift, eps=first.eps, rows=rows)
+    update = getattr(block, f"{prefix}attn1")(normed, encoder_hidden_states=None, **own)
+    context, mask, prompt = text
+    if block.cross_attn_adaln:
+        context = _modulated_context(getattr(block, f"{prefix}prompt_scale_shift_table"), context, prompt)
+    if modulates:
+        text_shift, text_scale, text_gate = _parts(table, base.table, 6, 9)
+        op = "gated_residual_rms_norm_modulate"
+        x, queries = _run(held, norm2, op, x, update, gate, text_scale, text_shift, eps=second.eps, rows=rows)
+    else:
+        x = _run(held, norm2, "gated_residual", x, update, gate, rows=rows)
+        queries = second(x)
+    attention = getattr(block, f"{prefix}attn2")
+    update = attention(queries, encoder_hidden_states=context, query_rotary_emb=None, attention_mask=mask)
+    return _run(held, f"{prefix}attn2", "gated_residual", x, update, text_gate, rows=rows) if modulates else x + update
+
+
+def _modulated_context(table: Tensor, context: Tensor, prompt: Tensor | None) -> Tensor:
+    if prompt is None:
+        shift, scale = table[None, None].to(context).unbind(2)
+    else:
+        shift, scale = _parts(table, prompt, 0, 2)
+    return context * (1 + scale) + shift
+
+
+def _crossed(block: Any, names: _Names, x: Tensor, cross: Modulation, start: int) -> Tensor:
+    """A state modulated for one direction of the attention between modalities."""
+    scale, shift = _parts(getattr(block, names.cross_table), cross.table, start, start + 2)
+    child = f"{names.cross_norm}:{'a2v' if start == 0 else 'v2a'}"
+    eps = getattr(block, names.cross_norm).eps
+    return _run(block._ltxkern, child, "rms_norm_modulate", x, scale, shift, eps=eps, rows=cross.rows)
+
+
+def _gated(block: Any, child: str, x: Tensor, update: Tensor, table: Tensor, gate: Modulation) -> Tensor:
+    return _run(block._ltxkern, child, "gated_residual", x, update, table[4] + gate.table, rows=gate.rows)
+
+
+def _feed_forward(block: Any, names: _Names, x: Tensor, base: Modulation) -> Tensor:
+    child = f"{names.prefix}norm3"
+    shift, scale, gate = _parts(getattr(block, f"{names.prefix}scale_shift_table"), base.table, 3, 6)
+    eps = getattr(block, child).eps
+    normed = _run(block._ltxkern, child, "rms_norm_modulate", x, scale, shift, eps=eps, rows=base.rows)
+    network = f"{names.prefix}ff"
+    return _run(block._ltxkern, network, "gated_residual", x, getattr(block, network)(normed), gate, rows=base.rows)

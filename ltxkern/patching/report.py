@@ -1,0 +1,187 @@
+"""The receipt of a patch: a row for each site and for each place that was left alone, and the way back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ltxkern.dispatch import handed, registered
+
+
+@dataclass(eq=False)
+class Site:
+    """A place that runs on a fused op.
+
+    Attributes:
+        name: of the module, e.g. "decoder.mid_block.resnets.0.norm1".
+        op: the op's name.
+        contract: "exact" or "rounded", as the op's docstring says it.
+        calls: eager calls that the op served; those within a compiled graph are not counted.
+        composed: eager calls that took the composition the op replaces (autocast, a dtype that the op does not take).
+        backend: that of the last eager call, "" before it.
+    """
+
+    name: str
+    op: str
+    contract: str
+    calls: int = 0
+    composed: int = 0
+    backend: str = ""
+    group: Group | None = field(default=None, repr=False)
+    _seen: Any = field(default=None, repr=False)
+
+    def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> None:
+        """Note a call of the op on x, and who serves it where dtype or device are new."""
+        self.calls += 1
+        seen = (x.dtype, x.device)
+        if seen != self._seen:
+            self._seen = seen
+            with torch.no_grad():
+                args = handed(lambda: call(x))
+            self.backend = "" if args is None else registered()[self.op].select(args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy counts anew."""
+        return {**vars(self), "calls": 0, "composed": 0, "backend": "", "_seen": None}
+
+    def row(self) -> dict[str, Any]:
+        """What the report tells of it."""
+        names = ("name", "op", "backend", "contract", "calls", "composed")
+        return {name: getattr(self, name) for name in names}
+
+
+class Left(NamedTuple):
+    """A place that was left alone."""
+
+    name: str
+    reason: str
+    already: bool = False  # fused, by an earlier patch
+
+
+class Member(NamedTuple):
+    """A module of a group and the class that it had."""
+
+    module: nn.Module
+    kind: type
+
+
+@dataclass(eq=False)
+class Group:
+    """Modules that are fused together or not at all: a block's norms and the activation after them.
+
+    Attributes:
+        owned: whether a report speaks for them; one of a copy does not.
+        released: why they are no longer fused, "" while they are.
+    """
+
+    members: list[Member]
+    sites: list[Site]
+    owned: bool = True
+    released: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """No report speaks for a copy."""
+        return {**vars(self), "owned": False}
+
+    def give_back(self, module: nn.Module) -> None:
+        """Take one module out again."""
+        member = next(member for member in self.members if member.module is module)
+        _restore(*member)
+        self.members.remove(member)
+
+    def release(self, reason: str) -> None:
+        """Give every module its class back."""
+        for module, kind in self.members:
+            _restore(module, kind)
+        self.released = reason
+
+
+def _restore(module: nn.Module, kind: type) -> None:
+    if "_ltxkern" not in vars(module):
+        return
+    if type(module).__bases__[-1] is not kind:
+        raise RuntimeError(
+            f"a {kind.__name__} cannot be given its class back: it has become a {type(module).__name__} since it was patched; "
+            "take that back first"
+        )
+    module.__class__ = kind
+    del vars(module)["_ltxkern"]
+
+
+@dataclass
+class Report:
+    """What `patch` did; a context manager that undoes it at its end.
+
+    Attributes:
+        rows: the sites that run on a fused op.
+        left: the places that were left alone, with the reason of each.
+    """
+
+    rows: list[Site] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    _groups: list[Group] = field(default_factory=list, repr=False)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites that are fused now."""
+        return [site.name for site in self.rows if site.group is not None and not site.group.released]
+
+    def add(self, group: Group) -> None:
+        """Take over a group."""
+        group.owned = True
+        self._groups.append(group)
+        self.rows += group.sites
+
+    def holds(self, group: Group) -> bool:
+        """Whether this report speaks for a group."""
+        return any(own is group for own in self._groups)
+
+    def undo(self) -> None:
+        """Give every module the class that it had; twice is fine."""
+        for group in reversed(self._groups):
+            if not group.released:
+                group.release("undone")
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _left(self) -> list[Left]:
+        released = [
+            Left(row.name, row.group.released) for row in self.rows if row.group is not None and row.group.released
+        ]
+        return [*released, *self.left]
+
+    def to_json(self) -> str:
+        """Rows and places left alone, as JSON: `{"sites": [...], "left": [{"name", "reason"}]}`."""
+        sites = [row.row() for row in self.rows if row.group is None or not row.group.released]
+        return json.dumps(
+            {"sites": sites, "left": [{"name": name, "reason": reason} for name, reason, _ in self._left()]}, indent=2
+        )
+
+    def __str__(self) -> str:
+        """The table."""
+        rows = [row.row() for row in self.rows if row.group is None or not row.group.released]
+        table = _table(
+            ("site", "op", "backend", "contract", "calls", "composed"), [list(map(str, r.values())) for r in rows]
+        )
+        left = _table(("left alone", "reason"), [[name or "(the model)", reason] for name, reason, _ in self._left()])
+        return "\n\n".join(part for part in (table, left) if part) or "nothing was fused"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, *rows]
+    if len(lines) == 1:
+        return ""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
