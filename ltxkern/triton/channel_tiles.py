@@ -57,6 +57,15 @@ def load_two(tiles, i, mask, left, slot, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def shift_of(conv_bias_ptr, channel, exists):
+    """The convolution's bias of every channel, or None."""
+    if conv_bias_ptr is None:
+        return None
+    else:
+        return tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def shifted(tile, shift):
     """A tile in fp32 with the convolution's bias, if there is one."""
     value = tile.to(tl.float32)
@@ -74,22 +83,13 @@ def _exact_sum(a, b):
 
 
 @triton.jit
-def shift_of(channel, exists, conv_bias_ptr, dtype: tl.constexpr):
-    """What is added to values of fp32, whose mean is that of sums as they are rounded; None: nothing."""
-    if conv_bias_ptr is not None and dtype == tl.float32:
-        return tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-    else:
-        return None
-
-
-@triton.jit
-def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype: tl.constexpr):
-    """(centre, scale, offset) of every channel: silu_scaled(((value + shift) - centre) * scale + offset)."""
+def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype: tl.constexpr):
+    """(centre, scale, offset) of every channel: silu_scaled((value - centre) * scale + offset)."""
     centre, low = _exact_sum(pivot, mean)
     centre, low, scale = centre[None, :, None], low[None, :, None], rstd[None, :, None]
-    if conv_bias_ptr is not None and dtype != tl.float32:
-        conv_bias = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        centre, rest = _exact_sum(centre, -conv_bias)
+    # fp32 takes the shift with each value: the mean is that of sums as they are rounded.
+    if shift is not None and dtype != tl.float32:
+        centre, rest = _exact_sum(centre, -shift)
         low += rest
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
@@ -104,7 +104,11 @@ def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, con
 def result_of(tile, added, shift, affine, dtype: tl.constexpr):
     """A tile of the result, rounded once; `added` is the residual's or None."""
     centre, scale, offset = affine
-    value = (shifted(tile, shift) - centre) * scale + offset
+    if dtype == tl.float32:
+        value = shifted(tile, shift)
+    else:
+        value = tile.to(tl.float32)
+    value = (value - centre) * scale + offset
     if added is not None:
         factor: tl.constexpr = silu_factor(dtype)
         value += added.to(tl.float32) * factor

@@ -133,9 +133,7 @@ def _stats_kernel(
     left = tl.minimum(S - first, span_length).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
     tiles = tiles_of(x_ptr, (batch, group_block, channel_block, first), stride_n, stride_c, stride_s, D, BS, BG, BD)
-    shift = None
-    if conv_bias_ptr is not None:
-        shift = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    shift = shift_of(conv_bias_ptr, channel, exists)
     mean = tl.zeros([BS, BG, BD], tl.float32)
     m2 = tl.zeros([BS, BG, BD], tl.float32)
     whole = left // (4 * BS) * 4 if EVEN else 0
@@ -245,9 +243,8 @@ def _apply_kernel(
         partial_ptr, plane, batch * G + group, group < G, S, spans, partials, total, eps, span_length,
         D, BD, PARTIALS, dtype,
     )  # fmt: skip
-    # By itself: Triton has no None within a tuple.
-    shift = shift_of(channel, exists, conv_bias_ptr, dtype)
-    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
+    shift = shift_of(conv_bias_ptr, channel, exists)
+    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
     first = span * span_length
     left = tl.minimum(S - first, span_length).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
@@ -296,9 +293,7 @@ def _single_kernel(
     position = tl.arange(0, BS)[:, None, None].to(tl.int64)
     valid = exists & (position < S)
     tile = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
-    shift = None
-    if conv_bias_ptr is not None:
-        shift = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    shift = shift_of(conv_bias_ptr, channel, exists)
     value = shifted(tile, shift)
     pivot = sum_group(tl.where(valid, value, 0.0)) / total
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
@@ -310,9 +305,7 @@ def _single_kernel(
     if residual_ptr is not None:
         at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
         added = tl.load(at, mask=valid, other=0.0)
-    # By itself: Triton has no None within a tuple.
-    shift = shift_of(channel, exists, conv_bias_ptr, dtype)
-    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
+    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
     out_at = out_ptr + batch * out_n + channel * out_c + position * out_s
     tl.store(out_at, result_of(tile, added, shift, affine, dtype), mask=valid)
 
@@ -390,9 +383,7 @@ def launch(out: Tensor, args: Arguments) -> None:
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
         **shape, GROUPS_FIRST=channels_last, **WALKING,
     )  # fmt: skip
-    # A residual's addresses take more registers, and would spill.
-    walking = WALKING if args.residual is None else {**WALKING, "maxnreg": 72}
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **walking,
+        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING,
     )  # fmt: skip
