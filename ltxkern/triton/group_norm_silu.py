@@ -383,7 +383,9 @@ def launch(out: Tensor, args: Arguments) -> None:
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
         **shape, GROUPS_FIRST=channels_last, **WALKING,
     )  # fmt: skip
+    # A residual's addresses take more registers, and would spill.
+    walking = WALKING if args.residual is None else {**WALKING, "maxnreg": 72}
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING,
+        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **walking,
     )  # fmt: skip
