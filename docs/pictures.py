@@ -99,6 +99,7 @@ BANDS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("", GREY, [("commands", "generate, batch, plan,\ndoctor, compare")]),
     ("pipeline", GREEN, [("generator", "HQTwoStagePipeline")]),
     ("pipeline", GREEN, [("planning", "memory and time\nbefore loading"), ("run", "request, prompts,\nstages")]),
+    ("pipeline", GREEN, [("work", "what a run has done,\nkept to go on")]),
     (
         "pipeline",
         GREEN,

@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 # What stands on the pipeline's rooms is imported when it is first used.
-_LATER = {"FusedLoRA": "fused_lora", "fuse_lora": "fused_lora"}
+_LATER = {"FusedLoRA": "integrations.fused_lora", "fuse_lora": "integrations.fused_lora"}
 
 
 def __getattr__(name: str) -> Any:

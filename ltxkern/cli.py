@@ -1,4 +1,4 @@
-"""The command line: `ltxkern generate | batch | plan | lora | compare | doctor | verify | bench-env`."""
+"""The command line: `ltxkern generate | resume | batch | plan | lora | compare | doctor | verify | bench-env`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ltxkern.commands.options import expected_errors
 from ltxkern.commands.text_files import home_in_paths, read_config
 
-COMMANDS = ("generate", "batch", "plan", "lora", "compare", "doctor", "verify", "bench_env")
+COMMANDS = ("generate", "resume", "batch", "plan", "lora", "compare", "doctor", "verify")
 INTERRUPTED = 130
 
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.parser.set_defaults(**kept)
             arguments = parser.parse_args(argv)
         return int(arguments.run(arguments) or 0)
-    except KeyboardInterrupt:
-        print("ltxkern: interrupted; no half-written file was left", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"ltxkern: interrupted; {str(interrupt) or 'no half-written file was left'}", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "ltxkern":

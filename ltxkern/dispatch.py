@@ -49,7 +49,7 @@ BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
 # Those whose tensors lie on a CUDA device.
 DEVICE_BACKENDS = BACKENDS[:3]
 
-_forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
+forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
 
 
@@ -157,22 +157,22 @@ def use_backend(*names: str) -> Iterator[None]:
     chosen = tuple(name for text in names for name in backend_names(text, "use_backend"))
     if len(chosen) == 1 and (reason := unavailable(chosen[0])) is not None:
         raise BackendError(f"backend {chosen[0]!r} cannot run here: {reason}")
-    token = _forced.set(chosen)
+    token = forced.set(chosen)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 def handed(call: Callable[[], Any]) -> Any:
     """The arguments that a public function's call hands to its op, which does not run: no backend is permitted."""
-    token = _forced.set(("none",))
+    token = forced.set(("none",))
     try:
         call()
     except BackendError as refusal:
         return refusal.given
     finally:
-        _forced.reset(token)
+        forced.reset(token)
 
 
 def capabilities() -> dict[str, dict[str, str | None]]:
@@ -252,7 +252,7 @@ class Op:
 
     def present(self) -> tuple[str, ...]:
         """The permitted backends that are here, best first."""
-        names = _forced.get() or _environment_choice()
+        names = forced.get() or _environment_choice()
         found = self._present.get(names)
         if found is None:
             found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
@@ -275,7 +275,7 @@ class Op:
 
     def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
-        for name in _forced.get() or _environment_choice() or self._trust.order:
+        for name in forced.get() or _environment_choice() or self._trust.order:
             if name == before:
                 return
             yield name, self.missing(name) or self._backends[name].refuse(args) or ""
@@ -371,7 +371,7 @@ class Op:
             return self._torch_op.call(*args)
         if is_compiling():
             return composed(self.reference, args)
-        permitted = _forced.get() or _environment_choice() or BACKENDS
+        permitted = forced.get() or _environment_choice() or BACKENDS
         if "torch" not in permitted:
             raise BackendError(
                 f"ltxkern.{self.name}: torch.func and forward-mode gradients look into the torch reference alone, and only "

@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxkern.commands import admission, options, parallel
+from ltxkern.commands import admission, options, parallel, work_dir
 
 if TYPE_CHECKING:
+    from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.run.request import GenerationRequest
     from ltxkern.pipeline.sampling.latents import Geometry
+    from ltxkern.pipeline.work.folder import WorkFolder
 
 DEMO_NOTE = (
     "The demo model has random weights: its pictures are coloured noise and its sound is hiss. "
     "It runs the very code of the real model, at a tiny size."
 )
+
+
+ON_NAN = ("stop", "retry-fp32")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,12 +36,19 @@ def add_parser(subparsers: Any) -> None:
     options.add_request_options(parser)
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
+    work_dir.add_work_options(parser)
     parser.add_argument(
         "-o", "--output", default="out.mp4", metavar="PATH", help=".mp4, .safetensors or a folder (default out.mp4)"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.add_argument(
         "--dry-run", action="store_true", help="print shapes, tokens, evaluations and sigmas, then stop"
+    )
+    parser.add_argument(
+        "--on-nan",
+        default="stop",
+        metavar="HOW",
+        help="where a stage gives NaN or infinity: stop (default), or retry-fp32, which runs it again in fp32",
     )
     parser.add_argument("--no-plan", action="store_true", help="do not check beforehand that the run fits into memory")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -50,8 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     """The command on one rank of a job; only the lead prints and writes."""
-    from ltxkern.pipeline.results.atomic import writable_output
+    import torch
 
+    from ltxkern.pipeline.results.atomic import writable_output
+    from ltxkern.pipeline.sampling.finite import NonFiniteError
+
+    if arguments.on_nan not in ON_NAN:
+        raise ValueError(f"on-nan must be one of {', '.join(ON_NAN)}, got {arguments.on_nan!r}")
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
     chosen, request = admission.read_options(arguments)
@@ -65,18 +83,46 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
             print(DEMO_NOTE, file=sys.stderr)
     elif chosen.model.path is not None and not arguments.no_plan:
         chosen.plan(request).check()
-    with Bars(arguments.quiet or not job.leads) as bars, chosen.open() as pipeline:
-        shared = job.share(pipeline, request, arguments.cfg_parallel_size, arguments.stage2_parallel)
-        if shared is not None or job.leads:
-            output = pipeline.generate(request, output_type="latents" if kind == "latents" else "stream", progress=bars)
-        if job.leads:
-            output.save(arguments.output, progress=bars.frames(request.num_frames))
+    with work_dir.kept(arguments, job) as work, Bars(arguments.quiet or not job.leads) as bars:
+        try:
+            shared = _generate(arguments, job, chosen, request, bars, work)
+        except NonFiniteError as error:
+            if arguments.on_nan == "stop" or chosen.dtype == torch.float32 or job.ranks or not error.finite_weights:
+                raise
+            print(f"ltxkern: {error}: trying again from {error.stage} on", file=sys.stderr)
+            chosen = replace(chosen, dtype=torch.float32)
+            if chosen.model.path is not None and not arguments.no_plan:
+                chosen.plan(request).check()
+            if work is not None:
+                work.start_over(error.stage, dtype="fp32")
+            shared = _generate(arguments, job, chosen, request, bars, work)
     job.finish()
     if job.leads:
         if not arguments.quiet:
             parallel.report_traffic(shared)
         print(finished(Path(arguments.output), kind))
     return 0
+
+
+def _generate(
+    arguments: argparse.Namespace,
+    job: parallel.Job,
+    chosen: options.ModelOptions,
+    request: GenerationRequest,
+    bars: Bars,
+    work: WorkFolder | None,
+) -> CFGParallel | None:
+    """Open the model, run the request and write the result; what the ranks exchanged."""
+    from ltxkern.pipeline.results.atomic import output_kind
+
+    how = "latents" if output_kind(arguments.output) == "latents" else "stream"
+    with chosen.open() as pipeline:
+        shared = job.share(pipeline, request, arguments.cfg_parallel_size, arguments.stage2_parallel)
+        if shared is not None or job.leads:
+            output = pipeline.generate(request, output_type=how, progress=bars, work_dir=work)
+        if job.leads:
+            output.save(arguments.output, progress=bars.frames(request.num_frames))
+    return shared
 
 
 def result_bytes(request: GenerationRequest, geometry: Geometry, output: str) -> int:

@@ -145,9 +145,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="attention kernel: auto (default), cudnn, fa3, flash, efficient, math, torch; sage, which only approximates",
     )
     group.add_argument(
-        "--fusions",
+        "--policy",
         metavar="POLICY",
-        default=os.environ.get("LTXKERN_FUSIONS") or "rounded",
+        default=os.environ.get("LTXKERN_POLICY") or "rounded",
         help="fused passes of the transformer: rounded (default), or exact, those alone that give the bits of separate ops here",
     )
     group.add_argument(
@@ -171,7 +171,7 @@ class ModelOptions:
     dtype: torch.dtype
     device_mode: str
     attention: str
-    fusions: str
+    policy: str
     audio_stream: bool
     backends: tuple[str, ...]
     loras: tuple[tuple[str, float], ...]
@@ -214,7 +214,7 @@ class ModelOptions:
                 preset=self.preset.name,
                 device_mode=self.device_mode,
                 attention=self.attention,
-                fusions=self.fusions,
+                policy=self.policy,
                 audio_stream=self.audio_stream,
                 loras=self.loras,
                 distilled_lora=self.distilled_lora,
@@ -269,7 +269,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     if arguments.device_mode not in modes:
         admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     attention = admission.attempt("", lambda: AttentionChoice(arguments.attention))
-    admission.attempt("", lambda: FusionPolicy(arguments.fusions))
+    admission.attempt("", lambda: FusionPolicy(arguments.policy))
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
     device = admission.attempt("", lambda: find_device(arguments.device))
     model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
@@ -287,7 +287,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         dtype=dtype,
         device_mode=arguments.device_mode,
         attention=arguments.attention,
-        fusions=arguments.fusions,
+        policy=arguments.policy,
         audio_stream=arguments.audio_stream,
         backends=backends,
         loras=loras,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program, workspace
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, float_bits
 from ltxkern.compiled.tensors import CODED, CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import ceil_div, contiguous, dense, hand_back
 
@@ -78,7 +78,14 @@ def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     kind, arguments = case.kernels
     rescaled = case.rescale != 0.0
     partials = WORKSPACE if rescaled else None
-    parameters = {**_parameters(case), "partials": partials, "chunk": case.chunk, "chunks": case.chunks}
+    factors = zip(("cfg_bits", "stg_bits", "modality_bits"), map(float_bits, case.factors), strict=True)
+    parameters = {
+        **_parameters(case),
+        "partials": partials,
+        "chunk": case.chunk,
+        "chunks": case.chunks,
+        **dict(factors),
+    }
     kernels = ("guidance_measure", "guidance_apply") if rescaled else ("guidance_apply",)
     return [Launch(f"ltxk::{kernel}{kind}{arguments}", (case.chunks,), threads, parameters) for kernel in kernels]
 

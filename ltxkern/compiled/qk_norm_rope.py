@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.rows import WARP_PACKS, WIDEST, check_range, dense_rows, type_names, vector_of
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, float_bits, nested
 from ltxkern.compiled.tensors import PARAM_CODES, param_code
 from ltxkern.layout import ceil_div, dense, hand_back, round_up
 
@@ -104,11 +103,6 @@ def _sharing(case: Case) -> dict[str, Parameter]:
     return {"shared_rows": shared, "in_turn": 2 * shared, "longer": int(k_rows > q_rows)}
 
 
-def _float_bits(value: float) -> int:
-    """A number as the 32 bits of an fp32."""
-    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
-
-
 def _in_packs(case: Case) -> Case:
     """The case with strides and pairs in packs; tables of several coordinates are read element by element, and keep theirs."""
     vector = case.vector
@@ -156,7 +150,7 @@ def _packed(case: Case, threads: int) -> Launch | None:
     parameters: dict[str, Parameter] = {
         **_parameters(packs),
         **{"lead": case.lead, **_sharing(case), "pairs_log2": pairs_log2, "width": width},
-        **{"inverse_width": _float_bits(1.0 / (2 * case.heads * case.pairs)), "least": _float_bits(case.eps)},
+        **{"inverse_width": float_bits(1.0 / (2 * case.heads * case.pairs)), "least": float_bits(case.eps)},
     }
     q, k = packs.sides
     parameters |= {"by_q_tokens": divider(max(1, q.tokens)), "by_k_tokens": divider(max(1, k.tokens))}

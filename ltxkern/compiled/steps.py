@@ -5,6 +5,7 @@ The launch modules make them from shapes, every tier turns them into a program.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ def divider(by: int) -> int:
     """The parameter with which kernels divide numbers below 2^31 by `by` without a division: a factor, and above it a shift."""
     shift = (by - 1).bit_length()
     return shift << 32 | (((1 << shift) - by << 32) // by + 1)
+
+
+def float_bits(value: float) -> int:
+    """A parameter that is the 32 bits of an fp32."""
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value)).value
 
 
 def pack(parameters: Mapping[str, Parameter]) -> tuple[bytes, list[tuple[int, int, int]]]:

@@ -127,7 +127,8 @@ def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor
     Raises:
         TypeError, ValueError: each names the parameter.
 
-    Contract: rounded; fp32 arithmetic, one rounding.
+    Contract: rounded; fp32 arithmetic, one rounding. Below logits of -88 the factor has fewer digits, and below -104 it is 0; in
+    between it may be 0 already, and an infinite x times 0 is NaN.
     Bytes: read x, write out.
     Source: gated attention of LTX-2.3.
     """

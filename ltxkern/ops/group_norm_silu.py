@@ -19,9 +19,9 @@ from ltxkern.ops.checks import (
     check_tensor,
     check_together,
     check_vector,
+    is_plain,
     raise_no_tensor,
 )
-from ltxkern.ops.plain import is_plain
 
 
 class Arguments(NamedTuple):

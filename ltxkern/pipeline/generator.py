@@ -41,6 +41,9 @@ from ltxkern.pipeline.run.request import (
 )
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, MultiModalPolicy
 from ltxkern.pipeline.sampling.latents import Geometry
+from ltxkern.pipeline.work.facts import facts_of
+from ltxkern.pipeline.work.folder import WorkFolder
+from ltxkern.pipeline.work.kept import KeptWork
 
 OUTPUT_TYPES = ("video", "latents", "stream")
 SAMPLE_RATE = 48000
@@ -65,7 +68,7 @@ class HQTwoStagePipeline:
         distilled_strengths: tuple[float, float] | None = None,
         device_mode: str = "auto",
         attention: str | AttentionChoice | None = None,
-        fusions: str | FusionPolicy | None = None,
+        policy: str | FusionPolicy | None = None,
         audio_stream: bool = False,
         geometry: Geometry | None = None,
         pristine: ModelFiles | str | Path | None = None,
@@ -81,7 +84,7 @@ class HQTwoStagePipeline:
         self.manager = TwoStageDeviceManager(device_mode, device=self.device)
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
-        self.fusions = FusionPolicy.of(fusions)
+        self.policy = FusionPolicy.of(policy)
         # A stream of its own: on that of the manager sound would wait for weights on their way.
         own = audio_stream and self.device.type == "cuda"
         self._beside = partial(side_by_side, clock_for(self.device)) if own else None
@@ -92,6 +95,7 @@ class HQTwoStagePipeline:
         self._patched: list[Report] = []
         self._pristine = pristine
         self._attached = False
+        self.model_facts: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,7 +107,7 @@ class HQTwoStagePipeline:
         preset: str = "hq",
         device_mode: str = "auto",
         attention: str | None = None,
-        fusions: str | None = None,
+        policy: str | None = None,
         audio_stream: bool = False,
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         distilled_lora: str | Path | None = None,
@@ -124,7 +128,7 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
-            fusions: fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_FUSIONS.
+            policy: of fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_POLICY.
             audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
@@ -175,7 +179,7 @@ class HQTwoStagePipeline:
             distilled_strengths=strengths,
             device_mode=device_mode,
             attention=attention,
-            fusions=fusions,
+            policy=policy,
             audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
             pristine=None if model.is_demo else model.files,
@@ -263,6 +267,7 @@ class HQTwoStagePipeline:
         output_type: str = "video",
         callback: StepCallback | None = None,
         progress: Progress | None = None,
+        work_dir: str | Path | WorkFolder | None = None,
     ) -> HQOutput:
         """Generate what a request asks for.
 
@@ -277,6 +282,8 @@ class HQTwoStagePipeline:
             output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
             callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
             progress: called with (stage, done, total) wherever something advances.
+            work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
+                `WorkFolder` stays open, and its owner says when the result is safe; None keeps nothing.
         Returns:
             `HQOutput`.
         Raises:
@@ -295,27 +302,42 @@ class HQTwoStagePipeline:
             )
         strengths = request.distilled_strengths or self.distilled_strengths
         replace(request, distilled_strengths=strengths).validate(self.geometry, check_files=image_latents is None)
-        self._require_components(output_type, bool(request.images) and image_latents is None, embeddings is None)
-        stages = request.stages(self.geometry)
-        run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress)
-        phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
-        guidance = request.guidance(self.geometry)
-        policies = self.prompts.policies(request, guidance, guidance_policy, embeddings, negative_embeddings, progress)
-        stages[0] = replace(stages[0], branches=len(policies[0].branches))
-        if self._parallel is not None:
-            phases = phases[: self._parallel.stages(policies[: len(stages)])]
-        if phases:
-            self._attach(request, phases)
-        with use_attention(self.attention), use_fusions(self.fusions), use_side_by_side(self._beside):
-            latents = run.latents(policies, phases)
-        output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
-        leads = self._parallel is None or self._parallel.rank == 0
-        if output_type != "latents" and leads:
-            streamed = output_type == "stream"
-            videos, audio = decode(self.components, self.manager, latents, tiling, progress, streamed=streamed)
-            output.video, output.audio = (videos[0], audio[0]) if isinstance(request.prompt, str) else (videos, audio)
+        encodes_images = bool(request.images) and image_latents is None
+        decodes, streamed = output_type != "latents", output_type == "stream"
+        self.components.require(self.preset.stages, encodes_images, embeddings is None, decodes)
+        facts: dict[str, Any] = {}
+        if work_dir is not None:
+            given = (embeddings, negative_embeddings, initial_noise, sde_noise, image_latents, guidance_policy, tiling)
+            facts = facts_of(self, replace(request, distilled_strengths=strengths), given)
+        with KeptWork.opened(work_dir, self.device, facts) as work:
+            stages = request.stages(self.geometry)
+            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
+            phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
+            guidance = request.guidance(self.geometry)
+            policies = self.prompts.policies(
+                request, guidance, guidance_policy, embeddings, negative_embeddings, progress, work
+            )
+            stages[0] = replace(stages[0], branches=len(policies[0].branches))
+            if self._parallel is not None:
+                phases = phases[: self._parallel.stages(policies[: len(stages)])]
+            if phases and not run.is_denoised:
+                self._attach(request, phases)
+            with use_attention(self.attention), use_fusions(self.policy), use_side_by_side(self._beside):
+                latents = run.latents(policies, phases)
+            output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
+            if decodes and (self._parallel is None or self._parallel.rank == 0):
+                how: dict[str, Any] = {"streamed": streamed, "work": work}
+                videos, audio = decode(self.components, self.manager, latents, tiling, progress, **how)
+                one = isinstance(request.prompt, str)
+                output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
         output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
         return output
+
+    def detach(self) -> None:
+        """Give the transformer its pristine weights again; the next call takes them up."""
+        if self._attached:
+            self.manager.close()
+        self._attached = False
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -334,20 +356,6 @@ class HQTwoStagePipeline:
                 parallel.sequence.require(heads=min(int(config[f"{of}num_attention_heads"]) for of in ("", "audio_")))
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
-
-    def _require_components(self, output_type: str, encodes_images: bool, encodes_text: bool) -> None:
-        needed = ["transformer", "upsampler"][: self.preset.stages]
-        if encodes_images or output_type != "latents":
-            needed.append("video_vae")
-        if output_type != "latents":
-            needed += ["audio_vae", "vocoder"]
-        if encodes_text:
-            needed += ["tokenizer", "text_encoder", "connectors"]
-        absent = [name for name in needed if self.components.is_absent(name)]
-        if absent:
-            raise ValueError(
-                f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
-            )
 
     def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
         if not self._attached:

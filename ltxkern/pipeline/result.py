@@ -13,6 +13,7 @@ from torch import Tensor
 from ltxkern.pipeline.results import media
 from ltxkern.pipeline.results.atomic import output_kind
 from ltxkern.pipeline.run.request import Stage
+from ltxkern.pipeline.work.chunks import VideoChunks
 
 
 @dataclass
@@ -57,6 +58,8 @@ class HQOutput:
         if isinstance(self.video, list):
             raise ValueError(f"{path}: this output holds {len(self.video)} videos: save them one by one")
         chunks = [self.video] if isinstance(self.video, Tensor) else self.video
+        if isinstance(chunks, VideoChunks):
+            chunks = chunks.written(kind, media.to_planes if kind == "mp4" else media.to_pictures)
         if kind == "mp4":
             media.write_mp4(path, chunks, self.audio, self.frame_rate, self.sample_rate, progress=progress)
         else:

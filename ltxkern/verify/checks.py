@@ -25,6 +25,8 @@ FIRST = (
 )
 IMPORTANCE = tuple(dict.fromkeys([*FIRST, *(case.op for case in MAIN)]))
 WHOLE, REST = SIZES
+# Rows that whole warps fill, as those of the production shapes do.
+WARPS = Size(1, 3, 1024)
 # Several chunks of a reduction; more blocks than a small card runs at once.
 CHUNKS, BLOCKS = Size(2, 61, 300), Size(1, 1000, 1024)
 EMPTY = (Size(0, 3, 4), Size(2, 0, 4))
@@ -91,6 +93,16 @@ def _denormal(tensors: Tensors) -> Tensors:
     }
 
 
+def _saturated(tensors: Tensors) -> Tensors:
+    """Sigmoids next to 0 and 1: of a gate beside an x that makes up for what is left of the factor; by way of other parameters."""
+    if "logits" not in tensors:
+        return {name: 100 * value if name in ("weight", "bias") else value for name, value in tensors.items()}
+    x, logits = tensors["x"], torch.tensor([-88.5, 100.0, -100.0]).to(tensors["logits"])
+    logits = logits[torch.arange(x[..., 0].numel()) % 3].view(x.shape[:-1])
+    large = 6e3 if x.dtype == F16 else 3e37
+    return {"x": _not_finite(x * torch.where(logits == -88.5, large, 0.1)[..., None].to(x.dtype)), "logits": logits}
+
+
 VALUES: dict[str, Callable[[Tensors], Tensors]] = {
     "normal": lambda tensors: tensors,
     # A mean of 1e4 standard deviations.
@@ -98,26 +110,30 @@ VALUES: dict[str, Callable[[Tensors], Tensors]] = {
     "constant": _of_first(lambda x: torch.full_like(x, 2.0)),
     "denormal": _denormal,
     "not finite": _of_first(_not_finite),
+    "saturated": _saturated,
 }
+# What has a sigmoid.
+SATURATED = ("head_gate", "group_norm_silu", "pixel_norm_silu")
 
 
 def plan(level: str) -> list[Check]:
     """The checks of a "quick" or a "full" run, the most important first."""
     hard = [name for name in VALUES if name != "normal"]
-    checks = [Check(case, dtype, size) for case in MAIN for dtype in case.dtypes for size in (WHOLE, REST)]
+    checks = [Check(case, dtype, size) for case in MAIN for dtype in case.dtypes for size in (WHOLE, REST, WARPS)]
     for case in CASES:
+        values = [name for name in hard if name != "saturated" or case.op in SATURATED]
         usual = [dtype for dtype in case.dtypes if dtype in (BF16, F32)] or list(case.dtypes)
         if not case.variant:
-            checks += [Check(case, t, size, v, rank=1) for t in usual for v in hard for size in (REST, CHUNKS)]
+            checks += [Check(case, t, size, v, rank=1) for t in usual for v in values for size in (REST, WARPS, CHUNKS)]
             checks += [Check(case, t, REST, "normal", way, 3) for t in usual for way in ("misaligned", "strided")]
             if case.op not in NEVER_EMPTY:
                 checks += [Check(case, t, size, rank=3) for t in usual for size in EMPTY]
         else:
-            checks += [Check(case, t, size, rank=2) for t in usual for size in (WHOLE, REST)]
+            checks += [Check(case, t, size, rank=2) for t in usual for size in (WHOLE, REST, WARPS)]
         if level == "full":
             checks += [Check(case, t, size, rank=4) for t in case.dtypes for size in (CHUNKS, BLOCKS)]
             if case.variant:
-                ways = [("normal", "misaligned"), *((v, "dense") for v in hard)]
+                ways = [("normal", "misaligned"), *((v, "dense") for v in values)]
                 checks += [Check(case, t, REST, v, way, 5) for t in case.dtypes for v, way in ways]
     return sorted(checks, key=lambda check: (check.rank, IMPORTANCE.index(check.case.op)))
 

@@ -14,9 +14,11 @@ CASES = (
     " or test_ops_on_shim and not norm_silu and (32threads and (bfloat16 or layouts or out or float8 or statistics or modalities)"
     " or 96threads and merge_lora and bfloat16)"
     " or test_merge_lora_tensor_cores and (sizes or bytes or behind or layouts)"
+    " or test_switch_lora and bits and bfloat16 and 1.0-2.0 or pixel_norm_into_frames"
 )
 FILES = [
-    f"tests/csrc/{name}.py" for name in ("test_kernels_on_shim", "test_ops_on_shim", "test_merge_lora_tensor_cores")
+    f"tests/csrc/{name}.py"
+    for name in ("test_kernels_on_shim", "test_ops_on_shim", "test_merge_lora_tensor_cores", "test_switch_lora")
 ]
 SCRIPT = """
 import sys

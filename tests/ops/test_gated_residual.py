@@ -49,11 +49,22 @@ def test_head_gate_contract(backend: str, dtype: torch.dtype, shape: tuple[int, 
 
 
 @over_backends("head_gate")
-def test_head_gate_at_the_ends(backend: str) -> None:
-    x = torch.ones(1, 3, 4)
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("width", [5, 128])
+def test_head_gate_at_the_ends(backend: str, dtype: torch.dtype, width: int) -> None:
+    """What is left of the factor counts wherever fp32 has it: a large x makes up for it, and an infinite one stays infinite."""
+    x, logits = (
+        noise(1, 8, 32, width, dtype=dtype),
+        torch.tensor([-1e4, -88.5, -20, 0, 20, 1e4, -torch.inf, -87]).to(dtype),
+    )
+    logits = logits.repeat(4).expand(1, 8, 32)
+    faint = ((logits < -80) & (logits > -90))[..., None]
+    x *= torch.where(faint, 6e3 if dtype == torch.float16 else 1e36, 1.0)
+    x[..., 0][faint[..., 0]] = torch.inf
     with serving(backend):
-        out = ltxkern.head_gate(x, torch.tensor([[-1e4, 0.0, 1e4]]))
-    torch.testing.assert_close(out[0, :, 0], torch.tensor([0.0, 1.0, 2.0]))
+        out = ltxkern.head_gate(x, logits)
+    exact = gated(x.double(), logits.double()).to(dtype)
+    torch.testing.assert_close(out, exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-36)
 
 
 @over_backends("gated_residual")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ltxkern import triton as tier
-from ltxkern.ops.dual_add import Arguments
+from ltxkern.ops.gated_residual import HeadGateArguments
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
@@ -46,17 +46,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_first_call_within_a_capture_is_refused(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is compiled is captured; another dtype is another kernel."""
-    from ltxkern.triton import dual_add
+    from ltxkern.triton import gated_residual
 
-    capturing, launch = True, tier.load("dual_add", "launch")
-    for kernel in vars(dual_add).values():
+    capturing, launch = True, tier.load("gated_residual", "launch_head_gate")
+    for kernel in vars(gated_residual).values():
         if isinstance(kernel, JITFunction):
             monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     def call(dtype: torch.dtype) -> None:
-        given = [torch.empty(64, 32, dtype=dtype, device="meta") for _ in range(5)]
-        launch(given[:2], Arguments(*given[2:]))
+        out, x, logits = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((64, 4, 32), (64, 4, 32), (64, 4))
+        )
+        launch(out, HeadGateArguments(x, logits))
 
     words = "is not compiled yet for such a call, and a CUDA graph capture is no time .*: make the same call once before the"
     with pytest.raises(RuntimeError, match=words):
@@ -66,6 +68,6 @@ def test_a_first_call_within_a_capture_is_refused(launched: list[str], monkeypat
     call(torch.bfloat16)
     capturing = True
     call(torch.bfloat16)
-    with pytest.raises(RuntimeError, match=rf"^ltxkern\.triton\.dual_add\.\S+ {words}"):
+    with pytest.raises(RuntimeError, match=rf"^ltxkern\.triton\.gated_residual\.\S+ {words}"):
         call(torch.float32)
     assert [each.split(" ")[0] for each in launched] == ["compiled", "launched", "launched"]

@@ -12,6 +12,7 @@ namespace ltxk {
 struct GuidanceChunks : CombineGuidance {
     GuidancePartial* partials;  // null: no rescale
     i64 chunk, chunks;
+    i64 cfg_bits, stg_bits, modality_bits;  // the factors as floats
 };
 
 template <class C, int V>
@@ -138,24 +139,24 @@ struct BranchPacks {
     static constexpr int V = kVector<T>;
     Raw<V> cond, uncond, perturbed, isolated;
 
-    LTXK_DEVICE void load(const CombineGuidance& b, u32 at) {
+    LTXK_DEVICE void load(const GuidanceChunks& b, u32 at) {
         cond = load_pack<T, V>(pack_address<T, V>(b.cond, at), 0);
         if (b.uncond) uncond = load_pack<T, V>(pack_address<T, V>(b.uncond, at), 0);
         if (b.perturbed) perturbed = load_pack<T, V>(pack_address<T, V>(b.perturbed, at), 0);
         if (b.isolated) isolated = load_pack<T, V>(pack_address<T, V>(b.isolated, at), 0);
     }
 
-    static LTXK_DEVICE void add(const Raw<V>& branch, double factor, const float (&base)[V], float (&total)[V]) {
+    static LTXK_DEVICE void add(const Raw<V>& branch, i64 factor, const float (&base)[V], float (&total)[V]) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) total[k] = fused(static_cast<float>(factor), base[k] - element<T>(branch, k), total[k]);
+        for (int k = 0; k < V; ++k) total[k] = fused(float_of(factor), base[k] - element<T>(branch, k), total[k]);
     }
 
-    LTXK_DEVICE void combine(const CombineGuidance& b, float (&base)[V], float (&total)[V]) const {
+    LTXK_DEVICE void combine(const GuidanceChunks& b, float (&base)[V], float (&total)[V]) const {
 #pragma unroll
         for (int k = 0; k < V; ++k) total[k] = base[k] = element<T>(cond, k);
-        if (b.uncond) add(uncond, b.cfg, base, total);
-        if (b.perturbed) add(perturbed, b.stg, base, total);
-        if (b.isolated) add(isolated, b.modality, base, total);
+        if (b.uncond) add(uncond, b.cfg_bits, base, total);
+        if (b.perturbed) add(perturbed, b.stg_bits, base, total);
+        if (b.isolated) add(isolated, b.modality_bits, base, total);
     }
 };
 
@@ -175,8 +176,11 @@ LTXK_DEVICE void each_pack(const GuidanceChunks& p, Use use) {
     }
 }
 
+// The power of two at which fp32 has the digits of a sum of squares: 1 but for the smallest and the largest.
+LTXK_DEVICE float unit_of(float squares) { return squares < 0x1p-90f ? 0x1p100f : squares < 0x1p126f ? 1.0f : 0x1p-80f; }
+
 // A thread sums in fp32 about its own first element, which lies within the root of its count of deviations from their mean; the
-// roundings of 131072 threads mean nothing to the sums of all, which are fp64.
+// roundings of 131072 threads mean nothing to the sums of all, which are fp64. Sums that 1 is no unit of it takes once more.
 template <class T>
 __global__ void __launch_bounds__(256, 4) guidance_measure_packs(GuidanceChunks p) {
     LTXK_SHARED(FourSums, scratch);
@@ -185,31 +189,40 @@ __global__ void __launch_bounds__(256, 4) guidance_measure_packs(GuidanceChunks 
     };
     LTXK_SHARED(Pivots, pivots);
     constexpr int V = kVector<T>;
-    float sum[4] = {};
-    u32 count = 0;
+    float sum[4], unit[2] = {1.0f, 1.0f};
+    u32 count;
     Pivots own = {0.0f, 0.0f};
-    each_pack<T>(p, [&](const BranchPacks<T>& pack, u32) {
-        float cond[V], total[V];
-        pack.combine(p, cond, total);
-        if (count == 0) own = {cond[0], total[0]};
+    bool again = false;
+    do {
+        if (again) unit[0] = unit_of(sum[1]), unit[1] = unit_of(sum[3]);
+        count = 0;
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-            float cond_delta = cond[k] - own.cond, delta = total[k] - own.total;
-            sum[0] += cond_delta;
-            sum[1] = fused(cond_delta, cond_delta, sum[1]);
-            sum[2] += delta;
-            sum[3] = fused(delta, delta, sum[3]);
-        }
-        count += V;
-    });
+        for (int k = 0; k < 4; ++k) sum[k] = 0.0f;
+        each_pack<T>(p, [&](const BranchPacks<T>& pack, u32) {
+            float cond[V], total[V];
+            pack.combine(p, cond, total);
+            if (count == 0) own = {cond[0], total[0]};
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+                float cond_delta = (cond[k] - own.cond) * unit[0], delta = (total[k] - own.total) * unit[1];
+                sum[0] += cond_delta;
+                sum[1] = fused(cond_delta, cond_delta, sum[1]);
+                sum[2] += delta;
+                sum[3] = fused(delta, delta, sum[3]);
+            }
+            count += V;
+        });
+        again = !again && count > 0 && (unit_of(sum[1]) != 1.0f || unit_of(sum[3]) != 1.0f);
+    } while (again);
     if (threadIdx.x == 0) pivots = own;
     __syncthreads();
     double apart[2] = {static_cast<double>(own.cond) - pivots.cond, static_cast<double>(own.total) - pivots.total}, sums[4];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-        double moved = static_cast<double>(count) * apart[k];
-        sums[2 * k] = sum[2 * k] + moved;
-        sums[2 * k + 1] = sum[2 * k + 1] + apart[k] * (sum[2 * k] + sums[2 * k]);
+        double back = unit[k] > 1.0f ? 0x1p-100 : unit[k] < 1.0f ? 0x1p80 : 1.0;
+        double sum_here = sum[2 * k] * back, moved = static_cast<double>(count) * apart[k];
+        sums[2 * k] = sum_here + moved;
+        sums[2 * k + 1] = sum[2 * k + 1] * back * back + apart[k] * (sum_here + sums[2 * k]);
     }
     store_partial(p, sums, pivots.cond, pivots.total, scratch);
 }

@@ -79,11 +79,13 @@ __global__ void __launch_bounds__(256, 4) gated_residual_packs(GatedResidualPack
     each_gated<T, M>(x, y, gate_at, [&](int j, const Raw<V>& sum) { store_pack<T>(out, j, sum); });
 }
 
-// 2 sigmoid(logit) for a result in T: 16 bits do not see what the quick functions lose.
+// 2 sigmoid(logit) for a result in T: 16 bits do not see what the quick functions lose. They would flush what logits below -87 leave,
+// which an x of 1e36 or infinity shows; of its root they have all digits.
 template <class T>
 LTXK_DEVICE float doubled_sigmoid(float logit) {
     if constexpr (sizeof(T) == 4) return 2.0f / (1.0f + expf(-logit));
-    else return 2.0f * fast_reciprocal(1.0f + fast_exp2(logit * -1.4426950408889634f));
+    float root = fast_exp2(fabsf(logit) * -0.7213475204444817f), factor = 2.0f * fast_reciprocal(fused(root, root, 1.0f));
+    return logit < 0.0f ? root * (root * factor) : factor;
 }
 
 // A warp has neighbouring packs of heads that lie row behind row in the result. Activations are T, logits are M.

@@ -102,9 +102,12 @@ LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 i = begin + threadIdx.x % 32 * V;
     if (end > count) end = count;
     for (; i + (B - 1) * kApart<V> < end; i += B * kApart<V>) batch(Count<B>(), i);
-    if (B > 2 && i + (B - 2) * kApart<V> < end) {
-        batch(Count<B - 1>(), i);
-        i += (B - 1) * kApart<V>;
+    // Of single elements not: there the compilers spill.
+    if constexpr (B > 2 && V > 1) {
+        if (i + (B - 2) * kApart<V> < end) {
+            batch(Count<B - 1>(), i);
+            i += (B - 1) * kApart<V>;
+        }
     }
     for (; i < end; i += kApart<V>) single(i);
 }
@@ -132,7 +135,9 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
         if constexpr (KEPT) return load<T, V>(from);
         else return load_streaming<T, V>(from);
     };
-    each_pack<V, RESIDUAL ? kResidualBatch<T> : kBatch>(
+    // Of single elements as well.
+    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : kBatch;
+    each_pack<V, kLoads>(
         count, range,
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;

@@ -68,7 +68,7 @@ LTXK_DEVICE void read_part(
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;
             const T* from = x + i;
-            T* to = kept + i;
+            [[maybe_unused]] T* to = kept + i;
             Pack<T, V> packs[B];
             float values[B][V];
 #pragma unroll

@@ -66,6 +66,9 @@ LTXK_DEVICE Raw<V> rounded_pack(const float (&values)[V]) {
     return raw;
 }
 
+// A parameter that is the 32 bits of an fp32.
+LTXK_DEVICE float float_of(i64 bits) { return bits_to_float(static_cast<u32>(bits)); }
+
 // What a row without modulation holds, as store_nan.
 template <class T, int V>
 LTXK_DEVICE Raw<V> nan_pack() {

@@ -180,8 +180,6 @@ struct QkTables<M, V, 3> {
     }
 };
 
-LTXK_DEVICE float float_of(i64 bits) { return bits_to_float(static_cast<u32>(bits)); }
-
 // One block of the kernel below.
 template <class T, class M, int AXES>
 LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch) {

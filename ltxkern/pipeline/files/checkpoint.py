@@ -263,12 +263,24 @@ class _FileSource:
     def config(self, name: str) -> Mapping[str, Any]:
         return component_config(self.files, name)
 
+    def paths(self, name: str) -> list[Path]:
+        return component_paths(self.files, name)
+
 
 def is_present(files: ModelFiles, component: str) -> bool:
     """Whether there is a place to read a component from; what lies there is said by `component_problem`."""
     if component in ("text_encoder", "tokenizer"):
         return files.text_encoder is not None or files.folder is not None
     return files.own(component) is not None or (component != "upsampler" and bool(files.shared))
+
+
+def component_paths(files: ModelFiles, component: str) -> list[Path]:
+    """Files and folders that a component is read from: its own, or those it may share with others."""
+    if component in ("text_encoder", "tokenizer"):
+        own = files.text_encoder or files.folder
+    else:
+        own = files.own(component)
+    return files.shared if own is None else [own]
 
 
 def component_config(files: ModelFiles, component: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -172,6 +173,9 @@ class ComponentSource(Protocol):
     def config(self, name: str) -> Mapping[str, Any]:
         """Its constructor arguments, without loading weights."""
 
+    def paths(self, name: str) -> list[Path]:
+        """Files and folders that it is read from."""
+
 
 class Components:
     """The modules of one generator; any may be None where its stage is not run.
@@ -214,6 +218,22 @@ class Components:
             return vars(self)[name] is None
         return self._source is None or not self._source.has(name)
 
+    def require(self, stages: int, encodes_images: bool, encodes_text: bool, decodes: bool) -> None:
+        """Refuses a run that needs a component which is absent.
+
+        Raises:
+            ValueError: with the names of all that are.
+        """
+        needed = ["transformer", *(["upsampler"] if stages == 2 else [])]
+        needed += ["video_vae"] if encodes_images or decodes else []
+        needed += ["audio_vae", "vocoder"] if decodes else []
+        needed += ["tokenizer", "text_encoder", "connectors"] if encodes_text else []
+        absent = [name for name in needed if self.is_absent(name)]
+        if absent:
+            raise ValueError(
+                f"this run needs {', '.join(absent)}: give them to from_components, or the inputs that replace them"
+            )
+
     def config(self, name: str) -> Mapping[str, Any] | None:
         """Constructor arguments of a component, from its module or from its file's header; None where it is absent."""
         if self.is_loaded(name):
@@ -232,6 +252,10 @@ class Components:
     def reloadable(self, name: str) -> bool:
         """Whether a released component can be read again."""
         return self._source is not None and self._source.has(name)
+
+    def paths(self, name: str) -> list[Path]:
+        """Files and folders that a component is read from; none where it was given."""
+        return [] if self._source is None else self._source.paths(name)
 
     def release(self, name: str) -> None:
         """Lets go of a component so that its memory can be freed; with a source, reading it again loads it again."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -85,6 +84,7 @@ def decode_video(
     latent: Tensor,
     *,
     tiling: Tiling = "auto",
+    skip: int = 0,
     progress: Callable[[int, int], None] | None = None,
     stage: str = "video decoding",
 ) -> Iterator[Tensor]:
@@ -97,6 +97,7 @@ def decode_video(
         vae: video VAE without timestep conditioning.
         latent: (1, C, F, H, W), normalised.
         tiling: "auto", the official layout; None, one tile; or sizes of your own.
+        skip: chunks at the start that are not wanted; at most one of them is decoded for the frames it shares with the next.
         progress: called with (tiles decoded, tiles in all).
         stage: what errors and warnings call this stage.
 
@@ -118,29 +119,31 @@ def decode_video(
     lay_out(vae.decoder)
     raw = denormalize(latent.to(next(vae.decoder.parameters()).dtype), vae)
     if layout.tiles == 1:
-        groups = _decode_whole(vae, raw, progress)
+        groups = _decode_whole(vae, raw, skip, progress)
     else:
-        groups = _decode_tiles(vae, raw, layout, progress)
-    return _to_pictures(groups, stage)
+        groups = _decode_tiles(vae, raw, layout, skip, progress)
+    return _to_pictures(groups, stage, whole=skip == 0)
 
 
 @torch.no_grad()
-def _to_pictures(groups: Iterator[Tensor], stage: str) -> Iterator[Tensor]:
-    low, high = math.inf, -math.inf
+def _to_pictures(groups: Iterator[Tensor], stage: str, *, whole: bool) -> Iterator[Tensor]:
+    watch = finite.VideoWatch(stage)
     for group in groups:
-        finite.check_finite(stage, "video", group)
+        watch.chunk(group)
         pictures = group[0].add_(1).mul_(0.5).clamp_(0, 1).permute(1, 2, 3, 0)
-        low, high = min(low, float(pictures.min())), max(high, float(pictures.max()))
         yield pictures
         # Whoever keeps the chunk holds it; the next group needs the room.
         del group, pictures
-    finite.warn_if_flat(stage, low, high)
+    if whole:
+        watch.end()
 
 
 @torch.no_grad()
 def _decode_whole(
-    vae: AutoencoderKLLTX2Video, raw: Tensor, progress: Callable[[int, int], None] | None
+    vae: AutoencoderKLLTX2Video, raw: Tensor, skip: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[Tensor]:
+    if skip:
+        return
     video = vae.decoder(raw)
     if progress is not None:
         progress(1, 1)
@@ -152,11 +155,15 @@ def _decode_tiles(
     vae: AutoencoderKLLTX2Video,
     raw: Tensor,
     layout: TileLayout,
+    skip: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[Tensor]:
+    if skip >= len(layout.time):
+        return
     ratio = vae.temporal_compression_ratio
     pending: Tensor | None = None  # blended frames that the next temporal group adds to
-    done = 0
+    first = _first_needed(layout.time, skip)
+    done = first * len(layout.height) * len(layout.width)
 
     def tile_done() -> None:
         nonlocal done
@@ -164,7 +171,7 @@ def _decode_tiles(
         if progress is not None:
             progress(done, layout.tiles)
 
-    for index, time in enumerate(layout.time):
+    for index, time in enumerate(layout.time[first:], first):
         group = _decode_group(vae, raw, time, layout, tile_done)
         if pending is not None:
             group[:, :, : pending.shape[2]] += pending
@@ -173,8 +180,18 @@ def _decode_tiles(
             return
         finished = (layout.time[index + 1].start - time.start) * ratio
         pending = group[:, :, finished:].clone()  # a copy, so that the group itself can be freed
-        yield group[:, :, :finished]
+        if index >= skip:
+            yield group[:, :, :finished]
         del group
+
+
+def _first_needed(times: Sequence[Interval], skip: int) -> int:
+    """The temporal group to begin with for the bits of the groups from `skip` on."""
+    first = max(skip - 1, 0)
+    # What a group hands on begins with its own frames alone where nothing that it was handed reaches that far.
+    while first > 0 and times[first - 1].end > times[first + 1].start:
+        first -= 1
+    return first
 
 
 def _decode_group(

@@ -48,7 +48,7 @@ class FusionPolicy:
     torch.compile traces is made of the separate ops then.
 
     Attributes:
-        name: one of `POLICIES`; None for what the variable LTXKERN_FUSIONS says, else "rounded".
+        name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".
         verdicts: under "exact", by fused function and layout of its arguments, whether it has the bits.
     """
 
@@ -56,8 +56,8 @@ class FusionPolicy:
     verdicts: dict[tuple[Any, ...], bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        source = "fusions" if self.name is not None else "LTXKERN_FUSIONS"
-        self.name = self.name if self.name is not None else os.environ.get("LTXKERN_FUSIONS") or "rounded"
+        source = "policy" if self.name is not None else "LTXKERN_POLICY"
+        self.name = self.name if self.name is not None else os.environ.get("LTXKERN_POLICY") or "rounded"
         if self.name not in POLICIES:
             raise ValueError(f"{source} must be one of {', '.join(POLICIES)}, got {self.name!r}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.results.atomic import replacing_file
@@ -97,7 +97,8 @@ class EmbeddingCache:
         kept = PromptEmbeddings(embeddings.video.detach().cpu(), embeddings.audio.detach().cpu())
         with replacing_file(self.path(prompt)) as temporary:
             tensors = {"video": kept.video.contiguous().clone(), "audio": kept.audio.contiguous().clone()}
-            save_file(tensors, str(temporary), metadata={"digest": _digest(kept)})
+            # Not save_file, whose errors do not say that the disk is full.
+            temporary.write_bytes(save(tensors, metadata={"digest": _digest(kept)}))
 
     def get(
         self, prompts: Sequence[str], encode: Callable[[list[str]], Sequence[PromptEmbeddings]]

@@ -78,6 +78,18 @@ def rgb_to_yuv420(chunk: Tensor) -> Tensor:
     return torch.cat((luma.flatten(1), chroma.flatten(1)), dim=1).view(frames, height * 3 // 2, width)
 
 
+def to_planes(chunk: Tensor) -> Tensor:
+    """What `write_mp4` encodes of a chunk, on the host: `rgb_to_yuv420` of a few frames at a time; of planes, themselves."""
+    if chunk.dtype == torch.uint8:
+        return chunk
+    return torch.cat([rgb_to_yuv420(part).cpu() for part in chunk.split(_CONVERTED_AT_ONCE)])
+
+
+def to_pictures(chunk: Tensor) -> Tensor:
+    """What `write_frames` writes of a chunk, on the host: 8-bit sRGB, rounded; of 8-bit pictures, themselves."""
+    return (chunk if chunk.dtype == torch.uint8 else (chunk.float() * 255).round().to(torch.uint8)).cpu()
+
+
 def frame_rate(value: str | float | Fraction) -> Fraction:
     """Frames per second as a fraction: "24000/1001", 29.97 and 23.98 are the broadcast rates that people write like this.
 
@@ -120,7 +132,7 @@ def write_mp4(
 
     Args:
         path: written beside itself first and renamed when complete, so no half file ever bears this name.
-        chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size.
+        chunks: (F, H, W, 3) in [0, 1] each, any floating dtype and device, all of one even size; or what `to_planes` makes of them.
         audio: (2, N) samples in [-1, 1], or None for no sound.
         fps: frames per second, as `frame_rate` takes them.
         sample_rate: of `audio`, in Hz.
@@ -165,6 +177,12 @@ def write_mp4(
 def _require_stereo(audio: Tensor | None) -> None:
     if audio is not None and (audio.ndim != 2 or audio.shape[0] != 2):
         raise ValueError(f"audio must be (2, samples), got {tuple(audio.shape)}")
+
+
+def _size(chunk: Tensor) -> tuple[int, int]:
+    """Height and width of a chunk's frames."""
+    rows, width = chunk.shape[1:3]
+    return (rows * 2 // 3 if chunk.dtype == torch.uint8 else rows), width
 
 
 class _Sink:
@@ -231,7 +249,7 @@ class _Mp4Writer:
     def open(
         cls, container: OutputContainer, chunk: Tensor, audio: Tensor | None, rate: Fraction, sample_rate: int, crf: int
     ) -> _Mp4Writer:
-        height, width = chunk.shape[1:3]
+        height, width = _size(chunk)
         video = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         context = video.codec_context
@@ -247,10 +265,10 @@ class _Mp4Writer:
 
     def planes_of(self, chunk: Tensor) -> Iterator[np.ndarray]:
         """A chunk's frames as packed YUV on the host, some at a time."""
-        if tuple(chunk.shape[1:3]) != self.size:
-            raise ValueError(f"chunks must all be {self.size} (height, width), got {tuple(chunk.shape[1:3])}")
+        if _size(chunk) != self.size:
+            raise ValueError(f"chunks must all be {self.size} (height, width), got {_size(chunk)}")
         for part in chunk.split(_CONVERTED_AT_ONCE):
-            yield rgb_to_yuv420(part).cpu().numpy()
+            yield to_planes(part).numpy()
 
     def write(self, frames: np.ndarray) -> range:
         """Encodes packed YUV frames and the audio that goes with them; returns the numbers of frames there are after each."""
@@ -300,7 +318,7 @@ def write_frames(
     with replacing_folder(folder) as temporary:
         count = 0
         for chunk in chunks:
-            for picture in (chunk.float() * 255).round().to(torch.uint8).cpu().numpy():
+            for picture in to_pictures(chunk).numpy():
                 Image.fromarray(picture).save(temporary / f"frame_{count:05d}.png")
                 count += 1
                 if progress is not None:

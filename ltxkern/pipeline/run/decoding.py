@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,9 +12,13 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
 from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.sampling import finite
+from ltxkern.pipeline.work.chunks import VideoChunks
+from ltxkern.pipeline.work.kept import KeptWork
 
 STAGE = "audio decoding"
+_KEPT = "decode-audio"
 
 
 def decode(
@@ -26,6 +29,7 @@ def decode(
     progress: Progress | None,
     *,
     streamed: bool,
+    work: KeptWork | None = None,
 ) -> tuple[list[Any], list[Tensor]]:
     """Videos and waveforms, one a prompt.
 
@@ -37,22 +41,34 @@ def decode(
         progress: called with (stage, done, total).
         streamed: videos are iterators of chunks, decoded while they are consumed, the first chunk of the first one at once; else
             they lie on the host.
+        work: has what an earlier process decoded.
     Raises:
         NonFiniteError: the sound, or what is decoded of the pictures, has NaN or infinity.
     """
-    streams = [_chunks(components, manager, one[None], tiling, progress) for one in latents["video"]]
+    work = work or KeptWork()
+    streams = [
+        _chunks(components, manager, one[None], tiling, progress, work, str(index))
+        for index, one in enumerate(latents["video"])
+    ]
 
     def pictures() -> list[Any]:
         if streamed:
-            return [chain((next(streams[0]),), streams[0]), *streams[1:]]
+            streams[0].begin()
+            return list(streams)
         return [torch.cat([chunk.cpu() for chunk in chunks]) for chunks in streams]
 
+    work.waiting += len(streams)
+    kept = work.take(_KEPT)
+    if kept is not None:
+        return pictures(), list(kept.values())
     waveforms, videos = manager.side_by_side(
         lambda: _waveforms(components, manager, latents["audio"], progress), pictures
     )
     # Only now: to look at the sound any earlier would have kept the pictures waiting for it.
-    for waveform in waveforms:
-        finite.check_audio(STAGE, waveform)
+    with explained("decode", components, ["audio_vae", "vocoder"]):
+        for waveform in waveforms:
+            finite.check_audio(STAGE, waveform)
+    work.leave(_KEPT, {f"{index:05d}": waveform for index, waveform in enumerate(waveforms)})
     return videos, waveforms
 
 
@@ -70,9 +86,22 @@ def _waveforms(
 
 
 def _chunks(
-    components: Components, manager: TwoStageDeviceManager, latent: Tensor, tiling: Tiling, progress: Progress | None
-) -> Iterator[Tensor]:
-    with manager.component("video_vae", components.video_vae) as vae:
-        yield from decode_video(
-            vae, latent, tiling=tiling, progress=lambda done, total: report(progress, "video", done, total)
-        )
+    components: Components,
+    manager: TwoStageDeviceManager,
+    latent: Tensor,
+    tiling: Tiling,
+    progress: Progress | None,
+    work: KeptWork,
+    name: str,
+) -> VideoChunks:
+    def tell(done: int, total: int) -> None:
+        report(progress, "video", done, total)
+
+    def decode_from(skip: int) -> Iterator[Tensor]:
+        with (
+            explained("decode", components, ["video_vae"]),
+            manager.component("video_vae", components.video_vae) as vae,
+        ):
+            yield from decode_video(vae, latent, tiling=tiling, skip=skip, progress=tell)
+
+    return VideoChunks(decode_from, work, name)

@@ -14,14 +14,18 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
+from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import run_stage
-from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.finite import check_latents
 from ltxkern.pipeline.sampling.guidance import CFGPolicy
-from ltxkern.pipeline.sampling.latents import LatentState
-from ltxkern.pipeline.sampling.state import sample_generators
+from ltxkern.pipeline.sampling.latents import LatentState, patchify
+from ltxkern.pipeline.sampling.state import fill_normal, sample_generators
+from ltxkern.pipeline.work.kept import KeptWork
 
 logger = logging.getLogger(__name__)
+
+_DRAWN = "drawn"
 
 Progress = Callable[[str, int, int], None]
 StepCallback = Callable[[str, int, int, dict[str, Tensor]], None]
@@ -45,6 +49,15 @@ class DenoisingRun:
     image_latents: Sequence[Sequence[Tensor]] | None
     callback: StepCallback | None
     progress: Progress | None
+    work: KeptWork
+
+    def __post_init__(self) -> None:
+        self.kept = [self.work.take(f"stage{index}") for index in range(1, len(self.stages) + 1)]
+
+    @property
+    def is_denoised(self) -> bool:
+        """Whether an earlier process ran all stages."""
+        return all(found is not None for found in self.kept)
 
     def latents(self, policies: Sequence[CFGPolicy], phases: Sequence[LoRAPhase]) -> dict[str, Tensor]:
         """The stages that `phases` covers (all, save on some ranks of several); the latents that `HQOutput` carries."""
@@ -55,15 +68,25 @@ class DenoisingRun:
         video: Tensor | None = None
         audio: Tensor | None = None
         for index, (stage, phase) in enumerate(zip(self.stages, phases, strict=False)):
-            pictures = self._pictures(index)
-            pipeline.manager.switch_lora_phase(phase)
-            with pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])):
-                states = self._stage(index, policies[index], pictures, video, audio)
-            video, audio = states["video"].unpack(), states["audio"].unpack()
+            found = self.kept[index]
+            if found is not None:
+                self._draw_again(index, found)
+            else:
+                pictures = self._pictures(index)
+                pipeline.manager.switch_lora_phase(phase)
+                loras = [lora for lora, _ in phase.entries]
+                with (
+                    explained(f"stage{index + 1}", pipeline.components, ["transformer"], loras),
+                    pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])),
+                ):
+                    found = self._stage(index, policies[index], pictures, video, audio)
+                self.work.stage(f"stage{index + 1}", found)
+            video, audio = found["video"], found["audio"]
             if index == 0:
                 latents |= {"stage1_video": video, "stage1_audio": audio}
             if index + 1 < len(phases):
-                video = self._upsample(video)
+                smaller = video
+                video = self.work.once("stage1-upsampled", lambda: {"video": self._upsample(smaller)})["video"]  # noqa: B023
                 latents["upsampled_video"] = video
         if video is None or audio is None or len(phases) < len(self.stages):
             return latents
@@ -71,6 +94,14 @@ class DenoisingRun:
             latents["stage2_audio"] = audio
         source = audio if self.request.sounds_from == "stage2" else latents["stage1_audio"]
         return latents | {"video": video, "audio": source}
+
+    def _draw_again(self, index: int, found: Mapping[str, Tensor]) -> None:
+        """Bring the generators to where a stage that is not run would have left them."""
+        for offset, name in enumerate(("video", "audio")):
+            if self.initial_noise is None:
+                tokens = patchify(found[name])
+                drawn = int(found[_DRAWN][offset])
+                fill_normal(tokens.new_empty(tokens.shape[0], drawn, tokens.shape[2]), self.generators)
 
     def _forwards(self, stage: Stage, policy: CFGPolicy) -> int | None:
         """Transformer calls of a stage, where they are known beforehand; None where steps may be skipped or shared out."""
@@ -83,16 +114,21 @@ class DenoisingRun:
             return self.image_latents[index]
         if not self.request.images:
             return ()
+        kept = self.work.once(f"stage{index + 1}-images", lambda: self._encode_pictures(index))
+        return [kept[name] for name in sorted(kept)]
+
+    def _encode_pictures(self, index: int) -> dict[str, Tensor]:
         stage, pipeline = self.stages[index], self.pipeline
         report(self.progress, f"images for {stage.name}", 0, 1)
         with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
             encoded = encode_conditions(vae, self.request.images, stage.height, stage.width, device=pipeline.device)
         report(self.progress, f"images for {stage.name}", 1, 1)
-        return encoded
+        return {f"{place:05d}": latent for place, latent in enumerate(encoded)}
 
     def _stage(
         self, index: int, policy: CFGPolicy, pictures: Sequence[Tensor], video: Tensor | None, audio: Tensor | None
-    ) -> dict[str, LatentState]:
+    ) -> dict[str, Tensor]:
+        """The latents of both modalities after a stage, and how many tokens of noise it drew for each."""
         stage, pipeline = self.stages[index], self.pipeline
         transformer = pipeline.components.transformer
         dtype = next(transformer.parameters()).dtype
@@ -111,7 +147,8 @@ class DenoisingRun:
         for offset, name in enumerate(("video", "audio")):
             given = None if self.initial_noise is None else self.initial_noise[2 * index + offset]
             states[name] = states[name].noise(scale, generator=self.generators, noise=given)
-        return run_stage(
+        drawn = [states[name].latent.shape[1] for name in ("video", "audio")]
+        ends = run_stage(
             transformer,
             states,
             policy,
@@ -124,7 +161,9 @@ class DenoisingRun:
             sde_noise=None if self.sde_noise is None else self.sde_noise[index],
             callback=self._step_callback(stage),
             denoiser_factory=pipeline.denoiser_factory,
+            steps=self.work.steps(f"stage{index + 1}", stage.name),
         )
+        return {name: state.unpack() for name, state in ends.items()} | {_DRAWN: torch.tensor(drawn)}
 
     def _conditions(self, pictures: Sequence[Tensor]) -> Sequence[ImageCondition]:
         if self.image_latents is not None and not self.request.images and len(pictures) == 1:
@@ -145,7 +184,8 @@ class DenoisingRun:
         report(self.progress, "upsampling", 0, 1)
         with pipeline.manager.component("upsampler", pipeline.components.upsampler) as upsampler:
             larger = upsample_latent(upsampler, self._statistics(), video)
-        check_latent("upsampling", "video latent", larger)
+        with explained("stage1", pipeline.components, ["upsampler"]):
+            check_latents("upsampling", {"video latent": larger})
         report(self.progress, "upsampling", 1, 1)
         return larger
 

@@ -14,9 +14,11 @@ from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.text import PromptEmbeddings, encode_prompts
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache, model_revision
 from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.run.request import GenerationRequest
-from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.finite import check_latents
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceRequest, MultiModalPolicy, SingleBranchPolicy
+from ltxkern.pipeline.work.kept import KeptWork
 
 
 class PromptEncoder:
@@ -52,6 +54,7 @@ class PromptEncoder:
         embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
         negative: PromptEmbeddings | Sequence[Tensor] | None = None,
         progress: Progress | None = None,
+        work: KeptWork | None = None,
     ) -> list[CFGPolicy]:
         """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device.
 
@@ -63,7 +66,7 @@ class PromptEncoder:
         wants_negative = unknown or any(scales.cfg != 1 for scales in guidance.present.values())
         if embeddings is None:
             texts = request.prompts() + (request.negative_prompts() if wants_negative and negative is None else [])
-            encoded = self.encode(texts, progress)
+            encoded = self._kept(work or KeptWork(), texts, progress)
             embeddings = _stack(encoded[: request.batch])
             if len(encoded) > request.batch:
                 negative = _stack(encoded[request.batch :])
@@ -75,6 +78,17 @@ class PromptEncoder:
         opposite = None if negative is None else self._contexts("negative_embeddings", negative, request.batch)
         return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
 
+    def _kept(self, work: KeptWork, texts: list[str], progress: Progress | None) -> list[PromptEmbeddings]:
+        """`encode`, or what an earlier process encoded, in the dtype of today."""
+
+        def make() -> dict[str, Tensor]:
+            found = self.encode(texts, progress)
+            return {f"{part}-{i:05d}": getattr(one, part) for i, one in enumerate(found) for part in ("video", "audio")}
+
+        held, dtype = work.once("text", make), self._components.dtype("connectors")
+        pairs = [[held[f"{part}-{i:05d}"] for part in ("video", "audio")] for i in range(len(texts))]
+        return [PromptEmbeddings(*(one if dtype is None else one.to(dtype) for one in pair)) for pair in pairs]
+
     def encode(self, texts: list[str], progress: Progress | None = None) -> list[PromptEmbeddings]:
         """One pair of contexts a text, from the cache where it is there.
 
@@ -83,9 +97,10 @@ class PromptEncoder:
         """
         report(progress, "text", 0, 1)
         encoded = self._encode_now(texts) if self._cache is None else self._cache.get(texts, self._encode_now)
-        for item in encoded:
-            check_latent("text encoding", "video context", item.video)
-            check_latent("text encoding", "audio context", item.audio)
+        with explained("text", self._components, ["text_encoder", "connectors"]):
+            contexts = {f"video context {i}": item.video for i, item in enumerate(encoded, 1)}
+            contexts |= {f"audio context {i}": item.audio for i, item in enumerate(encoded, 1)}
+            check_latents("text encoding", contexts)
         if not self._keep and self._components.reloadable("text_encoder"):
             self._components.release("text_encoder")
         report(progress, "text", 1, 1)

@@ -115,7 +115,7 @@ class GenerationRequest:
             the spread of the result: `res2s_sample`.
         audio_source: "stage1" or "stage2"; None for the preset's (stage 2 in "distilled", else stage 1, as published).
         stage1_sigmas, stage2_sigmas: schedules in place of the preset's.
-        max_batch_size: guidance branches per forward.
+        max_batch_size: guidance branches per batch of a forward.
     """
 
     prompt: str | Sequence[str] = ""

@@ -14,11 +14,12 @@ from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_x0_batch
 from ltxkern.pipeline.parallel.by_token import SequenceParallel
 from ltxkern.pipeline.run.request import Stage
 from ltxkern.pipeline.sampling.euler import euler_sample
-from ltxkern.pipeline.sampling.finite import check_latent
+from ltxkern.pipeline.sampling.finite import StageWatch
 from ltxkern.pipeline.sampling.guidance import CFGBranch, CFGPolicy, GuidedDenoiser, Prediction, Runner
 from ltxkern.pipeline.sampling.latents import LatentState
 from ltxkern.pipeline.sampling.res2s import res2s_sample
 from ltxkern.pipeline.sampling.state import Latents, offset_seeds
+from ltxkern.pipeline.work.kept import KeptSteps
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,17 @@ def batched_runner(max_batch_size: int) -> Runner:
     return run
 
 
+def _kept(steps: KeptSteps, denoiser: Any, reuses: bool) -> dict[str, Any]:
+    """The sampler's arguments that go on from the last kept step and keep the next ones; `reuses`: predictions outlive a step."""
+    found = steps.latest()
+    if found is not None and reuses:
+        denoiser.last = dict(found[1])
+    return {
+        "start": None if found is None else found[0],
+        "keep": lambda point: steps.keep(point, denoiser.last if reuses else {}),
+    }
+
+
 def run_stage(
     transformer: LTX2Transformer,
     states: Mapping[str, LatentState],
@@ -84,6 +96,7 @@ def run_stage(
     sde_noise: Mapping[str, Sequence[Tensor]] | None = None,
     callback: Callable[[int, int, dict[str, Tensor]], None] | None = None,
     denoiser_factory: Callable[[CFGPolicy, BranchForward], Any] | None = None,
+    steps: KeptSteps | None = None,
 ) -> dict[str, LatentState]:
     """Denoise the noised states of one stage.
 
@@ -99,10 +112,11 @@ def run_stage(
         sde_noise: ready noise of every draw of the sampler per modality, in its order; seeded draws where None.
         callback: called after each step with (done, total, latents).
         denoiser_factory: makes the denoiser from policy and forward; None runs the branches by `batched_runner`.
+        steps: where the stage goes on from, and where its steps are kept.
     Returns:
         The states with the denoised latents, conditioning tokens removed.
     Raises:
-        NonFiniteError: the stage ended in NaN or infinity.
+        NonFiniteError: the stage ended in NaN or infinity; the message names the step and the modality that were first.
     """
     forward = BranchForward(transformer, states, conditioned)
     if denoiser_factory is not None:
@@ -111,7 +125,16 @@ def run_stage(
         denoiser = GuidedDenoiser(policy, forward, runner=batched_runner(max_batch_size))
     latents = {name: state.latent for name, state in states.items()}
     sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
-    held: dict[str, Any] = {"callback": callback}
+    watch = StageWatch(stage.name)
+
+    def after_step(done: int, total: int, latents: Latents) -> None:
+        watch.after_step(done, latents)
+        if callback is not None:
+            callback(done, total, latents)
+
+    held: dict[str, Any] = {"callback": after_step}
+    if steps is not None:
+        held |= _kept(steps, denoiser, any(policy.skipped(step) for step in range(len(stage.sigmas))))
     if conditioned:
         held["masks"] = {name: state.mask for name, state in states.items()}
         held["clean"] = {name: state.clean for name, state in states.items()}
@@ -124,8 +147,5 @@ def run_stage(
         result = euler_sample(denoiser, latents, sigmas, **held)
     else:
         result = euler_sample(denoiser, latents, sigmas, **held)
-    done = {}
-    for name, state in states.items():
-        check_latent(stage.name, f"{name} latent", result[name])
-        done[name] = replace(state, latent=result[name]).clear_conditioning()
-    return done
+    watch.check(result)
+    return {name: replace(state, latent=result[name]).clear_conditioning() for name, state in states.items()}

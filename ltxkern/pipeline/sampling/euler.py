@@ -13,7 +13,9 @@ from ltxkern.ops.res2s import post_process
 from ltxkern.pipeline.sampling.state import (
     Callback,
     Denoiser,
+    Keep,
     Latents,
+    SamplerPoint,
     Seeds,
     fill_normal,
     fp32,
@@ -104,6 +106,8 @@ def euler_sample(
     model_dtype: torch.dtype | None = None,
     noise: Mapping[str, Sequence[Tensor]] | None = None,
     callback: Callback | None = None,
+    start: SamplerPoint | None = None,
+    keep: Keep | None = None,
 ) -> Latents:
     """Denoise latents by Euler steps, one evaluation each.
 
@@ -111,7 +115,7 @@ def euler_sample(
     result is masked again. The step to 0 gives x0 and draws no noise.
 
     Args:
-        denoiser, latents, masks, clean, model_dtype, callback: as in `res2s_sample`; substep is always False.
+        denoiser, latents, masks, clean, model_dtype, callback, start, keep: as in `res2s_sample`; substep is always False.
         sigmas: decreasing noise levels, last one 0 or positive; rounded to fp32.
         eta: share of the ancestral step; 0 is the plain sampler, 1 the published ancestral one.
         noise_seed: seed of the noise of a run with eta, drawn in the model dtype after each step, video before audio, from a fresh
@@ -133,12 +137,12 @@ def euler_sample(
             raise ValueError(
                 f"sigmas must be strictly decreasing and at least 0, got {sigma} then {sigma_next} at index {index}"
             )
-    generators = sample_generators(noise_seed, state.device)
     given = None
+    generators = sample_generators(noise_seed, state.device) if eta and noise is None else []
     if noise is not None and eta:
         given = ready_noise(state, noise, sum(level > 0 for level in levels[1:]), "one a step that does not end at 0")
-    current = state.latents
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    behind, current = state.at(start, generators)
+    for index, (sigma, sigma_next) in enumerate(list(pairwise(levels))[behind:], behind):
         x0 = state.predict(denoiser, current, sigma, index, False)
         found = []
         for place, (x, d, mask, c) in enumerate(zip(current, x0, state.masks, state.cleans, strict=True)):
@@ -152,6 +156,8 @@ def euler_sample(
                 step = euler_ancestral_step(x, target, sigma, sigma_next, n, eta=eta)
                 found.append(post_process(step, mask, c).to(state.dtype))
         current = found
+        if keep is not None and index + 2 < len(levels):
+            keep(state.point(index + 1, current, generators))
         if callback is not None:
             callback(index + 1, len(levels) - 1, state.named(current))
     return state.named(current)

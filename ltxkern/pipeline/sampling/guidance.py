@@ -272,6 +272,7 @@ class GuidedDenoiser:
     Attributes:
         evaluations: calls by the sampler.
         forwards: branch forwards run, over all ranks.
+        last: the last prediction of each modality, which skipped steps return.
     """
 
     def __init__(self, policy: CFGPolicy, forward: Forward, *, runner: Runner = run_branches) -> None:
@@ -283,17 +284,17 @@ class GuidedDenoiser:
         self.forwards = 0
         self._forward = forward
         self._runner = runner
-        self._last: Latents = {}
+        self.last: Latents = {}
 
     def __call__(self, latents: Latents, sigma: float, *, step: int, substep: bool) -> Latents:
         """x0 by modality; see `res2s_sample`."""
         self.evaluations += 1
         # A modality without a prediction yet cannot reuse it: a run may start in the middle of a schedule.
-        skipped = self.policy.skipped(0 if substep else step) & self._last.keys()
+        skipped = self.policy.skipped(0 if substep else step) & self.last.keys()
         if latents.keys() <= skipped:
-            return dict(self._last)
+            return dict(self.last)
         predictions = self._runner(self.policy.branches, self._forward, latents, sigma)
         self.forwards += len(self.policy.branches)
         combined = self.policy.combine(predictions)
-        self._last = {name: self._last[name] if name in skipped else value for name, value in combined.items()}
-        return dict(self._last)
+        self.last = {name: self.last[name] if name in skipped else value for name, value in combined.items()}
+        return dict(self.last)

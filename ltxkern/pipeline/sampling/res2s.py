@@ -14,7 +14,9 @@ from ltxkern.ops.res2s_step import SUBSTEP_ETA, Res2sStep, res2s_steps
 from ltxkern.pipeline.sampling.state import (
     Callback,
     Denoiser,
+    Keep,
     Latents,
+    SamplerPoint,
     SamplerState,
     Seeds,
     fill_normal,
@@ -32,6 +34,9 @@ TAIL_SIGMA = fp32(0.0011)
 class _Noise(Protocol):
     """Source of the noise of one step or substep: tensors, and their statistics where they are raw."""
 
+    @property
+    def generators(self) -> Sequence[torch.Generator]: ...
+
     def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]: ...
 
 
@@ -42,21 +47,21 @@ class _DrawnNoise:
     """
 
     def __init__(self, state: SamplerState, step_seeds: Seeds, substep_seeds: Seeds) -> None:
-        self._generators = {
-            substep: sample_generators(seeds, state.device)
-            for substep, seeds in ((False, step_seeds), (True, substep_seeds))
-        }
+        self._steps, self._substeps = (sample_generators(seeds, state.device) for seeds in (step_seeds, substep_seeds))
+        self.generators = [*self._steps, *self._substeps]
         self._buffers = [torch.empty_like(latent, dtype=torch.float64) for latent in state.latents]
         self._statistics = [latent.new_empty((latent.shape[0], 3), dtype=torch.float64) for latent in state.latents]
 
     def next(self, step: int, substep: bool) -> tuple[list[Tensor], list[Tensor] | None]:
         for buffer, statistics in zip(self._buffers, self._statistics, strict=True):
-            noise_statistics(fill_normal(buffer, self._generators[substep]), out=statistics)
+            noise_statistics(fill_normal(buffer, self._substeps if substep else self._steps), out=statistics)
         return self._buffers, self._statistics
 
 
 class _ReplayedNoise:
     """Ready noise given by the caller: substep 0, step 0, substep 1, step 1, ... of each modality."""
+
+    generators: tuple[torch.Generator, ...] = ()
 
     def __init__(self, state: SamplerState, noise: Mapping[str, Sequence[Tensor]], count: int) -> None:
         self._noise = ready_noise(state, noise, count, "two a step")
@@ -81,6 +86,8 @@ def res2s_sample(
     model_dtype: torch.dtype | None = None,
     noise: Mapping[str, Sequence[Tensor]] | None = None,
     callback: Callback | None = None,
+    start: SamplerPoint | None = None,
+    keep: Keep | None = None,
 ) -> Latents:
     """Denoise latents by the res2s sampler: a second-order exponential Runge-Kutta step with SDE noise on both of its stages.
 
@@ -104,6 +111,8 @@ def res2s_sample(
         model_dtype: dtype of the state between steps and of the result; None for the latents' own.
         noise: ready fp64 noise instead of drawn one: per modality substep 0, step 0, substep 1, step 1, ... (2n tensors).
         callback: called as `callback(done, total, latents)` after each step, done from 1; the final evaluation counts as one.
+        start: a point of an earlier call with the same arguments, to go on from there with the same bits.
+        keep: called with the point after each step but the last, before the callback.
     Returns:
         Clean latents by modality, in the model dtype.
 
@@ -134,7 +143,7 @@ def res2s_sample(
         source = _ReplayedNoise(state, noise, 2 * len(steps))
     else:
         source = _DrawnNoise(state, noise_seed, offset_seeds(noise_seed) if substep_seed is None else substep_seed)
-    return _run(denoiser, state, steps, source, clean_end, callback)
+    return _run(denoiser, state, steps, source, clean_end, callback, start, keep)
 
 
 def _run(
@@ -144,13 +153,17 @@ def _run(
     source: _Noise,
     clean_end: bool,
     callback: Callback | None,
+    start: SamplerPoint | None,
+    keep: Keep | None,
 ) -> Latents:
     total = len(steps) + clean_end
-    current = state.latents
+    behind, current = state.at(start, source.generators)
     anchors = [torch.empty_like(latent, dtype=torch.float64) for latent in current]
-    for index, step in enumerate(steps):
+    for index, step in enumerate(steps[behind:], behind):
         x0 = state.predict(denoiser, current, step.sigma, index, False)
         current = _half_steps(denoiser, state, current, x0, anchors, index, step, source)
+        if keep is not None and index + 1 < total:
+            keep(state.point(index + 1, current, source.generators))
         if callback is not None:
             callback(index + 1, total, state.named(current))
     if clean_end:

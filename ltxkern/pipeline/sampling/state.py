@@ -19,6 +19,24 @@ Seeds = int | Sequence[int]
 Callback = Callable[[int, int, Latents], None]
 
 
+@dataclass(frozen=True)
+class SamplerPoint:
+    """Where a sampler stands between two steps: with the arguments of its run it goes on from here with the same bits.
+
+    Attributes:
+        done: steps behind it.
+        latents: packed, in the model dtype. The anchors of a res2s step live within the step only.
+        generators: states of its sources of noise; none where noise was given.
+    """
+
+    done: int
+    latents: Latents
+    generators: tuple[Tensor, ...] = ()
+
+
+Keep = Callable[[SamplerPoint], None]
+
+
 class Denoiser(Protocol):
     """Predicts clean latents: called as `denoiser(latents, sigma, step=i, substep=False)`, returns x0 per modality."""
 
@@ -55,6 +73,33 @@ class SamplerState:
     def named(self, values: Iterable[Tensor]) -> Latents:
         """A fresh dict of values in the order of `names`."""
         return dict(zip(self.names, values, strict=True))
+
+    def point(self, done: int, latents: Iterable[Tensor], generators: Sequence[torch.Generator]) -> SamplerPoint:
+        """After `done` steps."""
+        return SamplerPoint(done, self.named(latents), tuple(generator.get_state() for generator in generators))
+
+    def at(self, start: SamplerPoint | None, generators: Sequence[torch.Generator]) -> tuple[int, list[Tensor]]:
+        """Steps that lie behind, and the latents to go on with; the generators are brought to where they were.
+
+        Raises:
+            ValueError: the point is of other modalities, shapes, dtypes or another number of generators.
+        """
+        if start is None:
+            return 0, self.latents
+        if set(start.latents) != set(self.names) or len(start.generators) != len(generators):
+            raise ValueError(
+                f"start must hold {', '.join(self.names)} and {len(generators)} generators, "
+                f"got {', '.join(start.latents)} and {len(start.generators)}"
+            )
+        for name, latent in zip(self.names, self.latents, strict=True):
+            found = start.latents[name]
+            if found.shape != latent.shape or found.dtype != latent.dtype:
+                raise ValueError(
+                    f"start.latents[{name!r}] must be {latent.dtype} {tuple(latent.shape)}, got {found.dtype} {tuple(found.shape)}"
+                )
+        for generator, state in zip(generators, start.generators, strict=True):
+            generator.set_state(state.cpu())
+        return start.done, [start.latents[name].to(self.device).contiguous() for name in self.names]
 
     def predict(
         self, denoiser: Denoiser, latents: Iterable[Tensor], sigma: float, step: int, substep: bool

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from ltxkern import use_backend
 from ltxkern.pipeline.files.lora import NO_LORA, lora_phases
+from ltxkern.pipeline.memory import inplace
 from ltxkern.pipeline.memory.factors import FactorCache
 from ltxkern.pipeline.memory.host_memory import HostBudget
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
@@ -111,6 +112,33 @@ def test_forwards_are_identical_to_resident_ones(model, phases, offload):
                 results.append(model(x).clone())
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
+
+
+def test_inplace_goes_by_one_product_and_one_kernel_a_chunk(model, phases, monkeypatch):
+    weight = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    if inplace.switch_tier(weight) is None:
+        pytest.skip("SWITCH KERNEL NOT TESTED: neither a CUDA build nor NVRTC is here")
+    calls, real = [], inplace.run_switch
+    monkeypatch.setattr(
+        inplace, "run_switch", lambda tier, case, *tensors: (calls.append(case), real(tier, case, *tensors))[1]
+    )
+    expected = merged_on_device(model, phases)
+    with prepared(model, phases, "inplace", device="cuda") as manager:
+        for phase in (phases[1], phases[0]):
+            calls.clear()
+            manager.switch_lora_phase(phase)
+            # No case restores alone or adds alone: that would be the long way.
+            assert calls
+            assert all(case.subtract and case.add for case in calls)
+            found = on_host(model)
+            assert all(torch.equal(found[name], weight) for name, weight in expected[phase].items())
+
+
+def test_pristine_weights_of_original_are_page_locked(model, phases):
+    with prepared(model, phases, "original", device="cuda") as manager:
+        assert len(manager.store._near) == len(linear_weights(model))
+        assert all(weight.is_pinned() for weight in manager.store._near.values())
+    assert manager.budget.used == 0
 
 
 def test_snapshots_and_lent_components_are_page_locked(model, phases):

@@ -161,7 +161,7 @@ def test_jobs_in_turn_race_with_nothing_before_or_after_them(fails):
             x.add_(1)
         with pytest.raises(MemoryError) if fails is not None else contextlib.nullcontext():
             made = in_turn(clock, [functools.partial(job, index) for index in range(5)])
-            assert [x.tolist() for x in made] == [[4.0] * 3] * 5
+            assert [x.mul_(2).tolist() for x in made] == [[8.0] * 3] * 5
             del made
         for x in given:
             x.add_(1)

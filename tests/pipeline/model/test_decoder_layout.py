@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ltxkern.commands import verify
 from ltxkern.patch import patch
 from ltxkern.pipeline.model import decoder_layout
 from ltxkern.pipeline.model.decode import decode_video
@@ -80,3 +81,11 @@ def test_a_wrong_name_is_answered_with_the_legal_ones(monkeypatch: pytest.Monkey
     monkeypatch.setenv(VARIABLE, "nhwc")
     with pytest.raises(ValueError, match=f"{VARIABLE} must be one of auto, contiguous, channels-last, got 'nhwc'"):
         decode_video(tiny_video_vae(), torch.zeros(1, 8, 1, 1, 1))
+
+
+def test_verify_says_how_the_decoder_lies_on_each_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verify._decoder_layouts() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(decoder_layout, "describe", lambda device: f"{device}: right")
+    assert verify._decoder_layouts() == ["cuda:0: right", "cuda:1: right"]

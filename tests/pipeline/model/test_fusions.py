@@ -137,13 +137,13 @@ def test_exact_holds_for_branches_side_by_side() -> None:
 
 
 def test_names(monkeypatch: Any) -> None:
-    monkeypatch.setenv("LTXKERN_FUSIONS", "exact")
+    monkeypatch.setenv("LTXKERN_POLICY", "exact")
     assert FusionPolicy().name == "exact"
     assert FusionPolicy("rounded").name == "rounded"
-    monkeypatch.setenv("LTXKERN_FUSIONS", "fast")
-    with pytest.raises(ValueError, match="LTXKERN_FUSIONS must be one of rounded, exact, got 'fast'"):
+    monkeypatch.setenv("LTXKERN_POLICY", "fast")
+    with pytest.raises(ValueError, match="LTXKERN_POLICY must be one of rounded, exact, got 'fast'"):
         FusionPolicy()
-    with pytest.raises(ValueError, match="fusions must be one of rounded, exact, got 'all'"):
+    with pytest.raises(ValueError, match="policy must be one of rounded, exact, got 'all'"):
         FusionPolicy("all")
 
 

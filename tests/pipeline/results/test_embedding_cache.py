@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,14 +85,12 @@ def test_a_damaged_entry_is_made_again(tmp_path, damage, caplog):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    from ltxkern.pipeline.results import embedding_cache
-
-    def fail(tensors, path, metadata):
+    def fail(path, content):
         with open(path, "wb") as file:
             file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding_cache, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(KeyboardInterrupt):
         cache(tmp_path).store("a", embedding(1))
     assert list(tmp_path.iterdir()) == []

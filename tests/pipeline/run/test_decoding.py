@@ -25,11 +25,12 @@ def test_nothing_waits_for_the_sound_before_the_first_pictures(
 
     monkeypatch.setattr(decoding, "decode_audio", noting("sound", decode_audio))
     monkeypatch.setattr(finite, "check_audio", noting("look at the sound", finite.check_audio))
-    monkeypatch.setattr(finite, "check_finite", noting("look", finite.check_finite))
+    monkeypatch.setattr(finite.VideoWatch, "chunk", noting("look", finite.VideoWatch.chunk))
+    monkeypatch.setattr(finite, "spreads", noting("read", finite.spreads))
     run = pipeline("a kite", **SMALL, output_type=output_type)
     begun = events.index("sound")
     # The pictures' own look comes when they are there; the last is that of the sound.
-    assert events[begun:] == ["sound", "look", "look at the sound", "look"]
+    assert events[begun:] == ["sound", "look", "look at the sound", "read"]
     pictures = run.video if output_type == "video" else torch.cat(list(run.video))
     assert len(pictures) == SMALL["num_frames"]
     assert events[begun:].count("sound") == 1

@@ -73,7 +73,7 @@ def test_group_norm_in_two_passes(
     monkeypatch: pytest.MonkeyPatch,
     count_launches: list[int],
 ) -> None:
-    limits(monkeypatch, group_norm_silu, tile=64, single=1, partials=partials, columns=8, apply_spans=2)
+    limits(monkeypatch, group_norm_silu, tile=64, single=1, partials=partials, columns=8)
     tensors = case.tensors(dtype)
     hold(case, {**tensors, "x": (tensors["x"].double() + mean).to(dtype)})
     assert len(count_launches) == 2

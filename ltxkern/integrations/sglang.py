@@ -1,0 +1,210 @@
+"""sglang: its fused functions for diffusion models routed to ours where ours serve, and back."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ltxkern.integrations.routes import Left, Routes, same_kind
+from ltxkern.ops.checks import broadcasts
+from ltxkern.ops.gated_residual import gated_residual
+from ltxkern.ops.group_norm_silu import apply_group_norm_silu
+from ltxkern.ops.qk_norm_rope import qk_norm_rope
+from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+
+Theirs = Callable[..., Any]
+_HOME = "sglang.jit_kernel.diffusion"
+
+
+def _group_norm_silu(theirs: Theirs) -> Theirs:
+    def routed(x: Tensor, norm: nn.Module, activation: nn.Module) -> Any:
+        if type(norm) is nn.GroupNorm and type(activation) is nn.SiLU:
+            return apply_group_norm_silu(x, norm, activation)
+        return theirs(x, norm, activation)
+
+    return routed
+
+
+def _gates(*operands: Any) -> bool:
+    if not all(isinstance(one, Tensor) for one in operands):
+        return False
+    residual, update, gate = operands
+    same = update.shape == residual.shape and same_kind(residual, update, gate)
+    return bool(same and broadcasts(gate.shape, residual.shape))
+
+
+def _can_gate(theirs: Theirs) -> Theirs:
+    def routed(residual: Tensor, update: Tensor, gate: Tensor) -> Any:
+        return _gates(residual, update, gate) or theirs(residual, update, gate)
+
+    return routed
+
+
+def _gate(theirs: Theirs) -> Theirs:
+    def routed(residual: Tensor, update: Tensor, gate: Tensor) -> Any:
+        if _gates(residual, update, gate):
+            return gated_residual(residual, update, gate)
+        return theirs(residual, update, gate)
+
+    return routed
+
+
+def _rotates(*sides: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
+    """Queries and keys with their weight and split tables by token, as `qk_norm_rope` takes them."""
+    (q, _, first, _), (k, _, last, _) = sides
+    for x, weight, cos, sin in sides:
+        if x.ndim != 3 or cos.ndim != 4 or cos.shape != sin.shape or not same_kind(q, x, weight, cos, sin):
+            return False
+        batch, tokens, inner = x.shape
+        heads, half = cos.shape[1], cos.shape[3]
+        if cos.shape[0] not in (1, batch) or cos.shape[2] != tokens or 2 * heads * half != inner:
+            return False
+        if weight.shape != (inner,):
+            return False
+    return first.shape[1] == last.shape[1] and q.shape[0] == k.shape[0]
+
+
+def _qk_norm_rope_pair(theirs: Theirs) -> Theirs:
+    def routed(
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        q_cos: Tensor,
+        q_sin: Tensor,
+        k_cos: Tensor,
+        k_sin: Tensor,
+        eps: float,
+    ) -> Any:
+        if _rotates((q, q_weight, q_cos, q_sin), (k, k_weight, k_cos, k_sin)):
+            return qk_norm_rope(q, k, q_weight, k_weight, q_cos, q_sin, eps=float(eps), k_cos=k_cos, k_sin=k_sin)
+        return theirs(q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+
+    return routed
+
+
+def _modulates(x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: tuple[Any, ...], norm_type: str) -> bool:
+    """An RMSNorm whose modulation lies over x; a LayerNorm or a shift of its own is theirs."""
+    if norm_type != "rms" or bias is not None or not all(isinstance(row, Tensor) for row in rows):
+        return False
+    weights = () if weight is None else (weight,)
+    return same_kind(x, *rows, *weights) and all(
+        row.dim() > 0 and row.shape[-1] == x.shape[-1] and broadcasts(row.shape, x.shape) for row in rows
+    )
+
+
+def _norm_scale_shift(theirs: Theirs) -> Theirs:
+    def routed(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        norm_type: str,
+        eps: float = 1e-5,
+    ) -> Any:
+        if _modulates(x, weight, bias, (scale, shift), norm_type):
+            return rms_norm_modulate(x, scale, shift, eps=float(eps), weight=weight)
+        return theirs(x, weight, bias, scale, shift, norm_type, eps)
+
+    return routed
+
+
+def _residual_norm_scale_shift(theirs: Theirs) -> Theirs:
+    def routed(
+        residual: Tensor,
+        x: Tensor,
+        gate: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        norm_type: str,
+        eps: float = 1e-5,
+    ) -> Any:
+        if residual.shape == x.shape and _modulates(residual, weight, bias, (x, gate, scale, shift), norm_type):
+            assert gate is not None
+            moved, normed = gated_residual_rms_norm_modulate(
+                residual, x, gate, scale, shift, eps=float(eps), weight=weight
+            )
+            return normed, moved
+        return theirs(residual, x, gate, weight, bias, scale, shift, norm_type, eps)
+
+    return routed
+
+
+class _Site(NamedTuple):
+    """A function of sglang, what takes its place, and the op behind that."""
+
+    module: str
+    name: str
+    route: Callable[[Theirs], Theirs]
+    op: str
+
+
+_SITES = (
+    _Site("group_norm_silu", "apply_group_norm_silu", _group_norm_silu, "group_norm_silu"),
+    _Site("residual_gate_add", "can_use_residual_gate_add_cuda", _can_gate, "gated_residual"),
+    _Site("residual_gate_add", "residual_gate_add_cuda", _gate, "gated_residual"),
+    _Site("triton.ltx2_qknorm", "ltx2_qknorm_split_rope_pair", _qk_norm_rope_pair, "qk_norm_rope"),
+    _Site(
+        *("cutedsl.scale_residual_norm_scale_shift", "fused_norm_scale_shift"),
+        *(_norm_scale_shift, "rms_norm_modulate"),
+    ),
+    _Site(
+        *("cutedsl.scale_residual_norm_scale_shift", "fused_scale_residual_norm_scale_shift"),
+        *(_residual_norm_scale_shift, "gated_residual_rms_norm_modulate"),
+    ),
+)
+
+
+def install() -> Routes:
+    """Route sglang's fused functions for diffusion models to ours, in its own modules and where these were imported by name.
+
+    Returns:
+        What was replaced, what was left with the reason, and the way back. Each call that ours do not serve goes on to sglang's.
+    Raises:
+        ImportError: sglang is not installed.
+
+    Contract: rounded, as each op says. sglang rounds between norm and rotation, ours once at the end.
+    Example:
+        >>> routes = ltxkern.integrations.sglang.install()
+        >>> routes.undo()
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise ImportError("sglang is not installed: pip install sglang")
+    routes = Routes()
+    for site in _SITES:
+        place = f"{_HOME}.{site.module}.{site.name}"
+        try:
+            home = importlib.import_module(f"{_HOME}.{site.module}")
+        except ImportError as missing:
+            routes.left.append(Left(place, f"its module does not load: {missing}"))
+            continue
+        theirs = getattr(home, site.name, None)
+        if theirs is None:
+            routes.left.append(Left(place, "this version has no such function"))
+        elif hasattr(theirs, "ltxkern_op"):
+            routes.left.append(Left(place, "it is routed already"))
+        else:
+            routed: Any = site.route(theirs)
+            for name in ("__name__", "__doc__", "__module__"):
+                setattr(routed, name, getattr(theirs, name, getattr(routed, name)))
+            routed.ltxkern_op = site.op
+            _put_everywhere(routes, theirs, routed)
+            routes.places[place] = site.op
+    return routes
+
+
+def _put_everywhere(routes: Routes, theirs: Any, routed: Any) -> None:
+    """In every loaded module of sglang that holds the function, under whatever name."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "sglang" and module is not None:
+            for held, value in list(vars(module).items()):
+                if value is theirs:
+                    routes.put(module, held, routed)

@@ -1,0 +1,143 @@
+"""Device functions of GroupNorm's Triton kernels: tiles of positions x groups x channels, and what happens to their elements."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ltxkern.triton.numerics import silu_factor, silu_scaled
+
+
+@triton.jit
+def sum_group(value):
+    """Sum of a [positions, groups, channels] tile for each group."""
+    return tl.sum(tl.sum(value, axis=0), axis=1)
+
+
+@triton.jit
+def channels_of(group_block, channel_block, G, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr):
+    """Channel indices of a tile, [1, BG, BD], and which of them exist."""
+    group = (group_block * BG + tl.arange(0, BG))[None, :, None]
+    inside = (channel_block * BD + tl.arange(0, BD))[None, None, :]
+    return group * D + inside, (group < G) & (inside < D)
+
+
+@triton.jit
+def tiles_of(
+    ptr, place, stride_n, stride_c, stride_s, D: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr
+):
+    """(where a chunk begins in a tensor, where a tile's elements lie behind its first, how far apart tiles lie), or None."""
+    if ptr is None:
+        return None
+    else:
+        batch, group_block, channel_block, first = place
+        start = group_block * (BG * D) + channel_block * BD
+        channel = tl.arange(0, BG)[None, :, None] * D + tl.arange(0, BD)[None, None, :]
+        inside = tl.arange(0, BS)[:, None, None].to(tl.int64) * stride_s + channel.to(tl.int64) * stride_c
+        step = tl.full([], BS, tl.int64) * stride_s
+        return ptr + batch * stride_n + start.to(tl.int64) * stride_c + first * stride_s, inside, step
+
+
+@triton.jit
+def _load(tiles, i, mask, left, slot, WHOLE: tl.constexpr):
+    """The i-th tile; unless it is whole zeros beyond `left` positions and outside `mask`."""
+    base, inside, step = tiles
+    at = base + i * step + inside
+    if WHOLE:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=mask & (slot < left), other=0.0)
+
+
+@triton.jit
+def load_two(tiles, i, mask, left, slot, WHOLE: tl.constexpr):
+    """The i-th tile and the next."""
+    rows: tl.constexpr = slot.shape[0]
+    return _load(tiles, i, mask, left, slot, WHOLE), _load(tiles, i + 1, mask, left - rows, slot, WHOLE)
+
+
+@triton.jit
+def shifted(tile, shift):
+    """A tile in fp32 with the convolution's bias, if there is one."""
+    value = tile.to(tl.float32)
+    if shift is not None:
+        value += shift
+    return value
+
+
+@triton.jit
+def _exact_sum(a, b):
+    """The rounded sum, and what it lacks."""
+    total = a + b
+    taken = total - a
+    return total, (a - (total - taken)) + (b - taken)
+
+
+@triton.jit
+def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype: tl.constexpr):
+    """(shift, centre, scale, offset) of every channel: silu_scaled(((value + shift) - centre) * scale + offset)."""
+    centre, low = _exact_sum(pivot, mean)
+    centre, low, scale = centre[None, :, None], low[None, :, None], rstd[None, :, None]
+    shift = None
+    if conv_bias_ptr is not None:
+        conv_bias = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+        if dtype == tl.float32:
+            # The mean is that of sums as they are rounded.
+            shift = conv_bias
+        else:
+            centre, rest = _exact_sum(centre, -conv_bias)
+            low += rest
+    if weight_ptr is not None:
+        scale = scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+        offset = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32) - low * scale
+    else:
+        offset = -low * scale
+    factor: tl.constexpr = silu_factor(dtype)
+    return shift, centre, scale * factor, offset * factor
+
+
+@triton.jit
+def result_of(tile, added, affine, dtype: tl.constexpr):
+    """A tile of the result, rounded once; `added` is the residual's or None."""
+    shift, centre, scale, offset = affine
+    value = (shifted(tile, shift) - centre) * scale + offset
+    if added is not None:
+        factor: tl.constexpr = silu_factor(dtype)
+        value += added.to(tl.float32) * factor
+    return silu_scaled(value, dtype).to(dtype)
+
+
+@triton.jit
+def _store_two(out, i, two, added, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    rows: tl.constexpr = slot.shape[0]
+    base, inside, step = out
+    at = base + i * step + inside
+    for j in tl.static_range(2):
+        value = result_of(two[j], added[j], affine, dtype)
+        if WHOLE:
+            tl.store(at + j * step, value)
+        else:
+            tl.store(at + j * step, value, mask=mask & (slot + j * rows < left))
+
+
+@triton.jit
+def apply_two(out, x, residual, i, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
+    """The i-th tile and the next."""
+    two = load_two(x, i, mask, left, slot, WHOLE)
+    added = (None, None)
+    if residual is not None:
+        added = load_two(residual, i, mask, left, slot, WHOLE)
+    _store_two(out, i, two, added, affine, mask, left, slot, dtype, WHOLE)
+
+
+@triton.jit
+def apply_four(out, x, residual, i, affine, mask, left, slot, dtype: tl.constexpr):
+    """The i-th tile and the next three, all whole; four loads are under way at once, and no more registers than they need."""
+    if residual is not None:
+        apply_two(out, x, residual, i, affine, mask, left, slot, dtype, True)
+        apply_two(out, x, residual, i + 2, affine, mask, left, slot, dtype, True)
+    else:
+        two = load_two(x, i, mask, left, slot, True)
+        more = load_two(x, i + 2, mask, left, slot, True)
+        _store_two(out, i, two, (None, None), affine, mask, left, slot, dtype, True)
+        _store_two(out, i + 2, more, (None, None), affine, mask, left, slot, dtype, True)

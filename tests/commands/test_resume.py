@@ -1,0 +1,89 @@
+"""`ltxkern resume` as a user types it, after Ctrl-C and after SIGKILL; and what is kept without being asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ltxkern.cli import main
+from ltxkern.commands import generate
+from ltxkern.pipeline.work.folder import read_manifest
+from tests.commands.typed import refused, run
+from tests.processes import python
+
+
+def stop_at(stage: str, step: int) -> Callable[..., None]:
+    """Progress that is interrupted, as by Ctrl-C."""
+
+    def tell(_: Any, name: str, done: int, total: int) -> None:
+        if (name, done) == (stage, step):
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def test_ctrl_c_points_to_resume_which_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output, work = tmp_path / "whole.safetensors", tmp_path / "out.safetensors", tmp_path / "my work"
+    options = ("--work-dir", str(work), "-o", str(output))
+    assert run("--no-work-dir", "-o", str(whole)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Bars, "__call__", stop_at("stage 2", 1))
+        assert run(*options) == 130
+    said = capsys.readouterr().err
+    assert f"ltxkern: interrupted; what is done is kept: ltxkern resume '{work}'\n" in said
+    assert not output.exists()
+    assert "differs in seed (10 there, 11 here): name another folder" in refused(capsys, "--seed", "11", *options)
+    assert "leave one of them out" in refused(capsys, "--no-work-dir", *options)
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", "my work", "--quiet"]) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    # Later stages anew: the same seed gives the same bits, another one others, and what reaches further back is refused.
+    again = ("resume", str(work), "--quiet", "-o", "again.safetensors", "--from", "stage2")
+    assert main([*again]) == 0
+    assert Path("again.safetensors").read_bytes() == whole.read_bytes()
+    assert main([*again, "--set", "seed=11"]) == 0
+    other, first = load_file("again.safetensors"), load_file(whole)
+    assert not other["video"].equal(first["video"])
+    assert other["audio"].equal(first["audio"])  # that of stage 1
+    capsys.readouterr()
+    for change, words in (
+        ("steps=3", "differs in steps (2 there, 3 here)"),
+        ("colour=red", "set: unrecognized arguments: --colour=red"),
+        ("seed", "set must be NAME=VALUE, got 'seed'"),
+    ):
+        assert main([*again, "--set", change]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "holds no run: name a work folder" in capsys.readouterr().err
+
+
+def test_what_is_kept_without_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTXKERN_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "out.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Bars, "__call__", stop_at("stage 1", 2))
+        assert run("-o", str(output)) == 130
+    (folder,) = (tmp_path / "cache" / "work").iterdir()
+    assert list(folder.glob("steps-stage1-*"))
+    told: list[tuple[str, int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Bars, "__call__", lambda _, name, done, total: told.append((name, done)))
+        assert run("-o", str(output)) == 0  # the same command goes on
+        assert ("stage 1", 1) not in told
+        assert ("stage 1", 3) in told
+        assert run("-o", str(output)) == 0  # and starts anew once it is done
+        assert ("stage 1", 1) in told
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest.finished
+
+
+def test_killed_runs_come_out_whole() -> None:
+    done = python("-m", "tools.kill_runs", "--small", "--at", "stage 1:2", "--at", "stage 2:2", "--at", "writing:3")
+    assert done.stdout.splitlines()[-1] == "3 killed in 3 of 7 stages, 0 not whole", done.stdout

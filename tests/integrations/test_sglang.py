@@ -1,0 +1,129 @@
+"""`integrations.sglang.install` on a package with sglang's module names and signatures, and torch in the place of its kernels."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ltxkern
+from ltxkern.integrations import sglang
+
+SOURCES = {
+    "group_norm_silu": """
+def apply_group_norm_silu(x, norm, activation):
+    return activation(norm(x)), "theirs"
+""",
+    "residual_gate_add": """
+def can_use_residual_gate_add_cuda(residual, update, gate):
+    return False
+
+def residual_gate_add_cuda(residual, update, gate):
+    return "theirs"
+""",
+    "triton/ltx2_qknorm": """
+def ltx2_qknorm_split_rope_pair(q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps):
+    return "theirs"
+""",
+    "cutedsl/scale_residual_norm_scale_shift": """
+def fused_norm_scale_shift(x, weight, bias, scale, shift, norm_type, eps=1e-5):
+    return "theirs"
+
+def fused_scale_residual_norm_scale_shift(residual, x, gate, weight, bias, scale, shift, norm_type, eps=1e-5):
+    return "theirs"
+""",
+}
+# A model that took two functions by name before `install`, one under another name.
+MODEL = """
+from sglang.jit_kernel.diffusion.group_norm_silu import apply_group_norm_silu
+from sglang.jit_kernel.diffusion.residual_gate_add import residual_gate_add_cuda as gate_add
+"""
+HOME = "sglang.jit_kernel.diffusion"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    root = tmp_path / "sglang" / "jit_kernel" / "diffusion"
+    for folder in (root.parent.parent, root.parent, root, root / "triton", root / "cutedsl"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text("")
+    for name, text in SOURCES.items():
+        (root / f"{name}.py").write_text(text)
+    (root.parent.parent / "model.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("sglang.model")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+        del sys.modules[name]
+
+
+def of(module: str) -> Any:
+    return importlib.import_module(f"{HOME}.{module}")
+
+
+def test_what_is_routed_and_back_again(model: ModuleType) -> None:
+    touched = (of("residual_gate_add"), of("group_norm_silu"), model)
+    kept = [dict(vars(module)) for module in touched]
+    with sglang.install() as routes:
+        assert len(routes.places) == 6
+        assert routes.left == []
+        assert f"{HOME}.group_norm_silu.apply_group_norm_silu: ltxkern.group_norm_silu" in str(routes)
+        x, norm = torch.randn(2, 8, 3, 4), nn.GroupNorm(2, 8)
+        with torch.no_grad():
+            got = model.apply_group_norm_silu(x, norm, nn.SiLU())
+            torch.testing.assert_close(got, F.silu(norm(x)))
+            assert model.apply_group_norm_silu(x, norm, nn.GELU())[1] == "theirs"
+        rows, gate = torch.randn(2, 5, 8), torch.randn(1, 1, 8)
+        torch.testing.assert_close(model.gate_add(rows, rows, gate), rows + rows * gate)
+        assert model.gate_add(rows.double(), rows.double(), gate.double()) == "theirs"
+        assert of("residual_gate_add").can_use_residual_gate_add_cuda(rows, rows, gate)
+        assert not of("residual_gate_add").can_use_residual_gate_add_cuda(object(), object(), object())
+        again = sglang.install()
+        assert again.places == {}
+        assert {one.reason for one in again.left} == {"it is routed already"}
+    assert [dict(vars(module)) for module in touched] == kept
+    assert model.gate_add(rows, rows, gate) == "theirs"
+
+
+def test_norms_and_rotation(model: ModuleType) -> None:
+    x, y, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.rand(8)
+    scale, shift, gate = torch.randn(2, 1, 8), torch.randn(8), torch.randn(2, 5, 8)
+    theirs = of("cutedsl.scale_residual_norm_scale_shift")
+    with sglang.install():
+        got = theirs.fused_norm_scale_shift(x, weight, None, scale, shift, "rms", 1e-6)
+        torch.testing.assert_close(got, F.rms_norm(x, (8,), weight, 1e-6) * (1 + scale) + shift)
+        normed, moved = theirs.fused_scale_residual_norm_scale_shift(x, y, gate, None, None, scale, shift, "rms", 1e-6)
+        torch.testing.assert_close(moved, x + y * gate)
+        torch.testing.assert_close(normed, F.rms_norm(x + y * gate, (8,), None, 1e-6) * (1 + scale) + shift)
+        for changed in ({"norm_type": "layer"}, {"bias": weight}, {"gate": None}, {"scale": torch.ones(1)}):
+            given = {"gate": gate, "weight": None, "bias": None, "scale": scale, "shift": shift, "norm_type": "rms"}
+            assert theirs.fused_scale_residual_norm_scale_shift(x, y, **{**given, **changed}) == "theirs"
+        rotate = of("triton.ltx2_qknorm").ltx2_qknorm_split_rope_pair
+        k = torch.randn(2, 7, 8)
+        tables = [torch.randn(2, 2, tokens, 2) for tokens in (5, 5, 7, 7)]
+        wanted = ltxkern.qk_norm_rope(x, k, weight, weight, *tables[:2], k_cos=tables[2], k_sin=tables[3])
+        torch.testing.assert_close(rotate(x, k, weight, weight, *tables, 1e-6), wanted)
+        assert rotate(x, k, weight.double(), weight, *tables, 1e-6) == "theirs"
+        assert rotate(x, k, weight, weight, tables[2], tables[3], *tables[2:], 1e-6) == "theirs"
+
+
+def test_other_versions_are_told(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"{HOME}.triton.ltx2_qknorm", None)
+    monkeypatch.delattr(of("residual_gate_add"), "residual_gate_add_cuda")
+    with sglang.install() as routes:
+        reasons = {one.place.rpartition(".")[2]: one.reason for one in routes.left}
+        assert reasons["residual_gate_add_cuda"] == "this version has no such function"
+        assert reasons["ltx2_qknorm_split_rope_pair"].startswith("its module does not load")
+        assert len(routes.places) == 4
+
+
+def test_without_sglang() -> None:
+    if "sglang" in sys.modules:
+        pytest.skip("sglang is here")
+    with pytest.raises(ImportError, match="sglang is not installed: pip install sglang"):
+        sglang.install()
