@@ -1,16 +1,22 @@
-"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not; without any optional package."""
+"""`ltxkern doctor`: versions, devices, and which backend serves each op or why not; `ltxkern bench-env`: the machine as JSON.
+
+Neither needs an optional package.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare the command."""
+    """Declare both commands."""
     parser = subparsers.add_parser("doctor", help="show versions, devices, backends and why a backend is missing")
     parser.set_defaults(run=run)
+    parser = subparsers.add_parser("bench-env", help="print machine and versions as JSON")
+    parser.set_defaults(run=run_bench_env)
 
 
 def table(title: str, rows: Sequence[Sequence[str]]) -> None:
@@ -49,4 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         for name, reason in row.items():
             if reason is not None and reason != unavailable(name):
                 print(f"{op}, {name}: {reason}")
+    return 0
+
+
+def run_bench_env(arguments: argparse.Namespace) -> int:
+    """Print what stands beside a measurement."""
+    from ltxkern.environment import environment
+
+    print(json.dumps(environment(), indent=2))
     return 0

@@ -11,7 +11,7 @@ from diffusers.models.transformers import transformer_ltx2 as stock
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
-from ltxkern.ops.plain import unplain
+from ltxkern.ops.checks import unplain
 from ltxkern.patching.ltx2_block import FusedAttention, FusedBlock, Held, Modulation
 from ltxkern.patching.norms import Fused, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site

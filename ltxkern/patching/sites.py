@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ltxkern.ops.plain import unplain
+from ltxkern.ops.checks import unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names

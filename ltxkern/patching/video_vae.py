@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxkern.compiled.tensors import is_channels_last
-from ltxkern.ops.checks import ACTIVATION_DTYPES
-from ltxkern.ops.plain import is_plain
+from ltxkern.ops.checks import ACTIVATION_DTYPES, is_plain
 from ltxkern.patching.norms import Fused, FusedPixelNorm, mix, stands
 from ltxkern.patching.report import Group, Report
 

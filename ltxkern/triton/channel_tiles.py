@@ -57,6 +57,15 @@ def load_two(tiles, i, mask, left, slot, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def shift_of(conv_bias_ptr, channel, exists):
+    """The convolution's bias of every channel, or None."""
+    if conv_bias_ptr is None:
+        return None
+    else:
+        return tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def shifted(tile, shift):
     """A tile in fp32 with the convolution's bias, if there is one."""
     value = tile.to(tl.float32)
@@ -74,33 +83,32 @@ def _exact_sum(a, b):
 
 
 @triton.jit
-def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype: tl.constexpr):
-    """(shift, centre, scale, offset) of every channel: silu_scaled(((value + shift) - centre) * scale + offset)."""
+def channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype: tl.constexpr):
+    """(centre, scale, offset) of every channel: silu_scaled((value - centre) * scale + offset)."""
     centre, low = _exact_sum(pivot, mean)
     centre, low, scale = centre[None, :, None], low[None, :, None], rstd[None, :, None]
-    shift = None
-    if conv_bias_ptr is not None:
-        conv_bias = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
-        if dtype == tl.float32:
-            # The mean is that of sums as they are rounded.
-            shift = conv_bias
-        else:
-            centre, rest = _exact_sum(centre, -conv_bias)
-            low += rest
+    # fp32 takes the shift with each value: the mean is that of sums as they are rounded.
+    if shift is not None and dtype != tl.float32:
+        centre, rest = _exact_sum(centre, -shift)
+        low += rest
     if weight_ptr is not None:
         scale = scale * tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
         offset = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32) - low * scale
     else:
         offset = -low * scale
     factor: tl.constexpr = silu_factor(dtype)
-    return shift, centre, scale * factor, offset * factor
+    return centre, scale * factor, offset * factor
 
 
 @triton.jit
-def result_of(tile, added, affine, dtype: tl.constexpr):
+def result_of(tile, added, shift, affine, dtype: tl.constexpr):
     """A tile of the result, rounded once; `added` is the residual's or None."""
-    shift, centre, scale, offset = affine
-    value = (shifted(tile, shift) - centre) * scale + offset
+    centre, scale, offset = affine
+    if dtype == tl.float32:
+        value = shifted(tile, shift)
+    else:
+        value = tile.to(tl.float32)
+    value = (value - centre) * scale + offset
     if added is not None:
         factor: tl.constexpr = silu_factor(dtype)
         value += added.to(tl.float32) * factor
@@ -108,12 +116,12 @@ def result_of(tile, added, affine, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_two(out, i, two, added, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
+def _store_two(out, i, two, added, shift, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
     rows: tl.constexpr = slot.shape[0]
     base, inside, step = out
     at = base + i * step + inside
     for j in tl.static_range(2):
-        value = result_of(two[j], added[j], affine, dtype)
+        value = result_of(two[j], added[j], shift, affine, dtype)
         if WHOLE:
             tl.store(at + j * step, value)
         else:
@@ -121,23 +129,23 @@ def _store_two(out, i, two, added, affine, mask, left, slot, dtype: tl.constexpr
 
 
 @triton.jit
-def apply_two(out, x, residual, i, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
+def apply_two(out, x, residual, i, shift, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
     """The i-th tile and the next."""
     two = load_two(x, i, mask, left, slot, WHOLE)
     added = (None, None)
     if residual is not None:
         added = load_two(residual, i, mask, left, slot, WHOLE)
-    _store_two(out, i, two, added, affine, mask, left, slot, dtype, WHOLE)
+    _store_two(out, i, two, added, shift, affine, mask, left, slot, dtype, WHOLE)
 
 
 @triton.jit
-def apply_four(out, x, residual, i, affine, mask, left, slot, dtype: tl.constexpr):
+def apply_four(out, x, residual, i, shift, affine, mask, left, slot, dtype: tl.constexpr):
     """The i-th tile and the next three, all whole; four loads are under way at once, and no more registers than they need."""
     if residual is not None:
-        apply_two(out, x, residual, i, affine, mask, left, slot, dtype, True)
-        apply_two(out, x, residual, i + 2, affine, mask, left, slot, dtype, True)
+        apply_two(out, x, residual, i, shift, affine, mask, left, slot, dtype, True)
+        apply_two(out, x, residual, i + 2, shift, affine, mask, left, slot, dtype, True)
     else:
         two = load_two(x, i, mask, left, slot, True)
         more = load_two(x, i + 2, mask, left, slot, True)
-        _store_two(out, i, two, (None, None), affine, mask, left, slot, dtype, True)
-        _store_two(out, i + 2, more, (None, None), affine, mask, left, slot, dtype, True)
+        _store_two(out, i, two, (None, None), shift, affine, mask, left, slot, dtype, True)
+        _store_two(out, i + 2, more, (None, None), shift, affine, mask, left, slot, dtype, True)

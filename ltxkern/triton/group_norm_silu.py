@@ -18,6 +18,7 @@ from ltxkern.triton.channel_tiles import (
     channels_of,
     load_two,
     result_of,
+    shift_of,
     shifted,
     sum_group,
     tiles_of,
@@ -132,9 +133,7 @@ def _stats_kernel(
     left = tl.minimum(S - first, span_length).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
     tiles = tiles_of(x_ptr, (batch, group_block, channel_block, first), stride_n, stride_c, stride_s, D, BS, BG, BD)
-    shift = None
-    if conv_bias_ptr is not None:
-        shift = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    shift = shift_of(conv_bias_ptr, channel, exists)
     mean = tl.zeros([BS, BG, BD], tl.float32)
     m2 = tl.zeros([BS, BG, BD], tl.float32)
     whole = left // (4 * BS) * 4 if EVEN else 0
@@ -244,7 +243,8 @@ def _apply_kernel(
         partial_ptr, plane, batch * G + group, group < G, S, spans, partials, total, eps, span_length,
         D, BD, PARTIALS, dtype,
     )  # fmt: skip
-    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
+    shift = shift_of(conv_bias_ptr, channel, exists)
+    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
     first = span * span_length
     left = tl.minimum(S - first, span_length).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
@@ -254,9 +254,9 @@ def _apply_kernel(
     residual = tiles_of(residual_ptr, place, residual_n, residual_c, residual_s, D, BS, BG, BD)
     whole = left // (4 * BS) * 4 if EVEN else 0
     for i in range(whole, tl.cdiv(left, BS), 2):
-        apply_two(out, x, residual, i, affine, exists, left - i * BS, slot, dtype, False)
+        apply_two(out, x, residual, i, shift, affine, exists, left - i * BS, slot, dtype, False)
     for i in range(0, whole, 4):
-        apply_four(out, x, residual, whole - 4 - i, affine, exists, left, slot, dtype)
+        apply_four(out, x, residual, whole - 4 - i, shift, affine, exists, left, slot, dtype)
 
 
 @triton.jit
@@ -293,9 +293,7 @@ def _single_kernel(
     position = tl.arange(0, BS)[:, None, None].to(tl.int64)
     valid = exists & (position < S)
     tile = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
-    shift = None
-    if conv_bias_ptr is not None:
-        shift = tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    shift = shift_of(conv_bias_ptr, channel, exists)
     value = shifted(tile, shift)
     pivot = sum_group(tl.where(valid, value, 0.0)) / total
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
@@ -307,9 +305,9 @@ def _single_kernel(
     if residual_ptr is not None:
         at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
         added = tl.load(at, mask=valid, other=0.0)
-    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, conv_bias_ptr, dtype)
+    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
     out_at = out_ptr + batch * out_n + channel * out_c + position * out_s
-    tl.store(out_at, result_of(tile, added, affine, dtype), mask=valid)
+    tl.store(out_at, result_of(tile, added, shift, affine, dtype), mask=valid)
 
 
 def single_tile(groups: int, depth: int, positions: int) -> tuple[Tile, int] | None:

@@ -85,6 +85,12 @@ constexpr int kResidualBatch = kWide<T> ? kBatch : 2;
 template <class T>
 constexpr int kResidualBatch = kBatch;
 #endif
+// From shared memory: on sm_120 they spill four of these.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
+constexpr int kKeptBatch = 2;
+#else
+constexpr int kKeptBatch = kBatch;
+#endif
 template <int V>
 constexpr u32 kApart = 32 * V;
 
@@ -136,11 +142,22 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
         else return load_streaming<T, V>(from);
     };
     // Of single elements as well.
-    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : kBatch;
+    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : KEPT ? kKeptBatch : kBatch;
+    auto single = [&](u32 i) {
+        Pack<T, V> added;
+        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
+        store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
+    };
     each_pack<V, kLoads>(
         count, range,
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;
+            // Seldom; in line it costs registers that the others need.
+            if (!channels.same(i, i + (B - 1) * kApart<V>)) {
+#pragma unroll 1
+                for (int b = 0; b < B; ++b) single(i + b * kApart<V>);
+                return;
+            }
             const T* from = x + i;
             T* to = out + i;
             Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
@@ -151,24 +168,12 @@ LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64
 #pragma unroll
                 for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
-            auto write = [&](int b, const ChannelAffine& scaled) {
-                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], scaled));
-            };
-            // Nearly always.
-            if (channels.same(i, i + (B - 1) * kApart<V>)) {
-                ChannelAffine all = channels.at(i);
+            ChannelAffine all = channels.at(i);
 #pragma unroll
-                for (int b = 0; b < B; ++b) write(b, all);
-            } else {
-#pragma unroll
-                for (int b = 0; b < B; ++b) write(b, channels.at(i + b * kApart<V>));
-            }
+            for (int b = 0; b < B; ++b)
+                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], all));
         },
-        [&](u32 i) {
-            Pack<T, V> added;
-            if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
-        });
+        single);
 }
 
 // An interval of elements split into a 16-byte aligned body and its two ragged ends.

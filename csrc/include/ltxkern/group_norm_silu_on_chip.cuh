@@ -115,16 +115,28 @@ LTXK_DEVICE PairMoments read_slice(const GroupNormOnChip& p, const Slice& slice,
     return moments;
 }
 
+// apply_all of a part of a group. A warp whose range is of one channel, as most are, looks its numbers up once.
+template <class T, int V, bool KEPT, bool RESIDUAL>
+LTXK_DEVICE void apply_part(T* out, const T* x, const T* residual, u32 count, i64 range, const ChannelsOfGroup& channels) {
+    u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
+    if (end > count) end = count;
+    if (begin >= end) return;
+    if (channels.same(begin, end - 1))
+        apply_all<T, V, KEPT, RESIDUAL>(out, x, residual, count, range, OneChannel{channels.at(begin)});
+    else
+        apply_all<T, V, KEPT, RESIDUAL>(out, x, residual, count, range, channels);
+}
+
 template <class T, int V, bool ALL, bool RESIDUAL>
 LTXK_DEVICE void apply_parts(const GroupNormOnChip& p, const Slice& slice, const T* kept, const ChannelAffine* affine) {
     const T* x = static_cast<const T*>(p.x) + slice.start;
     const T* residual = RESIDUAL ? static_cast<const T*>(p.residual) + slice.start : nullptr;
     T* out = static_cast<T*>(p.out) + slice.start;
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
-    apply_all<T, V, true, RESIDUAL>(
+    apply_part<T, V, true, RESIDUAL>(
         out, kept, residual, keep, p.kept_range, ChannelsOfGroup{affine, slice.first, p.by_positions});
     if (!ALL && keep < slice.count) {
-        apply_all<T, V, false, RESIDUAL>(
+        apply_part<T, V, false, RESIDUAL>(
             out + keep, x + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep, p.rest_range,
             ChannelsOfGroup{affine, slice.first + keep, p.by_positions});
     }

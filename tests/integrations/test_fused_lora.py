@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ltxkern
-from ltxkern import fused_lora
+from ltxkern.integrations import fused_lora
 
 
 class TunedLayer(nn.Module):
