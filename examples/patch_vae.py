@@ -6,7 +6,7 @@ The VAE is diffusers' own class, built from a small configuration with random we
 import torch
 from diffusers import AutoencoderKLLTX2Video
 
-from ltxkern.patch import patch
+import ltxkern
 
 
 def small_vae() -> AutoencoderKLLTX2Video:
@@ -38,8 +38,8 @@ def main() -> None:
     with torch.no_grad():
         plain = vae.decode(latent).sample
         keys = list(vae.state_dict())
-        with patch(vae) as handle:
-            sites, fused = list(handle.sites), vae.decode(latent).sample
+        with ltxkern.patch(vae) as report:
+            sites, fused = report.sites, vae.decode(latent).sample
             assert list(vae.state_dict()) == keys, "parameters and state-dict keys stay as they are"
     difference = (fused - plain).abs().max().item()
     print(f"{len(sites)} norms fused, largest difference {difference:.1e}; outside the block the VAE is as before")

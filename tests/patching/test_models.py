@@ -87,7 +87,8 @@ def test_each_site_in_bf16(name: str) -> None:
     plain = [silu(norm(x)) for x, norm in norms]
     ltxkern.patch(model)
     for (x, norm), reference, stock in zip(norms, exact, plain, strict=True):
-        assert _error(norm(x), reference) <= 1.5 * _error(stock, reference)
+        # The last norm of a half of the LTX-2 VAE is applied by the convolution behind it.
+        assert _error(getattr(norm, "apply_norm", norm)(x), reference) <= 1.5 * _error(stock, reference)
 
 
 def _autocast(case: Case, model: Any) -> Tensor:

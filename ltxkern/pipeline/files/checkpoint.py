@@ -239,9 +239,11 @@ def load_components(
         from ltxkern.pipeline.files.demo import build_demo
 
         demo = build_demo(dtype=dtype, device=device)
-        return Components(**{name: getattr(demo, name) for name in COMPONENT_NAMES if name in allowed})
-    found = path_or_id if isinstance(path_or_id, ModelFiles) else find_model(path_or_id)
-    files = found.with_parts(upsampler, text_encoder)
+        found = Components(**{name: getattr(demo, name) for name in COMPONENT_NAMES if name in allowed})
+        found.built_in = "demo"
+        return found
+    model = path_or_id if isinstance(path_or_id, ModelFiles) else find_model(path_or_id)
+    files = model.with_parts(upsampler, text_encoder)
     return Components(source=_FileSource(files, frozenset(allowed), dtype, device))
 
 

@@ -181,7 +181,12 @@ class Components:
     """The modules of one generator; any may be None where its stage is not run.
 
     A component that was not given is asked from `source` when it is first read, and kept until it is released.
+
+    Attributes:
+        built_in: name of the model that this version of the package makes them of; None where they come from elsewhere.
     """
+
+    built_in: str | None = None
 
     transformer: LTX2Transformer | None
     upsampler: LTX2LatentUpsamplerModel | None

@@ -137,6 +137,8 @@ def machine_facts(device: torch.device, dtype: torch.dtype | None) -> dict[str, 
 def model_facts(components: Components, loras: Iterable[tuple[LoRA, float]], distilled: LoRA | None) -> dict[str, Any]:
     """Of each component: names, sizes and times of its files; of a module that was given, values of its weights. And of LoRAs."""
     found = _lora_facts(loras, distilled)
+    if components.built_in is not None:
+        return found | {"model": components.built_in}
     for name in COMPONENT_NAMES:
         if components.reloadable(name):
             found[f"model {name}"] = _files_facts(components.paths(name))
