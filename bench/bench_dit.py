@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dit_count
 import machine
 from cases import DTYPES, Case, normal
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
 from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
-from report import Record, size, write_json
+from report import Record, size
 from timing import CallTimer, interleave, summarise
 
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
@@ -303,6 +303,29 @@ def compile_blocks(case: Case, blocks: int, dtype: torch.dtype, device: torch.de
     return model
 
 
+def measure_all(run: Run, picked: Sequence[Case], blocks: int | None, names: Sequence[str]) -> None:
+    """The cases in turn; a large one that no GPU is there for only by its name."""
+    for case in picked:
+        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
+            count = blocks or case.options["blocks"]
+            needs, free = weight_bytes(case, count, DTYPES[dtype]), machine.free_bytes(run.device)
+            if needs > free or (case.size == "large" and run.device.type != "cuda" and case.name not in names):
+                reason = (
+                    f"wants {size(needs)} ({needs} bytes) with {count} blocks, {size(free)} are free on {run.device}"
+                )
+                run.skip("dit", f"{case.name} {dtype}", "", reason)
+                continue
+            try:
+                measure(run, case, count, dtype)
+            except WrongResultError as error:
+                run.fail("dit", f"{case.name} {dtype}", str(error))
+            except torch.OutOfMemoryError as error:
+                run.skip("dit", f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
+            run.keep()
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_dit.py --cases large --blocks 48`."""
     options = parser("One forward of the transformer.")
@@ -324,27 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(f"--cases: none of {', '.join(c.name for c in CASES)} in {parsed.cases!r}")
     relaunch_warm(parsed)
     run = start_run(parsed)
-    for case in picked:
-        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
-            blocks = parsed.blocks or case.options["blocks"]
-            needs, free = weight_bytes(case, blocks, DTYPES[dtype]), machine.free_bytes(run.device)
-            if needs > free or (case.size == "large" and run.device.type != "cuda" and case.name not in names):
-                reason = (
-                    f"wants {size(needs)} ({needs} bytes) with {blocks} blocks, {size(free)} are free on {run.device}"
-                )
-                run.skip("dit", f"{case.name} {dtype}", "", reason)
-                continue
-            try:
-                measure(run, case, blocks, dtype)
-            except WrongResultError as error:
-                run.fail("dit", f"{case.name} {dtype}", str(error))
-            except torch.OutOfMemoryError as error:
-                run.skip("dit", f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
-            if parsed.output_json and run.records:
-                write_json(run.results(), parsed.output_json)
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return finish(run, parsed)
+    return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names))
 
 
 if __name__ == "__main__":

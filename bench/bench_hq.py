@@ -19,7 +19,7 @@ from torch import Tensor
 import machine
 from bench_lora_switch import random_lora
 from cases import DTYPES
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, build, component_dtype
@@ -106,6 +106,8 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
     request: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "steps": steps}
     if model == "random-full":
         request |= {"embeddings": random_contexts(run.device), "negative_embeddings": random_contexts(run.device)}
+    kind = next(pipeline.components.transformer.parameters()).dtype
+    name = next(name for name, dtype in DTYPES.items() if dtype == kind)
     times = []
     for index in range(1 + run.settings.rounds):
         clock = StageClock(run.device)
@@ -113,6 +115,8 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
         run.note_clocks()
         if index:
             times.append(clock.close())
+            run.records = rows_of(times, model, size, name, machine.load_average())
+            run.keep()
     if run.device.type == "cuda":
         # The planner's contract is 10 %; CUDA_OVERHEAD is what the allocator does not count.
         mode = pipeline.manager.mode or "original"
@@ -120,9 +124,6 @@ def measure(run: Run, pipeline: HQTwoStagePipeline, model: str, size: tuple[int,
         planned = plan(pipeline.components, asked, device=run.device, mode=mode).peak_bytes() - CUDA_OVERHEAD
         peak = torch.cuda.max_memory_allocated(run.device)
         run.facts |= {"peak_bytes": peak, "planned_peak_bytes": planned, "mode": mode}
-    kind = next(pipeline.components.transformer.parameters()).dtype
-    name = next(name for name, dtype in DTYPES.items() if dtype == kind)
-    run.records += rows_of(times, model, size, name, machine.load_average())
 
 
 def size_of(text: str) -> tuple[int, int, int]:
@@ -162,8 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             upsampler=parsed.upsampler,
             text_encoder=parsed.text_encoder,
         )
-    measure(run, pipeline, Path(parsed.model).name, size, parsed.steps)
-    return finish(run, parsed)
+    name = Path(parsed.model).name
+    return measured(run, parsed, lambda: measure(run, pipeline, name, size, parsed.steps))
 
 
 if __name__ == "__main__":

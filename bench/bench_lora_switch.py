@@ -22,7 +22,7 @@ from torch import Tensor
 import machine
 from bench_dit import CASES, build, diffusers_forward, inputs_of
 from cases import DTYPES, Case
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
@@ -259,6 +259,31 @@ def measure_mode(job: Job, mode: str) -> list[Record]:
     return [job.row(what, f"ltxkern {mode}", taken, **more) for what, taken in samples.items()]
 
 
+def measure_all(job: Job, modes: Sequence[str], needs: int, *, baselines: bool) -> None:
+    """The modes in turn, as far as their copies of so many bytes find room, then what they are compared with."""
+    run = job.run
+    for mode in modes:
+        copies = 2 if mode == "resident" else 1
+        if copies * needs > machine.free_bytes(run.device):
+            reason = f"wants {size(copies * needs)} ({copies * needs} bytes)"
+            run.skip("lora_switch", job.case.name, f"ltxkern {mode}", reason)
+            continue
+        run.records += measure_mode(job, mode)
+        if mode == "resident":
+            run.records += measure_both_phases(job)
+        run.keep()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if baselines:
+        for provider in BASELINES:
+            run.records.append(measure_baseline(job, provider))
+            run.keep()
+            if run.device.type == "cuda":
+                torch.cuda.empty_cache()
+        run.records += measure_forwards(job)
+    run.records = with_ratios(run.records)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_lora_switch.py --cases large --modes resident,snapshot,inplace,original`."""
     options = parser("Switching LoRA phases.")
@@ -280,25 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wants {size(needs)} ({needs} bytes) for one copy of the weights, free: {size(free)}")
         return 2
     job = Job(run, case, blocks, rank, dtype)
-    for mode in parsed.modes.split(","):
-        copies = 2 if mode == "resident" else 1
-        if copies * needs > machine.free_bytes(run.device):
-            reason = f"wants {size(copies * needs)} ({copies * needs} bytes)"
-            run.skip("lora_switch", case.name, f"ltxkern {mode}", reason)
-            continue
-        run.records += measure_mode(job, mode)
-        if mode == "resident":
-            run.records += measure_both_phases(job)
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-    if not parsed.no_baselines:
-        for provider in BASELINES:
-            run.records.append(measure_baseline(job, provider))
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
-        run.records += measure_forwards(job)
-    run.records = with_ratios(run.records)
-    return finish(run, parsed)
+    modes = parsed.modes.split(",")
+    return measured(run, parsed, lambda: measure_all(job, modes, needs, baselines=not parsed.no_baselines))
 
 
 if __name__ == "__main__":

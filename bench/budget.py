@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,10 +100,58 @@ class Row(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """All rows by architecture, and by case the least bytes that a call must move and its FLOP."""
+    """All rows by architecture, what they were counted from, and by case the least bytes that a call must move and its FLOP.
+
+    `sources` has by architecture, tier and stem the digest of then, "cuda combine_guidance".
+    """
 
     floors: dict[str, tuple[int, int]]
     rows: dict[str, list[Row]]
+    sources: dict[str, dict[str, str]]
+
+
+_INCLUDED = re.compile(r'#include "(ltxkern/[\w.]+)"|from ltxkern\.triton\.(\w+) import')
+_LAUNCHES = re.compile(r"from ltxkern\.compiled import (\w+) as launch")
+
+
+def _source_files(tier: str, stem: str) -> list[Path]:
+    """The kernels of a stem with what they include, and on CUDA the module of their launches."""
+    from ltxkern.compiled import nvrtc
+
+    package = Path(nvrtc.__file__).parents[1]
+    headers = nvrtc.include_directory()
+    if tier == "triton":
+        open_ends, known = [package / "triton" / f"{stem}.py"], []
+    else:
+        open_ends = sorted((headers / "ltxkern").glob(f"{stem}*.cuh"))
+        launches = _LAUNCHES.findall((package / "ops" / f"{stem}.py").read_text())
+        known = [package / "compiled" / f"{module}.py" for module in launches]
+    while open_ends:
+        path = open_ends.pop()
+        if path in known:
+            continue
+        known.append(path)
+        for header, module in _INCLUDED.findall(path.read_text()):
+            open_ends.append(headers / header if header else package / "triton" / f"{module}.py")
+    return sorted(known)
+
+
+@functools.cache
+def source(tier: str, stem: str) -> str:
+    """A digest of the code that the rows of a stem come from; comments and blank lines are none of it."""
+    total = hashlib.sha256()
+    for path in _source_files(tier, stem):
+        code = re.sub(r"#.*" if path.suffix == ".py" else r"//.*", "", path.read_text())
+        lines = [line.rstrip() for line in code.splitlines() if line.strip()]
+        total.update("\n".join([path.name, *lines, ""]).encode())
+    return total.hexdigest()[:16]
+
+
+def changed(baseline: Baseline, architecture: str, tier: str) -> tuple[str, ...]:
+    """The stems whose code is not what the rows were counted from."""
+    counted = baseline.sources[architecture]
+    stems = [suite.op for suite in suites()]
+    return tuple(stem for stem in stems if counted.get(f"{tier} {stem}") != source(tier, stem))
 
 
 def resident_warps(threads: int, registers: int, shared_bytes: int, card: Card) -> int:
@@ -189,12 +239,7 @@ def launches_of(architecture: str, tiers: Sequence[str], dtypes: Sequence[str], 
                 result.found.extend((tier, name, kernel) for kernel in make(prepared.call, card))
             except BackendError:
                 continue
-        if (
-            "cuda" in tiers
-            and dtype in suite.dtypes
-            and suite.op == "group_norm_silu"
-            and not case.options.get("channels_last")
-        ):
+        if "cuda" in tiers and dtype in suite.dtypes and suite.op == "group_norm_silu":
             # What the choice between the kernels passed over.
             forced = f"{suite.op} {case.name}_two_pass {dtype}"
             result.floors[forced] = result.floors[name]
@@ -234,7 +279,9 @@ def read(path: Path = BASELINE) -> Baseline:
     names, rows = data["columns"], data["rows"]
     assert tuple(names) == Row._fields
     floors = {case: (moved, flops) for case, (moved, flops) in data["floors"].items()}
-    return Baseline(floors, {architecture: [Row(*row) for row in rows[architecture]] for architecture in rows})
+    return Baseline(
+        floors, {architecture: [Row(*row) for row in rows[architecture]] for architecture in rows}, data["sources"]
+    )
 
 
 def write(baseline: Baseline, path: Path = BASELINE) -> None:
@@ -244,7 +291,8 @@ def write(baseline: Baseline, path: Path = BASELINE) -> None:
         lines = ",\n".join(f"   {json.dumps(list(row))}" for row in rows)
         parts.append(f'  "{architecture}": [\n{lines}\n  ]')
     floors = ",\n".join(f"  {json.dumps(case)}: {json.dumps(both)}" for case, both in sorted(baseline.floors.items()))
-    head = f'"columns": {json.dumps(Row._fields)},\n "floors": {{\n{floors}\n }}'
+    digests = json.dumps(baseline.sources, indent=1, sort_keys=True).replace("\n", "\n ")
+    head = f'"columns": {json.dumps(Row._fields)},\n "sources": {digests},\n "floors": {{\n{floors}\n }}'
     path.write_text("{\n " + head + ',\n "rows": {\n' + ",\n".join(parts) + "\n }\n}\n")
 
 
@@ -255,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--ops", help="replace the rows of these alone (default: all)")
     options.add_argument("--output", type=Path, default=BASELINE)
     parsed = options.parse_args(arguments)
-    known = read() if BASELINE.exists() else Baseline({}, {})
+    known = read() if BASELINE.exists() else Baseline({}, {}, {})
     ops = parsed.ops.split(",") if parsed.ops else ()
     if unknown := [op for op in ops if op not in {suite.op for suite in suites()}]:
         options.error(f"--ops: no {', '.join(unknown)}; there are {', '.join(suite.op for suite in suites())}")
@@ -267,7 +315,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = [row for row in known.rows.get(architecture, ()) if ops and row.case.split(" ")[0] not in ops]
         floors = {case: floor for case, floor in known.floors.items() if ops and case.split(" ")[0] not in ops}
         rows = sorted([*kept, *counted], key=lambda row: (row.case, row.tier))
-        known = Baseline(floors | given.floors, {**known.rows, architecture: rows})
+        digests = {
+            f"{tier} {suite.op}": source(tier, suite.op)
+            for tier in TIERS
+            for suite in suites()
+            if not ops or suite.op in ops
+        }
+        digests = known.sources.get(architecture, {}) | digests
+        known = Baseline(
+            floors | given.floors, {**known.rows, architecture: rows}, {**known.sources, architecture: digests}
+        )
         write(known, parsed.output)
         print(f"{architecture}: {len(counted)} launches", flush=True)
     return 0

@@ -7,17 +7,20 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import machine
 from cases import CASE_SETS, Suite
-from harness import Run, run_suite
-from report import full_report, write_csv, write_json
+from harness import Budget, Run, count_cases, run_suite
+from ltxkern.verify.interruption import interruptible
+from report import full_report, write_csv
 from timing import Settings
 
+INTERRUPTED = 130
+BUDGET = "wall time of the run: each case's samples are shortened to fit, and cases are left out once it is spent; 0 is no limit"
 # Without these each fresh output of some megabytes is mapped and unmapped, and page faults drown the kernel. glibc and OpenMP
 # read them only when a process starts.
 WARM_START = {
@@ -93,7 +96,29 @@ def start_run(arguments: argparse.Namespace) -> Run:
         check_only=arguments.check,
         profile_provider=arguments.profile_provider,
         facts=machine.describe(device, threads),
+        output=arguments.output_json,
     )
+
+
+def measured(run: Run, arguments: argparse.Namespace, measure: Callable[[], None]) -> int:
+    """Measure, and `finish` with the rows there are where that is interrupted, by a signal to end too; a crash keeps them.
+
+    Returns:
+        The exit status: 130 where it was interrupted, else that of `finish`.
+    """
+    interrupted = False
+    try:
+        with interruptible():
+            measure()
+    except KeyboardInterrupt:
+        interrupted = True
+    except BaseException:
+        run.keep()
+        raise
+    status = finish(run, arguments)
+    if interrupted:
+        print("interrupted: what was measured stands above", file=sys.stderr)
+    return INTERRUPTED if interrupted else status
 
 
 def finish(run: Run, arguments: argparse.Namespace, text: str | None = None) -> int:
@@ -103,12 +128,12 @@ def finish(run: Run, arguments: argparse.Namespace, text: str | None = None) -> 
         The exit status: 1 after a wrong result or a crash, 2 where nothing was measured.
     """
     run.end()
+    # First the files: a lost connection takes no print.
+    run.keep()
     results = run.results()
-    print(full_report(results) if text is None else text)
-    if arguments.output_json and run.records:
-        write_json(results, arguments.output_json)
     if arguments.output_csv:
         write_csv(results.records, arguments.output_csv)
+    print(full_report(results) if text is None else text)
     for failure in run.failures:
         print(f"FAILED: {failure['op']} {failure['case']}: {failure['error']}", file=sys.stderr)
     if run.records or run.failures or run.check_only:
@@ -120,11 +145,13 @@ def finish(run: Run, arguments: argparse.Namespace, text: str | None = None) -> 
 def main(suite: Suite, arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_<op>.py`."""
     options = parser(f"Benchmark of {suite.op}.\ncases: " + ", ".join(f"{c.name} ({c.size})" for c in suite.cases))
+    options.add_argument("--budget", type=float, default=0.0, metavar="SECONDS", help=BUDGET)
     parsed = options.parse_args(arguments)
     relaunch_warm(parsed)
     run = start_run(parsed)
     try:
-        run_suite(run, suite, parsed.cases)
+        if parsed.budget > 0:
+            run.budget = Budget(parsed.budget, count_cases(run, [suite], parsed.cases))
+        return measured(run, parsed, lambda: run_suite(run, suite, parsed.cases))
     except ValueError as error:
         options.error(str(error))
-    return finish(run, parsed)

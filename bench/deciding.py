@@ -21,10 +21,10 @@ import bench_dit
 import bench_group_norm_silu
 import ltxkern
 from cases import DTYPES, clone_args, count_bytes
-from command_line import finish, parser, relaunch_warm, start_run
+from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.compiled import group_norm_silu as group_norm
-from report import Record, write_json
+from report import Record
 from timing import CallTimer, interleave, summarise, synchronize
 
 # Queries, keys, heads and width of a head: video on itself at both stages, sound on the video, sound on itself.
@@ -53,6 +53,7 @@ def timed(run: Run, op: str, case: str, shape: Sequence[int], calls: dict[str, C
         run.records.append(
             Record(op, case, list(shape), dtype_of(run), name, **statistics, timer=timers[name].kind, **more)
         )
+        run.keep()
 
 
 def attention(run: Run) -> None:
@@ -200,14 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = options.parse_args(arguments)
     relaunch_warm(parsed)
     run = start_run(parsed)
-    try:
-        PARTS[parsed.part](run)
-    except torch.OutOfMemoryError as error:
-        run.skip(parsed.part, "", "", f"out of memory: {str(error).splitlines()[0]}")
-    finally:
-        if parsed.output_json and run.records:
-            write_json(run.results(), parsed.output_json)
-    return finish(run, parsed)
+
+    def measure() -> None:
+        try:
+            PARTS[parsed.part](run)
+        except torch.OutOfMemoryError as error:
+            run.skip(parsed.part, "", "", f"out of memory: {str(error).splitlines()[0]}")
+
+    return measured(run, parsed, measure)
 
 
 if __name__ == "__main__":

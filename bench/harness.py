@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import machine
 import timing
 from cases import CASE_SETS, DTYPES, Call, Case, Suite, clone_args, floor_bytes, needed_bytes, select_cases
 from providers import BASELINES, COMPILE, EAGER, Provider, WrongResultError, check, providers_of, reference_of
-from report import Record, Results, size
+from report import Record, Results, size, write_json
 from timing import CallTimer, Settings, buffer_count, count_launches, interleave, peak_extra, summarise
 
 SHORTEST = 0.1
@@ -69,6 +70,12 @@ class Run:
     records: list[Record] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    output: Path | None = None
+
+    def keep(self) -> None:
+        """Write the rows gathered so far to the output, where there is one."""
+        if self.output is not None and self.records:
+            write_json(self.results(), self.output)
 
     def results(self) -> Results:
         """Everything gathered, ready to be written."""
@@ -176,6 +183,7 @@ def run_suite(run: Run, suite: Suite, wanted: str) -> None:
                 run.budget.begin_case()
             try:
                 run.records += measure_case(run, suite, case, dtype)
+                run.keep()
             except WrongResultError as error:
                 run.fail(suite.op, title, str(error))
                 return

@@ -17,6 +17,7 @@ from cases import DTYPES, Call, Case, Suite, count_bytes, floor_bytes, result_of
 from ltxkern import dispatch, ops
 from ltxkern.compiled import extension, group_norm_silu, pixel_norm_silu, programs
 from ltxkern.compiled.steps import Launch, Step, grid3, pack
+from ltxkern.compiled.tensors import DeviceLimits
 from sass import operand_address
 
 
@@ -87,10 +88,14 @@ def of_cuda(call: Call, card: Card) -> list[Kernel]:
 
 def of_two_passes(call: Call, card: Card) -> list[Kernel]:
     """The launches of a GroupNorm that takes the statistics first, whatever its launch module would choose."""
+
+    def two_passes(case: group_norm_silu.Case, limits: DeviceLimits, **threads: int) -> tuple[tuple[Step, ...], int]:
+        if case.channels_last:
+            return group_norm_silu.columns(case, 4 * limits.multiprocessors, **threads)
+        return group_norm_silu.two_pass(case, **threads)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            group_norm_silu, "choose", lambda case, limits, **threads: group_norm_silu.two_pass(case, **threads)
-        )
+        patch.setattr(group_norm_silu, "choose", two_passes)
         group_norm_silu._chosen.cache_clear()
         try:
             return of_cuda(call, card)

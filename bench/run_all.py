@@ -15,12 +15,11 @@ from pathlib import Path
 
 import machine
 from cases import CASE_SETS, Suite
-from command_line import finish, parser, relaunch_warm, start_run, suites
+from command_line import BUDGET, measured, parser, relaunch_warm, start_run, suites
 from harness import Budget, Run, count_cases, run_suite
-from report import full_report, write_json
+from report import full_report
 
 RESULTS = Path(__file__).resolve().parent / "results"
-INTERRUPTED = 130
 # Seconds that a run may take: the small set anywhere under 5 minutes, all cases on a GPU under 8, start and end included.
 SMALL_BUDGET, GPU_BUDGET = 270.0, 430.0
 
@@ -41,8 +40,7 @@ def measure(run: Run, chosen: Sequence[Suite], parsed: argparse.Namespace) -> No
             run_suite(run, suite, parsed.cases)
         finally:
             run.facts["wall_s"] = round(time.monotonic() - began, 1)
-        if parsed.output_json and run.records:
-            write_json(run.results(), parsed.output_json)
+        run.keep()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="wall time: each case's samples are shortened to fit, and cases are left out once it is spent; 0 is no limit "
-        f"(default: {SMALL_BUDGET:g} for --cases small, {GPU_BUDGET:g} on a GPU, else 0)",
+        help=f"{BUDGET} (default: {SMALL_BUDGET:g} for --cases small, {GPU_BUDGET:g} on a GPU, else 0)",
     )
     parsed = options.parse_args(arguments)
     if parsed.cases not in CASE_SETS:
@@ -68,25 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start_run(parsed)
     chosen = [suite for suite in suites() if suite.op in wanted]
     if parsed.output_json is None and not parsed.ops and not run.check_only:
-        parsed.output_json = RESULTS / f"{machine.slug(run.facts)}.json"
+        run.output = RESULTS / f"{machine.slug(run.facts)}.json"
     seconds = default_budget(run, parsed.cases) if parsed.budget is None else parsed.budget
-    interrupted = False
     try:
         if seconds > 0:
             run.budget = Budget(seconds, count_cases(run, chosen, parsed.cases))
-        measure(run, chosen, parsed)
+        status = measured(run, parsed, lambda: measure(run, chosen, parsed))
     except ValueError as error:
         options.error(str(error))
-    except KeyboardInterrupt:
-        interrupted = True
-    status = finish(run, parsed)
     if parsed.report:
         parsed.report.write_text(full_report(run.results()) + "\n")
-    if parsed.output_json and run.records:
-        print(f"results: {parsed.output_json}", file=sys.stderr)
-    if interrupted:
-        print("interrupted: what was measured stands above", file=sys.stderr)
-    return INTERRUPTED if interrupted else status
+    if run.output and run.records:
+        print(f"results: {run.output}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -329,7 +329,10 @@ def _flow(one: Instruction, guard: Value, state: _Thread, instructions: Sequence
     assert target is not None
     if condition is None:
         if one.name == "CALL" or target <= one.address:
-            return None
+            # What is called in front of a jump back is the end of a loop.
+            after = instructions[at + 1]
+            back = after.operands[-1].immediate if after.name == "BRA" and after.guard is None else None
+            return target if one.name == "CALL" and back is not None and back <= one.address < target else None
         between = [other for other in instructions[at + 1 :] if other.address < target]
         condition = any(other.name in ("CALL", "NANOSLEEP") for other in between)
     return target if condition else None

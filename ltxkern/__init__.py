@@ -61,11 +61,11 @@ __all__ = [
     "use_backend",
 ]
 
-# What stands on the pipeline's rooms is imported when it is first used.
-_LATER = {"FusedLoRA": "integrations.fused_lora", "fuse_lora": "integrations.fused_lora"}
+# What stands above the ops is imported when it is first used.
+_LATER = {"FusedLoRA": "fused_lora", "fuse_lora": "fused_lora"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.integrations.{_LATER[name]}"), name)

@@ -1,4 +1,7 @@
-"""Files and folders that appear under their name only once they are whole: written beside it, then put in its place."""
+"""Files and folders that appear under their name only once they are whole: written beside it, then put in its place.
+
+And the user's cache folder, where most of them lie.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +34,10 @@ def replacing(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """LTXKERN_CACHE, else `ltxkern` in the user's cache folder."""
+    if chosen := os.environ.get("LTXKERN_CACHE"):
+        return Path(os.path.expanduser(chosen))
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltxkern"

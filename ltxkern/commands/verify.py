@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +40,10 @@ def _names(text: str | None, option: str, known: tuple[str, ...]) -> list[str] |
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify; status 1 where something is wrong, 130 where it was interrupted, with what was found until then."""
+    """Verify; status 1 where something is wrong or was not reached, 130 where it was interrupted, with what was found by then."""
     from ltxkern.trust import proofs
     from ltxkern.verify.checks import IMPORTANCE
+    from ltxkern.verify.interruption import interruptible
     from ltxkern.verify.report import Report, verify
 
     tiers = _names(arguments.tiers, "--tiers", proofs.TIERS)
@@ -60,14 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
             now.write(path)
 
     written = [0.0]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        verify(arguments.level, seconds=arguments.budget, tiers=tiers, ops=ops, on_change=changed, report=report)
+        with interruptible():
+            verify(arguments.level, seconds=arguments.budget, tiers=tiers, ops=ops, on_change=changed, report=report)
     except KeyboardInterrupt:
         report.notes.append("interrupted: what was found until then")
         report.store()
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if report.finished and ops is None:
         report.notes += _decoder_layouts()
     if path is not None:
@@ -77,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     _print(report)
     if not report.finished:
         return INTERRUPTED
-    return 1 if report.wrong() or report.stopped else 0
+    return 1 if report.wrong() or report.stopped or report.unreached() else 0
 
 
 def _decoder_layouts() -> list[str]:

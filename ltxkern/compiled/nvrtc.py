@@ -1,6 +1,6 @@
 """The CUDA sources through NVRTC, for machines without nvcc: CuPy compiles the packaged headers at first use, the driver launches.
 
-Cubins are kept on disk under LTXKERN_CACHE_DIR (default ~/.cache/ltxkern), keyed by the sources, the architecture, the kernel and
+Cubins are kept on disk in the user's cache folder, keyed by the sources, the architecture, the kernel and
 the compiler; a damaged file is compiled again.
 """
 
@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from ltxkern import sources
 from ltxkern.compiled import driver
 from ltxkern.compiled.steps import Launch, Step, Zero
-from ltxkern.whole_files import replacing
+from ltxkern.whole_files import cache_folder, replacing
 
 logger = logging.getLogger("ltxkern")
 
@@ -66,7 +65,7 @@ def _nvrtc() -> Any:
 
 def cache_directory() -> Path:
     """Where cubins are kept."""
-    return Path(os.environ.get("LTXKERN_CACHE_DIR", "") or Path.home() / ".cache" / "ltxkern") / "cubin"
+    return cache_folder() / "cubin"
 
 
 def _whole_elf(image: bytes) -> bytes:

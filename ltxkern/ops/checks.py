@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ltxkern.ops.arrays import is_array
+from ltxkern.layout import is_array
 
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SAMPLER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

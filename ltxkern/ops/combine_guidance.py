@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ltxkern.compiled import combine_guidance as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_finite_number, check_like, check_out, check_tensor
 
 
@@ -96,7 +96,7 @@ def combine_guidance(
     Source: multi-modal guidance of LTX-2; Lin et al. 2023 (rescale).
     """
     if check_tensor("cond", cond, dtypes=SAMPLER_DTYPES, arrays=True):
-        return arrays.through_torch(combine_guidance, locals())
+        return through_torch(combine_guidance, locals())
     scales = {"cfg_scale": (cfg_scale, 1), "stg_scale": (stg_scale, 0), "modality_scale": (modality_scale, 1)}
     branches = {"uncond": uncond, "perturbed": perturbed, "isolated": isolated}
     used: list[Any] = []

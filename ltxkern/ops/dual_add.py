@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ltxkern.compiled import dual_add as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_like, check_outs, check_tensor
 
 
@@ -54,7 +54,7 @@ def dual_add(
     Source: both phases of a LoRA schedule from one pristine weight.
     """
     if check_tensor("x", x, dtypes=SAMPLER_DTYPES, arrays=True):
-        return arrays.through_torch(dual_add, locals())
+        return through_torch(dual_add, locals())
     check_like("first", first, x)
     check_like("second", second, x)
     if out is not None:

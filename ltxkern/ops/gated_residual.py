@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -102,7 +102,7 @@ def gated_residual(
     Source: the LTX-2 transformer block.
     """
     if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, arrays=True):
-        return arrays.through_torch(gated_residual, locals())
+        return through_torch(gated_residual, locals())
     check_like("y", y, x)
     check_tensor("gate", gate, dtypes=ACTIVATION_DTYPES)
     check_device("gate", gate, x.device)
@@ -133,7 +133,7 @@ def head_gate(x: Tensor, logits: Tensor, *, out: Tensor | None = None) -> Tensor
     Source: gated attention of LTX-2.3.
     """
     if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(head_gate, locals())
+        return through_torch(head_gate, locals())
     check_tensor("logits", logits, dtypes=ACTIVATION_DTYPES)
     check_shape("logits", logits, x.shape[:-1])
     check_device("logits", logits, x.device)

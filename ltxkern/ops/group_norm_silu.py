@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ltxkern.compiled import group_norm_silu as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import like
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import like, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_finite_number,
@@ -120,7 +120,7 @@ def group_norm_silu(
     Source: Wu and He 2018 (GroupNorm); Chan, Golub, LeVeque 1979 (merging of moments).
     """
     if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(group_norm_silu, locals())
+        return through_torch(group_norm_silu, locals())
     channels = x.shape[1]
     for name, value in (("weight", weight), ("bias", bias), ("conv_bias", conv_bias)):
         if value is not None:

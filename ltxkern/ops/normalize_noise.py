@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ltxkern.compiled import normalize_noise as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import like
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import like, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import SAMPLER_DTYPES, check_device, check_out, check_tensor
 
 # Below the size from which torch shares one sum among threads.
@@ -138,7 +138,7 @@ def normalize_noise(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: the res2s sampler of LTX-2.
     """
     if check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(normalize_noise, locals())
+        return through_torch(normalize_noise, locals())
     if out is not None:
         check_out(out, noise.shape, noise.dtype, noise.device)
     return NORMALIZE(NoiseArguments(noise), out)
@@ -160,7 +160,7 @@ def channelwise_normalize(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: the res2s sampler of LTX-2.
     """
     if check_tensor("x", x, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(channelwise_normalize, locals())
+        return through_torch(channelwise_normalize, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return CHANNELWISE(Arguments(x), out)
@@ -184,7 +184,7 @@ def noise_statistics(noise: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: Chan, Golub, LeVeque 1979.
     """
     if check_tensor("noise", noise, dtypes=SAMPLER_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(noise_statistics, locals())
+        return through_torch(noise_statistics, locals())
     if out is not None:
         check_out(out, _statistics_shape(noise), torch.float64, noise.device)
     return STATISTICS(NoiseArguments(noise), out)

@@ -9,8 +9,8 @@ from torch import Tensor
 from ltxkern.compiled import pixel_norm_silu as launch
 from ltxkern.compiled.tensors import device_limits
 from ltxkern.dispatch import Op
-from ltxkern.layout import like
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import like, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import ACTIVATION_DTYPES, check_finite_number, check_out, check_tensor, check_vector
 
 # Channels of a position that a Triton program keeps in registers.
@@ -87,7 +87,7 @@ def pixel_norm_silu(x: Tensor, eps: float = 1e-8, *, weight: Tensor | None = Non
     Source: Karras et al. 2018 (PixelNorm).
     """
     if check_tensor("x", x, dtypes=ACTIVATION_DTYPES, min_dim=2, arrays=True):
-        return arrays.through_torch(pixel_norm_silu, locals())
+        return through_torch(pixel_norm_silu, locals())
     check_finite_number("eps", eps, low=0.0)
     if weight is not None:
         check_vector("weight", weight, x.shape[1], x.device)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ltxkern.compiled import qk_norm_rope as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh, power_of_two, unit_rows
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, power_of_two, through_torch, unit_rows
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     check_choice,
@@ -205,7 +205,7 @@ def qk_norm_rope(
     Source: Su et al. 2021 (RoPE); the LTX-2 attention.
     """
     if check_tensor("q", q, dtypes=ACTIVATION_DTYPES, arrays=True):
-        return arrays.through_torch(qk_norm_rope, locals())
+        return through_torch(qk_norm_rope, locals())
     if q.dim() != 3:
         raise ValueError(f"q must be (B, T, heads * d), got shape {tuple(q.shape)}")
     inner = q.shape[2]

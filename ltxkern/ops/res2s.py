@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ltxkern.compiled import res2s as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     SAMPLER_DTYPES,
     check_device,
@@ -247,7 +247,7 @@ def res2s_sde_step(
     Source: the res2s sampler of LTX-2.
     """
     if _check_modality({"sample": sample, "denoised": denoised, "noise": noise}, None, None, noise_stats):
-        return arrays.through_torch(res2s_sde_step, locals())
+        return through_torch(res2s_sde_step, locals())
     for name, value in (("sigma", sigma), ("sigma_next", sigma_next), ("eta", eta)):
         check_finite_number(name, value, low=0.0)
     check_flag("terminal", terminal)
@@ -304,7 +304,7 @@ def res2s_midpoint(
     single = isinstance(latent, Tensor)
     states = modalities("latent", latent)
     if states is None:
-        return arrays.through_torch(res2s_midpoint, locals())
+        return through_torch(res2s_midpoint, locals())
     count = len(states)
     x0s, noises = listed("x0", x0, count), listed("noise", noise, count)
     masks, cleans, stats = (
@@ -366,7 +366,7 @@ def res2s_advance(
     single = isinstance(anchor, Tensor)
     starts = modalities("anchor", anchor)
     if starts is None:
-        return arrays.through_torch(res2s_advance, locals())
+        return through_torch(res2s_advance, locals())
     count = len(starts)
     firsts, seconds, noises = listed("x0", x0, count), listed("x0_mid", x0_mid, count), listed("noise", noise, count)
     masks, cleans, stats = (

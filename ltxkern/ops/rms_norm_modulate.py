@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ltxkern.compiled import rows as launch
 from ltxkern.dispatch import Op
-from ltxkern.layout import fresh
-from ltxkern.ops import arrays, tiers
+from ltxkern.layout import fresh, through_torch
+from ltxkern.ops import tiers
 from ltxkern.ops.checks import (
     ACTIVATION_DTYPES,
     broadcasts,
@@ -232,7 +232,7 @@ def rms_norm_modulate(
     Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023 (adaLN).
     """
     if _check_norm(x, scale, shift, eps, weight, rows):
-        return arrays.through_torch(rms_norm_modulate, locals())
+        return through_torch(rms_norm_modulate, locals())
     if out is not None:
         check_out(out, x.shape, x.dtype, x.device)
     return OP(Arguments(x, scale, shift, eps, weight, rows), out)
@@ -270,7 +270,7 @@ def gated_residual_rms_norm_modulate(
     Source: the LTX-2 transformer block.
     """
     if _check_norm(x, scale, shift, eps, weight, rows, gate=gate):
-        return arrays.through_torch(gated_residual_rms_norm_modulate, locals())
+        return through_torch(gated_residual_rms_norm_modulate, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x)
@@ -309,7 +309,7 @@ def gated_residual_rms_norm_modulate_twice(
     Source: the LTX-2 transformer block, between its text attention and the two attentions between the modalities.
     """
     if _check_norm(x, scale, shift, eps, weight, rows, gate=gate, scale2=scale2, shift2=shift2):
-        return arrays.through_torch(gated_residual_rms_norm_modulate_twice, locals())
+        return through_torch(gated_residual_rms_norm_modulate_twice, locals())
     check_like("y", y, x)
     if out is not None:
         check_outs(out, x, 3)

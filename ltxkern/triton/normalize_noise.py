@@ -112,8 +112,9 @@ def _apply_kernel(
     TILES: tl.constexpr,
 ):
     """Standardise; one value anywhere that is not finite makes everything NaN where flags are given."""
-    pid = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    row = pid // blocks
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    first = (pid % blocks).to(tl.int64) * (BLOCK * TILES)
     mean, low, m2 = _slice_moments(partial_ptr, row, length, chunks, tasks, CHUNK, PARTIALS)
     factor = 1.0 / tl.sqrt(m2 / degrees)
     if flag_ptr is not None:
@@ -121,7 +122,7 @@ def _apply_kernel(
         bad = tl.sum(tl.load(flag_ptr + slot, mask=slot < flags, other=0))
         factor = tl.where(bad > 0, float("nan"), factor)
     for i in range(TILES):
-        offset = (pid % blocks) * (BLOCK * TILES) + i * BLOCK + tl.arange(0, BLOCK)
+        offset = first + i * BLOCK + tl.arange(0, BLOCK)
         valid = offset < length
         value = tl.load(x_ptr + row * length + offset, mask=valid, other=0.0).to(tl.float64)
         value = ((value - mean) - low) * factor

@@ -1,8 +1,7 @@
-"""This machine as the package keeps files by it: processor, driver, and the user's cache folder."""
+"""This machine as the package keeps files by it: processor and driver."""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from pathlib import Path
@@ -26,10 +25,3 @@ def nvidia_driver() -> str:
     import torch
 
     return f"CUDA {getattr(torch._C, '_cuda_getDriverVersion', int)()}"
-
-
-def cache_folder() -> Path:
-    """LTXKERN_CACHE, else `ltxkern` in the user's cache folder."""
-    if chosen := os.environ.get("LTXKERN_CACHE"):
-        return Path(os.path.expanduser(chosen))
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltxkern"

@@ -21,12 +21,13 @@ import torch
 from ltxkern import sources
 from ltxkern.compiled import extension
 from ltxkern.trust import machine
-from ltxkern.whole_files import replacing
+from ltxkern.whole_files import cache_folder, replacing
 
 logger = logging.getLogger("ltxkern")
 
 SCHEMA = 1
-LEVELS = ("quick", "full")
+# Of the checks of a run: some, all of a quick one, all of a full one.
+LEVELS = ("partial", "quick", "full")
 TIERS = ("cuda", "nvrtc", "triton", "cpu")
 
 
@@ -44,7 +45,7 @@ class Origin(NamedTuple):
     def path(self) -> Path:
         """Its file."""
         name = hashlib.sha256("\0".join(self).encode()).hexdigest()[:32]
-        return machine.cache_folder() / "proofs" / f"{name}.json"
+        return cache_folder() / "proofs" / f"{name}.json"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Verdict:
 
     Attributes:
         passed: all checks did, or which one did not is the `reason`.
-        level: of the run that found it, "quick" or "full".
+        level: "quick" or "full" by the run that found it; "partial" where that passed, but did not come to all of its checks.
         checks: how many ran.
     """
 
@@ -72,7 +73,7 @@ class Proof:
     when: str = ""
 
     def updated(self, newer: Proof) -> Proof:
-        """Both; a wrong result of a full run outlives a quick one that did not meet it."""
+        """Both; a wrong result outlives a run that did not come to all the checks of the one that met it."""
         merged = {op: dict(row) for op, row in self.verdicts.items()}
         for op, row in newer.verdicts.items():
             for tier, verdict in row.items():

@@ -1,4 +1,4 @@
-"""The probe at first use: an op's main case, in the dtype of the call at hand, on one backend against the reference."""
+"""The probe at first use: an op's main case, and its rows by an index, in the dtype at hand on one backend, by the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltxkern.dispatch import Backend, Op, handed
 from ltxkern.registration import tensors_of
-from ltxkern.verify.cases import MAIN, Size
+from ltxkern.verify.cases import BY_NAME, Size
 from ltxkern.verify.values import poisoned
 
 # Rows that whole vectors fill, and rows with a rest.
@@ -48,7 +48,7 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         args: of the call at hand, whose dtype the probe takes.
         device: where that call's tensors lie.
     """
-    case = next(case for case in MAIN if case.op == op.name)
+    case, by_index = BY_NAME[op.name], BY_NAME.get(f"{op.name}-rows")
     first = next(tensors_of(args)).dtype
     dtype = first if first in case.dtypes else case.dtypes[0]
     run, asked = backend.load(), []
@@ -57,19 +57,19 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         torch.cuda.set_sync_debug_mode(0)
     try:
         with torch.device(device):
-            for size in SIZES:
-                given = handed(functools.partial(case.run, case.tensors(dtype, size)))
+            for probed, size in [*((case, size) for size in SIZES), *([(by_index, SIZES[0])] if by_index else [])]:
+                given = handed(functools.partial(probed.run, probed.tensors(dtype, size)))
                 if backend.refuse(given) is None:
-                    asked.append((size, _differs(op, run, given, dtype)))
+                    asked.append((f"{size} {probed.variant}".strip(), _differs(op, run, given, dtype)))
             if not asked:
                 return None
             found = torch.stack([wrong for _, wrong in asked]).tolist()
     finally:
         if waits:
             torch.cuda.set_sync_debug_mode(waits)
-    for (size, _), wrong in zip(asked, found, strict=True):
+    for (name, _), wrong in zip(asked, found, strict=True):
         if wrong:
-            return f"{dtype} of {size} is not what the reference gives"
+            return f"{dtype} of {name} is not what the reference gives"
     return None
 
 

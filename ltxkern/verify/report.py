@@ -23,6 +23,8 @@ SCHEMA = 1
 SECONDS = {"quick": 50.0, "full": 510.0}
 CHECK_SECONDS = {"quick": 20.0, "full": 60.0}
 TIMING_SHARE = 0.25
+# What a call of a tier has at the least, in however short a run: two of them compile in it.
+CALL_SECONDS = {"cuda": 2.0, "nvrtc": 8.0, "triton": 8.0, "cpu": 2.0}
 
 
 def device_of(tier: str) -> str:
@@ -62,6 +64,10 @@ class Report:
         """Op, tier and reason of what is wrong."""
         return [(op, tier, e.wrong) for tier, row in self.found.items() for op, e in row.items() if e.wrong]
 
+    def unreached(self) -> list[tuple[str, str]]:
+        """Op and tier of what is neither proven nor wrong nor refused for want of time or memory."""
+        return [(op, t) for t, row in self.found.items() for op, e in row.items() if e.verdict == "not reached"]
+
     def as_data(self) -> dict[str, Any]:
         """As JSON holds it."""
         found = {
@@ -86,7 +92,8 @@ class Report:
         for tier, row in self.found.items():
             for op, entry in row.items():
                 if device_of(tier) == kind and entry.verdict in ("proven", "wrong"):
-                    verdict = proofs.Verdict(not entry.wrong, self.level, entry.passed, entry.wrong)
+                    level = self.level if entry.wrong or entry.complete else "partial"
+                    verdict = proofs.Verdict(not entry.wrong, level, entry.passed, entry.wrong)
                     verdicts.setdefault(op, {})[tier] = verdict
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         return proofs.Proof(verdicts, self.order.get(kind, {}), now)
@@ -108,10 +115,11 @@ def numbered(level: str) -> list[tuple[int, Check]]:
     return list(enumerate(plan(level)))
 
 
-def shares(tiers: Sequence[str]) -> dict[str, float]:
-    """Of the time for checks, by tier: a cpu kernel answers quickly, and NVRTC and Triton compile each call first."""
+def share(limits: Limits, tier: str, to_come: Sequence[str]) -> Limits:
+    """A tier's part of the time, of those `to_come`: a cpu kernel answers quickly, and NVRTC and Triton compile each call first."""
     weights = {"cuda": 3.0, "nvrtc": 2.0, "triton": 4.0, "cpu": 1.0}
-    return {tier: weights[tier] for tier in tiers}
+    part = weights[tier] / sum(weights[other] for other in to_come)
+    return limits.share(part * (1 - TIMING_SHARE), CALL_SECONDS[tier])
 
 
 def verify(
@@ -140,7 +148,8 @@ def verify(
         The report.
     """
     began = time.monotonic()
-    limits = Limits(began + (seconds or SECONDS[level]), check_seconds or CHECK_SECONDS[level])
+    longest = check_seconds or CHECK_SECONDS[level]
+    limits = Limits(began + (seconds or SECONDS[level]), longest, longest)
     report = Report(level) if report is None else report
     wanted = [tier for tier in BACKENDS if tier != "torch" and (tiers is None or tier in tiers)]
     report.absent = {tier: reason for tier in wanted if (reason := unavailable(tier)) is not None}
@@ -152,7 +161,6 @@ def verify(
     for kind in kinds:
         report.origins[kind] = next(iter(proofs.origins(kind).values()))._asdict()
     checks = [(i, check) for i, check in numbered(level) if ops is None or check.case.op in ops]
-    weights = shares(here)
     for place, tier in enumerate(here):
 
         def note(found: dict[str, Found], tier: str = tier) -> None:
@@ -160,9 +168,9 @@ def verify(
             report.seconds = round(time.monotonic() - began, 1)
             on_change(report)
 
-        part = weights[tier] / sum(weights[other] for other in here[place:]) * (1 - TIMING_SHARE)
+        given = share(limits, tier, here[place:])
         try:
-            note(check_tier(tier, device_of(tier), level, checks, limits.share(part), note, command))
+            note(check_tier(tier, device_of(tier), level, checks, given, note, command))
         except NoWorkerError as error:
             report.stopped[tier] = f"its process does not start: {error}"
         if tier not in report.found:
@@ -172,7 +180,7 @@ def verify(
             entry.planned - entry.passed - entry.refused for entry in report.found[tier].values() if not entry.wrong
         )
         if left:
-            report.notes.append(f"{tier}: {left} of {len(checks)} checks left out for want of time")
+            report.notes.append(f"{tier}: {left} of {len(checks)} checks left out for want of time or memory")
     for kind in kinds if timed else ():
         _time(report, kind, here, limits, command, [op for op in IMPORTANCE if ops is None or op in ops])
         report.seconds = round(time.monotonic() - began, 1)
@@ -191,7 +199,8 @@ def _time(
         op: [t for t in here if t in report.found and device_of(t) == kind and report.found[t][op].verdict == "proven"]
         for op in ops
     }
-    rows, faults = time_tiers(kind, {op: [*row, "torch"] for op, row in proven.items() if row}, limits, command)
+    given = limits.share(1.0, max(CALL_SECONDS.values()))
+    rows, faults = time_tiers(kind, {op: [*row, "torch"] for op, row in proven.items() if row}, given, command)
     for (op, tier), reason in faults.items():
         if tier in report.found:
             report.found[tier][op].wrong = reason

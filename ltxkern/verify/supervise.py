@@ -24,18 +24,23 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: when the run is to end, by `time.monotonic`, and how long one check may take."""
+    """Seconds: when the run is to end, by `time.monotonic`, how long one check may take, and how long a call of a backend in it.
+
+    A call that has begun has its time in any case, past the end if need be: cut short it would say nothing of the backend.
+    """
 
     end: float
     check: float
+    call: float
 
     def left(self) -> float:
         """Until the end."""
         return self.end - time.monotonic()
 
-    def share(self, part: float) -> Limits:
-        """A part of what is left."""
-        return Limits(time.monotonic() + part * self.left(), self.check)
+    def share(self, part: float, least: float) -> Limits:
+        """A part of what is left; one call may take a quarter of it, or `least`, so that an endless one leaves time to others."""
+        seconds = part * self.left()
+        return Limits(time.monotonic() + seconds, self.check, min(self.call, max(least, 0.25 * seconds)))
 
 
 @dataclass
@@ -56,6 +61,11 @@ class Found:
         if self.essential_left:
             return "not reached"
         return "proven" if self.passed else "refused"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all checks ran, but for those that it refused."""
+        return self.passed + self.refused == self.planned
 
 
 class NoWorkerError(Exception):
@@ -103,14 +113,14 @@ class Worker:
             limits: of the time.
             first: seconds from its being ready to its first call.
         """
-        wait = START_SECONDS
-        while limits.left() > 0:
-            patience = min(wait, max(0.0, limits.left()))
+        wait, calling = START_SECONDS, False
+        while calling or limits.left() > 0:
+            patience = wait if calling else min(wait, max(0.0, limits.left()))
             try:
                 line = self._lines.get(timeout=patience)
             except queue.Empty:
                 if patience >= wait:
-                    self.fault = f"no end after {wait:g} s"
+                    self.fault = f"no end after {wait:.3g} s"
                 return
             if line is None:
                 self.fault = f"the process ended by {self.end()}"
@@ -118,7 +128,8 @@ class Worker:
             report = json.loads(line)
             if "done" in report:
                 return
-            wait = first if "ready" in report else limits.check
+            calling = report.get("call", False)
+            wait = limits.call if calling else first if "ready" in report else limits.check
             yield report
 
     def end(self) -> str:
@@ -212,13 +223,13 @@ def _follow(
             check = checks[report["end"]]
             entry = found[check.case.op]
             left.remove(report["end"])
-            entry.essential_left -= check.rank == 0
+            entry.essential_left -= check.rank == 0 and not report.get("left_out")
             if report.get("fault") is not None:
                 entry.wrong = f"{check}: {report['fault']}"
                 left[:] = [index for index in left if checks[index].case.op != check.case.op]
             elif report.get("refused"):
                 entry.refused += 1
-            else:
+            elif not report.get("left_out"):
                 entry.passed += 1
             changed(found)
     return at

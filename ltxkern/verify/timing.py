@@ -123,7 +123,7 @@ def _on(tier: str, case: OpCase, tensors: Tensors) -> Callable[[], Any]:
 
 @torch.no_grad()
 def measure(
-    device: torch.device, tiers: dict[str, list[str]], seconds: float, begin: Callable[[str, str], None]
+    device: torch.device, tiers: dict[str, list[str]], seconds: float, calling: Callable[[str, str, bool], None]
 ) -> Iterator[Timed]:
     """Time the tiers of every op; one that refuses a case is left out of it.
 
@@ -131,7 +131,7 @@ def measure(
         device: where they run.
         tiers: by op.
         seconds: of all samples together.
-        begin: called with op and tier before the first call of each.
+        calling: told of op and tier when the first call of each begins, and when the device is done with it.
     """
     clock = Clock(device)
     roof = clock.roof()
@@ -142,12 +142,16 @@ def measure(
         calls: dict[str, Callable[[], Any]] = {}
         moved = 0
         for tier in tiers[case.op]:
-            begin(case.op, tier)
+            calling(case.op, tier, True)
             call = _on(tier, case, tensors)
             try:
                 results = call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
             except (ltxkern.BackendError, torch.OutOfMemoryError):
                 continue
+            finally:
+                calling(case.op, tier, False)
             moved = sum(tensor.nbytes for tensor in (*tensors.values(), *results))
             calls[tier] = call
         name = f"{str(dtype).removeprefix('torch.')} {size}"

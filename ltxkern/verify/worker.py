@@ -38,16 +38,23 @@ def run_checks(job: dict[str, Any], say: Any) -> bool:
     """The checks of a job, of each op up to its first fault; False after an error of a GPU: the process is of no more use then."""
     device, planned = torch.device(job["device"]), checks.plan(job["level"])
     wrong: set[str] = set()
+
+    def calling(now: bool) -> None:
+        say(call=now)
+
     for index in job["checks"]:
         check = planned[index]
         if check.case.op in wrong:
             continue
         say(begin=index)
         try:
-            reason = checks.fault(check, job["tier"], device)
-        except (BackendError, torch.OutOfMemoryError):
-            # Memory that others hold says nothing of a backend.
+            reason = checks.fault(check, job["tier"], device, calling)
+        except BackendError:
             say(end=index, refused=True)
+            continue
+        except torch.OutOfMemoryError:
+            # Memory that others hold says nothing of a backend.
+            say(end=index, left_out=True)
             continue
         except Exception as error:
             # Whatever it is: a backend that said it serves the call did not.
@@ -66,10 +73,10 @@ def run_timing(job: dict[str, Any], say: Any) -> bool:
     """The times of a job."""
     device = torch.device(job["device"])
 
-    def begin(op: str, tier: str) -> None:
-        say(begin=[op, tier])
+    def calling(op: str, tier: str, now: bool) -> None:
+        say(begin=[op, tier], call=now)
 
-    for row in timing.measure(device, job["timing"], job["seconds"], begin):
+    for row in timing.measure(device, job["timing"], job["seconds"], calling):
         say(timed=asdict(row))
     return True
 
@@ -86,6 +93,8 @@ def main() -> None:
 
     if job["device"] == "cpu" and "timing" not in job:
         torch.set_num_threads(1)
+    # A context takes seconds, which are no check's.
+    torch.empty(1, device=job["device"])
     say(ready=True)
     if (run_timing if "timing" in job else run_checks)(job, say):
         say(done=True)

@@ -1,21 +1,36 @@
 """The proof on a GPU: fake stages that fail, hang or find no time; later ones run all the same, and the files are there."""
 
+import functools
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import deciding
 import gpu_proof
 import pytest
 import torch
 from gpu_proof import Outcome, Stage, prove, stages
 
+from ltxkern.compiled import driver
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled.tensors import DeviceLimits
 from ltxkern.ops.group_norm_silu import Arguments
 
 WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{}')"
+# Goes on until it is asked to end, and writes what it has then.
+KEEPS = f"""
+import signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    {WRITES}
+"""
 
 
 def stage(name: str, code: str, seconds: float = 60.0, **more: Any) -> Stage:
@@ -35,6 +50,7 @@ def test_later_stages_run_whatever_comes_of_earlier_ones(tmp_path: Path) -> None
         stage("writes", WRITES),
         stage("fails", "print('broken'); raise SystemExit(3)"),
         stage("hangs", f"print('begun', flush=True); {lingering} time.sleep(60)", seconds=1.0),
+        stage("keeps", KEEPS, seconds=2.0),
         stage("absent", WRITES, needs="no-such-program"),
         stage("last", WRITES),
     ]
@@ -46,12 +62,13 @@ def test_later_stages_run_whatever_comes_of_earlier_ones(tmp_path: Path) -> None
         "writes": ("done", ""),
         "fails": ("failed", "exit status 3"),
         "hangs": ("out of time", "ended after 1 s"),
+        "keeps": ("out of time", "ended after 2 s"),
         "absent": ("left out", "no-such-program is not on PATH"),
         "last": ("done", ""),
     }
     files = {path.name.removeprefix("card-").removesuffix(".json") for path in tmp_path.iterdir()}
-    assert files == {"writes", "fails", "hangs", "last", "proof"}
-    assert json.loads((tmp_path / "card-writes.json").read_text()) == {}
+    assert files == {"writes", "fails", "hangs", "keeps", "last", "proof"}
+    assert [json.loads((tmp_path / f"card-{name}.json").read_text()) for name in ("writes", "keeps")] == [{}, {}]
     assert json.loads(stale.read_text())["output"] == "broken\n"
     assert json.loads((tmp_path / "card-hangs.json").read_text())["output"] == "begun\n"
     listed = json.loads((tmp_path / "card-proof.json").read_text())["outcomes"]
@@ -93,14 +110,63 @@ def test_the_stages_are_those_of_this_repository() -> None:
     planned = stages("9.0")
     assert len({s.name for s in planned}) == len(planned)
     assert sum(s.seconds for s in planned[:11]) <= gpu_proof.BUDGET
+    (sanitizer,) = (s for s in planned if s.needs == "compute-sanitizer")
+    assert sanitizer.command[0] == sanitizer.needs
+    assert sanitizer.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     named = [word for s in planned for word in s.command if word.endswith(".py")]
     assert [word for word in named if not (gpu_proof.machine.ROOT / word).is_file()] == []
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_ends_the_stage_and_is_listed(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends = f"import os, time; print(os.getpid(), flush=True); os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    planned = (stage("writes", WRITES), stage("hangs", sends), stage("later", WRITES))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_proof, "stages", lambda capability: planned)
+    monkeypatch.setattr(gpu_proof, "RESULTS", tmp_path)
+    for name, made in (("best_device", None), ("describe", {}), ("slug", "card")):
+        monkeypatch.setattr(gpu_proof.machine, name, lambda *_, made=made: made)
+    assert gpu_proof.main([]) == gpu_proof.INTERRUPTED
+    written, hung = json.loads((tmp_path / "card-proof.json").read_text())["outcomes"]
+    assert (written["status"], hung["status"]) == ("done", "interrupted")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hung["output"]), 0)
+
+
+def test_what_was_measured_is_kept_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = tmp_path / "rows.json", []
+
+    def part(run: Any) -> None:
+        deciding.timed(run, "block", "small", [1], {"first": functools.partial(sum, [1])})
+        seen.append(len(json.loads(file.read_text())["records"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setitem(deciding.PARTS, "block", part)
+    monkeypatch.setattr(deciding, "relaunch_warm", lambda parsed: None)
+    given = ["block", "--device", "cpu", "--rounds", "1", "--warmup", "0", "--rep", "1", "--output-json", str(file)]
+    assert deciding.main(given) == command_line.INTERRUPTED
+    assert seen == [1]
+    assert [row["provider"] for row in json.loads(file.read_text())["records"]] == ["first"]
+
+
+def test_without_torch_it_says_what_to_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", gpu_proof.__file__], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpu-proof needs the module torch")
+    assert "`make setup-dev` first, or `make gpu-proof PYTHON=" in line
+
+
+def test_without_a_gpu_it_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_proof.main([]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (driver.no_device() or "") in line
     assert gpu_proof.main(["--dry-run", "--budget", "1080"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(stages("9.0"))

@@ -54,6 +54,8 @@ def test_a_loop_turns_as_often_as_its_parameters_say() -> None:
         # A slow path behind a call is stepped over, a loop that waits for others ends.
         (("LDG.E R0, desc[UR4][R2.64]", "FSETP.GEU.AND P0, PT, |R0|, 1, PT", "@P0 BRA 0x40", "CALL.REL 0x50", "EXIT", "EXIT"), 4),
         (("LDG.E R0, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R0, 0x4, PT", "@P0 BRA 0x0", "EXIT"), 4),
+        # As one does whose end is called in front of the jump back.
+        (("LDG.E R0, desc[UR4][R2.64]", "ISETP.NE.AND P0, PT, R0, 0x4, PT", "@P0 CALL.REL 0x40", "BRA 0x0", "EXIT"), 4),
     ],
 )  # fmt: skip
 def test_branches_on_what_memory_holds(lines: tuple[str, ...], issue: int) -> None:

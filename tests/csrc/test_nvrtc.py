@@ -34,13 +34,13 @@ def test_every_kernel_compiles_within_its_registers(header: str) -> None:
 
 
 def test_cubins_are_cached_and_damage_is_healed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LTXKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LTXKERN_CACHE", str(tmp_path))
     first = nvrtc.cubin("ltxk::group_norm_finalize", "sm_90")
     (path,) = (tmp_path / "cubin").iterdir()
     monkeypatch.setattr(nvrtc, "compile_cubin", lambda *_: pytest.fail("compiled again"))
     assert nvrtc.cubin("ltxk::group_norm_finalize", "sm_90") == first
     monkeypatch.undo()
-    monkeypatch.setenv("LTXKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LTXKERN_CACHE", str(tmp_path))
     content = path.read_bytes()
     path.write_bytes(content[:-7] + b"garbage")
     assert nvrtc.cubin("ltxk::group_norm_finalize", "sm_90")[1] == first[1]

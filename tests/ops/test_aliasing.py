@@ -119,7 +119,7 @@ def test_outputs_that_are_one_are_refused(call: OpCase) -> None:
     tensors = call.tensors()
     one = call.outputs(tensors)[0]
     with pytest.raises(ValueError, match=r"^out\[0\] and out\[1\] overlap: give each memory of its own$"):
-        call.run(tensors, [one, one])
+        call.run(tensors, [one] * len(call.like))
 
 
 @CALLS

@@ -35,7 +35,8 @@ def planted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def wrong(out: Any, args: Any) -> None:
         calls.append(args)
-        out.copy_(args.x + 2 * args.y * args.gate)
+        gate = args.gate if args.rows is None else args.gate[args.rows]
+        out.copy_(args.x + 2 * args.y * gate)
 
     plant(monkeypatch, "gated_residual", wrong)
     return calls
@@ -49,7 +50,7 @@ def call() -> torch.Tensor:
 def test_a_wrong_backend_is_left_with_one_warning(planted: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ltxkern"):
         assert all(torch.equal(call(), torch.full((3,), 2.0)) for _ in range(3))
-    assert len(planted) == len(probe.SIZES)
+    assert len(planted) == len(probe.SIZES) + 1
     (warning,) = caplog.messages
     assert warning.startswith(
         "ltxkern.gated_residual is not served by cpu: the probe at first use found it wrong on cpu:"
@@ -58,6 +59,19 @@ def test_a_wrong_backend_is_left_with_one_warning(planted: list[Any], caplog: py
     with ltxkern.use_backend("cpu"), pytest.raises(ltxkern.BackendError, match="the probe at first use"):
         call()
     assert ltxkern.served()["gated_residual"] == {"torch"}
+
+
+def test_a_backend_that_is_wrong_by_row_index_alone_is_found(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(out: Any, args: Any) -> None:
+        gate = args.gate if args.rows is None else args.gate[0]
+        out.copy_(args.x + args.y * gate)
+
+    plant(monkeypatch, "gated_residual", wrong)
+    with caplog.at_level(logging.WARNING, "ltxkern"):
+        assert torch.equal(call(), torch.full((3,), 2.0))
+    assert "float32 of 2x6x64 rows is not what the reference gives" in caplog.text
 
 
 def test_the_probe_can_be_switched_off(planted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

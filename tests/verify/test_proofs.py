@@ -11,7 +11,7 @@ from ltxkern.trust import proofs
 from ltxkern.trust.proofs import Origin, Proof, Verdict
 
 ORIGIN = Origin("NVIDIA H200", "9.0", "580.1", "2.11", "3.6", "abc")
-WRONG = Verdict(False, "full", 3, "off by one")
+WRONG, QUICK = (Verdict(False, level, 3, "off by one") for level in ("full", "quick"))
 PROOF = Proof(
     {"head_gate": {"cuda": WRONG, "triton": Verdict(True, "quick", 7)}}, {"head_gate": ("triton", "cuda")}, "now"
 )
@@ -78,6 +78,8 @@ def test_a_store_that_cannot_be_used_is_said(fresh: Path, caplog: pytest.LogCapt
     [
         (WRONG, Verdict(True, "quick", 9), WRONG),
         (WRONG, Verdict(True, "full", 9), Verdict(True, "full", 9)),
+        (WRONG, Verdict(True, "partial", 9), WRONG),
+        (QUICK, Verdict(True, "partial", 9), QUICK),
         (Verdict(True, "full", 9), Verdict(False, "quick", 1, "crash"), Verdict(False, "quick", 1, "crash")),
         (Verdict(True, "full", 90), Verdict(True, "quick", 9), Verdict(True, "full", 90)),
     ],

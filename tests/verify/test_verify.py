@@ -1,10 +1,14 @@
 """verify finds what is planted, dispatch refuses it afterwards, and others still serve; what is right is proven."""
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,13 +20,34 @@ from ltxkern.compiled import extension
 from ltxkern.trust import proofs
 from ltxkern.verify import checks, report, timing
 from ltxkern.verify.cases import BY_NAME, F32, Size
+from ltxkern.verify.interruption import interruptible
 from ltxkern.verify.report import Report, verify
-from ltxkern.verify.supervise import Found
+from ltxkern.verify.supervise import Found, Limits, check_tier
 from tests.csrc.shim_build import shim
 from tests.verify.conftest import fresh_dispatch
 from tests.verify.planted import FAULTS, RIGHT
 
 OPS = [RIGHT, "head_gate"]
+TIERS = ["cuda", "triton", "cpu", "nvrtc"]
+# A worker that answers checks at once, but for those named, whose calls never end.
+ENDLESS = [
+    sys.executable,
+    "-S",
+    "-c",
+    """
+import json, sys, time
+say = lambda **facts: print(json.dumps(facts), flush=True)
+job = json.loads(sys.stdin.readline())
+say(ready=True)
+for index in job["checks"]:
+    say(begin=index)
+    say(call=True)
+    time.sleep(1e3 * (index in json.loads(sys.argv[1])))
+    say(call=False)
+    say(end=index, fault=None)
+say(done=True)
+""",
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +121,59 @@ def test_the_command(fresh: Path, few_checks: None, capsys: pytest.CaptureFixtur
     assert ltxkern.capabilities()[OPS[0]]["cpu"] is None
 
 
+@pytest.fixture
+def one_hangs() -> tuple[list[tuple[int, checks.Check]], list[str]]:
+    """Checks of three ops, and a worker that never ends those of one of them."""
+    planned = [
+        (i, c) for i, c in enumerate(checks.plan("quick")) if c.rank == 0 and c.case.op in ("qk_norm_rope", *OPS)
+    ]
+    return planned, [*ENDLESS, str([i for i, c in planned if c.case.op == "qk_norm_rope"])]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_call_without_an_end_is_found_in_each_share(
+    tier: str, one_hangs: tuple[list[tuple[int, checks.Check]], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares of a quick run of all four tiers, a fifth as long."""
+    monkeypatch.setattr(report, "CALL_SECONDS", {name: least / 5 for name, least in report.CALL_SECONDS.items()})
+    left, longest = report.SECONDS["quick"] / 5, report.CHECK_SECONDS["quick"] / 5
+    for place, other in enumerate(TIERS[: TIERS.index(tier) + 1]):
+        share = report.share(Limits(time.monotonic() + left, longest, longest), other, TIERS[place:])
+        left -= share.left()
+    planned, worker = one_hangs
+    found = check_tier(tier, "cpu", "quick", planned, share, lambda found: None, worker)
+    assert found["qk_norm_rope"].wrong == f"{planned[0][1]}: no end after {share.call:.3g} s"
+
+
+def test_what_comes_behind_it_has_time_left(one_hangs: tuple[list[tuple[int, checks.Check]], list[str]]) -> None:
+    planned, worker = one_hangs
+    share = Limits(time.monotonic() + 4.0, 9.0, 9.0).share(1.0, 0.1)
+    found = check_tier("cpu", "cpu", "quick", planned, share, lambda found: None, worker)
+    assert found["qk_norm_rope"].wrong == f"{planned[0][1]}: no end after 1 s"
+    assert {op: (found[op].verdict, found[op].complete) for op in OPS} == dict.fromkeys(OPS, ("proven", True))
+
+
+def test_what_was_not_reached_is_no_success(few_checks: None, fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--tiers", "cpu", "--ops", ",".join(OPS), "--budget", "0.01"]) == 1
+    said = capsys.readouterr().out
+    assert "cpu: 4 of 4 checks left out for want of time" in said
+    assert said.count("not reached 0/2") == 2
+
+
 @pytest.mark.parametrize(("option", "value"), [("--ops", "rms"), ("--tiers", "torch")])
 def test_unknown_names_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", option, value]) == 2
     assert f"{option}: unknown {value}; known are" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_was_found_survives_an_interruption(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: object, report: Report, **options: object) -> None:
-        report.found["cpu"] = {"gated_residual": Found(4, 4), "head_gate": Found(4, 2, essential_left=2)}
-        raise KeyboardInterrupt
+        entries = Found(4, 4), Found(4, 3), Found(4, 3, 1), Found(4, 2, essential_left=2), Found(4, 1, wrong="a")
+        report.found["cpu"] = dict(zip(checks.IMPORTANCE, entries, strict=False))
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(report, "verify", interrupted)
     file = fresh / "found.json"
@@ -116,7 +182,20 @@ def test_what_was_found_survives_an_interruption(
     assert not json.loads(file.read_text())["finished"]
     (stored,) = proofs.stored("cpu").values()
     assert stored is not None
-    assert {op: set(row) for op, row in stored.verdicts.items()} == {"gated_residual": {"cpu"}}
+    first, second, third, fourth, fifth = checks.IMPORTANCE[:5]
+    levels = {op: (row["cpu"].passed, row["cpu"].level) for op, row in stored.verdicts.items()}
+    expected = {first: (True, "quick"), second: (True, "partial"), third: (True, "quick"), fifth: (False, "quick")}
+    assert levels == expected, f"{fourth} was not reached"
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_worker_that_cannot_start_says_nothing_of_an_op(few_checks: None, fresh: Path) -> None:
@@ -142,6 +221,29 @@ def test_references_in_fp64_are_in_fp64(case: checks.OpCase) -> None:
     given = checks.handed(lambda: case.run(case.tensors(case.dtypes[0], Size(2, 3, 4))))
     composed, exact = checks.references(case.op, given)
     assert [value.dtype for value in exact] == [torch.float64] * len(composed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "channelwise_normalize float64 2x61x300",
+        "normalize_noise float64 1x1000x1024",
+        "channelwise_normalize-pairs float64 3x5x13 offset",
+    ],
+)
+def test_what_is_exact_in_fp64_is_not_called_wrong(name: str) -> None:
+    """Where torch's own fp64 is 1e-13 and more off."""
+    (check,) = (check for check in checks.plan("full") if str(check) == name)
+    tensors = checks.VALUES[check.values](check.case.tensors(check.dtype, check.size))
+    (x,) = tensors.values()
+    (composed,), (exact,) = checks.references(check.case.op, checks.handed(lambda: check.case.run(tensors)))
+    wide = x.numpy().astype(np.longdouble)
+    axes = (-2, -1)
+    ours = torch.from_numpy(
+        ((wide - wide.mean(axes, keepdims=True)) / wide.std(axes, ddof=1, keepdims=True)).astype(np.float64)
+    )
+    assert checks.distance(ours, composed, exact, check.dtype) is None
+    assert float((ours - exact).abs().max()) < 2e-15
 
 
 @pytest.mark.parametrize(

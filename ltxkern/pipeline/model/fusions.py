@@ -366,11 +366,13 @@ def head_gate(x: Tensor, logits: Tensor) -> Tensor:
     return _serve(HEAD_GATE, x, logits)
 
 
-def is_plain(network: Any) -> bool:
+def is_plain(network: Any, dtype: torch.dtype) -> bool:
     """Whether diffusers' FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
     first = network.net[0]
-    layer = getattr(first, "proj", None)
-    if type(layer) is not nn.Linear or layer.bias is None or getattr(first, "approximate", None) != "tanh":
+    layer: Any = getattr(first, "proj", None)
+    known = type(layer) is nn.Linear and layer.bias is not None and getattr(first, "approximate", None) == "tanh"
+    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
+    if not known or type(layer.weight) is not nn.Parameter or {layer.weight.dtype, layer.bias.dtype} != {dtype}:
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = any(getattr(module, name) for module in (network, first, layer) for name in hooks)
@@ -379,7 +381,7 @@ def is_plain(network: Any) -> bool:
 
 def feed_forward(network: Any, x: Tensor) -> Tensor:
     """diffusers' FeedForward with tanh GELU, which goes into the epilogue of the first product where it can."""
-    if not is_plain(network):
+    if not is_plain(network, x.dtype):
         return network(x)
     layer, last = network.net[0].proj, network.net[2]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from ltxkern.pipeline.model.text import PromptEmbeddings
 from ltxkern.pipeline.results.atomic import replacing_file
-from ltxkern.trust.machine import cache_folder
+from ltxkern.whole_files import cache_folder
 
 logger = logging.getLogger(__name__)
 

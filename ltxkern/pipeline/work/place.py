@@ -10,7 +10,7 @@ from typing import Any
 
 from ltxkern.pipeline.work.facts import key
 from ltxkern.pipeline.work.folder import MANIFEST, WorkFolder, WorkFolderError
-from ltxkern.trust.machine import cache_folder
+from ltxkern.whole_files import cache_folder
 
 # Some thirty production runs that were not finished, hundreds that were.
 LIMIT_GIB = 16.0

@@ -173,7 +173,8 @@ def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: 
 def test_layers_with_something_around_them_are_called(model: LTX2Transformer) -> None:
     """Hooks of the feed-forward and of its products see their calls, and so do other layers in their place."""
     network, x = model.transformer_blocks[0].ff, drawn(1, TOKENS, WIDTH)
-    assert fusions.is_plain(network)
+    assert fusions.is_plain(network, x.dtype)
+    assert not fusions.is_plain(network, torch.bfloat16)
     torch.testing.assert_close(fusions.feed_forward(network, x), network(x), rtol=0, atol=1e-6)
     for module in (network, network.net[0], network.net[0].proj, network.net[2]):
         seen: list[int] = []
@@ -182,6 +183,6 @@ def test_layers_with_something_around_them_are_called(model: LTX2Transformer) ->
         handle.remove()
         assert seen == [1, 1]
     other = FeedForward(WIDTH, activation_fn="gelu-approximate", bias=False).eval()
-    assert not fusions.is_plain(other)
+    assert not fusions.is_plain(other, x.dtype)
     assert torch.equal(fusions.feed_forward(other, x), other(x))
-    assert not fusions.is_plain(FeedForward(WIDTH, activation_fn="gelu").eval())
+    assert not fusions.is_plain(FeedForward(WIDTH, activation_fn="gelu").eval(), x.dtype)

@@ -86,9 +86,9 @@ def test_the_machine_and_what_a_call_was_given() -> None:
         "dtype",
     ]
     with use_backend("torch"):
-        assert differing(base, run_facts(REQUEST, cpu, torch.float32, embeddings=[torch.zeros(2)], policy=Files)) == [
-            "backends"
-        ]
+        forced = run_facts(REQUEST, cpu, torch.float32, embeddings=[torch.zeros(2)], policy=Files)
+    assert forced["backends"] == ["torch"]
+    assert differing(base | {"backends": ["cpu", "torch"]}, forced) == ["backends"]
     assert plain({"a": (1, Path("x"), None)}) == {"a": [1, "x", None]}
 
 
