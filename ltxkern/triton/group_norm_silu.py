@@ -382,7 +382,9 @@ def launch(out: Tensor, args: Arguments) -> None:
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
         **shape, GROUPS_FIRST=channels_last, **WALKING,
     )  # fmt: skip
+    # With the numbers of eight channels, two tensors and a shift of each, 64 registers do not do.
+    wide = channels_last and args.residual is not None and conv_bias is not None
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING,
+        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING | {"maxnreg": 80 if wide else 64},
     )  # fmt: skip
