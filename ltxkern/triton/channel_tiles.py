@@ -116,36 +116,33 @@ def result_of(tile, added, shift, affine, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store_two(out, i, two, added, shift, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
-    rows: tl.constexpr = slot.shape[0]
+def apply_one(out, x, residual, i, shift, affine, mask, left, slot, dtype: tl.constexpr):
+    """The i-th tile, which may not be whole."""
+    tile = _load(x, i, mask, left, slot, False)
+    added = None
+    if residual is not None:
+        added = _load(residual, i, mask, left, slot, False)
     base, inside, step = out
-    at = base + i * step + inside
-    for j in tl.static_range(2):
-        value = result_of(two[j], added[j], shift, affine, dtype)
-        if WHOLE:
-            tl.store(at + j * step, value)
-        else:
-            tl.store(at + j * step, value, mask=mask & (slot + j * rows < left))
+    tl.store(base + i * step + inside, result_of(tile, added, shift, affine, dtype), mask=mask & (slot < left))
 
 
 @triton.jit
-def apply_two(out, x, residual, i, shift, affine, mask, left, slot, dtype: tl.constexpr, WHOLE: tl.constexpr):
-    """The i-th tile and the next."""
-    two = load_two(x, i, mask, left, slot, WHOLE)
-    added = (None, None)
-    if residual is not None:
-        added = load_two(residual, i, mask, left, slot, WHOLE)
-    _store_two(out, i, two, added, shift, affine, mask, left, slot, dtype, WHOLE)
+def _store_two(out, i, two, added, shift, affine, dtype: tl.constexpr):
+    base, inside, step = out
+    at = base + i * step + inside
+    tl.store(at, result_of(two[0], added[0], shift, affine, dtype))
+    tl.store(at + step, result_of(two[1], added[1], shift, affine, dtype))
 
 
 @triton.jit
 def apply_four(out, x, residual, i, shift, affine, mask, left, slot, dtype: tl.constexpr):
     """The i-th tile and the next three, all whole; four loads are under way at once, and no more registers than they need."""
+    two = load_two(x, i, mask, left, slot, True)
     if residual is not None:
-        apply_two(out, x, residual, i, shift, affine, mask, left, slot, dtype, True)
-        apply_two(out, x, residual, i + 2, shift, affine, mask, left, slot, dtype, True)
-    else:
-        two = load_two(x, i, mask, left, slot, True)
+        _store_two(out, i, two, load_two(residual, i, mask, left, slot, True), shift, affine, dtype)
         more = load_two(x, i + 2, mask, left, slot, True)
-        _store_two(out, i, two, (None, None), shift, affine, mask, left, slot, dtype, True)
-        _store_two(out, i + 2, more, (None, None), shift, affine, mask, left, slot, dtype, True)
+        _store_two(out, i + 2, more, load_two(residual, i + 2, mask, left, slot, True), shift, affine, dtype)
+    else:
+        more = load_two(x, i + 2, mask, left, slot, True)
+        _store_two(out, i, two, (None, None), shift, affine, dtype)
+        _store_two(out, i + 2, more, (None, None), shift, affine, dtype)

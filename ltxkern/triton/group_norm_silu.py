@@ -13,7 +13,7 @@ from torch import Tensor
 from ltxkern.layout import ChannelView, ceil_div, channel_view, contiguous, fresh, power_of_two
 from ltxkern.triton.channel_tiles import (
     apply_four,
-    apply_two,
+    apply_one,
     channel_affine,
     channels_of,
     load_two,
@@ -253,8 +253,8 @@ def _apply_kernel(
     x = tiles_of(x_ptr, place, stride_n, stride_c, stride_s, D, BS, BG, BD)
     residual = tiles_of(residual_ptr, place, residual_n, residual_c, residual_s, D, BS, BG, BD)
     whole = left // (4 * BS) * 4 if EVEN else 0
-    for i in range(whole, tl.cdiv(left, BS), 2):
-        apply_two(out, x, residual, i, shift, affine, exists, left - i * BS, slot, dtype, False)
+    for i in range(whole, tl.cdiv(left, BS)):
+        apply_one(out, x, residual, i, shift, affine, exists, left - i * BS, slot, dtype)
     for i in range(0, whole, 4):
         apply_four(out, x, residual, whole - 4 - i, shift, affine, exists, left, slot, dtype)
 
@@ -293,8 +293,7 @@ def _single_kernel(
     position = tl.arange(0, BS)[:, None, None].to(tl.int64)
     valid = exists & (position < S)
     tile = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
-    shift = shift_of(conv_bias_ptr, channel, exists)
-    value = shifted(tile, shift)
+    value = shifted(tile, shift_of(conv_bias_ptr, channel, exists))
     pivot = sum_group(tl.where(valid, value, 0.0)) / total
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
     mean = sum_group(offset) / total
@@ -305,9 +304,9 @@ def _single_kernel(
     if residual_ptr is not None:
         at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
         added = tl.load(at, mask=valid, other=0.0)
-    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
+    affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, None, dtype)
     out_at = out_ptr + batch * out_n + channel * out_c + position * out_s
-    tl.store(out_at, result_of(tile, added, shift, affine, dtype), mask=valid)
+    tl.store(out_at, result_of(value, added, None, affine, dtype), mask=valid)
 
 
 def single_tile(groups: int, depth: int, positions: int) -> tuple[Tile, int] | None:
@@ -383,9 +382,9 @@ def launch(out: Tensor, args: Arguments) -> None:
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
         **shape, GROUPS_FIRST=channels_last, **WALKING,
     )  # fmt: skip
-    # A residual's addresses take more registers, and would spill.
-    walking = WALKING if args.residual is None else {**WALKING, "maxnreg": 72}
+    # A residual's addresses take more registers, and channels-last also the numbers of eight channels with a shift of each.
+    most = 64 if args.residual is None else 80 if channels_last and conv_bias is not None else 72
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **walking,
+        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING | {"maxnreg": most},
     )  # fmt: skip

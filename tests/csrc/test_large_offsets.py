@@ -308,6 +308,28 @@ def test_group_norm_on_chip(kernel: str) -> None:
     torch.testing.assert_close(out[0, -1].double(), exact, rtol=1e-2, atol=1e-3)
 
 
+def test_group_norm_columns() -> None:
+    """Each sample a tile; the blocks of the last sample alone are at work, and keep a half of what they read."""
+    samples, channels, positions = (1 << 17) + 3, 256, 64
+    x, out = (reserved(samples, positions, channels).movedim(-1, 1) for _ in range(2))
+    x[-1] = noise(channels, positions, dtype=BF16)
+
+    def run(steps: Sequence[Step], tensors: Sequence[Any]) -> None:
+        zero, launch = steps
+        assert isinstance(launch, Launch)
+        assert launch.kernel.startswith("ltxk::group_norm_columns<")
+        assert (launch.parameters["chunks"], launch.parameters["kept_rows"]) == (2, 16)
+        run_step(zero, tensors)
+        run_step(launch, tensors, blocks_of(launch) - 2, 2)
+
+    planner = partial(group_norm.columns_on_chip, blocks=2 * samples, block_bytes=4096 + 16 * 512, threads=64)
+    with on_shim(run=run), forced(planner), ltxkern.use_backend("cpu"):
+        ltxkern.group_norm_silu(x, None, None, 32, out=out)
+    wide = x[-1].double().reshape(32, -1)
+    exact = F.silu((wide - wide.mean(1, keepdim=True)) / (wide.var(1, correction=0, keepdim=True) + 1e-5).sqrt())
+    torch.testing.assert_close(out[-1].double().reshape(32, -1), exact, rtol=1e-2, atol=1e-3)
+
+
 @needs_cpu_kernels
 def test_strides_of_rows_on_the_cpu() -> None:
     """The CPU kernels, on few rows that lie more than 2^31 elements apart."""

@@ -7,6 +7,15 @@ namespace ltxk {
 
 #include "ltxkern/rms_norm_modulate_parameters.cuh"
 
+// Blocks of a multiprocessor for which the compilers do not spill: of rows, and of packs whose modulation is wider than they are.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kRowBlocks = 4, kWideBlocks = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
+constexpr int kRowBlocks = 3, kWideBlocks = 4;
+#else
+constexpr int kRowBlocks = 4, kWideBlocks = 4;
+#endif
+
 // x + y gate, rounded to x's dtype: what is stored is what is normalised.
 template <int V>
 LTXK_DEVICE void gated_sum(const RmsNormModulate& p, i64 x_row, i64 y_row, i64 gate_row, i64 column, float (&values)[V]) {
@@ -50,7 +59,7 @@ LTXK_DEVICE void modulate_row(const RmsNormModulate& p, i64 dense, i64 x_row, fl
 
 // Block = one row; a thread meets the same columns in all passes.
 template <int V>
-__global__ void __launch_bounds__(256, 4) rms_norm_modulate_rows(RmsNormModulate p) {
+__global__ void __launch_bounds__(256, kRowBlocks) rms_norm_modulate_rows(RmsNormModulate p) {
     LTXK_SHARED(RowSum, scratch);
     i64 row = blockIdx.x, outer = row / p.inner, inner = row - outer * p.inner, dense = row * p.width;
     i64 x_row = p.x.row(outer, inner), step = static_cast<i64>(blockDim.x) * V, start = static_cast<i64>(threadIdx.x) * V;
@@ -90,6 +99,23 @@ struct RmsNormModulatePacks : RmsNormModulate {
     double inverse_width;  // 1 / elements of a row
 };
 
+// The same numbers, for which the compiler keeps no register.
+#if defined(__CUDA_ARCH__)
+LTXK_DEVICE u32 block_again() {
+    u32 number;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+    return number;
+}
+LTXK_DEVICE u32 thread_again() {
+    u32 number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    return number;
+}
+#else
+LTXK_DEVICE u32 block_again() { return blockIdx.x; }
+LTXK_DEVICE u32 thread_again() { return threadIdx.x; }
+#endif
+
 template <class M, int V, int kAhead>
 LTXK_DEVICE void load_ahead(int first, Raw<V> (&scale)[kPacks], Raw<V> (&shift)[kPacks], const char* scale_at, const char* shift_at) {
 #pragma unroll
@@ -117,11 +143,16 @@ LTXK_DEVICE void modulate_packs(const Raw<kVector<T>> (&x)[kPacks], float rstd, 
 
 // Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
 template <class T, class M, bool kGated>
-__global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
+__global__ void __launch_bounds__(256, kGated && sizeof(M) > sizeof(T) ? kWideBlocks : 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
     constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
     LTXK_SHARED(RowSum, scratch);
     u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
     u32 column = threadIdx.x / 32 * kWarpPacks + threadIdx.x % 32, dense = row * static_cast<u32>(p.width) + column;
+    // Kept along, a row's place costs registers that its values need.
+    auto find_again = [&] {
+        row = block_again(), outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
+        column = thread_again() / 32 * kWarpPacks + thread_again() % 32, dense = row * static_cast<u32>(p.width) + column;
+    };
     const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
     char *out = pack_address<T, V>(p.out, dense), *summed = kGated ? pack_address<T, V>(p.summed, dense) : nullptr;
     Raw<V> x[kPacks], y[kPacks];
@@ -152,6 +183,7 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulat
 #pragma unroll
         for (int k = 0; k < V; ++k) sum += element<T>(x[j], k) * element<T>(x[j], k);
     }
+    if constexpr (kGated) find_again();
     const char* scale_at = pack_address<M, V>(p.scale.data, packed_row(p.scale, outer, inner) + column);
     const char* shift_at = pack_address<M, V>(p.shift.data, packed_row(p.shift, outer, inner) + column);
     Raw<V> scale[kPacks], shift[kPacks];
@@ -159,8 +191,10 @@ __global__ void __launch_bounds__(256, 4) rms_norm_modulate_packs(RmsNormModulat
     load_ahead<M, V, kAhead>(0, scale, shift, scale_at, shift_at);
     sum = sum_short_row(sum, scratch);
     float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
-    modulate_packs<T, M>(x, rstd, scale, shift, scale_at, shift_at, out);
-    if (kGated && p.out2) {
+    modulate_packs<T, M>(x, rstd, scale, shift, scale_at, shift_at, kGated ? pack_address<T, V>(p.out, dense) : out);
+    if constexpr (kGated) {
+        if (p.out2 == nullptr) return;
+        find_again();
         scale_at = pack_address<M, V>(p.scale2.data, packed_row(p.scale2, outer, inner) + column);
         shift_at = pack_address<M, V>(p.shift2.data, packed_row(p.shift2, outer, inner) + column);
         load_ahead<M, V, kAhead>(0, scale, shift, scale_at, shift_at);
