@@ -133,10 +133,12 @@ LTXK_DEVICE void apply_parts(const GroupNormOnChip& p, const Slice& slice, const
     const T* residual = RESIDUAL ? static_cast<const T*>(p.residual) + slice.start : nullptr;
     T* out = static_cast<T*>(p.out) + slice.start;
     u32 keep = ALL || slice.count < static_cast<u32>(p.kept) ? slice.count : static_cast<u32>(p.kept);
-    apply_part<T, V, true, RESIDUAL>(
-        out, kept, residual, keep, p.kept_range, ChannelsOfGroup{affine, slice.first, p.by_positions});
+    ChannelsOfGroup first{affine, slice.first, p.by_positions};
+    // A whole slice in a block: its ranges are long. The pipeline's are not worth a second loop.
+    if constexpr (ALL) apply_part<T, V, true, RESIDUAL>(out, kept, residual, keep, p.kept_range, first);
+    else apply_all<T, V, true, RESIDUAL>(out, kept, residual, keep, p.kept_range, first);
     if (!ALL && keep < slice.count) {
-        apply_part<T, V, false, RESIDUAL>(
+        apply_all<T, V, false, RESIDUAL>(
             out + keep, x + keep, RESIDUAL ? residual + keep : nullptr, slice.count - keep, p.rest_range,
             ChannelsOfGroup{affine, slice.first + keep, p.by_positions});
     }
