@@ -13,10 +13,9 @@ from torch import nn
 
 from ltxkern.ops.checks import check_choice
 from ltxkern.patching.report import Left, Report
-from ltxkern.patching.rules import Rules
+from ltxkern.patching.rules import Rules, chosen_policy
 from ltxkern.patching.sites import Finder
 
-POLICIES = ("rounded", "exact")
 OPS = (
     "group_norm_silu",
     "pixel_norm_silu",
@@ -29,14 +28,15 @@ OPS = (
 
 
 def patch(
-    model_or_pipeline: Any, policy: str = "rounded", ops: Iterable[str] | None = None, strict: bool = False
+    model_or_pipeline: Any, policy: str | None = None, ops: Iterable[str] | None = None, strict: bool = False
 ) -> Report:
     """Put fused ops in the place of what a model composes of single ones, in place.
 
     Args:
         model_or_pipeline: a module, or a diffusers pipeline, of which every module among its `components` is taken.
         policy: "rounded" takes ops that agree with what they replace up to rounding (the contract of each op); "exact" only what
-            gives the same bits, which no op does that serves here.
+            gives the same bits whatever comes in, which no op is shown to do: it fuses nothing and reports what it left. None for
+            the variable LTXKERN_POLICY, else "rounded".
         ops: names of the ops that may serve; None for all of `OPS`.
         strict: raise where a site is left alone, or none is found; the model is then as it was.
     Returns:
@@ -60,11 +60,11 @@ def patch(
         ['0']
         >>> report.undo()
     """
-    check_choice("policy", policy, POLICIES)
+    exact = chosen_policy(policy) == "exact"
     chosen = None if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
     for name in sorted(chosen or ()):
         check_choice("ops", name, OPS)
-    return fuse(model_or_pipeline, Rules(policy == "exact", chosen), strict)
+    return fuse(model_or_pipeline, Rules(exact, chosen), strict)
 
 
 def fuse(model_or_pipeline: Any, rules: Rules, strict: bool = False) -> Report:

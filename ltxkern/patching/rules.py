@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from ltxkern.ops.checks import check_choice
+
+POLICIES = ("rounded", "exact")
 # Of every op that serves here.
 CONTRACT = "rounded"
 
@@ -27,6 +31,18 @@ class Rules:
         if self.ops is not None and op not in self.ops:
             return f"{op} is not among ops"
         return f"the policy is exact, and {op} is {contract}" if self.exact and contract != "exact" else None
+
+
+def chosen_policy(policy: str | None) -> str:
+    """The policy of that name; None for what the variable LTXKERN_POLICY says, else "rounded".
+
+    Raises:
+        ValueError: unknown name.
+    """
+    source = "policy" if policy is not None else "LTXKERN_POLICY"
+    name = policy if policy is not None else os.environ.get("LTXKERN_POLICY") or "rounded"
+    check_choice(source, name, POLICIES)
+    return name
 
 
 def joined(path: str, name: str) -> str:

@@ -1,6 +1,8 @@
 """Fused passes and their policies: close to fp64 as "rounded", the bits of the separate ops as "exact"."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
+from ltxkern.patch import patch
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import fusions
 from ltxkern.pipeline.model.fusions import Fusion, FusionPolicy, use_fusions
@@ -137,35 +140,38 @@ def test_exact_holds_for_branches_side_by_side() -> None:
 
 
 def test_names(monkeypatch: Any) -> None:
+    """One rule for the pipeline and for `patch`."""
     monkeypatch.setenv("LTXKERN_POLICY", "exact")
     assert FusionPolicy().name == "exact"
     assert FusionPolicy("rounded").name == "rounded"
+    with pytest.raises(ValueError, match=r"strict: .* the policy is exact"):
+        patch(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), strict=True)
+    assert patch(nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), "rounded").sites
     monkeypatch.setenv("LTXKERN_POLICY", "fast")
-    with pytest.raises(ValueError, match="LTXKERN_POLICY must be one of rounded, exact, got 'fast'"):
+    with pytest.raises(ValueError, match='LTXKERN_POLICY must be "rounded" or "exact", got \'fast\''):
         FusionPolicy()
-    with pytest.raises(ValueError, match="policy must be one of rounded, exact, got 'all'"):
+    with pytest.raises(ValueError, match='policy must be "rounded" or "exact", got \'all\''):
         FusionPolicy("all")
+    with pytest.raises(ValueError, match='LTXKERN_POLICY must be "rounded" or "exact", got \'fast\''):
+        patch(nn.Sequential())
 
 
-def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: Any) -> None:
-    """torch's on a CPU is that of the error function; one that is right serves."""
-    device, args = torch.device("cpu"), arguments("PRODUCT_GELU", torch.float32)
-    right = fusions.PRODUCT_GELU.separate(*args)
-    wrong = fusions.PRODUCT_GELU.fused(*args)
-    assert wrong.shape == right.shape
-    fusions._gelu_serves.cache_clear()
-    assert fusions._gelu_serves(device, torch.float32) == (float((wrong - right).abs().max()) < 1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: Any, dtype: torch.dtype) -> None:
+    """One of the error function, as torch's on a CPU, does not serve in any dtype; one that is right does."""
 
-    def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
-        assert use_gelu
-        return nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+    def serves(gelu: Callable[[Tensor], Tensor]) -> bool:
+        def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
+            assert use_gelu
+            return gelu(torch.addmm(bias.float(), x.float(), weight.float())).to(x.dtype)
 
-    monkeypatch.setattr(torch, "_addmm_activation", activation)
-    fusions._gelu_serves.cache_clear()
-    assert fusions._gelu_serves(device, torch.float32)
-    monkeypatch.setattr(torch, "_addmm_activation", lambda *args, **kwargs: torch.zeros(64, 512))
-    fusions._gelu_serves.cache_clear()
-    assert not fusions._gelu_serves(device, torch.float32)
+        monkeypatch.setattr(torch, "_addmm_activation", activation)
+        fusions._gelu_serves.cache_clear()
+        return fusions._gelu_serves(torch.device("cpu"), dtype)
+
+    assert serves(partial(nn.functional.gelu, approximate="tanh"))
+    assert not serves(nn.functional.gelu)
+    assert not serves(torch.zeros_like)
     fusions._gelu_serves.cache_clear()
 
 
