@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(256, kGated && sizeof(M) > sizeof(T) ? kWideBl
     auto find_again = [&] {
         row = block_again(), outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
         column = thread_again() / 32 * kWarpPacks + thread_again() % 32, dense = row * static_cast<u32>(p.width) + column;
+        find_row(p.index, outer, inner);
     };
     const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
     char *out = pack_address<T, V>(p.out, dense), *summed = kGated ? pack_address<T, V>(p.summed, dense) : nullptr;
