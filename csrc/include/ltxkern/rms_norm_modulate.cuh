@@ -7,13 +7,13 @@ namespace ltxk {
 
 #include "ltxkern/rms_norm_modulate_parameters.cuh"
 
-// Blocks of a multiprocessor for which the compilers do not spill: of rows, and of packs whose modulation is wider than they are.
+// Blocks of a multiprocessor for which the compilers do not spill: of rows, and of packs behind a gated residual.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kRowBlocks = 4, kWideBlocks = 3;
+constexpr int kRowBlocks = 4, kGatedBlocks = 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
-constexpr int kRowBlocks = 3, kWideBlocks = 4;
+constexpr int kRowBlocks = 3, kGatedBlocks = 3;
 #else
-constexpr int kRowBlocks = 4, kWideBlocks = 4;
+constexpr int kRowBlocks = 4, kGatedBlocks = 4;
 #endif
 
 // x + y gate, rounded to x's dtype: what is stored is what is normalised.
@@ -143,7 +143,7 @@ LTXK_DEVICE void modulate_packs(const Raw<kVector<T>> (&x)[kPacks], float rstd, 
 
 // Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
 template <class T, class M, bool kGated>
-__global__ void __launch_bounds__(256, kGated && sizeof(M) > sizeof(T) ? kWideBlocks : 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
+__global__ void __launch_bounds__(256, kGated ? kGatedBlocks : 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
     constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
     LTXK_SHARED(RowSum, scratch);
     u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
