@@ -44,6 +44,8 @@ def kept(arguments: argparse.Namespace, job: parallel.Job) -> Iterator[WorkFolde
     Raises:
         ValueError: options that contradict each other, or a named folder that cannot be used.
     """
+    from ltxkern.pipeline.work.folder import WorkFolderError
+
     folder = _open(arguments, job)
     if folder is None:
         yield None
@@ -54,8 +56,9 @@ def kept(arguments: argparse.Namespace, job: parallel.Job) -> Iterator[WorkFolde
             yield folder
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(sentence if folder.names("") else "") from interrupt
-        except Exception:
-            if folder.names(""):
+        except Exception as error:
+            # A run that the folder is not for is told so, and nothing of it is kept.
+            if folder.names("") and not isinstance(error, WorkFolderError):
                 print(f"ltxkern: {sentence}", file=sys.stderr)
             raise
         folder.finish()

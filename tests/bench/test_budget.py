@@ -53,6 +53,8 @@ ON_CHIP = {
 # Warps of a multiprocessor, at least. PixelNorm keeps what it reads in shared memory, four loads of a thread under way.
 WARPS = {
     "rms_norm_modulate_packs": {"": 32},
+    # Three blocks, where the registers of four would spill.
+    "rms_norm_modulate_packs gated": {"": 32, "sm_80": 24, "sm_120": 24},
     "gated_residual_packs": {"": 32},
     "head_gate_packs": {"": 32},
     "qk_norm_rope_packs": {"": 32},
@@ -180,12 +182,15 @@ def test_group_norm_on_chip_is_within_its_goals() -> None:
 
 
 def test_row_kernels_leave_room_for_warps() -> None:
+    def named(row: budget.Row) -> str:
+        return row.kernel.split("<")[0] + " gated" * ("_gated" in row.case)
+
     limits = Limits(WARPS)
     for architecture in budget.MODELS:
         least = [
             (row, limit)
             for row in BASELINE.rows[architecture]
-            if (limit := limits.of(row.kernel.split("<")[0], f"{architecture} {row.case}")) is not None
+            if (limit := limits.of(named(row), f"{architecture} {row.case}")) is not None
         ]
         assert {row.case.split(" ")[2] for row, _ in least} == {*budget.DTYPES}
         assert [(row.key, row.warps) for row, limit in least if row.warps < limit] == [], architecture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxkern.pipeline.model.components import build
-from ltxkern.pipeline.model.inputs import ModalityTensors, Perturbation
+from ltxkern.pipeline.model.inputs import Batch, ModalityTensors, Perturbation
 from ltxkern.pipeline.sampling.latents import (
     AudioLatentShape,
     VideoLatentShape,
@@ -127,7 +127,7 @@ class Model(nn.Module):
         return self.transformer(
             ModalityTensors(video, timestep, scaled, video_positions(grid, FRAME_RATE), contexts[0], rows),
             ModalityTensors(audio, scaled[:, None], scaled, audio_positions(sound), contexts[1]),
-            (perturbation,),
+            (Batch((perturbation,)),),
         )
 
 

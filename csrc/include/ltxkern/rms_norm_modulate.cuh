@@ -143,7 +143,7 @@ LTXK_DEVICE void modulate_packs(const Raw<kVector<T>> (&x)[kPacks], float rstd, 
 
 // Block = one row, whole in its registers, so that x is read once. Activations are T, all modulation is M.
 template <class T, class M, bool kGated>
-__global__ void __launch_bounds__(256, kGated ? kGatedBlocks : 4) rms_norm_modulate_packs(RmsNormModulatePacks p) {
+__global__ void __launch_bounds__(256, !kGated ? 4 : sizeof(M) > sizeof(T) ? 3 : kGatedBlocks) rms_norm_modulate_packs(RmsNormModulatePacks p) {
     constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
     LTXK_SHARED(RowSum, scratch);
     u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -100,16 +99,8 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 _current: ContextVar[FusionPolicy | None] = ContextVar("ltxkern_fusions", default=None)
-
-
-@functools.cache
-def _of_variable(value: str | None) -> FusionPolicy:
-    return FusionPolicy()
-
-
-def _default() -> FusionPolicy:
-    """What the variable says now; its verdicts are kept."""
-    return _of_variable(os.environ.get("LTXKERN_POLICY"))
+# Kept with their verdicts.
+_named = functools.cache(FusionPolicy)
 
 
 @contextlib.contextmanager
@@ -159,7 +150,7 @@ def sound_beside_video(sound: Callable[[], Any], video: Callable[[], Any]) -> No
 
 def _name() -> str | None:
     """What torch.compile fixes in a graph: the policy that is in force while it traces."""
-    return (_current.get() or _default()).name
+    return (_current.get() or _named(chosen_policy(None))).name
 
 
 # The mark of `torch.compiler.assume_constant_result`, which would import the whole compiler.
@@ -169,7 +160,7 @@ _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _serve(fusion: Fusion, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return (fusion.fused if _name() == "rounded" else fusion.separate)(*args)
-    policy = _current.get() or _default()
+    policy = _current.get() or _named(chosen_policy(None))
     return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion, args)
 
 
