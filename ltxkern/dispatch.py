@@ -170,6 +170,7 @@ def handed(call: Callable[[], Any]) -> Any:
     try:
         call()
     except BackendError as refusal:
+        refusal.__traceback__ = None  # its frames hold the call's tensors, and one of them the refusal
         return refusal.given
     finally:
         forced.reset(token)
