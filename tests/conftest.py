@@ -3,7 +3,9 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,9 @@ os.environ.setdefault("LTXKERN_SELFCHECK", "off")
 if "LTXKERN_CACHE" not in os.environ:
     os.environ["LTXKERN_CACHE"] = tempfile.mkdtemp(prefix="ltxkern-tests-")
     atexit.register(shutil.rmtree, os.environ["LTXKERN_CACHE"], ignore_errors=True)
+# Whoever starts the tests in the background has Ctrl-C ignored, here and in every process that tests start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
