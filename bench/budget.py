@@ -59,7 +59,7 @@ class Row(NamedTuple):
         near_waits: times that it waits for the second cache.
         cycles: of a thread without these.
         reads: bytes by operand that the launch asks for, cut at the operand's size.
-        again: bytes that it asks for once more.
+        again: bytes that it asks for once more, of operands above SMALL.
         window: bytes asked for between the first and the second time.
         writes: bytes.
     """

@@ -116,7 +116,10 @@ def why(one: Prediction, target: float, on_cuda: bool) -> str:
     if one.products_us > one.bytes_us:
         return f"products, not bytes: {one.products_us:.0f} us of them at best, {one.bytes_us:.0f} us of bytes"
     if one.op == "merge_lora" and not on_cuda:
-        return "on the CUDA tier a library's product"
+        return (
+            f"Triton's tiles take {one.l2_us:.0f} us of L2 and {one.latency_us:.0f} of latency beside {one.bytes_us:.0f} of bytes "
+            f"and {one.products_us:.0f} of products; on the CUDA tier a library's product"
+        )
     if one.best_percent < target and one.launches == 1:
         return f"too short: one launch reaches {one.best_percent:.0f} at most"
     if one.launched_percent < target and one.launches > 1:
@@ -212,11 +215,12 @@ MISSES = """
 Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on the tier that is predicted faster. `at best` is what
 one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory:
 1 where each does once. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
-Triton's. A call that is below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the
-first byte take too large a part of it. The last column says what keeps a call below its target beyond the limit of its
-kernels: products that take longer than the bytes, for which the target is not meant; a library; the launch; or where its
-bytes lie. A call of several launches could do with fewer only if blocks waited for one another on the device, as
-GroupNorm's do: counters that begin at zero, and no work until the last block is there. Too short are: """
+Triton's, each of whose tiles of 128 x 128 elements reads its part of both factors again, from the second cache. A call that is
+below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the first byte take too
+large a part of it. The last column says what keeps a call below its target beyond the limit of its kernels: products that take
+longer than the bytes, for which the target is not meant; the tiles of a product; the launch; or where its bytes lie. A call of
+several launches could do with fewer only if blocks waited for one another on the device, as GroupNorm's do: counters that begin
+at zero, and no work until the last block is there. Too short are: """
 CALLS = """
 ## All calls
 

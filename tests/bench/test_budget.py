@@ -44,7 +44,8 @@ GOALS = {
     "group_norm_apply_columns<bf16, 8>": {"": 80, "residual": 96, "low": 86},
 }
 # The same of what kernels on chip, which do both in one launch, take beyond the statistics of two passes. Of a long group a slot
-# holds four or five packs of a thread: these share the wait for the other blocks.
+# holds four or five packs of a thread: these share the wait for the other blocks. The case with a residual is such a one, and has
+# eight elements more to load, convert and add besides.
 ON_CHIP = {
     "group_norm_resident<bf16, 8>": {"": 95},
     "group_norm_pipeline<bf16, 8>": {"": 95, "residual": 145, "hunyuan": 122, "high": 122},

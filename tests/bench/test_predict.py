@@ -119,6 +119,10 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
     ("changes", "reason"),
     [
         ({"products_us": 20.0}, "products, not bytes: 20 us of them at best, 10 us of bytes"),
+        (
+            {"op": "merge_lora", "l2_us": 50.0, "latency_us": 9.0},
+            "take 50 us of L2 and 9 of latency beside 10 of bytes and 0 of products; on the CUDA tier a library's product",
+        ),
         ({"best_percent": 80.0}, "too short: one launch reaches 80 at most"),
         ({"launches": 2, "launched_percent": 70.0}, "2 launches reach 70 at most: the deviations"),
         ({"op": "group_norm_silu", "case": "ltx2_upsampler_post_720p_channels_last"}, "the chip keeps 55"),
@@ -129,7 +133,7 @@ def test_what_keeps_a_call_below_its_target_is_said(changes, reason, by_card) ->
     one = next(one for one in by_card["h200"] if one.op == "combine_guidance")
     plain = {"launches": 1, "best_percent": 95.0, "limit": "issue", "products_us": 0.0}
     one = dataclasses.replace(one, **{**plain, "bytes_us": 10.0, **changes})
-    assert reason in predicted_page.why(one, 85, True)
+    assert reason in predicted_page.why(one, 85, on_cuda=one.op != "merge_lora")
 
 
 def test_blocks_that_all_wait_for_one_another_take_longer() -> None:
