@@ -137,7 +137,8 @@ class RowOps(TorchDispatchMode):
         elif name in ("view", "_to_copy", "_unsafe_view"):
             kind = next(iter(kinds), "")
         elif name == "mul":
-            kind = {"norm": "scaled", "linear": "gated"}.get(next(iter(kinds), ""), "")
+            # What the first block normalises is a linear layer's result.
+            kind = "scaled" if "norm" in kinds else "gated" if "linear" in kinds else ""
             # The norm itself is a product with the root, and then one with the scale.
             kind = "normed" if kind == "scaled" and args[1].shape[-1] == 1 else "scaled" if "normed" in kinds else kind
         elif name == "add":
