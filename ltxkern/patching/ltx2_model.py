@@ -222,10 +222,7 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
 def _against(module: Any, rules: Rules) -> str | None:
     if rules.exact:
         return "stays: the policy is exact, and its ops are rounded"
-    reason = unplain(module, meta=True)
-    if reason is not None and not reason.endswith("hooks") and not reason.startswith("has a hook"):
-        return reason
-    if reason is not None and "forward" in vars(module):
+    if (reason := unplain(module, meta=True, hooks=True)) is not None:
         return reason
     if isinstance(module, stock.LTX2VideoTransformer3DModel):
         unknown = inspect.signature(type(module).forward).parameters.keys() - {"self", *_MODEL_PARAMETERS.split()}

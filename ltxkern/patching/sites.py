@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ltxkern.ops.checks import unplain
+from ltxkern.ops.checks import FOREIGN_HOOKS, unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
@@ -20,7 +20,6 @@ from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, m
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
-_FOREIGN_HOOKS = {"_hf_hook", "_diffusers_hook"}
 _LTX2 = "diffusers.models.transformers.transformer_ltx2"
 
 
@@ -157,7 +156,7 @@ class Finder:
     def _against_block(self, place: Place, parameters: list[str]) -> list[str]:
         """Why the code that was read is not what runs, or may not be replaced where parameters have to be."""
         held, kind = vars(place.block), type(place.block).__name__
-        if "forward" in held and (parameters or not _FOREIGN_HOOKS & held.keys()):
+        if "forward" in held and (parameters or not FOREIGN_HOOKS.keys() & held.keys()):
             return [f"{kind}, of which it is a part, has a forward of its own"]
         if parameters and stands(place.block):
             return [f"another activation of {kind} goes with its time embedding"]
