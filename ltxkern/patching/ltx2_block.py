@@ -76,12 +76,10 @@ def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: 
     fused, composed = OPS[op]
     site = held.sites.get((child, op))
     if site is None or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
-        if site is not None and not torch.compiler.is_compiling():
-            site.composed += 1
+        if site is not None:
+            site.compose()
         return composed(x, *args, **keywords)
-    if not torch.compiler.is_compiling():
-        site.count(x, lambda x: fused(x, *args, **keywords))
-    return fused(x, *args, **keywords)
+    return site.serve(x, lambda x: fused(x, *args, **keywords))
 
 
 def _autocast(x: Tensor) -> bool:
@@ -89,9 +87,8 @@ def _autocast(x: Tensor) -> bool:
 
 
 def _composed(held: Held) -> None:
-    if not torch.compiler.is_compiling():
-        for site in held.sites.values():
-            site.composed += 1
+    for site in held.sites.values():
+        site.compose()
 
 
 class FusedAttention(Fused):
@@ -169,8 +166,8 @@ def _rotated(
     if tables is None:
         return first(query), second(key)
     if apart or query.dtype not in ACTIVATION_DTYPES or key.dtype != query.dtype or first.eps is None:
-        if site is not None and not torch.compiler.is_compiling():
-            site.composed += 1
+        if site is not None:
+            site.compose()
         split = attention.rope_type == "split"
         rotate = stock.apply_split_rotary_emb if split else stock.apply_interleaved_rotary_emb
         return rotate(first(query), tables), rotate(second(key), tables if key_tables is None else key_tables)
@@ -191,9 +188,8 @@ def _rotated(
             k_sin=k_sin,
         )
 
-    if not torch.compiler.is_compiling():
-        site.count(query, call)
-    return call(query)
+    rotated: tuple[Tensor, Tensor] = site.serve(query, call)
+    return rotated
 
 
 def _by_head(table: Tensor, attention: Any) -> Tensor:

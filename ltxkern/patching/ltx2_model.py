@@ -199,7 +199,7 @@ def is_ltx2(module: nn.Module) -> bool:
 def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
     """Fuse a transformer, a block or an attention of LTX-2, or say why not."""
     kind = type(module)
-    group = Group([], [])
+    group = Group()
     if (reason := _against(module, rules)) is not None:
         report.left.append(Left(path, f"{kind.__name__} {reason}"))
         return
@@ -212,7 +212,7 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
         if (reason := rules.against(op, CONTRACT)) is not None:
             report.left.append(Left(joined(path, child), reason))
         else:
-            sites[child, op] = Site(joined(path, child), op, CONTRACT, group=group)
+            sites[child, op] = Site(joined(path, child), op, CONTRACT, group)
     if sites:
         group.sites += sites.values()
         mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, Held(sites, group), group)

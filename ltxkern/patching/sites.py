@@ -176,11 +176,11 @@ class Finder:
                 other = f"shares its activation with {blocked.name}, which is left alone" if blocked else ""
                 self.report.left.append(Left(joined(place.path, item.name), item.reasons[0] if item.reasons else other))
             return
-        group = Group([], [])
+        group = Group()
         for item in found:
             kind = kind_of(item.norm)
             assert kind is not None
-            site = Site(joined(place.path, item.name), kind.op, CONTRACT, group=group)
+            site = Site(joined(place.path, item.name), kind.op, CONTRACT, group)
             group.sites.append(site)
             mix(item.norm, kind.mixin, site, group)
             if kind.inner:
@@ -188,7 +188,7 @@ class Finder:
         if isinstance(around, ResidualNames):
             mix(place.block, ResidualBlock, around, group)
         else:
-            mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
+            mix(activation, Passed, Site("", "", CONTRACT, group), group)
             video_vae.extend(place.block, [item.norm for item in found], group)
             if around:
                 mix(place.block, ActivatedBefore, Activated(around), group)
@@ -200,9 +200,8 @@ class Finder:
             self._again(joined(path, name), norm._ltxkern.group)
         return bool(already)
 
-    def _again(self, path: str, group: Group | None) -> None:
+    def _again(self, path: str, group: Group) -> None:
         """A module of an earlier patch: this report takes over what no other speaks for."""
-        assert group is not None
         if not group.owned:
             self.report.add(group)
         elif not self.report.holds(group):
