@@ -7,14 +7,16 @@ its place, its parameters and its state-dict keys; only its class changes, to on
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ltxkern.ops.checks import check_choice
-from ltxkern.patching.report import Left, Report
-from ltxkern.patching.rules import Rules, chosen_policy
-from ltxkern.patching.sites import Finder
+
+# `import ltxkern` imports this file: what a patch is made of comes with the first one.
+if TYPE_CHECKING:
+    from ltxkern.patching.report import Report
+    from ltxkern.patching.rules import Rules
 
 OPS = (
     "group_norm_silu",
@@ -60,6 +62,8 @@ def patch(
         ['0']
         >>> report.undo()
     """
+    from ltxkern.patching.rules import Rules, chosen_policy
+
     exact = chosen_policy(policy) == "exact"
     chosen = None if ops is None else frozenset([ops] if isinstance(ops, str) else ops)
     for name in sorted(chosen or ()):
@@ -69,6 +73,9 @@ def patch(
 
 def fuse(model_or_pipeline: Any, rules: Rules, strict: bool = False) -> Report:
     """`patch` by rules."""
+    from ltxkern.patching.report import Left, Report
+    from ltxkern.patching.sites import Finder
+
     report = Report()
     for prefix, model in _models(model_or_pipeline):
         Finder(model, prefix, rules, report).run()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltxkern.integrations.routes import Left, Routes, same_kind
-from ltxkern.ops.checks import broadcasts
+from ltxkern.integrations.routes import Left, Routes, modulates, rotates, same_kind
+from ltxkern.ops.checks import is_plain
 from ltxkern.ops.gated_residual import head_gate
 from ltxkern.ops.qk_norm_rope import qk_norm_rope
 from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
@@ -50,22 +50,18 @@ def preattention(
 
 
 def _rotates(q: Tensor, k: Tensor, first: Any, last: Any, module: Any, pe: Rotary, k_pe: Rotary) -> bool:
-    if pe is None or getattr(module.rope_type, "value", None) != "split" or q.ndim != 3:
+    if pe is None or getattr(module.rope_type, "value", None) != "split":
         return False
     for norm in (first, last):
-        if type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps != first.eps or norm.eps is None:
+        if (
+            type(norm) is not nn.RMSNorm
+            or not is_plain(norm)
+            or norm.weight is None
+            or norm.eps != first.eps
+            or norm.eps is None
+        ):
             return False
-        if norm._forward_hooks or norm._forward_pre_hooks or norm.normalized_shape != (q.shape[-1],):
-            return False
-    for x, (cos, sin) in ((q, pe), (k, pe if k_pe is None else k_pe)):
-        if not same_kind(x, q, cos, sin, first.weight, last.weight) or cos.shape != sin.shape:
-            return False
-        batch, tokens, inner = x.shape
-        if cos.ndim != 4 or cos.shape[0] not in (1, batch) or cos.shape[2] != tokens:
-            return False
-        if cos.shape[1] != pe[0].shape[1] or 2 * cos.shape[1] * cos.shape[3] != inner:
-            return False
-    return q.shape[0] == k.shape[0]
+    return rotates((q, first.weight, *pe), (k, last.weight, *(pe if k_pe is None else k_pe)))
 
 
 def gated_attention(x: Tensor, attn_out: Tensor, attn_module: nn.Module) -> Tensor:
@@ -80,7 +76,7 @@ def gated_attention(x: Tensor, attn_out: Tensor, attn_module: nn.Module) -> Tens
 
 def ada_zero(x: Tensor, eps: float, scale: Tensor, shift: Tensor) -> Tensor:
     """`rms_norm(x) (1 + scale) + shift`, by `rms_norm_modulate`."""
-    if _modulates(x, scale, shift):
+    if modulates(x, scale, shift):
         return rms_norm_modulate(x, scale, shift, eps=eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
@@ -88,17 +84,11 @@ def ada_zero(x: Tensor, eps: float, scale: Tensor, shift: Tensor) -> Tensor:
 def post_sa(x: Tensor, y: Tensor, norm_weights: Tensor | None, eps: float, gate: Tensor) -> tuple[Tensor, Tensor]:
     """`x + y gate` and its norm in one pass, by `gated_residual_rms_norm_modulate`."""
     weights = () if norm_weights is None else (norm_weights,)
-    if y.shape == x.shape and same_kind(x, y, *weights) and _modulates(x, gate):
+    if y.shape == x.shape and same_kind(x, y, *weights) and modulates(x, gate):
         none = x.new_zeros(x.shape[-1])
         return gated_residual_rms_norm_modulate(x, y, gate, none, none, eps=eps, weight=norm_weights)
     moved = x + y * gate
     return moved, F.rms_norm(moved, x.shape[-1:], norm_weights, eps)
-
-
-def _modulates(x: Tensor, *rows: Tensor) -> bool:
-    return same_kind(x, *rows) and all(
-        broadcasts(row.shape, x.shape) and row.shape[-1:] == x.shape[-1:] for row in rows
-    )
 
 
 class Operations(NamedTuple):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from ltxkern.ops.checks import ACTIVATION_DTYPES, broadcasts
+
 
 class Left(NamedTuple):
     """A place that keeps the other stack's own function, and why."""
@@ -52,6 +56,26 @@ class Routes:
 
 def same_kind(x: Any, *others: Any) -> bool:
     """Tensors of one dtype that the row ops take, on one device."""
-    from ltxkern.ops.checks import ACTIVATION_DTYPES
-
     return x.dtype in ACTIVATION_DTYPES and all(one.dtype == x.dtype and one.device == x.device for one in others)
+
+
+def modulates(x: Tensor, *rows: Tensor) -> bool:
+    """Whether rows of a modulation, or a gate, lie over x as `rms_norm_modulate` takes them."""
+    return same_kind(x, *rows) and all(
+        broadcasts(row.shape, x.shape) and row.shape[-1:] == x.shape[-1:] for row in rows
+    )
+
+
+def rotates(*sides: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
+    """Queries and keys with their weight and split tables by token, as `qk_norm_rope` takes them."""
+    (q, _, first, _), (k, _, last, _) = sides
+    for x, weight, cos, sin in sides:
+        if x.ndim != 3 or cos.ndim != 4 or cos.shape != sin.shape or not same_kind(q, x, weight, cos, sin):
+            return False
+        batch, tokens, inner = x.shape
+        heads, half = cos.shape[1], cos.shape[3]
+        if cos.shape[0] not in (1, batch) or cos.shape[2] != tokens or 2 * heads * half != inner:
+            return False
+        if weight.shape != (inner,):
+            return False
+    return first.shape[1::2] == last.shape[1::2] and q.shape[0] == k.shape[0]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ltxkern.integrations.routes import Left, Routes, same_kind
+from ltxkern.integrations.routes import Left, Routes, modulates, rotates, same_kind
 from ltxkern.ops.checks import broadcasts
 from ltxkern.ops.gated_residual import gated_residual
 from ltxkern.ops.group_norm_silu import apply_group_norm_silu
@@ -54,21 +54,6 @@ def _gate(theirs: Theirs) -> Theirs:
     return routed
 
 
-def _rotates(*sides: tuple[Tensor, Tensor, Tensor, Tensor]) -> bool:
-    """Queries and keys with their weight and split tables by token, as `qk_norm_rope` takes them."""
-    (q, _, first, _), (k, _, last, _) = sides
-    for x, weight, cos, sin in sides:
-        if x.ndim != 3 or cos.ndim != 4 or cos.shape != sin.shape or not same_kind(q, x, weight, cos, sin):
-            return False
-        batch, tokens, inner = x.shape
-        heads, half = cos.shape[1], cos.shape[3]
-        if cos.shape[0] not in (1, batch) or cos.shape[2] != tokens or 2 * heads * half != inner:
-            return False
-        if weight.shape != (inner,):
-            return False
-    return first.shape[1] == last.shape[1] and q.shape[0] == k.shape[0]
-
-
 def _qk_norm_rope_pair(theirs: Theirs) -> Theirs:
     def routed(
         q: Tensor,
@@ -81,7 +66,7 @@ def _qk_norm_rope_pair(theirs: Theirs) -> Theirs:
         k_sin: Tensor,
         eps: float,
     ) -> Any:
-        if _rotates((q, q_weight, q_cos, q_sin), (k, k_weight, k_cos, k_sin)):
+        if rotates((q, q_weight, q_cos, q_sin), (k, k_weight, k_cos, k_sin)):
             return qk_norm_rope(q, k, q_weight, k_weight, q_cos, q_sin, eps=float(eps), k_cos=k_cos, k_sin=k_sin)
         return theirs(q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
@@ -92,10 +77,7 @@ def _modulates(x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: tupl
     """An RMSNorm whose modulation lies over x; a LayerNorm or a shift of its own is theirs."""
     if norm_type != "rms" or bias is not None or not all(isinstance(row, Tensor) for row in rows):
         return False
-    weights = () if weight is None else (weight,)
-    return same_kind(x, *rows, *weights) and all(
-        row.dim() > 0 and row.shape[-1] == x.shape[-1] and broadcasts(row.shape, x.shape) for row in rows
-    )
+    return modulates(x, *rows) and (weight is None or same_kind(x, weight))
 
 
 def _norm_scale_shift(theirs: Theirs) -> Theirs:

@@ -239,11 +239,11 @@ _HOOKS = {
     "_backward_pre_hooks": "backward pre-hooks",
 }
 # Attributes that the hooks of accelerate and diffusers leave on a module, whose forward they take the place of.
-_FOREIGN_HOOKS = {"_hf_hook": "a hook of accelerate", "_diffusers_hook": "a hook of diffusers"}
+FOREIGN_HOOKS = {"_hf_hook": "a hook of accelerate", "_diffusers_hook": "a hook of diffusers"}
 _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
-def unplain(module: Any, *, meta: bool = False) -> str | None:
+def unplain(module: Any, *, meta: bool = False, hooks: bool = False) -> str | None:
     """Why a call of the module is more than its class's forward on its weights, or None if it is not.
 
     It is more where hooks stand on it (torch's own, forward or backward, or those of accelerate and diffusers), where it has a
@@ -252,17 +252,20 @@ def unplain(module: Any, *, meta: bool = False) -> str | None:
 
     Args:
         meta: weights on the meta device are no reason: they come before the module is called.
+        hooks: hooks are no reason, unless a forward of the module's own runs them.
     """
     if not isinstance(module, nn.Module):
         return f"is a {type(module).__name__}, no module"
     held = vars(module)
-    for name, words in _FOREIGN_HOOKS.items():
-        if name in held:
-            return f"has {words}"
-    for name, words in _HOOKS.items():
-        if held[name]:
-            return f"has {words}"
-    if "forward" in held:
+    own = "forward" in held
+    if own or not hooks:
+        for name, words in FOREIGN_HOOKS.items():
+            if name in held:
+                return f"has {words}"
+        for name, words in _HOOKS.items():
+            if held[name]:
+                return f"has {words}"
+    if own:
         return "has a forward of its own"
     if "parametrizations" in held["_modules"]:
         return "has parametrised weights"

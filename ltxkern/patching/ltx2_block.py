@@ -76,12 +76,10 @@ def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: 
     fused, composed = OPS[op]
     site = held.sites.get((child, op))
     if site is None or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
-        if site is not None and not torch.compiler.is_compiling():
-            site.composed += 1
+        if site is not None:
+            site.compose()
         return composed(x, *args, **keywords)
-    if not torch.compiler.is_compiling():
-        site.count(x, lambda x: fused(x, *args, **keywords))
-    return fused(x, *args, **keywords)
+    return site.serve(x, lambda x: fused(x, *args, **keywords))
 
 
 def _autocast(x: Tensor) -> bool:
@@ -89,9 +87,8 @@ def _autocast(x: Tensor) -> bool:
 
 
 def _composed(held: Held) -> None:
-    if not torch.compiler.is_compiling():
-        for site in held.sites.values():
-            site.composed += 1
+    for site in held.sites.values():
+        site.compose()
 
 
 class FusedAttention(Fused):
@@ -169,8 +166,8 @@ def _rotated(
     if tables is None:
         return first(query), second(key)
     if apart or query.dtype not in ACTIVATION_DTYPES or key.dtype != query.dtype or first.eps is None:
-        if site is not None and not torch.compiler.is_compiling():
-            site.composed += 1
+        if site is not None:
+            site.compose()
         split = attention.rope_type == "split"
         rotate = stock.apply_split_rotary_emb if split else stock.apply_interleaved_rotary_emb
         return rotate(first(query), tables), rotate(second(key), tables if key_tables is None else key_tables)
@@ -191,9 +188,8 @@ def _rotated(
             k_sin=k_sin,
         )
 
-    if not torch.compiler.is_compiling():
-        site.count(query, call)
-    return call(query)
+    rotated: tuple[Tensor, Tensor] = site.serve(query, call)
+    return rotated
 
 
 def _by_head(table: Tensor, attention: Any) -> Tensor:
@@ -287,29 +283,12 @@ class FusedBlock(Fused):
         text = (audio_encoder_hidden_states, audio_encoder_attention_mask, temb_prompt_audio)
         y = _attentions(self, _AUDIO, y, audio_base, own, text, self.audio_cross_attn_adaln)
         # Both directions read the states before either is added.
-        before = (x, y)
+        video = _Crossing(_VIDEO, x, cross, gate, ca_video_rotary_emb)
+        audio = _Crossing(_AUDIO, y, audio_cross, audio_gate, ca_audio_rotary_emb)
         if use_a2v_cross_attention:
-            queries = _crossed(self, _VIDEO, before[0], cross, 0)
-            context = _crossed(self, _AUDIO, before[1], audio_cross, 0)
-            update = self.audio_to_video_attn(
-                queries,
-                encoder_hidden_states=context,
-                query_rotary_emb=ca_video_rotary_emb,
-                key_rotary_emb=ca_audio_rotary_emb,
-                attention_mask=a2v_cross_attention_mask,
-            )
-            x = _gated(self, "audio_to_video_attn", x, update, self.video_a2v_cross_attn_scale_shift_table, gate)
+            x = _from_other(self, "audio_to_video_attn", video, audio, 0, a2v_cross_attention_mask)
         if use_v2a_cross_attention:
-            context = _crossed(self, _VIDEO, before[0], cross, 2)
-            queries = _crossed(self, _AUDIO, before[1], audio_cross, 2)
-            update = self.video_to_audio_attn(
-                queries,
-                encoder_hidden_states=context,
-                query_rotary_emb=ca_audio_rotary_emb,
-                key_rotary_emb=ca_video_rotary_emb,
-                attention_mask=v2a_cross_attention_mask,
-            )
-            y = _gated(self, "video_to_audio_attn", y, update, self.audio_a2v_cross_attn_scale_shift_table, audio_gate)
+            y = _from_other(self, "video_to_audio_attn", audio, video, 2, v2a_cross_attention_mask)
         return _feed_forward(self, _VIDEO, x, base), _feed_forward(self, _AUDIO, y, audio_base)
 
 
@@ -372,16 +351,36 @@ def _modulated_context(table: Tensor, context: Tensor, prompt: Tensor | None) ->
     return context * (1 + scale) + shift
 
 
-def _crossed(block: Any, names: _Names, x: Tensor, cross: Modulation, start: int) -> Tensor:
+class _Crossing(NamedTuple):
+    """A modality where it meets the other one."""
+
+    names: _Names
+    x: Tensor
+    modulation: Modulation
+    gate: Modulation
+    rope: tuple[Tensor, Tensor] | None
+
+
+def _from_other(block: Any, child: str, own: _Crossing, other: _Crossing, start: int, mask: Tensor | None) -> Tensor:
+    """A state with what its attention to the other modality adds; rows start, start + 1 of the tables are its scale and shift."""
+    update = getattr(block, child)(
+        _crossed(block, own, start),
+        encoder_hidden_states=_crossed(block, other, start),
+        query_rotary_emb=own.rope,
+        key_rotary_emb=other.rope,
+        attention_mask=mask,
+    )
+    gate = getattr(block, own.names.cross_table)[4] + own.gate.table
+    x: Tensor = _run(block._ltxkern, child, "gated_residual", own.x, update, gate, rows=own.gate.rows)
+    return x
+
+
+def _crossed(block: Any, side: _Crossing, start: int) -> Tensor:
     """A state modulated for one direction of the attention between modalities."""
-    scale, shift = _parts(getattr(block, names.cross_table), cross.table, start, start + 2)
-    child = f"{names.cross_norm}:{'a2v' if start == 0 else 'v2a'}"
-    eps = getattr(block, names.cross_norm).eps
-    return _run(block._ltxkern, child, "rms_norm_modulate", x, scale, shift, eps=eps, rows=cross.rows)
-
-
-def _gated(block: Any, child: str, x: Tensor, update: Tensor, table: Tensor, gate: Modulation) -> Tensor:
-    return _run(block._ltxkern, child, "gated_residual", x, update, table[4] + gate.table, rows=gate.rows)
+    scale, shift = _parts(getattr(block, side.names.cross_table), side.modulation.table, start, start + 2)
+    child = f"{side.names.cross_norm}:{'a2v' if start == 0 else 'v2a'}"
+    eps = getattr(block, side.names.cross_norm).eps
+    return _run(block._ltxkern, child, "rms_norm_modulate", side.x, scale, shift, eps=eps, rows=side.modulation.rows)
 
 
 def _feed_forward(block: Any, names: _Names, x: Tensor, base: Modulation) -> Tensor:

@@ -199,7 +199,7 @@ def is_ltx2(module: nn.Module) -> bool:
 def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
     """Fuse a transformer, a block or an attention of LTX-2, or say why not."""
     kind = type(module)
-    group = Group([], [])
+    group = Group()
     if (reason := _against(module, rules)) is not None:
         report.left.append(Left(path, f"{kind.__name__} {reason}"))
         return
@@ -212,7 +212,7 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
         if (reason := rules.against(op, CONTRACT)) is not None:
             report.left.append(Left(joined(path, child), reason))
         else:
-            sites[child, op] = Site(joined(path, child), op, CONTRACT, group=group)
+            sites[child, op] = Site(joined(path, child), op, CONTRACT, group)
     if sites:
         group.sites += sites.values()
         mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, Held(sites, group), group)
@@ -222,10 +222,7 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
 def _against(module: Any, rules: Rules) -> str | None:
     if rules.exact:
         return "stays: the policy is exact, and its ops are rounded"
-    reason = unplain(module, meta=True)
-    if reason is not None and not reason.endswith("hooks") and not reason.startswith("has a hook"):
-        return reason
-    if reason is not None and "forward" in vars(module):
+    if (reason := unplain(module, meta=True, hooks=True)) is not None:
         return reason
     if isinstance(module, stock.LTX2VideoTransformer3DModel):
         unknown = inspect.signature(type(module).forward).parameters.keys() - {"self", *_MODEL_PARAMETERS.split()}

@@ -52,7 +52,6 @@ class Including(Fused):
 
 def _releasing(name: str) -> Callable[..., Any]:
     def register(self: Any, *args: Any, **keywords: Any) -> Any:
-        assert self._ltxkern.group is not None
         self._ltxkern.group.release("a hook was registered on it or beside it")
         return getattr(self, name)(*args, **keywords)
 
@@ -84,18 +83,6 @@ def mix(module: Any, mixin: Any, held: Any, group: Group) -> None:
     module.__class__ = fused(mixin, kind)
 
 
-def _served(module: Any, site_call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The op on x, counted where nothing traces."""
-    if not torch.compiler.is_compiling():
-        module._ltxkern.count(x, site_call)
-    return site_call(x)
-
-
-def _composed(module: Any) -> None:
-    if not torch.compiler.is_compiling():
-        module._ltxkern.composed += 1
-
-
 def _takes(x: Tensor, weight: Tensor | None) -> bool:
     """Whether `pixel_norm_silu` gives what the composition would, in its dtype."""
     if x.dtype not in ACTIVATION_DTYPES or x.dim() < 2:
@@ -122,8 +109,8 @@ class FusedGroupNorm(Including):
                 eps=self.eps,
                 residual=residual,
             )
-            return _served(self, call, x)
-        _composed(self)
+            return self._ltxkern.serve(x, call)
+        self._ltxkern.compose()
         y = super().forward(x)
         return F.silu(y if residual is None else y + residual)
 
@@ -147,8 +134,8 @@ class FusedPixelNorm(Including):
         if not stands(self):
             return type(self).forward(self, x)
         if _takes(x, None):
-            return _served(self, functools.partial(pixel_norm_silu, eps=self.eps), x)
-        _composed(self)
+            return self._ltxkern.serve(x, functools.partial(pixel_norm_silu, eps=self.eps))
+        self._ltxkern.compose()
         return F.silu(super().forward(x))
 
     def with_frames(self: Any, x: Tensor, before: int, after: int) -> Tensor:
@@ -165,10 +152,10 @@ class FusedLengthNorm(Including):
         if not stands(self):
             return type(self).forward(self, x)
         gamma = self.gamma
-        if _takes(x, gamma) and x.dtype != torch.float64:
+        if _takes(x, gamma):
             eps = _SHORTEST**2 / gamma.numel()
-            return _served(self, functools.partial(pixel_norm_silu, eps=eps, weight=gamma.flatten()), x)
-        _composed(self)
+            return self._ltxkern.serve(x, functools.partial(pixel_norm_silu, eps=eps, weight=gamma.flatten()))
+        self._ltxkern.compose()
         return F.silu(super().forward(x))
 
 
@@ -181,12 +168,11 @@ class FusedLastDimNorm(Including):
             return type(self).forward(self, x)
         weight = self.weight
         if not _takes(x, weight):
-            _composed(self)
+            self._ltxkern.compose()
             return F.silu(super().forward(x))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return _served(self, functools.partial(pixel_norm_silu, eps=eps, weight=weight), x.movedim(-1, 1)).movedim(
-            1, -1
-        )
+        call = functools.partial(pixel_norm_silu, eps=eps, weight=weight)
+        return self._ltxkern.serve(x.movedim(-1, 1), call).movedim(1, -1)
 
 
 class Passed(Including):

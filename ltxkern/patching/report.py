@@ -29,14 +29,16 @@ class Site:
     name: str
     op: str
     contract: str
+    group: Group = field(repr=False)
     calls: int = 0
     composed: int = 0
     backend: str = ""
-    group: Group | None = field(default=None, repr=False)
     _seen: Any = field(default=None, repr=False)
 
     def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> None:
-        """Note a call of the op on x, and who serves it where dtype or device are new."""
+        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces."""
+        if torch.compiler.is_compiling():
+            return
         self.calls += 1
         seen = (x.dtype, x.device)
         if seen != self._seen:
@@ -44,6 +46,16 @@ class Site:
             with torch.no_grad():
                 args = handed(lambda: call(x))
             self.backend = "" if args is None else registered()[self.op].select(args)
+
+    def serve(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> Any:
+        """A call of the op on x, counted."""
+        self.count(x, call)
+        return call(x)
+
+    def compose(self) -> None:
+        """Note a call that takes the composition."""
+        if not torch.compiler.is_compiling():
+            self.composed += 1
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts anew."""
@@ -79,8 +91,8 @@ class Group:
         released: why they are no longer fused, "" while they are.
     """
 
-    members: list[Member]
-    sites: list[Site]
+    members: list[Member] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
     owned: bool = True
     released: str = ""
 
@@ -129,7 +141,7 @@ class Report:
     @property
     def sites(self) -> list[str]:
         """Names of the sites that are fused now."""
-        return [site.name for site in self.rows if site.group is not None and not site.group.released]
+        return [site.name for site in self._standing()]
 
     def add(self, group: Group) -> None:
         """Take over a group."""
@@ -153,24 +165,24 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
+    def _standing(self) -> list[Site]:
+        return [site for site in self.rows if not site.group.released]
+
     def _left(self) -> list[Left]:
-        released = [
-            Left(row.name, row.group.released) for row in self.rows if row.group is not None and row.group.released
-        ]
-        return [*released, *self.left]
+        return [*(Left(row.name, row.group.released) for row in self.rows if row.group.released), *self.left]
 
     def to_json(self) -> str:
         """Rows and places left alone, as JSON: `{"sites": [...], "left": [{"name", "reason"}]}`."""
-        sites = [row.row() for row in self.rows if row.group is None or not row.group.released]
+        sites = [site.row() for site in self._standing()]
         return json.dumps(
             {"sites": sites, "left": [{"name": name, "reason": reason} for name, reason, _ in self._left()]}, indent=2
         )
 
     def __str__(self) -> str:
         """The table."""
-        rows = [row.row() for row in self.rows if row.group is None or not row.group.released]
         table = _table(
-            ("site", "op", "backend", "contract", "calls", "composed"), [list(map(str, r.values())) for r in rows]
+            ("site", "op", "backend", "contract", "calls", "composed"),
+            [list(map(str, site.row().values())) for site in self._standing()],
         )
         left = _table(("left alone", "reason"), [[name or "(the model)", reason] for name, reason, _ in self._left()])
         return "\n\n".join(part for part in (table, left) if part) or "nothing was fused"

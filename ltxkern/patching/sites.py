@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ltxkern.ops.checks import unplain
+from ltxkern.ops.checks import FOREIGN_HOOKS, unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
@@ -20,7 +20,6 @@ from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, m
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
-_FOREIGN_HOOKS = {"_hf_hook", "_diffusers_hook"}
 _LTX2 = "diffusers.models.transformers.transformer_ltx2"
 
 
@@ -157,7 +156,7 @@ class Finder:
     def _against_block(self, place: Place, parameters: list[str]) -> list[str]:
         """Why the code that was read is not what runs, or may not be replaced where parameters have to be."""
         held, kind = vars(place.block), type(place.block).__name__
-        if "forward" in held and (parameters or not _FOREIGN_HOOKS & held.keys()):
+        if "forward" in held and (parameters or not FOREIGN_HOOKS.keys() & held.keys()):
             return [f"{kind}, of which it is a part, has a forward of its own"]
         if parameters and stands(place.block):
             return [f"another activation of {kind} goes with its time embedding"]
@@ -177,11 +176,11 @@ class Finder:
                 other = f"shares its activation with {blocked.name}, which is left alone" if blocked else ""
                 self.report.left.append(Left(joined(place.path, item.name), item.reasons[0] if item.reasons else other))
             return
-        group = Group([], [])
+        group = Group()
         for item in found:
             kind = kind_of(item.norm)
             assert kind is not None
-            site = Site(joined(place.path, item.name), kind.op, CONTRACT, group=group)
+            site = Site(joined(place.path, item.name), kind.op, CONTRACT, group)
             group.sites.append(site)
             mix(item.norm, kind.mixin, site, group)
             if kind.inner:
@@ -189,7 +188,7 @@ class Finder:
         if isinstance(around, ResidualNames):
             mix(place.block, ResidualBlock, around, group)
         else:
-            mix(activation, Passed, Site("", "", CONTRACT, group=group), group)
+            mix(activation, Passed, Site("", "", CONTRACT, group), group)
             video_vae.extend(place.block, [item.norm for item in found], group)
             if around:
                 mix(place.block, ActivatedBefore, Activated(around), group)
@@ -201,9 +200,8 @@ class Finder:
             self._again(joined(path, name), norm._ltxkern.group)
         return bool(already)
 
-    def _again(self, path: str, group: Group | None) -> None:
+    def _again(self, path: str, group: Group) -> None:
         """A module of an earlier patch: this report takes over what no other speaks for."""
-        assert group is not None
         if not group.owned:
             self.report.add(group)
         elif not self.report.holds(group):

@@ -140,7 +140,7 @@ def upsampler(block: Any, report: Report) -> bool:
     if kind.__module__ != _VAE or kind.__name__ != "LTX2VideoUpsampler3d":
         return False
     if not block.residual and is_plain(block) and not stands(block):
-        group = Group([], [])
+        group = Group()
         mix(block, DenseDepthToSpace, group, group)
         report.add(group)
     return True
