@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.attention_choice import softmax_attention
-from ltxkern.pipeline.model.fusions import head_gate, rotated
+from ltxkern.pipeline.model.fusions import head_gate, rotated, weighted_norm
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
@@ -27,12 +27,14 @@ def kept_update(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
 
 def text_keys_and_values(attention: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised keys, and values, of an attention without rotation; both (B, L, D)."""
-    return attention.norm_k(attention.to_k(context)), attention.to_v(context)
+    norm = attention.norm_k
+    return weighted_norm(attention.to_k(context), norm.weight, norm.eps), attention.to_v(context)
 
 
 def attend_to_text(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of (B, T, D) to keys and values that `text_keys_and_values` has made."""
-    query = attention.norm_q(attention.to_q(x))
+    norm = attention.norm_q
+    query = weighted_norm(attention.to_q(x), norm.weight, norm.eps)
     return _gated(attention, x, _softmax(attention, query, key, value, None, False))
 
 

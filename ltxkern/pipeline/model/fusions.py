@@ -200,6 +200,18 @@ def _norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tenso
     return modulate(_rms(x, eps), _taken(rows, scale), _taken(rows, shift))
 
 
+def _weighted_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm with a weight. That of torch is one pass on a GPU and a pass an operation on a CPU."""
+    if x.device.type != "cpu":
+        return _weighted_norm_apart(x, weight, eps)
+    nothing = x.new_zeros(x.shape[-1])
+    return rms_norm_modulate(x, nothing, nothing, eps=eps, weight=weight)
+
+
+def _weighted_norm_apart(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 def _residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
     """`x + y gate`."""
     return fused_gated_residual(x, y, gate, rows=rows)
@@ -273,7 +285,7 @@ def _rotated_apart(
         cos, sin = (
             table.expand(x.shape[0], -1, -1, -1) for table in tables.by_token(heads, x.shape[-1] // (2 * heads))
         )
-        return apply_split_rotary_emb(F.rms_norm(x, weight.shape, weight, eps), (cos, sin))
+        return apply_split_rotary_emb(_weighted_norm_apart(x, weight, eps), (cos, sin))
 
     return one(q, q_weight, rope), one(k, k_weight, k_rope or rope)
 
@@ -308,6 +320,7 @@ def _layer_norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Te
 
 
 norm_modulate = Fusion(_norm, _norm_apart)
+weighted_norm = Fusion(_weighted_norm, _weighted_norm_apart)
 gated_residual = Fusion(_residual, _residual_apart)
 gated_norm = Fusion(_gated_norm, _gated_norm_apart)
 gated_norms = Fusion(_gated_norms, _gated_norms_apart)

@@ -34,6 +34,7 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return {
         "norm_modulate": (x, one[:, :1], two[:, :1], 1e-6, None),
         "norm_modulate by rows": (x, *tables[:2], 1e-6, rows),
+        "weighted_norm": (x, one[0, 0], 1e-6),
         "gated_residual": (x, y, one[:, :1], None),
         "gated_norm": (x, y, one[:, :1], two[:, :1], three[:, :1], 1e-6, None),
         "gated_norm by rows": (x, y, *tables, 1e-6, rows),
@@ -63,6 +64,7 @@ def results(value: Any) -> list[Tensor]:
     [
         "norm_modulate",
         "norm_modulate by rows",
+        "weighted_norm",
         "gated_residual",
         "gated_norm",
         "gated_norm by rows",
@@ -131,6 +133,7 @@ def test_exact_gives_the_bits_of_separate_ops(model: LTX2Transformer, monkeypatc
         getattr(fusions, name).fused
         for name in (
             "norm_modulate",
+            "weighted_norm",
             "gated_residual",
             "gated_norm",
             "gated_norms",
