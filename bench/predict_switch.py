@@ -29,8 +29,8 @@ SHAPES = {
 RANK = 384
 # Of one phase, for |delta| = 5 % of |W|: half of what tests/pipeline/memory/test_inplace.py bounds for both directions.
 CORRECTION = 0.25
-# Bytes a second from the host: page-locked, and pageable or from the cache of files. Assumed: PCIe 5 with 16 lanes; RTX 4090: 4.
-LOCKED, PAGEABLE = 50e9, 9e9
+# Bytes a second from the host: page-locked, and pageable or from the cache of files. Assumed: 16 lanes of PCIe 5; RTX 4090: 4.
+LOCKED, LOCKED_RTX4090, PAGEABLE = 50e9, 25e9, 9e9
 # The pass of one tile by its machine code on sm_90 (`ltxk::switch_lora<ltxk::bf16>`): what a thread issues for 16 bytes, its units,
 # waits and clocks, with one round of corrections a group.
 PASS = {"issue": 181.4, "mufu": 0.5, "double": 0.0, "lsu": 9.03, "shared": 9.5, "wavefronts": 35.6, "in_flight": 4.0}
@@ -47,8 +47,9 @@ code. A delta whose chunk fits a quarter of the second cache is read from there,
 by turns take as long as the busiest unit of both together, or as half of all launches one after the other. Times are of the device:
 what the host needs to ask for the launches is not in them, and a switch that asks for thousands can be bound by that.
 
-A page-locked copy to the device is assumed to reach {LOCKED / 1e9:g} GB/s, a pageable one or one from the cache of files
-{PAGEABLE / 1e9:g} GB/s; corrections take {CORRECTION:g} bytes a weight and phase.
+A page-locked copy to the device is assumed to reach {LOCKED / 1e9:g} GB/s, on an RTX 4090, whose PCIe is of the fourth generation,
+{LOCKED_RTX4090 / 1e9:g} GB/s; a pageable one or one from the cache of files {PAGEABLE / 1e9:g} GB/s. Corrections take
+{CORRECTION:g} bytes a weight and phase.
 
 """
 
@@ -152,9 +153,7 @@ def by_steps(card: Card) -> Time:
 
     def weight(nbytes: int) -> Time:
         wrong = 0.1 * nbytes / 2
-        return (
-            moved(card, 40 * wrong).times(1) + moved(card, 0).times(9) + moved(card, nbytes) + moved(card, 0).times(2)
-        )
+        return moved(card, 40 * wrong) + moved(card, 0).times(9) + moved(card, nbytes) + moved(card, 0).times(2)
 
     return whole(card, chunk, weight)
 
@@ -172,7 +171,8 @@ def switches(card: Card) -> dict[str, tuple[float, int, str]]:
     """By mode: milliseconds, launches of the device, and in words what they are."""
     kept, copies = patched_bytes(), sum(SHAPES.values())
     merged, steps, fused = merge(card) + checked(card), by_steps(card), in_one_pass(card)
-    travel = {name: kept / rate * 1e3 for name, rate in (("locked", LOCKED), ("pageable", PAGEABLE))}
+    locked = LOCKED_RTX4090 if card.name == "rtx4090" else LOCKED
+    travel = {name: kept / rate * 1e3 for name, rate in (("locked", locked), ("pageable", PAGEABLE))}
     found = {
         "resident": (0.0, 0, "pointers alone"),
         "inplace": (

@@ -9,36 +9,32 @@ from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.attention_choice import softmax_attention
-from ltxkern.pipeline.model.fusions import head_gate, rotated
+from ltxkern.pipeline.model.fusions import head_gate, rotated, weighted_norm
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
 
-Keep = bool | Tensor
-
-
-def kept_items(flags: tuple[bool, ...], like: Tensor) -> Keep:
-    """What `attend` takes: a bool where the branches agree, else (B, 1, 1) built on the device, so that nothing synchronises."""
-    if all(flags) or not any(flags):
-        return flags[0]
-    items = like.shape[0] // len(flags)
-    return torch.cat([like.new_full((items, 1, 1), float(flag)) for flag in flags])
-
 
 def kept_update(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
-    """The result of an attention without that of the branches that leave it out."""
-    keep = kept_items(flags, x)
-    return x * keep if isinstance(keep, Tensor) else x
+    """The result of an attention, which is the caller's, made zero for the branches that leave it out."""
+    if not all(flags):
+        branches = x.unflatten(0, (len(flags), -1))
+        for branch, flag in enumerate(flags):
+            if not flag:
+                branches[branch].zero_()
+    return x
 
 
 def text_keys_and_values(attention: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised keys, and values, of an attention without rotation; both (B, L, D)."""
-    return attention.norm_k(attention.to_k(context)), attention.to_v(context)
+    norm = attention.norm_k
+    return weighted_norm(attention.to_k(context), norm.weight, norm.eps), attention.to_v(context)
 
 
 def attend_to_text(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of (B, T, D) to keys and values that `text_keys_and_values` has made."""
-    query = attention.norm_q(attention.to_q(x))
+    norm = attention.norm_q
+    query = weighted_norm(attention.to_q(x), norm.weight, norm.eps)
     return _gated(attention, x, _softmax(attention, query, key, value, None, False))
 
 
@@ -49,7 +45,7 @@ def attend(
     *,
     rope: RotaryTables | None = None,
     context_rope: RotaryTables | None = None,
-    keep: Keep = True,
+    keep: tuple[bool, ...] = (True,),
     shards: TokenShards | None = None,
 ) -> Tensor:
     """`to_out(gate(softmax(q k^T / sqrt(d)) v))` with q, k normalised over all heads and rotated.
@@ -60,8 +56,8 @@ def attend(
         context: (B, L, Dc) keys and values; None for self-attention.
         rope: split tables of the queries; None for no rotation.
         context_rope: tables of the keys, where they differ, in the same form.
-        keep: False puts the values in the place of the attention result (self-attention that is left out); a (B, 1, 1)
-            tensor of 0 and 1 does so for some items of the batch.
+        keep: one flag for every branch of the batch; False puts its values in the place of the attention result (self-attention
+            that is left out).
         shards: where keys and values are video tokens shared out over ranks; the queries then are this rank's tokens too in
             self-attention, and whole elsewhere.
     Returns:
@@ -70,11 +66,12 @@ def attend(
     source = x if context is None else context
     value = attention.to_v(source)
     result = value
-    if keep is not False:
+    if any(keep):
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
         result = _softmax(attention, query, key, value, shards, context is None)
-    if isinstance(keep, Tensor):
-        result = result * keep + value * (1 - keep)
+        if not all(keep):
+            branches = zip(keep, result.chunk(len(keep)), value.chunk(len(keep)), strict=True)
+            result = torch.cat([ran if flag else left_out for flag, ran, left_out in branches])
     return _gated(attention, x, result)
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
 
-from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_items, kept_update, text_keys_and_values
+from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_update, text_keys_and_values
 from ltxkern.pipeline.model.fusions import (
     feed_forward,
     gated_norm,
@@ -304,8 +304,7 @@ def _self_attention(modules: _Modules, residual: Residual, side: Side, flags: tu
     shift, scale, gate = own.parts(0, 3)
     if residual.normed is None:
         residual.norm(scale, shift, modules.norm.eps, stream.rows)
-    keep = kept_items(flags, residual.x)
-    update = attend(modules.attention, residual.take(), rope=stream.rope, keep=keep, shards=stream.shards)
+    update = attend(modules.attention, residual.take(), rope=stream.rope, keep=flags, shards=stream.shards)
     residual.branch = update, gate
     del update
     shift, scale, _ = own.parts(6, 9)

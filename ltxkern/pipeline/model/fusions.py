@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,20 @@ from ltxkern.patching.rules import chosen_policy
 ERROR_RATIO = 1.5  # of a fused pass's distance from fp64 to that of the composition
 
 
-class Fusion(NamedTuple):
-    """A pass that joins several ops, and the ops themselves; both take the same arguments."""
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
-    fused: Callable[..., Any]
-    separate: Callable[..., Any]
+
+@dataclass(frozen=True)
+class Fusion(Generic[_Given, _Result]):
+    """A pass that joins several ops, and the ops themselves, with the same arguments; a call is served by one of them."""
+
+    fused: Callable[_Given, _Result]
+    separate: Callable[_Given, _Result]
+
+    def __call__(self, *args: _Given.args, **keywords: _Given.kwargs) -> _Result:
+        """As the policy that is in force says; arguments by position alone."""
+        return _serve(self, *args, **keywords)
 
 
 @dataclass
@@ -62,7 +71,7 @@ class FusionPolicy:
         """One by a name, or the one that is given."""
         return policy if isinstance(policy, FusionPolicy) else cls(policy)
 
-    def checked(self, fusion: Fusion, args: tuple[Any, ...]) -> Any:
+    def checked(self, fusion: Fusion[..., _Result], args: tuple[Any, ...]) -> _Result:
         """The result under "exact"."""
         layout = (fusion.fused, *map(_layout, tree_leaves(args)))
         known = self.verdicts.get(layout)
@@ -148,19 +157,23 @@ def sound_beside_video(sound: Callable[[], Any], video: Callable[[], Any]) -> No
         run(sound, video)
 
 
+def _in_force() -> FusionPolicy:
+    return _current.get() or _named(chosen_policy(None))
+
+
 def _name() -> str | None:
     """What torch.compile fixes in a graph: the policy that is in force while it traces."""
-    return (_current.get() or _named(chosen_policy(None))).name
+    return _in_force().name
 
 
 # The mark of `torch.compiler.assume_constant_result`, which would import the whole compiler.
 _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _serve(fusion: Fusion, *args: Any) -> Any:
+def _serve(fusion: Fusion[..., _Result], *args: Any) -> _Result:
     if torch.compiler.is_compiling():
         return (fusion.fused if _name() == "rounded" else fusion.separate)(*args)
-    policy = _current.get() or _named(chosen_policy(None))
+    policy = _in_force()
     return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion, args)
 
 
@@ -179,6 +192,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+    """RMSNorm, then `(1 + scale)` and `shift`, which are tables where `rows` says which of theirs a token has."""
     return rms_norm_modulate(x, scale, shift, eps=eps, rows=rows)
 
 
@@ -186,7 +200,20 @@ def _norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tenso
     return modulate(_rms(x, eps), _taken(rows, scale), _taken(rows, shift))
 
 
+def _weighted_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm with a weight. That of torch is one pass on a GPU and a pass an operation on a CPU."""
+    if x.device.type != "cpu":
+        return _weighted_norm_apart(x, weight, eps)
+    nothing = x.new_zeros(x.shape[-1])
+    return rms_norm_modulate(x, nothing, nothing, eps=eps, weight=weight)
+
+
+def _weighted_norm_apart(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 def _residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+    """`x + y gate`."""
     return fused_gated_residual(x, y, gate, rows=rows)
 
 
@@ -197,6 +224,7 @@ def _residual_apart(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> 
 def _gated_norm(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """`x + y gate`, and its modulated norm."""
     return gated_residual_rms_norm_modulate(x, y, gate, scale, shift, eps=eps, rows=rows)
 
 
@@ -210,6 +238,7 @@ def _gated_norm_apart(
 def _gated_norms(
     x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`x + y gate`, and its norm with two modulations: scale, shift, scale, shift."""
     return gated_residual_rms_norm_modulate_twice(x, y, gate, *modulation, eps=eps, rows=rows)
 
 
@@ -231,6 +260,7 @@ def _rotated(
     rope: RotaryTables,
     k_rope: RotaryTables | None,
 ) -> tuple[Tensor, Tensor]:
+    """Queries and keys normalised over all heads and rotated; `k_rope` None where both have one table."""
     k_cos, k_sin, k_rows = k_rope or (None, None, None)
     cos, sin, rows = rope
     known = None if rows is None else heads
@@ -255,12 +285,13 @@ def _rotated_apart(
         cos, sin = (
             table.expand(x.shape[0], -1, -1, -1) for table in tables.by_token(heads, x.shape[-1] // (2 * heads))
         )
-        return apply_split_rotary_emb(F.rms_norm(x, weight.shape, weight, eps), (cos, sin))
+        return apply_split_rotary_emb(_weighted_norm_apart(x, weight, eps), (cos, sin))
 
     return one(q, q_weight, rope), one(k, k_weight, k_rope or rope)
 
 
 def _head_gate(x: Tensor, logits: Tensor) -> Tensor:
+    """`x 2 sigmoid(logits)` per head of (..., heads, d)."""
     return fused_head_gate(x, logits)
 
 
@@ -288,14 +319,15 @@ def _layer_norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Te
     return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift)
 
 
-NORM = Fusion(_norm, _norm_apart)
-RESIDUAL = Fusion(_residual, _residual_apart)
-GATED_NORM = Fusion(_gated_norm, _gated_norm_apart)
-GATED_NORMS = Fusion(_gated_norms, _gated_norms_apart)
-ROTATED = Fusion(_rotated, _rotated_apart)
-HEAD_GATE = Fusion(_head_gate, _head_gate_apart)
-PRODUCT_GELU = Fusion(_product_gelu, _product_gelu_apart)
-LAYER_NORM = Fusion(_layer_norm, _layer_norm_apart)
+norm_modulate = Fusion(_norm, _norm_apart)
+weighted_norm = Fusion(_weighted_norm, _weighted_norm_apart)
+gated_residual = Fusion(_residual, _residual_apart)
+gated_norm = Fusion(_gated_norm, _gated_norm_apart)
+gated_norms = Fusion(_gated_norms, _gated_norms_apart)
+rotated = Fusion(_rotated, _rotated_apart)
+head_gate = Fusion(_head_gate, _head_gate_apart)
+product_gelu = Fusion(_product_gelu, _product_gelu_apart)
+layer_norm = Fusion(_layer_norm, _layer_norm_apart)
 
 
 @functools.cache
@@ -323,49 +355,6 @@ def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: 
         return False
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
-    """RMSNorm, then `(1 + scale)` and `shift`, which are tables where `rows` says which of theirs a token has."""
-    return _serve(NORM, x, scale, shift, eps, rows)
-
-
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
-    """`x + y gate`."""
-    return _serve(RESIDUAL, x, y, gate, rows)
-
-
-def gated_norm(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`x + y gate`, and its modulated norm."""
-    return _serve(GATED_NORM, x, y, gate, scale, shift, eps, rows)
-
-
-def gated_norms(
-    x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`x + y gate`, and its norm with two modulations: scale, shift, scale, shift."""
-    return _serve(GATED_NORMS, x, y, gate, modulation, eps, rows)
-
-
-def rotated(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    heads: int,
-    rope: RotaryTables,
-    k_rope: RotaryTables | None,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys normalised over all heads and rotated; `k_rope` None where both have one table."""
-    return _serve(ROTATED, q, k, q_weight, k_weight, eps, heads, rope, k_rope)
-
-
-def head_gate(x: Tensor, logits: Tensor) -> Tensor:
-    """`x 2 sigmoid(logits)` per head of (..., heads, d)."""
-    return _serve(HEAD_GATE, x, logits)
-
-
 def is_plain(network: Any, dtype: torch.dtype) -> bool:
     """Whether diffusers' FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
     first = network.net[0]
@@ -387,7 +376,7 @@ def feed_forward(network: Any, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):
         hidden = _product_gelu_apart(x, layer.weight, layer.bias)
     else:
-        hidden = _serve(PRODUCT_GELU, x, layer.weight, layer.bias)
+        hidden = product_gelu(x, layer.weight, layer.bias)
     del x  # not read while the second product runs
     return last(hidden)
 
@@ -395,5 +384,5 @@ def feed_forward(network: Any, x: Tensor) -> Tensor:
 def layer_norm_modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LayerNorm without weights of (B, T, D), then `(1 + scale)` and `shift`: one pass where they are one row for all tokens."""
     if scale.numel() == x.shape[-1]:
-        return _serve(LAYER_NORM, x, scale, shift, norm.eps)
+        return layer_norm(x, scale, shift, norm.eps)
     return modulate(norm(x), scale, shift)

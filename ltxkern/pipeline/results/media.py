@@ -80,9 +80,12 @@ def rgb_to_yuv420(chunk: Tensor) -> Tensor:
 
 def to_planes(chunk: Tensor) -> Tensor:
     """What `write_mp4` encodes of a chunk, on the host: `rgb_to_yuv420` of a few frames at a time; of planes, themselves."""
-    if chunk.dtype == torch.uint8:
-        return chunk
-    return torch.cat([rgb_to_yuv420(part).cpu() for part in chunk.split(_CONVERTED_AT_ONCE)])
+    return chunk if chunk.dtype == torch.uint8 else torch.cat([*_parts(chunk)])
+
+
+def _parts(chunk: Tensor) -> Iterator[Tensor]:
+    for part in chunk.split(_CONVERTED_AT_ONCE):
+        yield part if part.dtype == torch.uint8 else rgb_to_yuv420(part).cpu()
 
 
 def to_pictures(chunk: Tensor) -> Tensor:
@@ -267,8 +270,8 @@ class _Mp4Writer:
         """A chunk's frames as packed YUV on the host, some at a time."""
         if _size(chunk) != self.size:
             raise ValueError(f"chunks must all be {self.size} (height, width), got {_size(chunk)}")
-        for part in chunk.split(_CONVERTED_AT_ONCE):
-            yield to_planes(part).numpy()
+        for part in _parts(chunk):
+            yield part.numpy()
 
     def write(self, frames: np.ndarray) -> range:
         """Encodes packed YUV frames and the audio that goes with them; returns the numbers of frames there are after each."""

@@ -29,8 +29,8 @@ def test_no_attention_has_a_mask(model: LTX2Transformer, monkeypatch: pytest.Mon
 def test_values_stand_in_where_the_attention_is_left_out(model: LTX2Transformer) -> None:
     attention = model.transformer_blocks[0].attn1
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    whole, none = attend(attention, x), attend(attention, x, keep=False)
-    some = attend(attention, x, keep=torch.tensor([1.0, 0.0]).view(2, 1, 1))
+    whole, none = attend(attention, x), attend(attention, x, keep=(False,))
+    some = attend(attention, x, keep=(True, False))
     values = attention.to_v(x).unflatten(2, (attention.heads, -1))
     gated = ltxkern.reference.head_gate(values, attention.to_gate_logits(x)).flatten(2)
     close([none, some[0], some[1]], [attention.to_out[0](gated), whole[0], none[1]])

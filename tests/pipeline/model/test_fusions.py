@@ -32,16 +32,17 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     rows = torch.tensor([[0, 2, 1, 1, 0, 2]])
     angles = RotaryTables(drawn(1, HEADS, TOKENS, 8), drawn(1, HEADS, TOKENS, 8, seed=1))
     return {
-        "NORM": (x, one[:, :1], two[:, :1], 1e-6, None),
-        "NORM by rows": (x, *tables[:2], 1e-6, rows),
-        "RESIDUAL": (x, y, one[:, :1], None),
-        "GATED_NORM": (x, y, one[:, :1], two[:, :1], three[:, :1], 1e-6, None),
-        "GATED_NORM by rows": (x, y, *tables, 1e-6, rows),
-        "GATED_NORMS": (x, y, one[:, :1], (two[:, :1], three[:, :1], three[:, 1:2], two[:, 1:2]), 1e-6, None),
-        "ROTATED": (x, y[:, :4], one[0, 0], two[0, 0], 1e-6, HEADS, angles, RotaryTables(*(t[:, :, :4] for t in angles[:2]))),
-        "HEAD_GATE": (x.unflatten(-1, (HEADS, -1)), one[..., :HEADS]),
-        "PRODUCT_GELU": (x, drawn(2 * WIDTH, WIDTH, dtype=dtype, seed=7) / 8, drawn(2 * WIDTH, dtype=dtype)),
-        "LAYER_NORM": (x, one[:, :1], two[:, :1], 1e-6),
+        "norm_modulate": (x, one[:, :1], two[:, :1], 1e-6, None),
+        "norm_modulate by rows": (x, *tables[:2], 1e-6, rows),
+        "weighted_norm": (x, one[0, 0], 1e-6),
+        "gated_residual": (x, y, one[:, :1], None),
+        "gated_norm": (x, y, one[:, :1], two[:, :1], three[:, :1], 1e-6, None),
+        "gated_norm by rows": (x, y, *tables, 1e-6, rows),
+        "gated_norms": (x, y, one[:, :1], (two[:, :1], three[:, :1], three[:, 1:2], two[:, 1:2]), 1e-6, None),
+        "rotated": (x, y[:, :4], one[0, 0], two[0, 0], 1e-6, HEADS, angles, RotaryTables(*(t[:, :, :4] for t in angles[:2]))),
+        "head_gate": (x.unflatten(-1, (HEADS, -1)), one[..., :HEADS]),
+        "product_gelu": (x, drawn(2 * WIDTH, WIDTH, dtype=dtype, seed=7) / 8, drawn(2 * WIDTH, dtype=dtype)),
+        "layer_norm": (x, one[:, :1], two[:, :1], 1e-6),
     }[name]  # fmt: skip
 
 
@@ -60,8 +61,19 @@ def results(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name",
-    ["NORM", "NORM by rows", "RESIDUAL", "GATED_NORM", "GATED_NORM by rows", "GATED_NORMS", "ROTATED", "HEAD_GATE", "LAYER_NORM"],
-)  # fmt: skip
+    [
+        "norm_modulate",
+        "norm_modulate by rows",
+        "weighted_norm",
+        "gated_residual",
+        "gated_norm",
+        "gated_norm by rows",
+        "gated_norms",
+        "rotated",
+        "head_gate",
+        "layer_norm",
+    ],
+)
 @torch.no_grad()
 def test_a_fused_pass_is_as_close_to_fp64_as_its_ops(name: str, dtype: torch.dtype) -> None:
     fusion, args = getattr(fusions, name.split()[0]), arguments(name, dtype)
@@ -119,7 +131,15 @@ def test_exact_gives_the_bits_of_separate_ops(model: LTX2Transformer, monkeypatc
         found = [predict_velocity(model, **pair) for _ in range(2)]
     assert {layout[0] for layout in policy.verdicts} >= {
         getattr(fusions, name).fused
-        for name in ("NORM", "RESIDUAL", "GATED_NORM", "GATED_NORMS", "ROTATED", "HEAD_GATE")
+        for name in (
+            "norm_modulate",
+            "weighted_norm",
+            "gated_residual",
+            "gated_norm",
+            "gated_norms",
+            "rotated",
+            "head_gate",
+        )
     }
     monkeypatch.setattr(fusions, "_serve", lambda fusion, *args: fusion.separate(*args))
     expected = predict_velocity(model, **pair)
