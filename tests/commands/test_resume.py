@@ -31,6 +31,9 @@ def test_ctrl_c_points_to_resume_which_goes_on(
 ) -> None:
     whole, output, work = tmp_path / "whole.safetensors", tmp_path / "out.safetensors", tmp_path / "my work"
     options = ("--work-dir", str(work), "-o", str(output))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.chdir(begun)  # resume goes back to where the run was started, and the test writes there
     assert run("--no-work-dir", "-o", str(whole)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(generate.Bars, "__call__", stop_at("stage 2", 1))
