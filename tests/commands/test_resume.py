@@ -70,6 +70,14 @@ def test_ctrl_c_points_to_resume_which_goes_on(
     assert "holds no run: name a work folder" in capsys.readouterr().err
 
 
+def test_the_same_on_two_threads() -> None:
+    """There more matrix products round by where an operand begins: what is read again must lie as what was computed."""
+    name = test_ctrl_c_points_to_resume_which_goes_on.__name__
+    # Threads that wait without spinning: they share the cores with other tests.
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{name}", **threads)
+
+
 def test_what_is_kept_without_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTXKERN_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "out.safetensors"
