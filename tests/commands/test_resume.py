@@ -31,6 +31,9 @@ def test_ctrl_c_points_to_resume_which_goes_on(
 ) -> None:
     whole, output, work = tmp_path / "whole.safetensors", tmp_path / "out.safetensors", tmp_path / "my work"
     options = ("--work-dir", str(work), "-o", str(output))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.chdir(begun)  # resume goes back to where the run was started, and the test writes there
     assert run("--no-work-dir", "-o", str(whole)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(generate.Bars, "__call__", stop_at("stage 2", 1))
@@ -65,6 +68,14 @@ def test_ctrl_c_points_to_resume_which_goes_on(
         assert words in capsys.readouterr().err
     assert main(["resume", str(tmp_path)]) == 2
     assert "holds no run: name a work folder" in capsys.readouterr().err
+
+
+def test_the_same_on_two_threads() -> None:
+    """There more matrix products round by where an operand begins: what is read again must lie as what was computed."""
+    name = test_ctrl_c_points_to_resume_which_goes_on.__name__
+    # Threads that wait without spinning: they share the cores with other tests.
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{name}", **threads)
 
 
 def test_what_is_kept_without_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

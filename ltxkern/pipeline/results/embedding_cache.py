@@ -72,7 +72,8 @@ class EmbeddingCache:
         try:
             with safe_open(str(path), framework="pt") as file:
                 digest = (file.metadata() or {}).get("digest")
-                found = PromptEmbeddings(file.get_tensor("video"), file.get_tensor("audio"))
+                # Copies: a matrix product may round otherwise for an operand that lies where the header of a file ends.
+                found = PromptEmbeddings(file.get_tensor("video").clone(), file.get_tensor("audio").clone())
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:

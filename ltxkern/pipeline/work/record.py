@@ -43,7 +43,10 @@ def write_record(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
 
 
 def read_record(path: Path, run: str) -> dict[str, Tensor]:
-    """The tensors of a record, on the host.
+    """The tensors of a record, in memory of their own on the host.
+
+    As the format hands them out they lie in the file, where its header ends, and a matrix product may round otherwise for an
+    operand that begins elsewhere than a fresh one does.
 
     Raises:
         FileNotFoundError: there is none.
@@ -52,7 +55,7 @@ def read_record(path: Path, run: str) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
