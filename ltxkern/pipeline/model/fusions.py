@@ -29,6 +29,7 @@ from ltxkern.ops.rms_norm_modulate import (
 from ltxkern.patching.rules import chosen_policy
 
 ERROR_RATIO = 1.5  # of a fused pass's distance from fp64 to that of the composition
+ENOUGH = 1 << 20  # results that had the same bits before a pass counts as exact: a few could have them by chance
 
 
 _Given = ParamSpec("_Given")
@@ -52,16 +53,16 @@ class FusionPolicy:
     """Which fused passes serve the transformer.
 
     "rounded": all of them; each is at least as close to fp64 as what it replaces. "exact": those alone that gave the bits of the
-    separate ops on this device in their first call of a dtype and shape, where both run; the others never again. What
-    torch.compile traces is made of the separate ops then.
+    separate ops on this device in their first calls of a dtype and shape, where both run until `ENOUGH` results were compared;
+    the others never again. What torch.compile traces is made of the separate ops then.
 
     Attributes:
         name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".
-        verdicts: under "exact", by fused function and layout of its arguments, whether it has the bits.
+        verdicts: under "exact", by fused function and layout of its arguments, results that had the bits; 0 once one had not.
     """
 
     name: str | None = None
-    verdicts: dict[tuple[Any, ...], bool] = field(default_factory=dict, init=False, repr=False)
+    verdicts: dict[tuple[Any, ...], int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.name = chosen_policy(self.name)
@@ -75,14 +76,14 @@ class FusionPolicy:
         """The result under "exact"."""
         layout = (fusion.fused, *map(_layout, tree_leaves(args)))
         known = self.verdicts.get(layout)
-        if known is not None:
-            return (fusion.fused if known else fusion.separate)(*args)
+        if known is not None and known >= ENOUGH:
+            return fusion.fused(*args)
         expected = fusion.separate(*args)
-        if _traces(args) or _captures(args):
+        if known == 0 or _traces(args) or _captures(args):
             return expected
-        found = fusion.fused(*args)
-        same = all(map(_same_bits, tree_leaves(found), tree_leaves(expected)))
-        self.verdicts[layout] = same
+        pairs = [*zip(tree_leaves(fusion.fused(*args)), tree_leaves(expected), strict=True)]
+        same = all(_same_bits(*pair) for pair in pairs)
+        self.verdicts[layout] = (known or 0) + sum(other.numel() for _, other in pairs) if same else 0
         return expected
 
 

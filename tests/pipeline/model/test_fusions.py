@@ -91,8 +91,9 @@ def changed(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("fused", "serves"), [(lambda x: x + x, True), (changed, False)])
-def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool) -> None:
-    """Both run in the first call of a shape, and from then on one of them alone; another shape is another case."""
+def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both run until enough was compared, and from then on one of them alone; another shape is another case."""
+    monkeypatch.setattr(fusions, "ENOUGH", 10)
     calls: list[str] = []
 
     def noted(name: str, function: Any) -> Any:
@@ -104,11 +105,12 @@ def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool) -> None:
 
     fusion, policy = Fusion(noted("fused", fused), noted("apart", lambda x: x * 2)), FusionPolicy("exact")
     x, longer = drawn(5), drawn(7)
-    for tensor in (x, x, longer, x):
+    for tensor in (x, x, x, longer, x):
         assert torch.equal(policy.checked(fusion, (tensor,)), tensor * 2)
-    one = "fused" if serves else "apart"
-    assert calls == ["apart", "fused", one, "apart", "fused", one]
-    assert list(policy.verdicts.values()) == [serves, serves]
+    first, both = ["apart", "fused"], ["apart", "fused"] if serves else ["apart"]
+    one = both[-1:]
+    assert calls == [*first, *both, *one, *first, *one]
+    assert list(policy.verdicts.values()) == ([10, 7] if serves else [0, 0])
     with use_fusions("rounded"):
         fusions._serve(fusion, x)
     assert calls[-1] == "fused"
