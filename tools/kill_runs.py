@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ltxkern.cli import main as ltxkern
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
+from ltxkern.pipeline.run.progress import ProgressEvent
 
 Event = tuple[str, int, int]
 
@@ -70,12 +71,12 @@ def warm() -> None:
 def child(arguments: Sequence[str], report: Connection, hold: tuple[str, int] | None) -> None:
     """One run; tells each step through the pipe, and stands still where it is to be killed at a given step."""
 
-    def tell(_: generate.Bars, stage: str, done: int, total: int) -> None:
-        report.send((stage, done, total))
-        if hold == (stage, done):
+    def tell(_: Shown, event: ProgressEvent) -> None:
+        report.send((event.stage, event.done, event.total))
+        if hold == (event.stage, event.done):
             signal.pause()
 
-    generate.Bars.__call__ = tell  # type: ignore[method-assign]
+    Shown.__call__ = tell  # type: ignore[method-assign]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     os._exit(ltxkern([*arguments]))

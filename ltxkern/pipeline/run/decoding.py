@@ -11,8 +11,8 @@ from torch import Tensor
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
-from ltxkern.pipeline.run.denoising import Progress, report
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.sampling import finite
 from ltxkern.pipeline.work.chunks import VideoChunks
 from ltxkern.pipeline.work.kept import KeptWork
@@ -26,7 +26,7 @@ def decode(
     manager: TwoStageDeviceManager,
     latents: Mapping[str, Tensor],
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     *,
     streamed: bool,
     work: KeptWork | None = None,
@@ -73,7 +73,7 @@ def decode(
 
 
 def _waveforms(
-    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Progress | None
+    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Report | None
 ) -> list[Tensor]:
     report(progress, "audio", 0, 1)
     with (
@@ -90,7 +90,7 @@ def _chunks(
     manager: TwoStageDeviceManager,
     latent: Tensor,
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     work: KeptWork,
     name: str,
 ) -> VideoChunks:

@@ -15,6 +15,7 @@ from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latents
@@ -27,14 +28,7 @@ logger = logging.getLogger(__name__)
 
 _DRAWN = "drawn"
 
-Progress = Callable[[str, int, int], None]
 StepCallback = Callable[[str, int, int, dict[str, Tensor]], None]
-
-
-def report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    """Tell a progress callback, where there is one."""
-    if progress is not None:
-        progress(stage, done, total)
 
 
 @dataclass
@@ -48,7 +42,7 @@ class DenoisingRun:
     sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None
     image_latents: Sequence[Sequence[Tensor]] | None
     callback: StepCallback | None
-    progress: Progress | None
+    progress: Report | None
     work: KeptWork
 
     def __post_init__(self) -> None:
