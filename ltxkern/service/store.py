@@ -122,7 +122,9 @@ class Store:
 
     def ahead(self, job: Job) -> int:
         """How many are to run before a job that waits."""
-        return self._count("id != ? AND (status = 'running' OR (status = 'queued' AND sequence < ?))", job.id, job.sequence)
+        return self._count(
+            "id != ? AND (status = 'running' OR (status = 'queued' AND sequence < ?))", job.id, job.sequence
+        )
 
     def waiting(self) -> int:
         """How many wait."""

@@ -49,7 +49,9 @@ class Supervisor(threading.Thread):
     def __init__(self, store: Store, offer: Offer, folder: Path, keep: int, tell: Callable[[str], None]) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._store, self._offer, self._folder, self._keep, self._tell = store, offer, folder, keep, tell
-        self._context = multiprocessing.get_context("spawn")
+        # A process that has imported everything and touched no device forks off worker after worker.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ltxkern.service.worker", "ltxkern.pipeline.generator"])
         self._ear, self._mouth = self._context.Pipe(duplex=False)
         self._lock = threading.Lock()
         self._stopping = threading.Event()
