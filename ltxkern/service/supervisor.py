@@ -92,8 +92,6 @@ class Supervisor(threading.Thread):
         """Kill the worker, whose job waits for the next server, and end."""
         self._stopping.set()
         self.wake()
-        if self._process is not None:
-            self._process.kill()
         self.join()
 
     def run(self) -> None:
