@@ -95,7 +95,7 @@ def test_norms_over_few_numbers(case: Case) -> None:
         )
     jittered = call(case, model)
     assert _error(got, exact) <= 1.5 * _error(plain, exact)
-    assert 1e-5 < _moved(got, plain) <= 8 * _moved(jittered, plain)
+    assert _moved(got, plain) <= 8 * _moved(jittered, plain)
 
 
 @pytest.mark.parametrize("name", ["LTX VAE", "LTX-2 VAE", "LTX-2 audio VAE", "Wan", "Mochi", "Stable Diffusion VAE"])
