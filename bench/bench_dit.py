@@ -28,6 +28,8 @@ import machine
 from cases import DTYPES, Case, normal
 from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
+from ltxkern.patch import fuse
+from ltxkern.patching.rules import Rules
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
@@ -136,18 +138,25 @@ def diffusers_forward(model: Any, inputs: Inputs, *, by_token: bool = True) -> C
 
 
 def counted(case: Case) -> list[dict[str, Any]]:
-    """What one block between two others launches and moves in bf16, ours and diffusers', from shapes alone."""
+    """What one block between two others launches and moves in bf16, from shapes alone: ours, diffusers', and that one patched.
+
+    `patch` embeds timesteps for every token once a value, which shapes do not show: it is counted with one for all tokens.
+    """
     meta = torch.device("meta")
     ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 3))
     inputs = inputs_of(case, ours, torch.bfloat16, meta)
-    calls = {
-        "ltxkern": (ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
-        "diffusers": (theirs, diffusers_forward(theirs, inputs)),
-    }
-    return [
-        dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
-        for name, (model, call) in calls.items()
+
+    def row(name: str, model: Any, call: Callable[[], Any]) -> dict[str, Any]:
+        return dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
+
+    rows = [
+        row("ltxkern", ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
+        row("diffusers", theirs, diffusers_forward(theirs, inputs)),
     ]
+    with fuse(theirs, Rules(meta=True)):
+        patched = diffusers_forward(theirs, inputs, by_token=False)
+        patched()  # a site asks at its first call who serves it
+        return [*rows, row("patch", theirs, patched)]
 
 
 class ContractionLog(TorchDispatchMode):

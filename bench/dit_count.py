@@ -151,7 +151,7 @@ def _site() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "model" or path.stem.startswith("transformer"):
+        if path.parent.name in ("model", "patching") or path.stem.startswith("transformer"):
             return f"{path.stem}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
