@@ -232,29 +232,24 @@ class FusedBlock(Fused):
             if stands(self):
                 _composed(self._ltxkern)
             forward = super().forward if stands(self) else type(self).forward.__get__(self)
-            return forward(
-                x,
-                y,
-                encoder_hidden_states,
-                audio_encoder_hidden_states,
-                *(value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate)),
-                temb_prompt,
-                temb_prompt_audio,
-                video_rotary_emb,
-                audio_rotary_emb,
-                ca_video_rotary_emb,
-                ca_audio_rotary_emb,
+            modulations = (value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate))
+            ropes = video_rotary_emb, audio_rotary_emb, ca_video_rotary_emb, ca_audio_rotary_emb
+            masks = (
                 encoder_attention_mask,
                 audio_encoder_attention_mask,
                 self_attention_mask,
                 audio_self_attention_mask,
+            )
+            crossed = (
                 a2v_cross_attention_mask,
                 v2a_cross_attention_mask,
                 use_a2v_cross_attention,
                 use_v2a_cross_attention,
-                perturbation_mask,
-                all_perturbed,
             )
+            texts = encoder_hidden_states, audio_encoder_hidden_states
+            prompts = temb_prompt, temb_prompt_audio
+            others = *prompts, *ropes, *masks, *crossed, perturbation_mask, all_perturbed
+            return forward(x, y, *texts, *modulations, *others)
         perturbed = (
             {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
         )
