@@ -157,18 +157,8 @@ def _rotated(
     k_cos, k_sin = (None, None) if key_tables is None else (_by_head(table, attention) for table in key_tables)
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        return qk_norm_rope(
-            x,
-            key,
-            first.weight,
-            second.weight,
-            cos,
-            sin,
-            eps=first.eps,
-            layout=attention.rope_type,
-            k_cos=k_cos,
-            k_sin=k_sin,
-        )
+        weights, how = (first.weight, second.weight), {"eps": first.eps, "layout": attention.rope_type}
+        return qk_norm_rope(x, key, *weights, cos, sin, k_cos=k_cos, k_sin=k_sin, **how)
 
     rotated: tuple[Tensor, Tensor] = site.serve(query, call)
     return rotated
@@ -234,21 +224,13 @@ class FusedBlock(Fused):
             forward = super().forward if stands(self) else type(self).forward.__get__(self)
             modulations = (value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate))
             ropes = video_rotary_emb, audio_rotary_emb, ca_video_rotary_emb, ca_audio_rotary_emb
-            masks = (
-                encoder_attention_mask,
-                audio_encoder_attention_mask,
-                self_attention_mask,
-                audio_self_attention_mask,
-            )
-            crossed = (
-                a2v_cross_attention_mask,
-                v2a_cross_attention_mask,
-                use_a2v_cross_attention,
-                use_v2a_cross_attention,
-            )
+            masks: tuple[Any, ...] = encoder_attention_mask, audio_encoder_attention_mask
+            masks += self_attention_mask, audio_self_attention_mask
+            masks += a2v_cross_attention_mask, v2a_cross_attention_mask
+            flags = use_a2v_cross_attention, use_v2a_cross_attention
             texts = encoder_hidden_states, audio_encoder_hidden_states
             prompts = temb_prompt, temb_prompt_audio
-            others = *prompts, *ropes, *masks, *crossed, perturbation_mask, all_perturbed
+            others = *prompts, *ropes, *masks, *flags, perturbation_mask, all_perturbed
             return forward(x, y, *texts, *modulations, *others)
         perturbed = (
             {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
