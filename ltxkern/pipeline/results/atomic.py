@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ltxkern.whole_files import beside, replacing
+from ltxkern.whole_files import beside, replacing, sync
 
 OutputKind = Literal["mp4", "latents", "frames"]
 
@@ -134,19 +134,17 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
     target = output_target(path)
-    temporary = beside(target)
-    temporary.mkdir()
-    try:
-        with _full_disk_in_words(path):
-            yield temporary
+    with _full_disk_in_words(path), beside(target, folder=True) as temporary:
+        yield temporary
+        for entry in temporary.iterdir():
+            sync(entry)
         if target.is_dir():
             for entry in target.iterdir():
                 if _OWN_FILE.fullmatch(entry.name):
                     entry.unlink()
             target.rmdir()
         temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sync(target.parent)
 
 
 @contextlib.contextmanager
