@@ -123,10 +123,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """`whole_files.replacing` for what `path` leads to.
 
     Raises:
-        OSError: one sentence that names `path` where the disk is full.
+        OSError: one sentence that names `path` where the disk is full or whatever writes there gave up.
     """
     target = output_target(path)
-    with _full_disk_in_words(path), replacing(target) as temporary:
+    with _in_words(path), replacing(target) as temporary:
         yield temporary
 
 
@@ -134,7 +134,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
     target = output_target(path)
-    with _full_disk_in_words(path), beside(target, folder=True) as temporary:
+    with _in_words(path), beside(target, folder=True) as temporary:
         yield temporary
         for entry in temporary.iterdir():
             sync(entry)
@@ -148,11 +148,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _full_disk_in_words(path: str | Path) -> Iterator[None]:
+def _in_words(path: str | Path) -> Iterator[None]:
+    """An error of the disk or of what writes there, which names no file, as a sentence that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL and (error.filename is not None or not error.strerror):
             raise
-        reason = _FULL[error.errno]
+        reason = _FULL.get(error.errno or 0, error.strerror)
         raise OSError(error.errno, f"writing {str(path)!r} failed: {reason}; nothing was written there") from error

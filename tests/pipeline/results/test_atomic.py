@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.results.atomic import output_kind, writable_output
-from ltxkern.pipeline.results.media import probe_mp4, write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.media import write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from ltxkern.whole_files import beside
 from tests.pipeline.results.samples import leftovers, tone, video
 
