@@ -1,4 +1,4 @@
-"""Whatever ends a run, it says so in a sentence and leaves nothing half-written; `ltxkern resume` gives the bytes of a whole run."""
+"""Whatever ends a run, it says so and leaves nothing half-written; `ltxkern resume` gives the bytes of a whole run."""
 
 from __future__ import annotations
 
