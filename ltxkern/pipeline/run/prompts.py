@@ -14,6 +14,7 @@ from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.text import PromptEmbeddings, encode_prompts
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache, model_revision
 from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.device_memory import vacate, with_room
 from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.run.request import GenerationRequest
 from ltxkern.pipeline.sampling.finite import check_latents
@@ -107,6 +108,9 @@ class PromptEncoder:
         return encoded
 
     def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
+        return with_room("text encoding", lambda: self._encoded(texts), lambda: vacate(self._manager))
+
+    def _encoded(self, texts: list[str]) -> list[PromptEmbeddings]:
         parts = self._components
         tokenizer = parts.tokenizer  # first: a fault of its small files shows before the encoder's gigabytes are read
         with (
