@@ -163,7 +163,7 @@ def finished(path: Path, kind: str) -> str:
     """The last line of a run: what was written, read back from the file."""
     if kind != "mp4":
         return str(path)
-    from ltxkern.pipeline.results.media import probe_mp4
+    from ltxkern.pipeline.results.probe import probe_mp4
 
     info = probe_mp4(path)
     sound = f"{info.audio_rate} Hz, {info.channels} channels" if info.audio_rate else "no sound"

@@ -95,7 +95,6 @@ class HQTwoStagePipeline:
         self._parallel: CFGParallel | None = None
         self._patched: list[Report] = []
         self._pristine = pristine
-        self._attached = False
         self.model_facts: dict[str, Any] | None = None
 
     @classmethod
@@ -322,8 +321,6 @@ class HQTwoStagePipeline:
             stages[0] = replace(stages[0], branches=len(policies[0].branches))
             if self._parallel is not None:
                 phases = phases[: self._parallel.stages(policies[: len(stages)])]
-            if phases and not run.is_denoised:
-                self._attach(request, phases)
             with use_attention(self.attention), use_fusions(self.policy), use_side_by_side(self._beside):
                 latents = run.latents(policies, phases)
             output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
@@ -337,9 +334,8 @@ class HQTwoStagePipeline:
 
     def detach(self) -> None:
         """Give the transformer its pristine weights again; the next call takes them up."""
-        if self._attached:
+        if self.manager.is_attached:
             self.manager.close()
-        self._attached = False
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -359,12 +355,12 @@ class HQTwoStagePipeline:
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 
-    def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
-        if not self._attached:
+    def attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
+        """Bring the transformer to the device, in the first of these phases."""
+        if not self.manager.is_attached:
             transformer = self.components.transformer
             assert transformer is not None
             self.manager.attach(transformer, pristine=self._pristine)
-            self._attached = True
         beside = 0
         if self.device.type == "cuda" and self.manager.mode is None:
             # "auto" leaves room for what a run needs beside the transformer's weights.
@@ -385,7 +381,6 @@ class HQTwoStagePipeline:
             self.components.release("transformer")
         for patched in self._patched:
             patched.undo()
-        self._attached = False
 
     def __enter__(self) -> HQTwoStagePipeline:
         return self

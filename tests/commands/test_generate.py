@@ -17,7 +17,7 @@ from ltxkern.pipeline import HQTwoStagePipeline
 from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from tests.commands.typed import refused, run
 from tests.official_files import write_diffusers_demo, write_official_demo
 

@@ -13,6 +13,7 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.text import PromptEmbeddings, encode_prompts
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache, model_revision
+from ltxkern.pipeline.run.device_memory import vacate, with_room
 from ltxkern.pipeline.run.health import explained
 from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.run.request import GenerationRequest
@@ -107,6 +108,9 @@ class PromptEncoder:
         return encoded
 
     def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
+        return with_room("text encoding", lambda: self._encoded(texts), lambda: vacate(self._manager))
+
+    def _encoded(self, texts: list[str]) -> list[PromptEmbeddings]:
         parts = self._components
         tokenizer = parts.tokenizer  # first: a fault of its small files shows before the encoder's gigabytes are read
         with (
