@@ -1,8 +1,8 @@
 """Loads a server of the demo model and kills it meanwhile: `python -m tools.service_load --jobs 200 --clients 8 --kills 5`.
 
 Clients ask for videos, each under a key of its own, again and again until they are accepted. Meanwhile SIGKILL ends the server,
-which is started again, or its worker. In the end every accepted job must have ended, done or failed with a reason, under the id that its
-client was given, and none may be there twice. Results of the same request must have the same bytes.
+which is started again, or its worker. In the end every accepted job must have ended, done or failed with a reason, under the id
+that its client was given, and none may be there twice. Results of the same request must have the same bytes.
 """
 
 from __future__ import annotations

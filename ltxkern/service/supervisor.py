@@ -40,7 +40,6 @@ class Supervisor(threading.Thread):
         tell: called with a job's id whenever there is something new about it, from this thread.
 
     Attributes:
-        pid: of the worker that is alive, if one is.
         free: bytes of device and host that were free before the model was loaded; None until a first worker was ready.
         starts: workers so far.
         ended: jobs that ended, by how; and the seconds of those that were done.
@@ -65,12 +64,6 @@ class Supervisor(threading.Thread):
         self.starts = 0
         self.ended: Counter[str] = Counter()
         self.seconds = 0.0
-
-    @property
-    def pid(self) -> int | None:
-        """Of the worker."""
-        process = self._process
-        return process.pid if process is not None and process.is_alive() else None
 
     def folder_of(self, name: str) -> Path:
         """Where the files of a job lie."""

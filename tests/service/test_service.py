@@ -175,7 +175,7 @@ def test_a_killed_worker_loses_nothing_and_others_wait_their_turn(served: tuple[
     starts = service.supervisor.starts
     video = client.submit(**LONG)
     until(lambda: in_stage_1(client, video))
-    os.kill(service.supervisor.pid, signal.SIGKILL)
+    os.kill(service.supervisor._process.pid, signal.SIGKILL)
     # The queue takes two that wait, and the killed one waits until it runs again.
     until(lambda: service.supervisor.starts > starts)
     until(lambda: client("GET", f"/v1/videos/{video}").json["status"] == "running")
@@ -217,11 +217,11 @@ def test_another_server_goes_on_from_what_a_killed_one_left(
     client, service = served
     video = client.submit(**LONG)
     until(lambda: in_stage_1(client, video, 2))
-    os.kill(service.supervisor.pid, signal.SIGSTOP)
+    os.kill(service.supervisor._process.pid, signal.SIGSTOP)
     left = tmp_path / "left"
     shutil.copytree(service.settings.folder, left)
     (left / "jobs" / "of a request that was not accepted").mkdir()
-    os.kill(service.supervisor.pid, signal.SIGCONT)
+    os.kill(service.supervisor._process.pid, signal.SIGCONT)
     store = Store(left / "jobs.sqlite")
     assert [job.status for job in store.page(1)] == ["running"]
     store.close()
