@@ -43,6 +43,7 @@ def _sglang(folder: Path) -> Iterator[Names]:
     from tests.integrations.test_sglang import package
 
     with package(folder):
+        importlib.import_module("sglang.jit_kernel.diffusion.residual_gate_add")
         yield {}
 
 

@@ -35,18 +35,25 @@ def test_every_page_has_a_short_recipe() -> None:
         assert max(lengths) <= 5, page
 
 
-def kinds(names: dict[str, Any]) -> list[tuple[type, Any]]:
-    """Classes of the modules that a recipe may change, and forwards of their own."""
+def kept(names: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe may change: classes of modules and functions that they hold, and functions of a stack's own modules."""
     holder = names.get("pipe", names.get("model"))
     components = getattr(holder, "components", {"": holder})
-    parts = [part for part in components.values() if isinstance(part, torch.nn.Module)]
-    return [(type(module), vars(module).get("forward")) for part in parts for module in part.modules()]
+    parts = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    objects: dict[str, Any] = {
+        f"{name}.{path}": one for name, part in parts.items() for path, one in part.named_modules()
+    }
+    objects |= {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "sglang"}
+    return {
+        name: (type(one), {held: value for held, value in vars(one).items() if callable(value)})
+        for name, one in objects.items()
+    }
 
 
 @pytest.mark.parametrize("page", PRINTED)
 def test_recipe_runs_as_written(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.random.fork_rng(), SURROUNDINGS[page](tmp_path) as names:
-        before = kinds(names)
+        before = kept(names)
         recipe, *others = recipes(page)
         exec(recipe, names)
         out = capsys.readouterr().out
@@ -54,7 +61,9 @@ def test_recipe_runs_as_written(page: str, tmp_path: Path, capsys: pytest.Captur
         if page == "kernels":
             assert names["model"].forward.__func__.__module__ == "ltxkern.integrations.kernels"
         else:
-            assert kinds(names) == before
+            # A recipe may load more of a stack's modules.
+            after = kept(names)
+            assert {name: after[name] for name in before} == before
         for text in others:
             exec(text, names)
         if page == "kernels":
