@@ -21,7 +21,8 @@ class Site:
         name: of the module, e.g. "decoder.mid_block.resnets.0.norm1".
         op: the op's name.
         contract: "exact" or "rounded", as the op's docstring says it.
-        calls: eager calls that the op served; those within a compiled graph are not counted.
+        calls: eager calls that the op served. Within a graph of torch.compile it serves and is not counted: a note there would be
+            a side effect of the graph, which a checkpoint within it refuses.
         composed: eager calls that took the composition the op replaces (autocast, a dtype that the op does not take).
         backend: that of the last eager call, "" before it.
     """
@@ -187,9 +188,11 @@ class Report:
     def __str__(self) -> str:
         """The table."""
         table = _table(
-            ("site", "op", "backend", "contract", "calls", "composed"),
+            ("site", "op", "backend", "contract", "eager calls", "composed"),
             [list(map(str, site.row().values())) for site in self._standing()],
         )
+        if table:
+            table += "\ncalls within a graph of torch.compile are not counted"
         left = _table(("left alone", "reason"), [[name or "(the model)", reason] for name, reason, _ in self._left()])
         return "\n\n".join(part for part in (table, left) if part) or "nothing was fused"
 
