@@ -55,7 +55,7 @@ TOKENS = 128
 
 def _connectors(config: dict[str, Any]) -> nn.Module:
     """Projections of the text to the transformer's widths, without layers of their own."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for ours, theirs in (("video", ""), ("audio", "audio_")):
         heads, depth = config[f"{theirs}num_attention_heads"], config[f"{theirs}attention_head_dim"]
         sizes |= {f"{ours}_connector_num_attention_heads": heads, f"{ours}_connector_attention_head_dim": depth}
