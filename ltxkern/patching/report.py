@@ -36,17 +36,23 @@ class Site:
     backend: str = ""
     _seen: Any = field(default=None, repr=False)
 
-    def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> None:
-        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces."""
+    def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any] | None) -> None:
+        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces.
+
+        `call` is None where torch itself has the op.
+        """
         if torch.compiler.is_compiling():
             return
         self.calls += 1
         seen = (x.dtype, x.device)
         if seen != self._seen:
             self._seen = seen
-            with torch.no_grad():
-                args = handed(lambda: call(x))
-            self.backend = "" if args is None else registered()[self.op].select(args)
+            self.backend = "torch" if call is None else self._serving(x, call)
+
+    def _serving(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> str:
+        with torch.no_grad():
+            args = handed(lambda: call(x))
+        return "" if args is None else registered()[self.op].select(args)
 
     def serve(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> Any:
         """A call of the op on x, counted."""
