@@ -139,6 +139,16 @@ def quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
+def instrumented(engine: str) -> contextlib.AbstractContextManager[object]:
+    """Within, modules of the package that are imported tell atheris which way they go."""
+    if engine != "atheris":
+        return contextlib.nullcontext()
+    import atheris
+
+    found: contextlib.AbstractContextManager[object] = atheris.instrument_imports(include=["ltxkern"])
+    return found
+
+
 def fuzz_with_atheris(target: Target, count: int, seed: int, folder: Path) -> None:
     """Let atheris look for inputs that reach new code; it ends the process."""
     import atheris
@@ -147,7 +157,6 @@ def fuzz_with_atheris(target: Target, count: int, seed: int, folder: Path) -> No
     corpus.mkdir()
     for index, example in enumerate(target.examples):
         (corpus / f"{index}").write_bytes(example)
-    atheris.instrument_all()
     atheris.Setup(
         [sys.argv[0], f"-runs={count}", f"-seed={seed}", "-max_len=4096", "-print_final_stats=1", str(corpus)],
         lambda data: feed(target, data),
@@ -170,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as name:
-        chosen = [t for t in targets(Path(name)) if not arguments.target or t.name in arguments.target]
+        with instrumented(arguments.engine):
+            every = targets(Path(name))
+        chosen = [t for t in every if not arguments.target or t.name in arguments.target]
         each = -(-arguments.inputs // len(chosen))
         total = 0
         for target in chosen:
