@@ -2,6 +2,7 @@
 
 diffusers' forward is timed as its pipelines call it, with a timestep for every token, and with the one that all tokens have.
 `--count` counts one block of both at the two stages' shapes, from shapes alone: `dit_count.py` says what a video-sized pass is.
+`--sites` tells time, bytes and launches of each site of a forward (`dit_sites.py`).
 `--blocks N` runs the first N of 48 blocks. The floor replays every matrix product and attention call that the toolkit's
 forward makes, and nothing else; what the forward takes beyond it is what fusion can win.
 """
@@ -24,10 +25,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_count
+import dit_sites
 import machine
 from cases import DTYPES, Case, normal
 from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
+from ltxkern.patch import fuse
+from ltxkern.patching.rules import Rules
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
@@ -38,6 +42,7 @@ from timing import CallTimer, interleave, summarise
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
 ROUNDINGS = 8
 ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
+LEAST_OF = 10  # forwards, in turn, of which a site has the least time
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
 CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 CONFIG = {
@@ -136,18 +141,60 @@ def diffusers_forward(model: Any, inputs: Inputs, *, by_token: bool = True) -> C
 
 
 def counted(case: Case) -> list[dict[str, Any]]:
-    """What one block between two others launches and moves in bf16, ours and diffusers', from shapes alone."""
+    """What one block between two others launches and moves in bf16, from shapes alone: ours, diffusers', and that one patched.
+
+    `patch` embeds timesteps for every token once a value, which shapes do not show: it is counted with one for all tokens.
+    """
     meta = torch.device("meta")
     ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 3))
     inputs = inputs_of(case, ours, torch.bfloat16, meta)
-    calls = {
-        "ltxkern": (ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
-        "diffusers": (theirs, diffusers_forward(theirs, inputs)),
-    }
-    return [
-        dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
-        for name, (model, call) in calls.items()
+
+    def row(name: str, model: Any, call: Callable[[], Any]) -> dict[str, Any]:
+        return dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
+
+    rows = [
+        row("ltxkern", ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
+        row("diffusers", theirs, diffusers_forward(theirs, inputs)),
     ]
+    with fuse(theirs, Rules(meta=True)):
+        patched = diffusers_forward(theirs, inputs, by_token=False)
+        patched()  # a site asks at its first call who serves it
+        return [*rows, row("patch", theirs, patched)]
+
+
+@torch.no_grad()
+def site_rows(run: Run, case: Case, blocks: int, dtype_name: str) -> list[dict[str, Any]]:
+    """What each site of a forward launches, moves and takes; a provider that cannot run is skipped with its reason."""
+    dtype, rounds = DTYPES[dtype_name], max(LEAST_OF, run.settings.rounds)
+    ours, theirs = build(case, blocks, dtype, run.device)
+    inputs = inputs_of(case, ours, dtype, run.device)
+    calls: dict[str, Callable[[], Any]] = {
+        "ltxkern": lambda: predict_velocity(ours, inputs.video, inputs.audio),
+        EAGER: diffusers_forward(theirs, inputs),
+        ONE_TIMESTEP: diffusers_forward(theirs, inputs, by_token=False),
+    }
+    if (reason := compiler_missing(run.device)) is None:
+        calls[COMPILE] = diffusers_forward(compile_blocks(case, blocks, dtype, run.device, ours), inputs)
+        calls[COMPILE]()
+    else:
+        run.skip("dit", case.name, COMPILE, reason)
+    wanted = {name: call for name, call in calls.items() if is_wanted(name, run.backends)}
+    common = {"case": case.name, "blocks": blocks, "dtype": dtype_name, "rounds": rounds}
+    return [{**common, **row} for row in dit_sites.site_rows(wanted, COMPILE, run.device, rounds)]
+
+
+def measure_sites(run: Run, picked: Sequence[Case], parsed: Any) -> int:
+    """`--sites`: the table of every case and dtype, printed and as JSON."""
+    rows = []
+    for case in picked:
+        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
+            found = site_rows(run, case, parsed.blocks or case.options["blocks"], dtype)
+            print(f"{case.name} {dtype}\n{dit_sites.table(found)}\n")
+            rows += found
+    if parsed.output_json:
+        written = {"definition": dit_sites.__doc__, "machine": run.facts, "rows": rows}
+        Path(parsed.output_json).write_text(json.dumps(written, indent=1) + "\n")
+    return 0
 
 
 class ContractionLog(TorchDispatchMode):
@@ -333,6 +380,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--count", action="store_true", help="count launches and bytes of one block at both stages, and time nothing"
     )
+    options.add_argument(
+        "--sites",
+        action="store_true",
+        help="time, bytes and launches of each site of a forward, instead of whole forwards",
+    )
     parsed = options.parse_args(arguments)
     if parsed.count:
         rows = [row for case in CASES if case.size == "large" for row in counted(case)]
@@ -347,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(f"--cases: none of {', '.join(c.name for c in CASES)} in {parsed.cases!r}")
     relaunch_warm(parsed)
     run = start_run(parsed)
+    if parsed.sites:
+        return measure_sites(run, picked, parsed)
     return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names))
 
 

@@ -31,7 +31,17 @@ from cases import count_bytes
 
 WIDTH = 4096
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "alias")
+# What launches nothing.
+NO_LAUNCH = (
+    "_fused_sdp_choice",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "_unsafe_view",
+    "detach",
+    "alias",
+)
 # What these change they do not read; those take a tensor for its shape alone.
 OVERWRITING = ("copy_", "fill_", "zero_")
 FILLING = ("new_", "zeros", "ones", "full", "rand")
@@ -151,8 +161,9 @@ def _site() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "model" or path.stem.startswith("transformer"):
-            return f"{path.stem}.{frame.f_code.co_name}"
+        if path.parent.name in ("model", "patching") or path.stem.startswith("transformer"):
+            # With the class, where Python knows it.
+            return f"{path.stem}.{getattr(frame.f_code, 'co_qualname', frame.f_code.co_name).removesuffix('.forward')}"
         frame = frame.f_back
     return "elsewhere"
 
@@ -182,17 +193,26 @@ class _OnDevice(TorchFunctionMode):
         return func(*args, **settings)
 
 
-class _Launches(TorchDispatchMode):
-    def __init__(self, count: Count) -> None:
+class Launches(TorchDispatchMode):
+    """Notes the launches of what runs inside."""
+
+    def __init__(self, count: Any) -> None:
         super().__init__()
         self._count = count
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The op's call."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         name = func.overloadpacket.__name__
-        if func.is_view or name in ALLOCATIONS:
+        if func.is_view or name in NO_LAUNCH:
+            return result
+        if "scaled_dot_product" in name:
+            self._count.launches.append(Launched(_site(), "attention", 0, 0, 4 * args[0].numel() * args[1].shape[-2]))
             return result
         if name in PRODUCTS:
             matrix = args[0] if name in ("mm", "bmm", "linear") else args[1]
@@ -224,7 +244,7 @@ def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) ->
     forward = block.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _OnDevice(count), _Launches(count):
+        with _OnDevice(count), Launches(count):
             return forward(*args, **kwargs)
 
     with mock.patch.object(block, "forward", watched):

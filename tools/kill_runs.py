@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ltxkern.cli import main as ltxkern
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
+from ltxkern.pipeline.run.progress import ProgressEvent
 
 Event = tuple[str, int, int]
 
@@ -76,12 +77,12 @@ def child(arguments: Sequence[str], report: Connection, said: int, hold: tuple[s
     What it says goes to the file `said`.
     """
 
-    def tell(_: generate.Bars, stage: str, done: int, total: int) -> None:
-        report.send((stage, done, total))
-        if hold == (stage, done):
+    def tell(_: Shown, event: ProgressEvent) -> None:
+        report.send((event.stage, event.done, event.total))
+        if hold == (event.stage, event.done):
             signal.pause()
 
-    generate.Bars.__call__ = tell  # type: ignore[method-assign]
+    Shown.__call__ = tell  # type: ignore[method-assign]
     os.dup2(said, 1)
     os.dup2(said, 2)
     os._exit(ltxkern([*arguments]))

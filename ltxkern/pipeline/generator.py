@@ -29,8 +29,9 @@ from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.decoding import decode
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
+from ltxkern.pipeline.run.denoising import DenoisingRun, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
+from ltxkern.pipeline.run.progress import OnProgress, ProgressClock
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -265,7 +266,7 @@ class HQTwoStagePipeline:
         image_latents: Sequence[Sequence[Tensor]] | None = None,
         output_type: str = "video",
         callback: StepCallback | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         work_dir: str | Path | WorkFolder | None = None,
     ) -> HQOutput:
         """Generate what a request asks for.
@@ -279,8 +280,9 @@ class HQTwoStagePipeline:
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
             output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
-            callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
-            progress: called with (stage, done, total) wherever something advances.
+            callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one. Beside the
+                packed "video" and "audio" stand "video_x0" and "audio_x0", the last predictions of the clean ones.
+            progress: called with a `ProgressEvent` wherever something advances.
             work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
                 `WorkFolder` stays open, and its owner says when the result is safe; None keeps nothing.
         Returns:
@@ -309,12 +311,12 @@ class HQTwoStagePipeline:
             given = (embeddings, negative_embeddings, initial_noise, sde_noise, image_latents, guidance_policy, tiling)
             facts = facts_of(self, replace(request, distilled_strengths=strengths), given)
         with KeptWork.opened(work_dir, self.device, facts) as work:
-            stages = request.stages(self.geometry)
-            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
+            stages, report = request.stages(self.geometry), None if progress is None else ProgressClock(progress)
+            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, report, work)
             phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
             guidance = request.guidance(self.geometry)
             policies = self.prompts.policies(
-                request, guidance, guidance_policy, embeddings, negative_embeddings, progress, work
+                request, guidance, guidance_policy, embeddings, negative_embeddings, report, work
             )
             stages[0] = replace(stages[0], branches=len(policies[0].branches))
             if self._parallel is not None:
@@ -324,7 +326,7 @@ class HQTwoStagePipeline:
             output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
             if decodes and (self._parallel is None or self._parallel.rank == 0):
                 how: dict[str, Any] = {"streamed": streamed, "work": work}
-                videos, audio = decode(self.components, self.manager, latents, tiling, progress, **how)
+                videos, audio = decode(self.components, self.manager, latents, tiling, report, **how)
                 one = isinstance(request.prompt, str)
                 output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
         output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}

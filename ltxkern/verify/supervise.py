@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltxkern.verify.checks import Check
@@ -26,12 +27,15 @@ START_SECONDS = 120.0
 class Limits:
     """Seconds: when the run is to end, by `time.monotonic`, how long one check may take, and how long a call of a backend in it.
 
-    A call that has begun has its time in any case, past the end if need be: cut short it would say nothing of the backend.
+    A call that has begun has its time in any case, past the end if need be: cut short it would say nothing of the backend. What a
+    process takes until it is ready is not its checks' time: it moves the end, up to `last`, and may be `start` long.
     """
 
     end: float
     check: float
     call: float
+    last: float = math.inf
+    start: float = START_SECONDS
 
     def left(self) -> float:
         """Until the end."""
@@ -39,8 +43,11 @@ class Limits:
 
     def share(self, part: float, least: float) -> Limits:
         """A part of what is left; one call may take a quarter of it, or `least`, so that an endless one leaves time to others."""
-        seconds = part * self.left()
-        return Limits(time.monotonic() + seconds, self.check, min(self.call, max(least, 0.25 * seconds)))
+        left = self.left()
+        seconds = part * left
+        call = min(self.call, max(least, 0.25 * seconds))
+        start = min(START_SECONDS, max(seconds, 0.5 * left))
+        return Limits(time.monotonic() + seconds, self.check, call, self.end, start)
 
 
 @dataclass
@@ -106,31 +113,42 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
+    def ready(self, limits: Limits) -> Limits | None:
+        """Wait until it is ready: the limits from then on; None, where it has a `fault` or was not ready in time."""
+        began = time.monotonic()
+        if self._next(max(0.0, min(limits.start, limits.last - began)), START_SECONDS) is None:
+            return None
+        return replace(limits, end=min(limits.last, limits.end + time.monotonic() - began))
+
     def reports(self, limits: Limits, first: float) -> Iterator[dict[str, Any]]:
-        """What it reports until it is done, the time is up, or a `fault` calls for another worker.
+        """What it reports once ready until it is done, the time is up, or a `fault` calls for another worker.
 
         Args:
             limits: of the time.
-            first: seconds from its being ready to its first call.
+            first: seconds to its first call.
         """
-        wait, calling = START_SECONDS, False
+        wait, calling = first, False
         while calling or limits.left() > 0:
-            patience = wait if calling else min(wait, max(0.0, limits.left()))
-            try:
-                line = self._lines.get(timeout=patience)
-            except queue.Empty:
-                if patience >= wait:
-                    self.fault = f"no end after {wait:.3g} s"
-                return
-            if line is None:
-                self.fault = f"the process ended by {self.end()}"
-                return
-            report = json.loads(line)
-            if "done" in report:
+            report = self._next(wait if calling else min(wait, max(0.0, limits.left())), wait)
+            if report is None or "done" in report:
                 return
             calling = report.get("call", False)
-            wait = limits.call if calling else first if "ready" in report else limits.check
+            wait = limits.call if calling else limits.check
             yield report
+
+    def _next(self, patience: float, whole: float) -> dict[str, Any] | None:
+        """Its next report; None where it has ended, and where it was silent: a `fault`, unless the `whole` time was not left."""
+        try:
+            line = self._lines.get(timeout=patience)
+        except queue.Empty:
+            if patience >= whole:
+                self.fault = f"no end after {whole:.3g} s"
+            return None
+        if line is None:
+            self.fault = f"the process ended by {self.end()}"
+            return None
+        report: dict[str, Any] = json.loads(line)
+        return report
 
     def end(self) -> str:
         """End it, whatever it does; how it ended, in words."""
@@ -193,7 +211,10 @@ def check_tier(
     while left and limits.left() > 0:
         job = {"tier": tier, "device": device, "level": level, "checks": left}
         with worker(command, job) as running:
-            at = _follow(running, checks, left, found, limits, changed)
+            at, ready = None, running.ready(limits)
+            if ready is not None:
+                limits = ready
+                at = _follow(running, checks, left, found, limits, changed)
         if running.fault is None:
             break
         if at is None:
@@ -249,8 +270,9 @@ def time_tiers(
         job = {"timing": tiers, "device": device, "seconds": 0.5 * limits.left()}
         with worker(command, job) as running:
             at: tuple[str, str] | None = None
+            ready = running.ready(limits)
             # Once ready it times a copy, before the first call.
-            for report in running.reports(limits, START_SECONDS):
+            for report in running.reports(ready, START_SECONDS) if ready is not None else ():
                 if "begin" in report:
                     op, tier = report["begin"]
                     at = op, tier

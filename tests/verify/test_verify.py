@@ -29,7 +29,7 @@ from tests.verify.planted import FAULTS, RIGHT
 
 OPS = [RIGHT, "head_gate"]
 TIERS = ["cuda", "triton", "cpu", "nvrtc"]
-# A worker that answers checks at once, but for those named, whose calls never end.
+# A worker that answers checks at once, but for those named, whose calls never end; ready after so many seconds.
 ENDLESS = [
     sys.executable,
     "-S",
@@ -38,6 +38,7 @@ ENDLESS = [
 import json, sys, time
 say = lambda **facts: print(json.dumps(facts), flush=True)
 job = json.loads(sys.stdin.readline())
+time.sleep(float(sys.argv[2]) if sys.argv[2:] else 0)
 say(ready=True)
 for index in job["checks"]:
     say(begin=index)
@@ -155,6 +156,26 @@ def test_what_comes_behind_it_has_time_left(one_hangs: tuple[list[tuple[int, che
     found = check_tier("cpu", "cpu", "quick", planned, share, lambda found: None, worker)
     assert found["qk_norm_rope"].wrong == f"{planned[0][1]}: no end after 1 s"
     assert {op: (found[op].verdict, found[op].complete) for op in OPS} == dict.fromkeys(OPS, ("proven", True))
+
+
+def test_a_slow_start_is_not_taken_from_the_share(
+    one_hangs: tuple[list[tuple[int, checks.Check]], list[str]],
+) -> None:
+    """Of both workers, the second after the call without an end."""
+    planned, worker = one_hangs
+    share = Limits(time.monotonic() + 6.0, 9.0, 9.0).share(0.1, 0.1)
+    found = check_tier("cpu", "cpu", "quick", planned, share, lambda found: None, [*worker, "0.8"])
+    assert found["qk_norm_rope"].wrong == f"{planned[0][1]}: no end after {share.call:.3g} s"
+    assert {op: (found[op].verdict, found[op].complete) for op in OPS} == dict.fromkeys(OPS, ("proven", True))
+
+
+def test_a_start_without_an_end_leaves_time_to_others(
+    one_hangs: tuple[list[tuple[int, checks.Check]], list[str]],
+) -> None:
+    (planned, worker), whole = one_hangs, Limits(time.monotonic() + 1.0, 9.0, 9.0)
+    found = check_tier("cpu", "cpu", "quick", planned, whole.share(0.1, 0.1), lambda found: None, [*worker, "9"])
+    assert 0.2 < whole.left() < 0.6
+    assert {entry.verdict for entry in found.values()} == {"not reached"}
 
 
 def test_what_was_not_reached_is_no_success(few_checks: None, fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video, smaller_tiling
-from ltxkern.pipeline.run.denoising import Progress, report
 from ltxkern.pipeline.run.device_memory import vacate, with_room
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.sampling import finite
 from ltxkern.pipeline.work.chunks import VideoChunks
 from ltxkern.pipeline.work.kept import KeptWork
@@ -27,7 +27,7 @@ def decode(
     manager: TwoStageDeviceManager,
     latents: Mapping[str, Tensor],
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     *,
     streamed: bool,
     work: KeptWork | None = None,
@@ -74,7 +74,7 @@ def decode(
 
 
 def _waveforms(
-    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Progress | None
+    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Report | None
 ) -> list[Tensor]:
     def sound() -> list[Tensor]:
         with (
@@ -94,7 +94,7 @@ def _chunks(
     manager: TwoStageDeviceManager,
     latent: Tensor,
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     work: KeptWork,
     name: str,
 ) -> VideoChunks:

@@ -16,6 +16,7 @@ from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_cond
 from ltxkern.pipeline.model.decode import upsample_latent
 from ltxkern.pipeline.run.device_memory import step_down, vacate, with_room
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latents
@@ -28,15 +29,8 @@ logger = logging.getLogger(__name__)
 
 _DRAWN = "drawn"
 
-Progress = Callable[[str, int, int], None]
 _Result = TypeVar("_Result")
 StepCallback = Callable[[str, int, int, dict[str, Tensor]], None]
-
-
-def report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    """Tell a progress callback, where there is one."""
-    if progress is not None:
-        progress(stage, done, total)
 
 
 @dataclass
@@ -50,7 +44,7 @@ class DenoisingRun:
     sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None
     image_latents: Sequence[Sequence[Tensor]] | None
     callback: StepCallback | None
-    progress: Progress | None
+    progress: Report | None
     work: KeptWork
 
     def __post_init__(self) -> None:
