@@ -8,6 +8,7 @@ budget. `python bench/budget.py` counts everything.
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 import budget
@@ -222,6 +223,46 @@ def test_a_step_backwards_is_seen() -> None:
 )  # fmt: skip
 def test_resident_warps(threads: int, registers: int, shared: int, card: str, warps: int) -> None:
     assert budget.resident_warps(threads, registers, shared, CARDS[card]) == warps
+
+
+@pytest.mark.parametrize(
+    ("shared", "blocks", "card", "bytes_"),
+    [(0, 4, "h200", 114 << 10), (50176, 2, "h200", 66560), (76800, 3, "h200", 1536), (115712, 2, "h200", 1024),
+     (0, 4, "rtx4090", 50 << 10), (1 << 20, 1, "h200", 0)],
+)  # fmt: skip
+def test_what_the_first_cache_holds_of_an_operand(shared: int, blocks: int, card: str, bytes_: int) -> None:
+    assert budget.first_cache(shared, blocks, CARDS[card]) == bytes_
+
+
+def test_what_no_first_cache_holds_is_read_again_from_the_second() -> None:
+    """Factors of a LoRA of 256 KiB, of 1 MiB and of 3 MiB, by each of 32 rows and columns of tiles; 8 KiB by none."""
+    tiles = {row.case.split(" ")[1]: row for row in BASELINE.rows["sm_90"] if row.kernel == "merge_kernel"}
+    again = {
+        rank: tiles[f"video_attn_r{rank}"].again + tiles[f"video_attn_r{rank}"].near_again for rank in (32, 128, 384)
+    }
+    for rank, moved in again.items():
+        assert moved == pytest.approx(2 * 31 * 4096 * rank * 2, rel=0.2), rank
+    rows = [row for row in BASELINE.rows["sm_90"] if "rms_norm_modulate_packs" in row.kernel]
+    assert {row.again + row.near_again for row in rows} == {0}
+
+
+def test_changed_and_ops_name_what_both_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def nothing(architecture: str, tiers: Any, dtypes: Any, ops: Any) -> budget.Launches:
+        asked.append(list(ops))
+        return budget.Launches([], {})
+
+    monkeypatch.setattr(budget, "changed", lambda known, architecture, tier: ("res2s", "qk_norm_rope"))
+    monkeypatch.setattr(budget, "launches_of", nothing)
+    file = tmp_path / "budget.json"
+    arguments = ["--changed", "--architectures", "sm_90", "--output", str(file)]
+    for ops, expected in (("dual_add,res2s", ["res2s"]), ("dual_add", None), (None, ["qk_norm_rope", "res2s"])):
+        asked.clear()
+        assert budget.main([*arguments, *(["--ops", ops] if ops else [])]) == 0
+        assert asked == ([] if expected is None else [expected])
+    kept = {row.case.split(" ")[0] for row in budget.read(file).rows["sm_90"]}
+    assert kept == {row.case.split(" ")[0] for row in BASELINE.rows["sm_90"]} - {"res2s", "qk_norm_rope"}
 
 
 def test_tables_that_queries_and_keys_share_are_one_operand() -> None:
