@@ -157,7 +157,10 @@ def why(one: Prediction, target: float, on_cuda: bool) -> str:
             f"{wide_tiles(one)}{library}"
         )
     if one.best_percent < target and one.launches == 1:
-        return f"too short: one launch reaches {one.best_percent:.0f} at most; besides {beyond(one)}"
+        said = f"too short: one launch reaches {one.best_percent:.0f} at most; besides {beyond(one)}"
+        if one.limits.get("barrier"):
+            said += f"; two that need not wait reach {100 * one.bytes_us / (one.bytes_us + 2 * one.limits['launch']):.0f} at most"
+        return said
     if one.launched_percent < target and one.launches > 1:
         return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}; besides {beyond(one)}"
     if one.op == "group_norm_silu" and one.case.endswith("channels_last"):

@@ -127,7 +127,7 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
         (
             {"best_percent": 80.0},
             "too short: one launch reaches 80 at most; besides 1.0 us in which all blocks wait for one another, "
-            "15.0 us of L2",
+            "15.0 us of L2; two that need not wait reach 71 at most",
         ),
         (
             {"launches": 2, "launched_percent": 70.0, "limits": {"issue": 9.0, "launch": 2.0}, "time_us": 13.0},
