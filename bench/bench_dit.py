@@ -2,8 +2,9 @@
 
 diffusers' forward is timed as its pipelines call it, with a timestep for every token, and with the one that all tokens have.
 `--count` counts one block of both at the two stages' shapes, from shapes alone: `dit_count.py` says what a video-sized pass is.
+`--sites` tells time, bytes and launches of each site of a forward (`dit_sites.py`).
 `--blocks N` runs the first N of 48 blocks. The floor replays every matrix product and attention call that the toolkit's
-forward makes, and nothing else; what the forward takes beyond it is what fusion can win.
+forward makes, on its weights, and nothing else; what the forward takes beyond it is what fusion can win.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_count
+import dit_sites
 import machine
 from cases import DTYPES, Case, normal
 from command_line import measured, parser, relaunch_warm, start_run
+from dit_floor import ContractionLog, floor_calls
 from harness import Run, with_ratios
+from ltxkern.patch import fuse
+from ltxkern.patching.rules import Rules
 from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
@@ -38,8 +41,8 @@ from timing import CallTimer, interleave, summarise
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away.
 ROUNDINGS = 8
 ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
+LEAST_OF = 10  # forwards, in turn, of which a site has the least time
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
-CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 CONFIG = {
     "gated_attn": True,
     "audio_gated_attn": True,
@@ -136,76 +139,60 @@ def diffusers_forward(model: Any, inputs: Inputs, *, by_token: bool = True) -> C
 
 
 def counted(case: Case) -> list[dict[str, Any]]:
-    """What one block between two others launches and moves in bf16, ours and diffusers', from shapes alone."""
+    """What one block between two others launches and moves in bf16, from shapes alone: ours, diffusers', and that one patched.
+
+    `patch` embeds timesteps for every token once a value, which shapes do not show: it is counted with one for all tokens.
+    """
     meta = torch.device("meta")
     ours, theirs = (torch.nn.Module.to(model, dtype=torch.bfloat16).eval() for model in without_data(case, 3))
     inputs = inputs_of(case, ours, torch.bfloat16, meta)
-    calls = {
-        "ltxkern": (ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
-        "diffusers": (theirs, diffusers_forward(theirs, inputs)),
-    }
-    return [
-        dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
-        for name, (model, call) in calls.items()
+
+    def row(name: str, model: Any, call: Callable[[], Any]) -> dict[str, Any]:
+        return dit_count.count_block(model.transformer_blocks[1], call, case.numel).row(case.name, name)
+
+    rows = [
+        row("ltxkern", ours, lambda: predict_velocity(ours, inputs.video, inputs.audio)),
+        row("diffusers", theirs, diffusers_forward(theirs, inputs)),
     ]
+    with fuse(theirs, Rules(meta=True)):
+        patched = diffusers_forward(theirs, inputs, by_token=False)
+        patched()  # a site asks at its first call who serves it
+        return [*rows, row("patch", theirs, patched)]
 
 
-class ContractionLog(TorchDispatchMode):
-    """Counts the matrix products and attention calls of what runs inside, by function and argument layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[Any, ...]] = Counter()
-        self.arguments: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name in CONTRACTIONS or "scaled_dot_product" in name:
-            layout = tuple((tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
-            key = (func, layout, tuple(sorted(kwargs.items())))
-            self.calls[key] += 1
-            self.arguments.setdefault(key, (layout, kwargs))
-        return func(*args, **kwargs)
-
-    def flops(self) -> int:
-        """Of all logged calls, two per multiply-add."""
-        total = 0
-        for (func, layout, _), count in self.calls.items():
-            shapes = [part[0] for part in layout if isinstance(part, tuple)]
-            if "scaled_dot_product" in func.overloadpacket.__name__:
-                (batch, heads, queries, depth), keys = shapes[0], shapes[1][2]
-                total += count * 4 * batch * heads * queries * keys * depth
-            else:
-                a, b = shapes[-2:]
-                batch = a[0] if len(a) == 3 else 1
-                total += count * 2 * batch * a[-2] * a[-1] * b[-1]
-        return total
+@torch.no_grad()
+def site_rows(run: Run, case: Case, blocks: int, dtype_name: str) -> list[dict[str, Any]]:
+    """What each site of a forward launches, moves and takes; a provider that cannot run is skipped with its reason."""
+    dtype, rounds = DTYPES[dtype_name], max(LEAST_OF, run.settings.rounds)
+    ours, theirs = build(case, blocks, dtype, run.device)
+    inputs = inputs_of(case, ours, dtype, run.device)
+    calls: dict[str, Callable[[], Any]] = {
+        "ltxkern": lambda: predict_velocity(ours, inputs.video, inputs.audio),
+        EAGER: diffusers_forward(theirs, inputs),
+        ONE_TIMESTEP: diffusers_forward(theirs, inputs, by_token=False),
+    }
+    if (reason := compiler_missing(run.device)) is None:
+        calls[COMPILE] = diffusers_forward(compile_blocks(case, blocks, dtype, run.device, ours), inputs)
+        calls[COMPILE]()
+    else:
+        run.skip("dit", case.name, COMPILE, reason)
+    wanted = {name: call for name, call in calls.items() if is_wanted(name, run.backends)}
+    common = {"case": case.name, "blocks": blocks, "dtype": dtype_name, "rounds": rounds}
+    return [{**common, **row} for row in dit_sites.site_rows(wanted, COMPILE, run.device, rounds)]
 
 
-def is_layout(part: Any) -> bool:
-    """Whether a logged argument was a tensor."""
-    return isinstance(part, tuple) and len(part) == 3 and isinstance(part[2], torch.dtype)
-
-
-def floor_calls(log: ContractionLog, device: torch.device) -> Callable[[], None]:
-    """All logged calls one after another, each on random data of its own layout."""
-    calls = []
-    for key, count in log.calls.items():
-        layout, kwargs = log.arguments[key]
-        tensors = [
-            torch.empty_strided(*part[:2], dtype=part[2], device=device).normal_() if is_layout(part) else part
-            for part in layout
-        ]
-        calls += [functools.partial(key[0], *tensors, **kwargs)] * count
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
+def measure_sites(run: Run, picked: Sequence[Case], parsed: Any) -> int:
+    """`--sites`: the table of every case and dtype, printed and as JSON."""
+    rows = []
+    for case in picked:
+        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
+            found = site_rows(run, case, parsed.blocks or case.options["blocks"], dtype)
+            print(f"{case.name} {dtype}\n{dit_sites.table(found)}\n")
+            rows += found
+    if parsed.output_json:
+        written = {"definition": dit_sites.__doc__, "machine": run.facts, "rows": rows}
+        Path(parsed.output_json).write_text(json.dumps(written, indent=1) + "\n")
+    return 0
 
 
 def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
@@ -229,7 +216,7 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
 
     title, theirs_forward = f"{case.name} {blocks} blocks", diffusers_forward(theirs, inputs)
     toolkit()  # attention kernels are checked at their first use, outside the log
-    with ContractionLog() as log:
+    with ContractionLog(ours.parameters()) as log:
         result = toolkit()
     expected = theirs_forward()
     errors = {"ltxkern": distance(result, expected)}
@@ -257,9 +244,9 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
     timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     floor = summarise(samples[FLOOR]).median
-    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops()}
+    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops}
     notes = {name: f"relative RMS distance from diffusers {error:.1e}" for name, error in errors.items()}
-    notes[FLOOR] = f"{sum(log.calls.values())} calls"
+    notes[FLOOR] = f"{len(log.calls)} calls"
     rows = [
         Record(
             **common,
@@ -333,6 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--count", action="store_true", help="count launches and bytes of one block at both stages, and time nothing"
     )
+    options.add_argument(
+        "--sites",
+        action="store_true",
+        help="time, bytes and launches of each site of a forward, instead of whole forwards",
+    )
     parsed = options.parse_args(arguments)
     if parsed.count:
         rows = [row for case in CASES if case.size == "large" for row in counted(case)]
@@ -347,6 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(f"--cases: none of {', '.join(c.name for c in CASES)} in {parsed.cases!r}")
     relaunch_warm(parsed)
     run = start_run(parsed)
+    if parsed.sites:
+        return measure_sites(run, picked, parsed)
     return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names))
 
 

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -31,7 +32,17 @@ from cases import count_bytes
 
 WIDTH = 4096
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach", "alias")
+# What launches nothing.
+NO_LAUNCH = (
+    "_fused_sdp_choice",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "_unsafe_view",
+    "detach",
+    "alias",
+)
 # What these change they do not read; those take a tensor for its shape alone.
 OVERWRITING = ("copy_", "fill_", "zero_")
 FILLING = ("new_", "zeros", "ones", "full", "rand")
@@ -69,10 +80,11 @@ class Launched:
 
 @dataclass
 class Count:
-    """The launches of one block; `unit` is the bytes of one (T, 4096) bf16 tensor."""
+    """The launches of one block, and the most bytes that it had made and not yet let go of; `unit` is a (T, 4096) bf16 tensor's."""
 
     unit: int
     launches: list[Launched] = field(default_factory=list)
+    peak_bytes: int = 0
 
     @property
     def elementwise_bytes(self) -> int:
@@ -128,6 +140,7 @@ class Count:
             "elementwise_bytes": self.elementwise_bytes,
             "launches": len(self.launches),
             "wide_passes": self.wide_passes,
+            "peak_tensors": round(self.peak_bytes / self.unit, 2),
             "gemm_and_attention_ms": round(1e3 * within, 1),
             "beyond_percent": round(100 * beyond / within, 1),
             "sites": [{"site": s, "video_passes": n, "video_tensors": round(m, 2)} for s, n, m in self.sites()],
@@ -151,8 +164,9 @@ def _site() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "model" or path.stem.startswith("transformer"):
-            return f"{path.stem}.{frame.f_code.co_name}"
+        if path.parent.name in ("model", "patching") or path.stem.startswith("transformer"):
+            # With the class, where Python knows it.
+            return f"{path.stem}.{getattr(frame.f_code, 'co_qualname', frame.f_code.co_name).removesuffix('.forward')}"
         frame = frame.f_back
     return "elsewhere"
 
@@ -182,17 +196,26 @@ class _OnDevice(TorchFunctionMode):
         return func(*args, **settings)
 
 
-class _Launches(TorchDispatchMode):
-    def __init__(self, count: Count) -> None:
+class Launches(TorchDispatchMode):
+    """Notes the launches of what runs inside."""
+
+    def __init__(self, count: Any) -> None:
         super().__init__()
         self._count = count
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The op's call."""
+        return func(*args, **kwargs)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         name = func.overloadpacket.__name__
-        if func.is_view or name in ALLOCATIONS:
+        if func.is_view or name in NO_LAUNCH:
+            return result
+        if "scaled_dot_product" in name:
+            self._count.launches.append(Launched(_site(), "attention", 0, 0, 4 * args[0].numel() * args[1].shape[-2]))
             return result
         if name in PRODUCTS:
             matrix = args[0] if name in ("mm", "bmm", "linear") else args[1]
@@ -212,6 +235,28 @@ class _Launches(TorchDispatchMode):
         return result
 
 
+class _Live(TorchDispatchMode):
+    """Memory that what runs inside makes: the most of it that is held at one time."""
+
+    def __init__(self, count: Count, given: Any) -> None:
+        super().__init__()
+        self._count = count
+        # Of these none is made inside; a reference keeps the address from being another's.
+        self._given = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(given)}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
+            if storage._cdata not in self._given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._count.peak_bytes = max(self._count.peak_bytes, sum(size for _, size in self._made.values()))
+        return result
+
+
 @torch.no_grad()
 def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) -> Count:
     """What one block launches within `call`, a forward on the meta device that runs it once.
@@ -224,7 +269,7 @@ def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) ->
     forward = block.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _OnDevice(count), _Launches(count):
+        with _OnDevice(count), _Live(count, (args, kwargs, [*block.parameters()])), Launches(count):
             return forward(*args, **kwargs)
 
     with mock.patch.object(block, "forward", watched):

@@ -8,16 +8,16 @@ import sys
 import torch
 from tqdm import tqdm
 
-from ltxkern.pipeline import GenerationRequest, HQTwoStagePipeline
+from ltxkern.pipeline import GenerationRequest, HQTwoStagePipeline, ProgressEvent
 
 
 def main(path: str = "kite.mp4") -> None:
     bar = tqdm(unit="step")
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(event: ProgressEvent) -> None:
         """Called wherever something advances: the prompt, both stages, the decoders."""
-        bar.set_description(stage)
-        bar.total, bar.n = total, done
+        bar.set_description(event.stage)
+        bar.total, bar.n = event.total, event.done
         bar.refresh()
 
     request = GenerationRequest("a red kite over a winter beach", height=64, width=128, num_frames=9, steps=2, seed=10)

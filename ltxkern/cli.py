@@ -1,4 +1,4 @@
-"""The command line: `ltxkern generate | resume | batch | plan | lora | compare | doctor | verify | bench-env`."""
+"""The command line: `ltxkern generate | resume | batch | serve | plan | lora | compare | doctor | verify | bench-env`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ltxkern.commands.options import expected_errors
 from ltxkern.commands.text_files import home_in_paths, read_config
 
-COMMANDS = ("generate", "resume", "batch", "plan", "lora", "compare", "doctor", "verify")
+COMMANDS = ("generate", "resume", "batch", "serve", "plan", "lora", "compare", "doctor", "verify")
 INTERRUPTED = 130
 
 

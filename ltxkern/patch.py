@@ -24,6 +24,8 @@ OPS = (
     "rms_norm_modulate",
     "gated_residual",
     "gated_residual_rms_norm_modulate",
+    "gated_residual_rms_norm_modulate_twice",
+    "linear_gelu",
     "qk_norm_rope",
     "head_gate",
 )

@@ -1,7 +1,7 @@
 """Kills runs of the demo model and resumes them: `python -m tools.kill_runs --kills 20 --seed 1`.
 
 Each run is a process of its own that SIGKILL ends at a moment drawn within a stage; every stage has its turn. The resumed mp4 must
-have the bytes of the run that nobody killed, and no more than one step may be computed twice.
+have the bytes of the run that nobody killed, no more than one step may be computed twice, and nothing half-written may be left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ltxkern.cli import main as ltxkern
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
+from ltxkern.pipeline.run.progress import ProgressEvent
 
 Event = tuple[str, int, int]
 
@@ -41,11 +42,12 @@ class Killed:
     killed: bool
     same: bool
     twice: list[Event]
+    left: list[str]
 
     @property
     def ok(self) -> bool:
-        """Whether it lost nothing."""
-        return self.same and len(self.twice) <= 1
+        """Whether it lost nothing and left nothing half-written."""
+        return self.same and len(self.twice) <= 1 and not self.left
 
     def __str__(self) -> str:
         how = (
@@ -53,7 +55,9 @@ class Killed:
             if self.killed
             else f"done before it was killed in {self.stage}"
         )
-        return f"{how}: {'same bytes' if self.same else 'OTHER BYTES'}, computed twice: {self.twice or 'nothing'}"
+        bits = "same bytes" if self.same else "OTHER BYTES"
+        left = f", LEFT BEHIND: {', '.join(self.left)}" if self.left else ""
+        return f"{how}: {bits}, computed twice: {self.twice or 'nothing'}{left}"
 
 
 def warm() -> None:
@@ -67,17 +71,20 @@ def warm() -> None:
     build_demo()
 
 
-def child(arguments: Sequence[str], report: Connection, hold: tuple[str, int] | None) -> None:
-    """One run; tells each step through the pipe, and stands still where it is to be killed at a given step."""
+def child(arguments: Sequence[str], report: Connection, said: int, hold: tuple[str, int] | None) -> None:
+    """One run; tells each step through the pipe, and stands still where it is to be killed at a given step.
 
-    def tell(_: generate.Bars, stage: str, done: int, total: int) -> None:
-        report.send((stage, done, total))
-        if hold == (stage, done):
+    What it says goes to the file `said`.
+    """
+
+    def tell(_: Shown, event: ProgressEvent) -> None:
+        report.send((event.stage, event.done, event.total))
+        if hold == (event.stage, event.done):
             signal.pause()
 
-    generate.Bars.__call__ = tell  # type: ignore[method-assign]
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
+    Shown.__call__ = tell  # type: ignore[method-assign]
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     os._exit(ltxkern([*arguments]))
 
 
@@ -93,7 +100,8 @@ def watched(
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     hold = (stage, at) if stage is not None and delay is None else None
-    process = context.Process(target=child, args=(arguments, theirs, hold))
+    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process that it is of
+    process = context.Process(target=child, args=(arguments, theirs, said.fileno(), hold))
     process.start()
     theirs.close()
     events: list[Event] = []
@@ -115,7 +123,8 @@ def watched(
         process.kill()
         raise SystemExit(f"a run did not end within {TIMEOUT:g} s: {arguments}")
     if not killed and process.exitcode:
-        raise SystemExit(f"a run ended with status {process.exitcode}: {arguments}")
+        said.seek(0)
+        raise SystemExit(f"a run ended with status {process.exitcode}: {arguments}\n{said.read()}")
     return events, killed, times
 
 
@@ -134,7 +143,9 @@ def kill_and_resume(
         else:
             second, _, _ = watched(["resume", str(work), "--quiet"])
     steps = [event for event in first if event[0].startswith("stage") and event[1]]
-    return Killed(stage, at, killed, output.read_bytes() == whole, [event for event in steps if event in second])
+    twice = [event for event in steps if event in second]
+    left = sorted(path.name for path in folder.rglob(".*"))
+    return Killed(stage, at, killed, output.read_bytes() == whole, twice, left)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from ltxkern.commands import admission, options, parallel
 from ltxkern.commands.text_files import home_in_paths
 
 if TYPE_CHECKING:
-    from ltxkern.commands.batch_items import Item, Manifest, Outcome
-    from ltxkern.commands.batch_ray import Placement
+    from ltxkern.commands.batching.items import Item, Manifest, Outcome
+    from ltxkern.commands.batching.ray import Placement
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.run.request import GenerationRequest
 
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[list[Item], Manifest, list[Item]]:
     """The items, what is known of them, and those that need to run."""
-    from ltxkern.commands.batch_items import Manifest, pending, read_items
+    from ltxkern.commands.batching.items import Manifest, pending, read_items
     from ltxkern.pipeline.results.atomic import output_target
 
     if arguments.format not in FORMATS:
@@ -179,7 +179,7 @@ class Generator:
 
     def outcome(self, item: Item) -> Outcome:
         """What became of an item; an error that concerns it alone is its outcome."""
-        from ltxkern.commands.batch_items import attempt, digest
+        from ltxkern.commands.batching.items import attempt, digest
 
         wanted = digest(item, settings(self._arguments))
         return attempt(item, wanted, self._generate, _collected(self._job.ranks is not None))
@@ -238,7 +238,7 @@ def _collected(several_ranks: bool) -> tuple[type[BaseException], ...]:
 
 
 def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Manifest) -> None:
-    from ltxkern.commands.batch_items import Outcome, digest
+    from ltxkern.commands.batching.items import Outcome, digest
     from ltxkern.pipeline.parallel.ranks import Started
 
     started = Started.from_environment()
@@ -248,7 +248,7 @@ def _run_with_ray(arguments: argparse.Namespace, todo: list[Item], manifest: Man
         import ray
     except ModuleNotFoundError as error:
         raise ValueError('ray is not installed: pip install "ltxkern[ray]", or leave --ray out') from error
-    from ltxkern.commands.batch_ray import require_capacity, run_with_ray
+    from ltxkern.commands.batching.ray import require_capacity, run_with_ray
 
     size = arguments.cfg_parallel_size or 1
     parallel.check_options(arguments, Started(size=size))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxkern.commands import admission, options, parallel, work_dir
+from ltxkern.commands import admission, options, parallel, progress, work_dir
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
     work_dir.add_work_options(parser)
+    progress.add_progress_options(parser)
     parser.add_argument(
         "-o", "--output", default="out.mp4", metavar="PATH", help=".mp4, .safetensors or a folder (default out.mp4)"
     )
@@ -51,7 +52,6 @@ def add_parser(subparsers: Any) -> None:
         help="where a stage gives NaN or infinity: stop (default), or retry-fp32, which runs it again in fp32",
     )
     parser.add_argument("--no-plan", action="store_true", help="do not check beforehand that the run fits into memory")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -70,6 +70,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
 
     if arguments.on_nan not in ON_NAN:
         raise ValueError(f"on-nan must be one of {', '.join(ON_NAN)}, got {arguments.on_nan!r}")
+    progress.check_options(arguments)
     if not arguments.prompt or not arguments.prompt.strip():
         raise ValueError('prompt is missing: add --prompt "what the video shows"')
     chosen, request = admission.read_options(arguments)
@@ -83,9 +84,9 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
             print(DEMO_NOTE, file=sys.stderr)
     elif chosen.model.path is not None and not arguments.no_plan:
         chosen.plan(request).check()
-    with work_dir.kept(arguments, job) as work, Bars(arguments.quiet or not job.leads) as bars:
+    with work_dir.kept(arguments, job) as work, progress.Shown(arguments, job.leads) as shown:
         try:
-            shared = _generate(arguments, job, chosen, request, bars, work)
+            shared = _generate(arguments, job, chosen, request, shown, work)
         except NonFiniteError as error:
             if arguments.on_nan == "stop" or chosen.dtype == torch.float32 or job.ranks or not error.finite_weights:
                 raise
@@ -95,12 +96,12 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
                 chosen.plan(request).check()
             if work is not None:
                 work.start_over(error.stage, dtype="fp32")
-            shared = _generate(arguments, job, chosen, request, bars, work)
+            shared = _generate(arguments, job, chosen, request, shown, work)
     job.finish()
     if job.leads:
         if not arguments.quiet:
             parallel.report_traffic(shared)
-        print(finished(Path(arguments.output), kind))
+        shown.result(arguments.output, finished(Path(arguments.output), kind))
     return 0
 
 
@@ -109,7 +110,7 @@ def _generate(
     job: parallel.Job,
     chosen: options.ModelOptions,
     request: GenerationRequest,
-    bars: Bars,
+    shown: progress.Shown,
     work: WorkFolder | None,
 ) -> CFGParallel | None:
     """Open the model, run the request and write the result; what the ranks exchanged."""
@@ -119,9 +120,10 @@ def _generate(
     with chosen.open() as pipeline:
         shared = job.share(pipeline, request, arguments.cfg_parallel_size, arguments.stage2_parallel)
         if shared is not None or job.leads:
-            output = pipeline.generate(request, output_type=how, progress=bars, work_dir=work)
+            seen = progress.previews(arguments, pipeline, request) if job.leads else None
+            output = pipeline.generate(request, output_type=how, callback=seen, progress=shown, work_dir=work)
         if job.leads:
-            output.save(arguments.output, progress=bars.frames(request.num_frames))
+            output.save(arguments.output, progress=shown.frames(request.num_frames))
     return shared
 
 
@@ -161,47 +163,8 @@ def finished(path: Path, kind: str) -> str:
     """The last line of a run: what was written, read back from the file."""
     if kind != "mp4":
         return str(path)
-    from ltxkern.pipeline.results.media import probe_mp4
+    from ltxkern.pipeline.results.probe import probe_mp4
 
     info = probe_mp4(path)
     sound = f"{info.audio_rate} Hz, {info.channels} channels" if info.audio_rate else "no sound"
     return f"{info.frames} frames, {info.width}x{info.height}, {float(info.fps):g} fps, {sound}\n{path}"
-
-
-class Bars:
-    """Progress bars, one per stage, with rate and time left."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._stage = ""
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage is through."""
-        if self._quiet:
-            return
-        if stage != self._stage or self._bar is None:
-            from tqdm import tqdm
-
-            self._close()
-            self._stage = stage
-            self._bar = tqdm(total=total, desc=f"{stage:<22}", unit="step", file=sys.stderr, dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._close()
-            self._stage = ""
-
-    def frames(self, total: int) -> Any:
-        """A callback that counts encoded frames."""
-        return lambda done: self("writing", done, total)

@@ -371,9 +371,11 @@ def with_strength(text: str) -> tuple[str, float]:
 
 def expected_errors() -> tuple[type[BaseException], ...]:
     """Errors that carry a sentence for the user; anything else is a fault of ours and shows its traceback."""
+    import torch
+
     from ltxkern.dispatch import BackendError
 
-    return (ValueError, TypeError, OSError, ArithmeticError, BackendError)
+    return (ValueError, TypeError, OSError, ArithmeticError, BackendError, torch.OutOfMemoryError)
 
 
 def _backend_choice(names: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:

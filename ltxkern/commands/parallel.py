@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltxkern.commands import progress
 from ltxkern.commands.options import expected_errors
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_branch import CFGParallel
     from ltxkern.pipeline.parallel.ranks import Ranks, Started
 
-OWN_AFFAIR = ("run", "parser", "command", "quiet", "verbose", "config", "output")
+OWN_AFFAIR = ("run", "parser", "command", *progress.OPTIONS, "verbose", "config", "output")
 STAGE2_PARALLEL = ("none", "ulysses")
 
 logger = logging.getLogger(__name__)

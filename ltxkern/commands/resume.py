@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any, NoReturn
 
-from ltxkern.commands import generate, options, parallel
+from ltxkern.commands import generate, options, parallel, progress
 from ltxkern.commands.text_files import home_in_paths
 
 
@@ -32,19 +32,23 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--output", metavar="PATH", help="another place for the result")
     parser.add_argument("--no-plan", action="store_true", help="do not check beforehand that the run fits into memory")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    progress.add_progress_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read what the run was started from, and generate on."""
-    folder, output = (None if path is None else os.path.abspath(path) for path in (arguments.folder, arguments.output))
+    folder, output, arguments.preview = (
+        None if path is None else os.path.abspath(path)
+        for path in (arguments.folder, arguments.output, arguments.preview)
+    )
     command = _stored(str(folder))
     os.chdir(command.pop("where"))
     again = _changed(command, arguments.changes)
     again.output = output or command["output"]
     again.work_dir, again.no_work_dir, again.restart = folder, False, arguments.restart
-    again.quiet, again.no_plan, again.verbose = arguments.quiet, arguments.no_plan, arguments.verbose
+    for name in ("no_plan", "verbose", *progress.OPTIONS):
+        setattr(again, name, getattr(arguments, name))
     again.command, again.dry_run = "generate", False
     return generate.generate(again, parallel.Job(None))
 

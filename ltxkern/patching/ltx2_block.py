@@ -14,7 +14,13 @@ from torch import Tensor
 from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.gated_residual import gated_residual, head_gate
 from ltxkern.ops.qk_norm_rope import qk_norm_rope
-from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_norm_modulate
+from ltxkern.ops.rms_norm_modulate import (
+    gated_residual_rms_norm_modulate,
+    gated_residual_rms_norm_modulate_twice,
+    rms_norm_modulate,
+)
+from ltxkern.patching import separate
+from ltxkern.patching.feed_forward import is_plain, joins, product_gelu
 from ltxkern.patching.norms import Fused, stands
 from ltxkern.patching.report import Group, Site
 
@@ -38,37 +44,13 @@ class Held:
     group: Group
 
 
-def _rows(rows: Tensor | None, *tables: Tensor) -> tuple[Tensor, ...]:
-    return tables if rows is None else tuple(table[rows] for table in tables)
-
-
-def _norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, rows: Tensor | None) -> Tensor:
-    scale, shift = _rows(rows, scale, shift)
-    y = (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return y * (1 + scale) + shift
-
-
-def _residual(x: Tensor, y: Tensor, gate: Tensor, *, rows: Tensor | None) -> Tensor:
-    return x + y * _rows(rows, gate)[0]
-
-
-def _residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, eps: float, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    x = _residual(x, y, gate, rows=rows)
-    return x, _norm(x, scale, shift, eps=eps, rows=rows)
-
-
-def _gate(x: Tensor, logits: Tensor) -> Tensor:
-    return x * (2.0 * torch.sigmoid(logits)).unsqueeze(-1)
-
-
 # Each op, and what stands in its place where the patch may not use it.
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "rms_norm_modulate": (rms_norm_modulate, _norm),
-    "gated_residual": (gated_residual, _residual),
-    "gated_residual_rms_norm_modulate": (gated_residual_rms_norm_modulate, _residual_norm),
-    "head_gate": (head_gate, _gate),
+    "rms_norm_modulate": (rms_norm_modulate, separate.norm),
+    "gated_residual": (gated_residual, separate.residual),
+    "gated_residual_rms_norm_modulate": (gated_residual_rms_norm_modulate, separate.residual_norm),
+    "gated_residual_rms_norm_modulate_twice": (gated_residual_rms_norm_modulate_twice, separate.residual_norms),
+    "head_gate": (head_gate, separate.head_gate),
 }
 
 
@@ -175,18 +157,8 @@ def _rotated(
     k_cos, k_sin = (None, None) if key_tables is None else (_by_head(table, attention) for table in key_tables)
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        return qk_norm_rope(
-            x,
-            key,
-            first.weight,
-            second.weight,
-            cos,
-            sin,
-            eps=first.eps,
-            layout=attention.rope_type,
-            k_cos=k_cos,
-            k_sin=k_sin,
-        )
+        weights, how = (first.weight, second.weight), {"eps": first.eps, "layout": attention.rope_type}
+        return qk_norm_rope(x, key, *weights, cos, sin, k_cos=k_cos, k_sin=k_sin, **how)
 
     rotated: tuple[Tensor, Tensor] = site.serve(query, call)
     return rotated
@@ -250,46 +222,35 @@ class FusedBlock(Fused):
             if stands(self):
                 _composed(self._ltxkern)
             forward = super().forward if stands(self) else type(self).forward.__get__(self)
-            return forward(
-                x,
-                y,
-                encoder_hidden_states,
-                audio_encoder_hidden_states,
-                *(value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate)),
-                temb_prompt,
-                temb_prompt_audio,
-                video_rotary_emb,
-                audio_rotary_emb,
-                ca_video_rotary_emb,
-                ca_audio_rotary_emb,
-                encoder_attention_mask,
-                audio_encoder_attention_mask,
-                self_attention_mask,
-                audio_self_attention_mask,
-                a2v_cross_attention_mask,
-                v2a_cross_attention_mask,
-                use_a2v_cross_attention,
-                use_v2a_cross_attention,
-                perturbation_mask,
-                all_perturbed,
-            )
+            modulations = (value.by_token() for value in (base, audio_base, cross, audio_cross, gate, audio_gate))
+            ropes = video_rotary_emb, audio_rotary_emb, ca_video_rotary_emb, ca_audio_rotary_emb
+            masks: tuple[Any, ...] = encoder_attention_mask, audio_encoder_attention_mask
+            masks += self_attention_mask, audio_self_attention_mask
+            masks += a2v_cross_attention_mask, v2a_cross_attention_mask
+            flags = use_a2v_cross_attention, use_v2a_cross_attention
+            texts = encoder_hidden_states, audio_encoder_hidden_states
+            prompts = temb_prompt, temb_prompt_audio
+            others = *prompts, *ropes, *masks, *flags, perturbation_mask, all_perturbed
+            return forward(x, y, *texts, *modulations, *others)
         perturbed = (
             {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
         )
         own = {"query_rotary_emb": video_rotary_emb, "attention_mask": self_attention_mask, **perturbed}
         text = (encoder_hidden_states, encoder_attention_mask, temb_prompt)
-        x = _attentions(self, _VIDEO, x, base, own, text, self.video_cross_attn_adaln)
+        video = _Stream(self, _VIDEO, x, base, cross, gate, ca_video_rotary_emb)
+        audio = _Stream(self, _AUDIO, y, audio_base, audio_cross, audio_gate, ca_audio_rotary_emb)
+        _attentions(video, own, text, self.video_cross_attn_adaln)
         own = {"query_rotary_emb": audio_rotary_emb, "attention_mask": audio_self_attention_mask, **perturbed}
         text = (audio_encoder_hidden_states, audio_encoder_attention_mask, temb_prompt_audio)
-        y = _attentions(self, _AUDIO, y, audio_base, own, text, self.audio_cross_attn_adaln)
-        # Both directions read the states before either is added.
-        video = _Crossing(_VIDEO, x, cross, gate, ca_video_rotary_emb)
-        audio = _Crossing(_AUDIO, y, audio_cross, audio_gate, ca_audio_rotary_emb)
-        if use_a2v_cross_attention:
-            x = _from_other(self, "audio_to_video_attn", video, audio, 0, a2v_cross_attention_mask)
-        if use_v2a_cross_attention:
-            y = _from_other(self, "video_to_audio_attn", audio, video, 2, v2a_cross_attention_mask)
-        return _feed_forward(self, _VIDEO, x, base), _feed_forward(self, _AUDIO, y, audio_base)
+        _attentions(audio, own, text, self.audio_cross_attn_adaln)
+        if use_a2v_cross_attention or use_v2a_cross_attention:
+            # Both directions read the states before either is added.
+            seen, heard = _cross_norms(video), _cross_norms(audio)
+            if use_a2v_cross_attention:
+                _from_other("audio_to_video_attn", video, audio, seen[0], heard[0], a2v_cross_attention_mask)
+            if use_v2a_cross_attention:
+                _from_other("video_to_audio_attn", audio, video, heard[1], seen[1], v2a_cross_attention_mask)
+        return _feed_forward(video), _feed_forward(audio)
 
 
 class _Names(NamedTuple):
@@ -317,30 +278,71 @@ def _parts(table: Tensor, modulation: Tensor, start: int, stop: int) -> tuple[Te
     return (table[start:stop] + part).unbind(-2)
 
 
-def _attentions(
-    block: Any, names: _Names, x: Tensor, base: Modulation, own: dict[str, Any], text: Any, modulates: bool
-) -> Tensor:
-    """Self-attention, then attention to the text; the residual between them goes with the text norm where that is modulated."""
-    held, rows, prefix = block._ltxkern, base.rows, names.prefix
-    table = getattr(block, f"{prefix}scale_shift_table")
-    norm1, norm2 = f"{prefix}norm1", f"{prefix}norm2"
-    first, second = getattr(block, norm1), getattr(block, norm2)
-    shift, scale, gate = _parts(table, base.table, 0, 3)
-    normed = _run(held, norm1, "rms_norm_modulate", x, scale, shift, eps=first.eps, rows=rows)
-    update = getattr(block, f"{prefix}attn1")(normed, encoder_hidden_states=None, **own)
+class _Branch(NamedTuple):
+    """What is to be added to a state with the pass that next goes over it."""
+
+    update: Tensor
+    gate: Tensor
+    rows: Tensor | None
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A modality on its way through a block."""
+
+    block: Any
+    names: _Names
+    x: Tensor
+    base: Modulation
+    cross: Modulation
+    gate: Modulation
+    rope: tuple[Tensor, Tensor] | None
+    branch: _Branch | None = None
+
+    def parts(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Parts of the block's own modulation."""
+        return _parts(getattr(self.block, f"{self.names.prefix}scale_shift_table"), self.base.table, start, stop)
+
+    def add(self, update: Tensor, gate: Tensor, rows: Tensor | None) -> None:
+        """Have `update gate` added by the next pass."""
+        self.branch = _Branch(update, gate, rows)
+
+    def norms(self, child: str, eps: float, rows: Tensor | None, *modulation: Tensor) -> tuple[Tensor, ...]:
+        """Add what is to be added; the norm of the sum by each scale and shift."""
+        held = self.block._ltxkern
+        if self.branch is None:
+            return (_run(held, child, "rms_norm_modulate", self.x, *modulation, eps=eps, rows=rows),)
+        op = "gated_residual_rms_norm_modulate" + ("_twice" if len(modulation) == 4 else "")
+        (update, gate, own), self.branch = self.branch, None
+        if own is not rows:
+            gate, rows, modulation = _by_token(own, gate)[0], None, _by_token(rows, *modulation)
+        self.x, *normed = _run(held, child, op, self.x, update, gate, *modulation, eps=eps, rows=rows)
+        return tuple(normed)
+
+
+def _by_token(rows: Tensor | None, *tables: Tensor) -> tuple[Tensor, ...]:
+    return tables if rows is None else tuple(table[rows] for table in tables)
+
+
+def _attentions(stream: _Stream, own: dict[str, Any], text: Any, modulates: bool) -> None:
+    """Self-attention, then attention to the text, whose queries are modulated or not."""
+    block, rows, prefix = stream.block, stream.base.rows, stream.names.prefix
+    first, second = (f"{prefix}norm{number}" for number in (1, 2))
+    shift, scale, gate = stream.parts(0, 3)
+    (normed,) = stream.norms(first, getattr(block, first).eps, rows, scale, shift)
+    stream.add(getattr(block, f"{prefix}attn1")(normed, encoder_hidden_states=None, **own), gate, rows)
     context, mask, prompt = text
     if block.cross_attn_adaln:
         context = _modulated_context(getattr(block, f"{prefix}prompt_scale_shift_table"), context, prompt)
     if modulates:
-        text_shift, text_scale, text_gate = _parts(table, base.table, 6, 9)
-        op = "gated_residual_rms_norm_modulate"
-        x, queries = _run(held, norm2, op, x, update, gate, text_scale, text_shift, eps=second.eps, rows=rows)
+        shift, scale, gate = stream.parts(6, 9)
     else:
-        x = _run(held, norm2, "gated_residual", x, update, gate, rows=rows)
-        queries = second(x)
+        shift = scale = torch.zeros_like(gate)
+        gate = torch.ones_like(gate)
+    (queries,) = stream.norms(second, getattr(block, second).eps, rows, scale, shift)
     attention = getattr(block, f"{prefix}attn2")
     update = attention(queries, encoder_hidden_states=context, query_rotary_emb=None, attention_mask=mask)
-    return _run(held, f"{prefix}attn2", "gated_residual", x, update, text_gate, rows=rows) if modulates else x + update
+    stream.add(update, gate, rows)
 
 
 def _modulated_context(table: Tensor, context: Tensor, prompt: Tensor | None) -> Tensor:
@@ -351,42 +353,38 @@ def _modulated_context(table: Tensor, context: Tensor, prompt: Tensor | None) ->
     return context * (1 + scale) + shift
 
 
-class _Crossing(NamedTuple):
-    """A modality where it meets the other one."""
-
-    names: _Names
-    x: Tensor
-    modulation: Modulation
-    gate: Modulation
-    rope: tuple[Tensor, Tensor] | None
+def _cross_norms(stream: _Stream) -> tuple[Tensor, ...]:
+    """A state modulated for each direction of the attention between modalities: into video, into audio."""
+    child, (modulation, rows) = stream.names.cross_norm, stream.cross
+    parts = _parts(getattr(stream.block, stream.names.cross_table), modulation, 0, 4)
+    return stream.norms(child, getattr(stream.block, child).eps, rows, *parts)
 
 
-def _from_other(block: Any, child: str, own: _Crossing, other: _Crossing, start: int, mask: Tensor | None) -> Tensor:
-    """A state with what its attention to the other modality adds; rows start, start + 1 of the tables are its scale and shift."""
-    update = getattr(block, child)(
-        _crossed(block, own, start),
-        encoder_hidden_states=_crossed(block, other, start),
+def _from_other(child: str, own: _Stream, other: _Stream, queries: Tensor, keys: Tensor, mask: Tensor | None) -> None:
+    """What a modality's attention to the other one adds to it."""
+    update = getattr(own.block, child)(
+        queries,
+        encoder_hidden_states=keys,
         query_rotary_emb=own.rope,
         key_rotary_emb=other.rope,
         attention_mask=mask,
     )
-    gate = getattr(block, own.names.cross_table)[4] + own.gate.table
-    x: Tensor = _run(block._ltxkern, child, "gated_residual", own.x, update, gate, rows=own.gate.rows)
+    own.add(update, getattr(own.block, own.names.cross_table)[4] + own.gate.table, own.gate.rows)
+
+
+def _feed_forward(stream: _Stream) -> Tensor:
+    block, rows, child = stream.block, stream.base.rows, f"{stream.names.prefix}ff"
+    shift, scale, gate = stream.parts(3, 6)
+    norm = f"{stream.names.prefix}norm3"
+    (normed,) = stream.norms(norm, getattr(block, norm).eps, rows, scale, shift)
+    network, site = getattr(block, child), block._ltxkern.sites.get((child, "linear_gelu"))
+    if site is not None and joins(normed) and is_plain(network, normed.dtype):
+        site.count(normed, None)
+        first, last = network.net[0].proj, network.net[2]
+        update = last(product_gelu(normed, first.weight, first.bias))
+    else:
+        if site is not None:
+            site.compose()
+        update = network(normed)
+    x: Tensor = _run(block._ltxkern, child, "gated_residual", stream.x, update, gate, rows=rows)
     return x
-
-
-def _crossed(block: Any, side: _Crossing, start: int) -> Tensor:
-    """A state modulated for one direction of the attention between modalities."""
-    scale, shift = _parts(getattr(block, side.names.cross_table), side.modulation.table, start, start + 2)
-    child = f"{side.names.cross_norm}:{'a2v' if start == 0 else 'v2a'}"
-    eps = getattr(block, side.names.cross_norm).eps
-    return _run(block._ltxkern, child, "rms_norm_modulate", side.x, scale, shift, eps=eps, rows=side.modulation.rows)
-
-
-def _feed_forward(block: Any, names: _Names, x: Tensor, base: Modulation) -> Tensor:
-    child = f"{names.prefix}norm3"
-    shift, scale, gate = _parts(getattr(block, f"{names.prefix}scale_shift_table"), base.table, 3, 6)
-    eps = getattr(block, child).eps
-    normed = _run(block._ltxkern, child, "rms_norm_modulate", x, scale, shift, eps=eps, rows=base.rows)
-    network = f"{names.prefix}ff"
-    return _run(block._ltxkern, network, "gated_residual", x, getattr(block, network)(normed), gate, rows=base.rows)

@@ -208,7 +208,7 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
         report.add(group)
         return
     sites = {}
-    for child, op in _attention_sites(path, module) if kind is stock.LTX2Attention else _block_sites(module):
+    for child, op in _attention_sites(path, module) if kind is stock.LTX2Attention else _block_sites():
         if (reason := rules.against(op, CONTRACT)) is not None:
             report.left.append(Left(joined(path, child), reason))
         else:
@@ -253,18 +253,13 @@ def _attention_sites(path: str, attention: Any) -> Iterator[tuple[str, str]]:
         yield "to_gate_logits", "head_gate"
 
 
-def _block_sites(block: Any) -> Iterator[tuple[str, str]]:
-    for prefix, modulates in (("", block.video_cross_attn_adaln), ("audio_", block.audio_cross_attn_adaln)):
+def _block_sites() -> Iterator[tuple[str, str]]:
+    """Every pass adds what the one before has left, and its norms come with it."""
+    both = "gated_residual_rms_norm_modulate"
+    for prefix, between in (("", "audio_to_video_norm"), ("audio_", "video_to_audio_norm")):
         yield f"{prefix}norm1", "rms_norm_modulate"
-        if modulates:
-            yield f"{prefix}norm2", "gated_residual_rms_norm_modulate"
-            yield f"{prefix}attn2", "gated_residual"
-        else:
-            yield f"{prefix}norm2", "gated_residual"
-        yield f"{prefix}norm3", "rms_norm_modulate"
+        yield f"{prefix}norm2", both
+        yield between, f"{both}_twice"
+        yield f"{prefix}norm3", both
+        yield f"{prefix}ff", "linear_gelu"
         yield f"{prefix}ff", "gated_residual"
-    for direction in ("a2v", "v2a"):
-        for norm in ("audio_to_video_norm", "video_to_audio_norm"):
-            yield f"{norm}:{direction}", "rms_norm_modulate"
-    for attention in ("audio_to_video_attn", "video_to_audio_attn"):
-        yield attention, "gated_residual"

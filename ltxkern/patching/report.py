@@ -21,7 +21,8 @@ class Site:
         name: of the module, e.g. "decoder.mid_block.resnets.0.norm1".
         op: the op's name.
         contract: "exact" or "rounded", as the op's docstring says it.
-        calls: eager calls that the op served; those within a compiled graph are not counted.
+        calls: eager calls that the op served. Within a graph of torch.compile it serves and is not counted: a note there would be
+            a side effect of the graph, which a checkpoint within it refuses.
         composed: eager calls that took the composition the op replaces (autocast, a dtype that the op does not take).
         backend: that of the last eager call, "" before it.
     """
@@ -35,17 +36,23 @@ class Site:
     backend: str = ""
     _seen: Any = field(default=None, repr=False)
 
-    def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> None:
-        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces."""
+    def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any] | None) -> None:
+        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces.
+
+        `call` is None where torch itself has the op.
+        """
         if torch.compiler.is_compiling():
             return
         self.calls += 1
         seen = (x.dtype, x.device)
         if seen != self._seen:
             self._seen = seen
-            with torch.no_grad():
-                args = handed(lambda: call(x))
-            self.backend = "" if args is None else registered()[self.op].select(args)
+            self.backend = "torch" if call is None else self._serving(x, call)
+
+    def _serving(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> str:
+        with torch.no_grad():
+            args = handed(lambda: call(x))
+        return "" if args is None else registered()[self.op].select(args)
 
     def serve(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any]) -> Any:
         """A call of the op on x, counted."""
@@ -181,9 +188,11 @@ class Report:
     def __str__(self) -> str:
         """The table."""
         table = _table(
-            ("site", "op", "backend", "contract", "calls", "composed"),
+            ("site", "op", "backend", "contract", "eager calls", "composed"),
             [list(map(str, site.row().values())) for site in self._standing()],
         )
+        if table:
+            table += "\ncalls within a graph of torch.compile are not counted"
         left = _table(("left alone", "reason"), [[name or "(the model)", reason] for name, reason, _ in self._left()])
         return "\n\n".join(part for part in (table, left) if part) or "nothing was fused"
 

@@ -18,6 +18,7 @@ _HOMES = {
     "HQOutput": "result",
     "HQTwoStagePipeline": "generator",
     "GenerationRequest": "run.request",
+    "ProgressEvent": "run.progress",
     "WorkFolder": "work.folder",
     "ImageCondition": "model.conditioning",
     "TwoStageDeviceManager": "memory.manager",

@@ -29,8 +29,9 @@ from ltxkern.pipeline.planning.admission import Admission, admit_model
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache
 from ltxkern.pipeline.run.decoding import decode
-from ltxkern.pipeline.run.denoising import DenoisingRun, Progress, StepCallback
+from ltxkern.pipeline.run.denoising import DenoisingRun, StepCallback
 from ltxkern.pipeline.run.presets import warn_if_unfit
+from ltxkern.pipeline.run.progress import OnProgress, ProgressClock
 from ltxkern.pipeline.run.prompts import PromptEncoder, open_embedding_cache
 from ltxkern.pipeline.run.request import (
     DEFAULT_NEGATIVE_PROMPT,
@@ -94,7 +95,6 @@ class HQTwoStagePipeline:
         self._parallel: CFGParallel | None = None
         self._patched: list[Report] = []
         self._pristine = pristine
-        self._attached = False
         self.model_facts: dict[str, Any] | None = None
 
     @classmethod
@@ -266,7 +266,7 @@ class HQTwoStagePipeline:
         image_latents: Sequence[Sequence[Tensor]] | None = None,
         output_type: str = "video",
         callback: StepCallback | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         work_dir: str | Path | WorkFolder | None = None,
     ) -> HQOutput:
         """Generate what a request asks for.
@@ -280,8 +280,9 @@ class HQTwoStagePipeline:
             sde_noise: per stage a dict of ready sampler noise; see `res2s_sample`.
             image_latents: per stage the normalised latents of the request's images, in place of encoding them.
             output_type: "video", "latents", or "stream" (video decoded while it is consumed, its first chunk at once).
-            callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one.
-            progress: called with (stage, done, total) wherever something advances.
+            callback: called after each step with (stage, done, total, latents); the clean last evaluation counts as one. Beside the
+                packed "video" and "audio" stand "video_x0" and "audio_x0", the last predictions of the clean ones.
+            progress: called with a `ProgressEvent` wherever something advances.
             work_dir: folder that keeps what is done as it is done; the same call goes on there after any end, to the same bits. A
                 `WorkFolder` stays open, and its owner says when the result is safe; None keeps nothing.
         Returns:
@@ -310,24 +311,22 @@ class HQTwoStagePipeline:
             given = (embeddings, negative_embeddings, initial_noise, sde_noise, image_latents, guidance_policy, tiling)
             facts = facts_of(self, replace(request, distilled_strengths=strengths), given)
         with KeptWork.opened(work_dir, self.device, facts) as work:
-            stages = request.stages(self.geometry)
-            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, progress, work)
+            stages, report = request.stages(self.geometry), None if progress is None else ProgressClock(progress)
+            run = DenoisingRun(self, request, stages, initial_noise, sde_noise, image_latents, callback, report, work)
             phases = lora_phases(self.loras, self.distilled_lora, strengths)[: len(stages)]
             guidance = request.guidance(self.geometry)
             policies = self.prompts.policies(
-                request, guidance, guidance_policy, embeddings, negative_embeddings, progress, work
+                request, guidance, guidance_policy, embeddings, negative_embeddings, report, work
             )
             stages[0] = replace(stages[0], branches=len(policies[0].branches))
             if self._parallel is not None:
                 phases = phases[: self._parallel.stages(policies[: len(stages)])]
-            if phases and not run.is_denoised:
-                self._attach(request, phases)
             with use_attention(self.attention), use_fusions(self.policy), use_side_by_side(self._beside):
                 latents = run.latents(policies, phases)
             output = HQOutput(None, None, latents, request.frame_rate, SAMPLE_RATE, request.seed, stages)
             if decodes and (self._parallel is None or self._parallel.rank == 0):
                 how: dict[str, Any] = {"streamed": streamed, "work": work}
-                videos, audio = decode(self.components, self.manager, latents, tiling, progress, **how)
+                videos, audio = decode(self.components, self.manager, latents, tiling, report, **how)
                 one = isinstance(request.prompt, str)
                 output.video, output.audio = (videos[0], audio[0]) if one else (videos, audio)
         output.backends = {n: sorted(names) for n, names in (served() | {"attention": self.attention.served}).items()}
@@ -335,9 +334,8 @@ class HQTwoStagePipeline:
 
     def detach(self) -> None:
         """Give the transformer its pristine weights again; the next call takes them up."""
-        if self._attached:
+        if self.manager.is_attached:
             self.manager.close()
-        self._attached = False
 
     def share_branches(self, parallel: CFGParallel) -> None:
         """Run the guidance branches of every later call on several ranks.
@@ -357,12 +355,12 @@ class HQTwoStagePipeline:
             self._parallel = parallel
             self.denoiser_factory = parallel.denoiser
 
-    def _attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
-        if not self._attached:
+    def attach(self, request: GenerationRequest, phases: Sequence[LoRAPhase]) -> None:
+        """Bring the transformer to the device, in the first of these phases."""
+        if not self.manager.is_attached:
             transformer = self.components.transformer
             assert transformer is not None
             self.manager.attach(transformer, pristine=self._pristine)
-            self._attached = True
         beside = 0
         if self.device.type == "cuda" and self.manager.mode is None:
             # "auto" leaves room for what a run needs beside the transformer's weights.
@@ -383,7 +381,6 @@ class HQTwoStagePipeline:
             self.components.release("transformer")
         for patched in self._patched:
             patched.undo()
-        self._attached = False
 
     def __enter__(self) -> HQTwoStagePipeline:
         return self

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ltxkern.commands.batch import item_arguments
-from ltxkern.commands.batch_items import MANIFEST, Item, Manifest, Outcome, attempt, digest, pending, read_items
+from ltxkern.commands.batching.items import MANIFEST, Item, Manifest, Outcome, attempt, digest, pending, read_items
 from tests.commands.typed import write
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ltxkern.cli import main
-from ltxkern.commands.batch_items import Item, Manifest, Outcome
-from ltxkern.commands.batch_ray import Placement, run_with_ray
+from ltxkern.commands.batching.items import Item, Manifest, Outcome
+from ltxkern.commands.batching.ray import Placement, run_with_ray
 from tests.commands.typed import BATCH, write
 from tests.processes import ROOT
 

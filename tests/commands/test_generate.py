@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ltxkern.pipeline import HQTwoStagePipeline
 from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from tests.commands.typed import refused, run
 from tests.official_files import write_diffusers_demo, write_official_demo
 
@@ -169,3 +170,20 @@ def test_a_full_disk_is_refused_before_any_work(
     monkeypatch.setattr(HQTwoStagePipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was opened"))
     for name in ("out.mp4", "out.safetensors", "frames"):
         assert "make room or name another folder" in refused(capsys, "-o", str(tmp_path / name))
+
+
+def test_json_lines_and_previews(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, seen = tmp_path / "a.mp4", tmp_path / "seen"
+    shown = ("--progress", "json", "--preview", str(seen), "--preview-every", "2")
+    assert run("-o", str(output), "--no-work-dir", *shown) == 0
+    said = capsys.readouterr()
+    *events, last = map(json.loads, said.out.splitlines())
+    assert last == {"output": str(output)}
+    assert {tuple(event) for event in events} == {("stage", "done", "total", "seconds", "remaining")}
+    steps = [(event["stage"], event["done"], event["total"]) for event in events]
+    assert [step for step in steps if step[0] == "stage 1"] == [("stage 1", done, 3) for done in range(4)]
+    assert steps[-1] == ("writing", 9, 9)
+    assert "%|" not in said.err  # no bar
+    assert [path.name for path in sorted(seen.iterdir())][:2] == ["stage-1-step-002.png", "stage-1-step-003.png"]
+    assert "got 0: use 1" in refused(capsys, "--preview-every", "0")
+    assert "progress must be one of bars, json, got 'xml'" in refused(capsys, "--progress", "xml")

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from ltxkern.cli import main
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
+from ltxkern.pipeline.run.progress import ProgressEvent
 from ltxkern.pipeline.work.folder import read_manifest
 from tests.commands.typed import run
 from tests.processes import python
@@ -19,8 +20,8 @@ from tests.processes import python
 def stop_at(stage: str, step: int) -> Callable[..., None]:
     """Progress that is interrupted, as by Ctrl-C."""
 
-    def tell(_: Any, name: str, done: int, total: int) -> None:
-        if (name, done) == (stage, step):
+    def tell(_: Any, event: ProgressEvent) -> None:
+        if (event.stage, event.done) == (stage, step):
             raise KeyboardInterrupt
 
     return tell
@@ -36,7 +37,7 @@ def test_ctrl_c_points_to_resume_which_goes_on(
     monkeypatch.chdir(begun)  # resume goes back to where the run was started, and the test writes there
     assert run("--no-work-dir", "-o", str(whole)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Bars, "__call__", stop_at("stage 2", 1))
+        patch.setattr(Shown, "__call__", stop_at("stage 2", 1))
         assert run(*options) == 130
     said = capsys.readouterr().err
     assert f"ltxkern: interrupted; what is done is kept: ltxkern resume '{work}'\n" in said
@@ -82,13 +83,13 @@ def test_what_is_kept_without_being_asked(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("LTXKERN_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Bars, "__call__", stop_at("stage 1", 2))
+        patch.setattr(Shown, "__call__", stop_at("stage 1", 2))
         assert run("-o", str(output)) == 130
     (folder,) = (tmp_path / "cache" / "work").iterdir()
     assert list(folder.glob("steps-stage1-*"))
     told: list[tuple[str, int]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Bars, "__call__", lambda _, name, done, total: told.append((name, done)))
+        patch.setattr(Shown, "__call__", lambda _, event: told.append((event.stage, event.done)))
         assert run("-o", str(output)) == 0  # the same command goes on
         assert ("stage 1", 1) not in told
         assert ("stage 1", 3) in told

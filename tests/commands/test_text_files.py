@@ -14,7 +14,7 @@ from PIL import Image
 from ltxkern.cli import main
 from ltxkern.commands import options
 from ltxkern.commands.text_files import home_in_paths, read_text
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from tests.commands.typed import SMALL, refused
 
 DRY = ["generate", *SMALL, "--dry-run"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.run.progress import ProgressEvent
 
 SMALL: dict[str, Any] = {"height": 64, "width": 128, "num_frames": 9, "steps": 2}
 
@@ -31,10 +32,10 @@ def count_forwards(pipe: HQTwoStagePipeline, **changes: Any) -> dict[str, int]:
     def count(_: Any, given: tuple[Any, ...]) -> None:
         counts[stage] = counts.get(stage, 0) + sum(len(batch.perturbations) for batch in given[2])
 
-    def follow(name: str, *_: Any) -> None:
+    def follow(event: ProgressEvent) -> None:
         nonlocal stage
-        if name.startswith("stage"):
-            stage = name
+        if event.stage.startswith("stage"):
+            stage = event.stage
 
     handle = pipe.components.transformer.register_forward_pre_hook(count)
     try:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.generator import HQTwoStagePipeline
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
 from ltxkern.pipeline.sampling.schedule import DISTILLED_SIGMAS, STAGE_2_SIGMAS
 from tests.official_files import write_diffusers_demo, write_official_demo

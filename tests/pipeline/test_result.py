@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from tests.pipeline.demo_runs import SMALL, same
 
 

@@ -19,6 +19,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 _SHOWN_KEYS = 8
 _LONGEST_HEADER = 100_000_000  # the format allows no longer one
+_LARGEST = 2**63 - 1  # dimension or offset
+_MOST_NUMBERS = 66  # of a tensor: as many dimensions as torch has, and two offsets
 _MOST_LAYERS = 1000
 _LAYER_MARK = ".comfy_quant"
 _LONGEST_MARK = 2**16  # bytes; a few words of JSON
@@ -135,31 +137,68 @@ def _header(path: Path, size: int, written: bytes) -> Header:
     """What is written in a header; the same words are understood once, however often they are asked for."""
     length = len(written)
     try:
-        content = json.loads(written)
+        content = json.loads(written, object_pairs_hook=_without_twins)
         metadata = content.pop("__metadata__", None) or {}
-        tensors, offsets, end = {}, {}, 0
+        tensors, offsets, spans = {}, {}, []
         for key, info in sorted(content.items()):
             tensor = StoredTensor(path, key, info["dtype"], tuple(info["shape"]))
             first, last = info["data_offsets"]
-            if tensor.dtype in ITEM_BYTES and last - first != tensor.nbytes:
-                raise CheckpointError(
-                    f"{path}: damaged, {key} {tensor.shape} in {last - first} bytes; download it again"
-                )
-            tensors[key], offsets[key], end = tensor, 8 + length + first, max(end, last)
+            if wrong := _misplaced(tensor, first, last):
+                raise CheckpointError(f"{path}: damaged, {wrong}; download it again")
+            tensors[key], offsets[key] = tensor, 8 + length + first
+            spans.append((first, last, key))
         words = {key: decoded(value) for key, value in metadata.items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         what = _other_file(path)
-        raise CheckpointError(
-            f"{path}: not a safetensors file" + (f", but {what}" if what else " (its header is not readable)")
-        ) from error
+        said = (
+            f" (its header is not readable: {error})"
+            if isinstance(error, _TwinsError)
+            else " (its header is not readable)"
+        )
+        raise CheckpointError(f"{path}: not a safetensors file" + (f", but {what}" if what else said)) from error
+    end = 0
+    for first, last, key in sorted(spans):
+        if first != end:
+            how = (
+                f"overlaps what lies before it by {end - first} bytes"
+                if first < end
+                else f"follows a hole of {first - end} bytes"
+            )
+            raise CheckpointError(f"{path}: damaged, {key} {how}; download it again")
+        end = last
     end += 8 + length
     if size < end:
         raise CheckpointError(f"{path}: truncated, expected {end} bytes, got {size}; download it again")
     if size > end:
         raise CheckpointError(f"{path}: damaged, {size - end} bytes follow its last tensor; download it again")
     return Header(path, tensors, words, offsets)
+
+
+class _TwinsError(ValueError):
+    """A key that is there twice."""
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose last value would win unseen where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwinsError(f"{next(name for name in names if names.count(name) > 1)[:80]} is there twice")
+    return found
+
+
+def _misplaced(tensor: StoredTensor, first: Any, last: Any) -> str:
+    """What is wrong with a tensor's shape or with where it lies; empty where nothing is."""
+    numbers = (*tensor.shape, first, last)
+    if len(numbers) > _MOST_NUMBERS or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
+        return f"{tensor.key} {tensor.shape[:_MOST_NUMBERS]} at bytes {first} to {last}"
+    # A kind of number that is not known here has a bit at least.
+    known, bits = tensor.dtype in ITEM_BYTES, 8 * (last - first)
+    if first > last or (8 * tensor.nbytes != bits if known else math.prod(tensor.shape) > bits):
+        return f"{tensor.key} {tensor.shape} in {last - first} bytes"
+    return ""
 
 
 def read_bytes(header: Header, tensors: Iterable[StoredTensor]) -> list[bytes]:

@@ -113,6 +113,11 @@ class HostCopy:
             for tensor, (kept, data) in zip(now, self._home, strict=True)
         )
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the module is on a device."""
+        return self._away
+
     def take_home(self) -> None:
         """Points the module to its host weights again; the device's copies are freed, nothing is copied."""
         for tensor, data in self._home:
@@ -188,6 +193,11 @@ class Lender:
             made = HostCopy(module, self._budget, pin=False)
         self._copies[name] = made
         return made
+
+    @property
+    def lends(self) -> bool:
+        """Whether a component is on the device now."""
+        return any(copy.is_away for copy in self._copies.values())
 
     def close(self) -> None:
         """Takes all components home and gives page-locked memory back."""

@@ -39,6 +39,11 @@ class ComponentDevice:
         """Whether a component stays on the device until `close` where its user does not say."""
         return False
 
+    @property
+    def lends(self) -> bool:
+        """Whether a component is on the device that has its home elsewhere."""
+        return self._lender.lends
+
     @contextlib.contextmanager
     def component(self, name: str, module: Any, *, keep: bool | None = None, once: bool = False) -> Iterator[Any]:
         """Puts a module on the device for the block.

@@ -78,7 +78,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self.requested_mode = mode
         self.rounding = rounding
         self._spare_blocks = spare_blocks
-        self._offload = offload
+        self.offload = offload
         self._factors = FactorCache(budget=self.budget)
         self._table: WeightTable | None = None
         self._source: PristineSource | None = None
@@ -90,7 +90,7 @@ class TwoStageDeviceManager(ComponentDevice):
         self._hooks: ForwardHooks | None = None
         self._forwards_left: int | None = None
         self._upcoming: LoRAPhase | None = None
-        self._choice = ModeChoice(mode)
+        self.choice = ModeChoice(mode)
 
     def attach(self, transformer: nn.Module, *, pristine: PristineSource | PristinePlace | None = None) -> None:
         """Takes a transformer whose weights are pristine. They move to the device with the first `prepare`.
@@ -119,6 +119,11 @@ class TwoStageDeviceManager(ComponentDevice):
     def mode(self) -> str | None:
         """The mode in force, None before the first `prepare`."""
         return mode_of(self._store)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a transformer is."""
+        return self._table is not None
 
     @property
     def phase(self) -> LoRAPhase | None:
@@ -151,7 +156,7 @@ class TwoStageDeviceManager(ComponentDevice):
             self._adopt(modules)
             self._phases = wanted
             self._factors.keep_only(wanted)
-            self._lock_factors(wanted)
+            self._factors.page_lock(wanted if self.store.merges_again else (), self.device)
             try:
                 self.store.prepare(wanted)
             except (CorrectionTooLargeError, HostBudgetError) as error:
@@ -168,7 +173,7 @@ class TwoStageDeviceManager(ComponentDevice):
     def _choose(self, wanted: tuple[LoRAPhase, ...], modules: list[str], activation_bytes: int) -> None:
         if self._store is not None and (self.table.live or not modules):
             return
-        self._choice = decide(
+        self.choice = decide(
             self.requested_mode,
             list(module_tensors(self.table.transformer)),
             {name: self.table.parameter(name) for name in modules},
@@ -178,13 +183,13 @@ class TwoStageDeviceManager(ComponentDevice):
             keeps_source=self._source is None,
             activation_bytes=activation_bytes,
             spare_blocks=self._spare_blocks,
-            offload=self._offload,
+            offload=self.offload,
         )
-        logger.info("device mode %s: %s", self._choice.mode, self._choice.reason)
-        self._factors.limit = self._choice.factor_bytes
+        logger.info("device mode %s: %s", self.choice.mode, self.choice.reason)
+        self._factors.limit = self.choice.factor_bytes
         if self._store is not None:
             self._store.close()
-        self._store, self._is_placed = self._build(self._choice.mode, self._choice.offload), False
+        self._store, self._is_placed = self._build(self.choice.mode, self.choice.offload), False
 
     def _build(self, mode: str, offload: bool) -> PhaseStore:
         if mode != "inplace" and self._source is None:
@@ -192,10 +197,6 @@ class TwoStageDeviceManager(ComponentDevice):
         source = None if mode == "inplace" else self._source
         context = StoreContext(self.table, source, self.clock, self.rounding, self._factors)
         return build_store(mode, context, self.budget, self.device, offload=offload, spare_blocks=self._spare_blocks)
-
-    def _lock_factors(self, wanted: tuple[LoRAPhase, ...]) -> None:
-        """Page-locks what a switch would otherwise bring from pageable memory each time."""
-        self._factors.page_lock(wanted if self.store.merges_again else (), self.device)
 
     def _adopt(self, modules: list[str]) -> None:
         """Moves the transformer to the device, and takes in weights that no phase has changed so far."""
@@ -248,15 +249,15 @@ class TwoStageDeviceManager(ComponentDevice):
             self._switch(wanted[0])
             raise error
         logger.warning("device mode %s instead of %s: %s", following, self.mode, error)
-        self._choice = replace(self._choice, reason=f"{self.mode} was given up: {error}")
+        self.choice = replace(self.choice, reason=f"{self.mode} was given up: {error}")
         self.store.restore()
         self.store.close()
         if self._source is None:
             live = self.table.live.items()
             self._source = HostPristine({module: weight.tensor.clone().to("cpu") for module, weight in live})
-        self._store = self._build(following, bool(self._offload))
+        self._store = self._build(following, bool(self.offload))
         self._follow_blocks()
-        self._lock_factors(wanted)
+        self._factors.page_lock(wanted if self.store.merges_again else (), self.device)
         try:
             self._store.prepare(wanted)
         except HostBudgetError as again:
@@ -349,7 +350,7 @@ class TwoStageDeviceManager(ComponentDevice):
 
     def describe(self) -> str:
         """The mode and why it was chosen, and what each mode needs on the device and on the host."""
-        return self._choice.describe(self.mode or self.requested_mode, self._store)
+        return self.choice.describe(self.mode or self.requested_mode, self._store)
 
     def close(self, *, discard: bool = False) -> None:
         """Brings the pristine weights back to where `attach` found them, releases what was pinned, removes the hooks.

@@ -213,6 +213,18 @@ def decide(
     return ModeChoice(mode, reason, offload, needs, 0 if unified else max(0, free - taken))
 
 
+def smaller_mode(needs: Mapping[str, ModeNeeds], mode: str) -> str | None:
+    """The next mode in order of preference that needs less of the device; None where none does.
+
+    Args:
+        needs: per mode.
+        mode: one of `MODES`, or `OFFLOADED`.
+    """
+    order = (*MODES, OFFLOADED)
+    later = order[order.index(mode) + 1 :]
+    return next((name for name in later if needs[name].device_bytes < needs[mode].device_bytes), None)
+
+
 def build_store(
     mode: str, context: StoreContext, budget: HostBudget, device: torch.device, *, offload: bool, spare_blocks: int
 ) -> PhaseStore:

@@ -8,14 +8,15 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
 
+from ltxkern.patching.feed_forward import feed_forward
+from ltxkern.patching.separate import modulate
 from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_update, text_keys_and_values
 from ltxkern.pipeline.model.fusions import (
-    feed_forward,
     gated_norm,
     gated_norms,
     gated_residual,
-    modulate,
     norm_modulate,
+    product_gelu,
     sound_beside_video,
 )
 from ltxkern.pipeline.model.inputs import Stream
@@ -364,7 +365,7 @@ def _feed_forward(modules: _Modules, residual: Residual, side: Side) -> None:
     """Feed-forward, and the norm that begins the next block where its modulation is known."""
     shift, scale, gate = side.made.own.parts(3, 6)
     residual.norm(scale, shift, modules.last_norm.eps, side.stream.rows)
-    residual.branch = feed_forward(modules.network, residual.take()), gate
+    residual.branch = feed_forward(modules.network, residual.take(), product_gelu), gate
     if side.following is None:
         residual.settle(side.stream.rows)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ltxkern.pipeline.model.decoder_layout import lay_out
 from ltxkern.pipeline.model.tiling import (
+    AUTO_TEMPORAL_OVERLAP,
     Interval,
     TileLayout,
     VideoTiling,
@@ -77,6 +79,21 @@ def resolve_tiling(vae: AutoencoderKLLTX2Video, latent: Tensor, tiling: Tiling =
         spatial_ratio=vae.spatial_compression_ratio,
         temporal_ratio=vae.temporal_compression_ratio,
     )
+
+
+def smaller_tiling(vae: AutoencoderKLLTX2Video, latent: Tensor, tiling: Tiling = "auto") -> VideoTiling | None:
+    """Tiles with half the longer side, cut alike in time; None where they are as small as their overlaps allow."""
+    frames, height, width = latent.shape[2:]
+    ratio = vae.spatial_compression_ratio
+    if tiling == "auto":
+        tiling = auto_tiling(height, width, spatial_ratio=ratio)
+    elif tiling is None:
+        in_time = max(frames * vae.temporal_compression_ratio, 2 * AUTO_TEMPORAL_OVERLAP)
+        tiling = VideoTiling(height * ratio, width * ratio, in_time)
+    sides = {"height": min(tiling.height, height * ratio), "width": min(tiling.width, width * ratio)}
+    longer = max(sides, key=sides.__getitem__)
+    half = max(sides[longer] // 2 // ratio * ratio, 2 * tiling.spatial_overlap, ratio)
+    return replace(tiling, **{longer: half}) if half < sides[longer] else None
 
 
 def decode_video(

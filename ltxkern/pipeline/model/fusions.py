@@ -15,7 +15,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ltxkern.ops.gated_residual import gated_residual as fused_gated_residual
@@ -26,9 +25,11 @@ from ltxkern.ops.rms_norm_modulate import (
     gated_residual_rms_norm_modulate_twice,
     rms_norm_modulate,
 )
+from ltxkern.patching import separate
+from ltxkern.patching.feed_forward import product_gelu as fused_product_gelu
+from ltxkern.patching.feed_forward import product_gelu_apart
 from ltxkern.patching.rules import chosen_policy
 
-ERROR_RATIO = 1.5  # of a fused pass's distance from fp64 to that of the composition
 ENOUGH = 1 << 20  # results that had the same bits before a pass counts as exact: a few could have them by chance
 
 
@@ -178,27 +179,9 @@ def _serve(fusion: Fusion[..., _Result], *args: Any) -> _Result:
     return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion, args)
 
 
-def _taken(rows: Tensor | None, table: Tensor) -> Tensor:
-    return table if rows is None else table[rows]
-
-
-def _rms(x: Tensor, eps: float) -> Tensor:
-    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
-    return (x * torch.rsqrt(variance + eps)).to(x.dtype)
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`x (1 + scale) + shift`."""
-    return x * (1 + scale) + shift
-
-
 def _norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
     """RMSNorm, then `(1 + scale)` and `shift`, which are tables where `rows` says which of theirs a token has."""
     return rms_norm_modulate(x, scale, shift, eps=eps, rows=rows)
-
-
-def _norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:
-    return modulate(_rms(x, eps), _taken(rows, scale), _taken(rows, shift))
 
 
 def _weighted_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -218,22 +201,11 @@ def _residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor
     return fused_gated_residual(x, y, gate, rows=rows)
 
 
-def _residual_apart(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
-    return x + y * _taken(rows, gate)
-
-
 def _gated_norm(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`x + y gate`, and its modulated norm."""
     return gated_residual_rms_norm_modulate(x, y, gate, scale, shift, eps=eps, rows=rows)
-
-
-def _gated_norm_apart(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    summed = _residual_apart(x, y, gate, rows)
-    return summed, _norm_apart(summed, scale, shift, eps, rows)
 
 
 def _gated_norms(
@@ -246,9 +218,7 @@ def _gated_norms(
 def _gated_norms_apart(
     x: Tensor, y: Tensor, gate: Tensor, modulation: tuple[Tensor, ...], eps: float, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale, shift, scale2, shift2 = modulation
-    summed, normed = _gated_norm_apart(x, y, gate, scale, shift, eps, rows)
-    return summed, normed, _norm_apart(summed, scale2, shift2, eps, rows)
+    return separate.residual_norms(x, y, gate, *modulation, eps=eps, rows=rows)
 
 
 def _rotated(
@@ -296,94 +266,27 @@ def _head_gate(x: Tensor, logits: Tensor) -> Tensor:
     return fused_head_gate(x, logits)
 
 
-def _head_gate_apart(x: Tensor, logits: Tensor) -> Tensor:
-    return x * (2.0 * torch.sigmoid(logits)).unsqueeze(-1)
-
-
-def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return product.unflatten(0, x.shape[:-1])
-
-
-def _product_gelu_apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    hidden = F.linear(x, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.gelu(hidden, approximate="tanh")
-    return torch.ops.aten.gelu_(hidden, approximate="tanh")
-
-
 def _layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), eps)
 
 
 def _layer_norm_apart(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift)
+    return separate.modulate(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift)
 
 
-norm_modulate = Fusion(_norm, _norm_apart)
+norm_modulate = Fusion(_norm, separate.norm)
 weighted_norm = Fusion(_weighted_norm, _weighted_norm_apart)
-gated_residual = Fusion(_residual, _residual_apart)
-gated_norm = Fusion(_gated_norm, _gated_norm_apart)
+gated_residual = Fusion(_residual, separate.residual)
+gated_norm = Fusion(_gated_norm, separate.residual_norm)
 gated_norms = Fusion(_gated_norms, _gated_norms_apart)
 rotated = Fusion(_rotated, _rotated_apart)
-head_gate = Fusion(_head_gate, _head_gate_apart)
-product_gelu = Fusion(_product_gelu, _product_gelu_apart)
+head_gate = Fusion(_head_gate, separate.head_gate)
+product_gelu = Fusion(fused_product_gelu, product_gelu_apart)
 layer_norm = Fusion(_layer_norm, _layer_norm_apart)
-
-
-@functools.cache
-def _gelu_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function."""
-    if device.type == "meta":
-        return True
-    with _disable_current_modes(), torch.no_grad():
-        # Around -3 the two differ by more than a 16-bit product is off, which they do not elsewhere.
-        return all(_gelu_fits(device, dtype, *case) for case in ((1.0, 0.0), (0.05, -3.0)))
-
-
-def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: float) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, 128), (512, 128)))
-    x, weight, bias = x * spread, weight * 128**-0.5, torch.full((512,), centre).to(x)
-    exact = _product_gelu_apart(x.double(), weight.double(), bias.double())
-
-    def error(result: Tensor) -> float:
-        return float((result.double() - exact).norm())
-
-    try:
-        return error(_product_gelu(x, weight, bias)) <= ERROR_RATIO * error(_product_gelu_apart(x, weight, bias))
-    except RuntimeError:
-        return False
-
-
-def is_plain(network: Any, dtype: torch.dtype) -> bool:
-    """Whether diffusers' FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
-    first = network.net[0]
-    layer: Any = getattr(first, "proj", None)
-    known = type(layer) is nn.Linear and layer.bias is not None and getattr(first, "approximate", None) == "tanh"
-    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
-    if not known or type(layer.weight) is not nn.Parameter or {layer.weight.dtype, layer.bias.dtype} != {dtype}:
-        return False
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = any(getattr(module, name) for module in (network, first, layer) for name in hooks)
-    return not hooked and not network.training and len(network.net) == 3
-
-
-def feed_forward(network: Any, x: Tensor) -> Tensor:
-    """diffusers' FeedForward with tanh GELU, which goes into the epilogue of the first product where it can."""
-    if not is_plain(network, x.dtype):
-        return network(x)
-    layer, last = network.net[0].proj, network.net[2]
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _gelu_serves(x.device, x.dtype):
-        hidden = _product_gelu_apart(x, layer.weight, layer.bias)
-    else:
-        hidden = product_gelu(x, layer.weight, layer.bias)
-    del x  # not read while the second product runs
-    return last(hidden)
 
 
 def layer_norm_modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LayerNorm without weights of (B, T, D), then `(1 + scale)` and `shift`: one pass where they are one row for all tokens."""
     if scale.numel() == x.shape[-1]:
         return layer_norm(x, scale, shift, norm.eps)
-    return modulate(norm(x), scale, shift)
+    return separate.modulate(norm(x), scale, shift)

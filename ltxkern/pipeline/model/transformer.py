@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -353,22 +354,23 @@ def predict_x0_batched(
     most: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """Denoised predictions of several branches from one forward; arguments as `predict_velocity_batched`."""
+    found = predict_velocity_batched(transformer, branches, sequence, most)
+    # Branches of one evaluation have the same of these.
+    steps: dict[tuple[Any, ...], Tensor] = {}
     results = []
-    for branch, velocities in zip(
-        branches, predict_velocity_batched(transformer, branches, sequence, most), strict=True
-    ):
-        items = {"video": (branch.get("video"), velocities[0]), "audio": (branch.get("audio"), velocities[1])}
-        results.append(
-            {name: _to_x0(item, v) for name, (item, v) in items.items() if item is not None and v is not None}
-        )
+    for branch, velocities in zip(branches, found, strict=True):
+        items = zip(MODALITIES, (branch.get(name) for name in MODALITIES), velocities, strict=True)
+        results.append({name: _to_x0(item, v, steps) for name, item, v in items if item is not None and v is not None})
     return results
 
 
-def _to_x0(item: ModalityInput, velocity: Tensor) -> Tensor:
-    steps = timesteps(item, item.mask).float()
+def _to_x0(item: ModalityInput, velocity: Tensor, steps: dict[tuple[Any, ...], Tensor]) -> Tensor:
+    key = (id(item.mask), item.sigma, len(item.latent))
+    if key not in steps:
+        steps[key] = timesteps(replace(item, sigma=-item.sigma), item.mask).float()
     if velocity.dtype != item.latent.dtype or velocity.dtype not in ACTIVATION_DTYPES:
-        return to_denoised(item.latent, velocity, steps)
-    return gated_residual(item.latent, velocity, -steps)  # its bits, in one pass
+        return to_denoised(item.latent, velocity, -steps[key])
+    return gated_residual(item.latent, velocity, steps[key])  # its bits, in one pass
 
 
 def predict_x0(

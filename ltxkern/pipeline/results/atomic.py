@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ltxkern.whole_files import beside, replacing
+from ltxkern.whole_files import beside, replacing, sync
 
 OutputKind = Literal["mp4", "latents", "frames"]
 
@@ -123,10 +123,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """`whole_files.replacing` for what `path` leads to.
 
     Raises:
-        OSError: one sentence that names `path` where the disk is full.
+        OSError: one sentence that names `path` where the disk is full or whatever writes there gave up.
     """
     target = output_target(path)
-    with _full_disk_in_words(path), replacing(target) as temporary:
+    with _in_words(path), replacing(target) as temporary:
         yield temporary
 
 
@@ -134,27 +134,26 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """`replacing_file` for a folder: hand out a new folder beside `path`, swap it in on success, remove it otherwise."""
     target = output_target(path)
-    temporary = beside(target)
-    temporary.mkdir()
-    try:
-        with _full_disk_in_words(path):
-            yield temporary
+    with _in_words(path), beside(target, folder=True) as temporary:
+        yield temporary
+        for entry in temporary.iterdir():
+            sync(entry)
         if target.is_dir():
             for entry in target.iterdir():
                 if _OWN_FILE.fullmatch(entry.name):
                     entry.unlink()
             target.rmdir()
         temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sync(target.parent)
 
 
 @contextlib.contextmanager
-def _full_disk_in_words(path: str | Path) -> Iterator[None]:
+def _in_words(path: str | Path) -> Iterator[None]:
+    """An error of the disk or of what writes there, which names no file, as a sentence that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _FULL and (error.filename is not None or not error.strerror):
             raise
-        reason = _FULL[error.errno]
+        reason = _FULL.get(error.errno or 0, error.strerror)
         raise OSError(error.errno, f"writing {str(path)!r} failed: {reason}; nothing was written there") from error

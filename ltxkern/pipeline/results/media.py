@@ -1,11 +1,11 @@
-"""Writes results: mp4 (H.264 and AAC), PNG frames with wav, latents; and reads back what an mp4 holds."""
+"""Writes results: mp4 (H.264 and AAC), PNG frames with wav, latents."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
-import os
 import re
 import wave
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 __all__ = [
-    "Mp4Info",
     "frame_rate",
-    "probe_mp4",
     "rgb_to_yuv420",
     "writable_output",
     "write_frames",
@@ -144,7 +142,7 @@ def write_mp4(
 
     Raises:
         ValueError: wrong shapes, or no frame at all.
-        OSError: one sentence where the disk is full.
+        OSError: one sentence where the disk is full or the encoder gave up.
 
     Numerical contract: the same input gives the same bytes, on any number of cores.
     """
@@ -228,9 +226,9 @@ def _open_mp4(temporary: Path) -> Iterator[OutputContainer]:
         try:
             with av.open(sink, "w", format="mp4", container_options=index_first, io_open=read_back) as container:
                 yield container
-        except av.error.FFmpegError:
+        except av.error.FFmpegError as error:
             if sink.error is None:
-                raise
+                raise OSError(errno.EIO, f"the encoder gave up ({error})") from error
         if sink.error is not None:
             raise sink.error
 
@@ -247,6 +245,7 @@ class _Mp4Writer:
     size: tuple[int, int]
     frames: int = 0
     sent: int = 0  # audio samples
+    failed: bool = False
 
     @classmethod
     def open(
@@ -277,13 +276,18 @@ class _Mp4Writer:
         """Encodes packed YUV frames and the audio that goes with them; returns the numbers of frames there are after each."""
         import av
 
-        first = self.frames
+        if (
+            self.failed
+        ):  # what was handed over already; a muxer that could not write its header crashes when asked again
+            return range(0)
+        first, self.failed = self.frames, True
         for planes in frames:
             frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             frame.pts, frame.time_base = self.frames, 1 / self.rate
             self.container.mux(self.video.encode(frame))
             self.frames += 1
             self._write_audio(until=math.ceil(self.frames / self.rate * (self.sound.rate if self.sound else 0)))
+        self.failed = False
         return range(first + 1, self.frames + 1)
 
     def _write_audio(self, until: int) -> None:
@@ -361,41 +365,3 @@ def write_latents(
     header = {"ltxkern": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     with replacing_file(path) as temporary:
         temporary.write_bytes(save(tensors, metadata=header))
-
-
-@dataclass(frozen=True)
-class Mp4Info:
-    """What a decoded mp4 holds; audio fields are 0 without sound."""
-
-    frames: int
-    height: int
-    width: int
-    fps: float
-    audio_rate: int
-    channels: int
-    audio_samples: int
-
-
-def probe_mp4(path: str | Path) -> Mp4Info:
-    """Decode an mp4 from start to end and count what is in it.
-
-    Raises:
-        ValueError: the file is no video that can be decoded.
-    """
-    import av
-
-    try:
-        with Path(os.path.expanduser(path)).open("rb") as file, av.open(file) as container:
-            video = container.streams.video[0]
-            sound = container.streams.audio[0] if container.streams.audio else None
-            frames = samples = 0
-            for frame in container.decode([video, sound] if sound else [video]):
-                if isinstance(frame, av.VideoFrame):
-                    frames += 1
-                else:
-                    samples += frame.samples
-            fps = float(video.average_rate or 0)
-            audio = (sound.rate, sound.channels, samples) if sound else (0, 0, 0)
-            return Mp4Info(frames, video.height, video.width, fps, *audio)
-    except (av.error.InvalidDataError, IndexError) as error:
-        raise ValueError(f"{str(path)!r} is not a video that can be decoded") from error

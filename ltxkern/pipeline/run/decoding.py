@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
-from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video
-from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.model.decode import Tiling, decode_audio, decode_video, smaller_tiling
+from ltxkern.pipeline.run.device_memory import vacate, with_room
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.sampling import finite
 from ltxkern.pipeline.work.chunks import VideoChunks
 from ltxkern.pipeline.work.kept import KeptWork
@@ -26,7 +27,7 @@ def decode(
     manager: TwoStageDeviceManager,
     latents: Mapping[str, Tensor],
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     *,
     streamed: bool,
     work: KeptWork | None = None,
@@ -73,14 +74,17 @@ def decode(
 
 
 def _waveforms(
-    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Progress | None
+    components: Components, manager: TwoStageDeviceManager, latents: Tensor, progress: Report | None
 ) -> list[Tensor]:
+    def sound() -> list[Tensor]:
+        with (
+            manager.component("audio_vae", components.audio_vae) as audio_vae,
+            manager.component("vocoder", components.vocoder) as vocoder,
+        ):
+            return [decode_audio(audio_vae, vocoder, one[None], stage=STAGE, check=False) for one in latents]
+
     report(progress, "audio", 0, 1)
-    with (
-        manager.component("audio_vae", components.audio_vae) as audio_vae,
-        manager.component("vocoder", components.vocoder) as vocoder,
-    ):
-        waveforms = [decode_audio(audio_vae, vocoder, one[None], stage=STAGE, check=False) for one in latents]
+    waveforms = with_room(STAGE, sound, lambda: vacate(manager))
     report(progress, "audio", 1, 1)
     return waveforms
 
@@ -90,18 +94,43 @@ def _chunks(
     manager: TwoStageDeviceManager,
     latent: Tensor,
     tiling: Tiling,
-    progress: Progress | None,
+    progress: Report | None,
     work: KeptWork,
     name: str,
 ) -> VideoChunks:
     def tell(done: int, total: int) -> None:
         report(progress, "video", done, total)
 
-    def decode_from(skip: int) -> Iterator[Tensor]:
+    def decoded(skip: int) -> Iterator[Tensor]:
         with (
             explained("decode", components, ["video_vae"]),
             manager.component("video_vae", components.video_vae) as vae,
         ):
             yield from decode_video(vae, latent, tiling=tiling, skip=skip, progress=tell)
+
+    def make_room() -> str | None:
+        nonlocal tiling
+        if (done := vacate(manager)) is not None:
+            return done
+        smaller = smaller_tiling(components.video_vae, latent, tiling)
+        if smaller is None:
+            return None
+        tiling = smaller
+        return f"tiles of {smaller.height}x{smaller.width} from here on, whose seams may round otherwise"
+
+    def decode_from(number: int) -> Iterator[Tensor]:
+        chunks: Iterator[Tensor] | None = None
+
+        def following() -> Tensor | None:
+            nonlocal chunks
+            running, chunks = chunks or decoded(number), None
+            found = next(running, None)
+            chunks = running
+            return found
+
+        while (chunk := with_room("video decoding", following, make_room)) is not None:
+            yield chunk
+            number += 1
+            del chunk
 
     return VideoChunks(decode_from, work, name)

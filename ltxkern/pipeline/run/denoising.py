@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from ltxkern.pipeline.files.lora import LoRAPhase
 from ltxkern.pipeline.model.conditioning import ImageCondition, apply_image_conditions, encode_conditions
 from ltxkern.pipeline.model.decode import upsample_latent
+from ltxkern.pipeline.run.device_memory import step_down, vacate, with_room
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.run.request import GenerationRequest, Stage
 from ltxkern.pipeline.run.stage import run_stage
 from ltxkern.pipeline.sampling.finite import check_latents
@@ -27,14 +29,8 @@ logger = logging.getLogger(__name__)
 
 _DRAWN = "drawn"
 
-Progress = Callable[[str, int, int], None]
+_Result = TypeVar("_Result")
 StepCallback = Callable[[str, int, int, dict[str, Tensor]], None]
-
-
-def report(progress: Progress | None, stage: str, done: int, total: int) -> None:
-    """Tell a progress callback, where there is one."""
-    if progress is not None:
-        progress(stage, done, total)
 
 
 @dataclass
@@ -48,7 +44,7 @@ class DenoisingRun:
     sde_noise: Sequence[Mapping[str, Sequence[Tensor]]] | None
     image_latents: Sequence[Sequence[Tensor]] | None
     callback: StepCallback | None
-    progress: Progress | None
+    progress: Report | None
     work: KeptWork
 
     def __post_init__(self) -> None:
@@ -64,22 +60,17 @@ class DenoisingRun:
         pipeline = self.pipeline
         # One per video, for the initial noise of stage-1 video, stage-1 audio, stage-2 video, stage-2 audio in this order.
         self.generators = sample_generators(self.request.seeds(), pipeline.device)
+        if phases and not self.is_denoised:
+            self._with_room("the transformer", lambda: pipeline.attach(self.request, phases))
         latents: dict[str, Tensor] = {}
         video: Tensor | None = None
         audio: Tensor | None = None
-        for index, (stage, phase) in enumerate(zip(self.stages, phases, strict=False)):
+        for index in range(len(phases)):
             found = self.kept[index]
             if found is not None:
                 self._draw_again(index, found)
             else:
-                pictures = self._pictures(index)
-                pipeline.manager.switch_lora_phase(phase)
-                loras = [lora for lora, _ in phase.entries]
-                with (
-                    explained(f"stage{index + 1}", pipeline.components, ["transformer"], loras),
-                    pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policies[index])),
-                ):
-                    found = self._stage(index, policies[index], pictures, video, audio)
+                found = self._denoised(index, policies[index], phases, video, audio)
                 self.work.stage(f"stage{index + 1}", found)
             video, audio = found["video"], found["audio"]
             if index == 0:
@@ -94,6 +85,41 @@ class DenoisingRun:
             latents["stage2_audio"] = audio
         source = audio if self.request.sounds_from == "stage2" else latents["stage1_audio"]
         return latents | {"video": video, "audio": source}
+
+    def _with_room(self, name: str, work: Callable[[], _Result]) -> _Result:
+        """`with_room`, in the next device mode; ranks that share a run must stay in step."""
+        if self.pipeline.denoiser_factory is not None:
+            return work()
+        return with_room(name, work, lambda: step_down(self.pipeline.manager))
+
+    def _denoised(
+        self,
+        index: int,
+        policy: CFGPolicy,
+        phases: Sequence[LoRAPhase],
+        video: Tensor | None,
+        audio: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What `_stage` gives, in the LoRA phase of the stage and in a device mode that has room for it."""
+        stage, phase, pipeline = self.stages[index], phases[index], self.pipeline
+        pictures = self._pictures(index)
+        before = [generator.get_state() for generator in self.generators]
+
+        def attempt() -> dict[str, Tensor]:
+            for generator, state in zip(self.generators, before, strict=True):
+                generator.set_state(state)
+            if not pipeline.manager.is_attached:
+                pipeline.attach(self.request, phases)
+            pipeline.manager.switch_lora_phase(phase)
+            with (
+                explained(
+                    f"stage{index + 1}", pipeline.components, ["transformer"], [lora for lora, _ in phase.entries]
+                ),
+                pipeline.manager.stage(stage.name, forwards=self._forwards(stage, policy)),
+            ):
+                return self._stage(index, policy, pictures, video, audio)
+
+        return self._with_room(stage.name, attempt)
 
     def _draw_again(self, index: int, found: Mapping[str, Tensor]) -> None:
         """Bring the generators to where a stage that is not run would have left them."""
@@ -120,8 +146,12 @@ class DenoisingRun:
     def _encode_pictures(self, index: int) -> dict[str, Tensor]:
         stage, pipeline = self.stages[index], self.pipeline
         report(self.progress, f"images for {stage.name}", 0, 1)
-        with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
-            encoded = encode_conditions(vae, self.request.images, stage.height, stage.width, device=pipeline.device)
+
+        def encode() -> list[Tensor]:
+            with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
+                return encode_conditions(vae, self.request.images, stage.height, stage.width, device=pipeline.device)
+
+        encoded = with_room(f"images for {stage.name}", encode, lambda: vacate(pipeline.manager))
         report(self.progress, f"images for {stage.name}", 1, 1)
         return {f"{place:05d}": latent for place, latent in enumerate(encoded)}
 
@@ -182,8 +212,13 @@ class DenoisingRun:
     def _upsample(self, video: Tensor) -> Tensor:
         pipeline = self.pipeline
         report(self.progress, "upsampling", 0, 1)
-        with pipeline.manager.component("upsampler", pipeline.components.upsampler) as upsampler:
-            larger = upsample_latent(upsampler, self._statistics(), video)
+        statistics = self._statistics()
+
+        def enlarge() -> Tensor:
+            with pipeline.manager.component("upsampler", pipeline.components.upsampler) as upsampler:
+                return upsample_latent(upsampler, statistics, video)
+
+        larger = with_room("upsampling", enlarge, lambda: vacate(pipeline.manager))
         with explained("stage1", pipeline.components, ["upsampler"]):
             check_latents("upsampling", {"video latent": larger})
         report(self.progress, "upsampling", 1, 1)

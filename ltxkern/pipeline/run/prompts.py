@@ -13,8 +13,9 @@ from ltxkern.pipeline.memory.manager import TwoStageDeviceManager
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.model.text import PromptEmbeddings, encode_prompts
 from ltxkern.pipeline.results.embedding_cache import EmbeddingCache, model_revision
-from ltxkern.pipeline.run.denoising import Progress, report
+from ltxkern.pipeline.run.device_memory import vacate, with_room
 from ltxkern.pipeline.run.health import explained
+from ltxkern.pipeline.run.progress import Report, report
 from ltxkern.pipeline.run.request import GenerationRequest
 from ltxkern.pipeline.sampling.finite import check_latents
 from ltxkern.pipeline.sampling.guidance import CFGPolicy, GuidanceRequest, MultiModalPolicy, SingleBranchPolicy
@@ -53,7 +54,7 @@ class PromptEncoder:
         policy: type[CFGPolicy],
         embeddings: PromptEmbeddings | Sequence[Tensor] | None = None,
         negative: PromptEmbeddings | Sequence[Tensor] | None = None,
-        progress: Progress | None = None,
+        progress: Report | None = None,
         work: KeptWork | None = None,
     ) -> list[CFGPolicy]:
         """Guidance of stage 1 and the single branch of stage 2, with their contexts on the device.
@@ -78,7 +79,7 @@ class PromptEncoder:
         opposite = None if negative is None else self._contexts("negative_embeddings", negative, request.batch)
         return [policy.build(guidance, positive, opposite), SingleBranchPolicy.build(None, positive)]
 
-    def _kept(self, work: KeptWork, texts: list[str], progress: Progress | None) -> list[PromptEmbeddings]:
+    def _kept(self, work: KeptWork, texts: list[str], progress: Report | None) -> list[PromptEmbeddings]:
         """`encode`, or what an earlier process encoded, in the dtype of today."""
 
         def make() -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ class PromptEncoder:
         pairs = [[held[f"{part}-{i:05d}"] for part in ("video", "audio")] for i in range(len(texts))]
         return [PromptEmbeddings(*(one if dtype is None else one.to(dtype) for one in pair)) for pair in pairs]
 
-    def encode(self, texts: list[str], progress: Progress | None = None) -> list[PromptEmbeddings]:
+    def encode(self, texts: list[str], progress: Report | None = None) -> list[PromptEmbeddings]:
         """One pair of contexts a text, from the cache where it is there.
 
         Raises:
@@ -107,6 +108,9 @@ class PromptEncoder:
         return encoded
 
     def _encode_now(self, texts: list[str]) -> list[PromptEmbeddings]:
+        return with_room("text encoding", lambda: self._encoded(texts), lambda: vacate(self._manager))
+
+    def _encoded(self, texts: list[str]) -> list[PromptEmbeddings]:
         parts = self._components
         tokenizer = parts.tokenizer  # first: a fault of its small files shows before the encoder's gigabytes are read
         with (

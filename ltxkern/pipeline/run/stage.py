@@ -110,7 +110,7 @@ def run_stage(
         seeds: of the videos, one each; the noise of ancestral Euler depends on them, that of res2s has fixed seeds.
         max_batch_size: guidance branches per batch of a forward.
         sde_noise: ready noise of every draw of the sampler per modality, in its order; seeded draws where None.
-        callback: called after each step with (done, total, latents).
+        callback: called after each step with (done, total, latents), and the predictions as "video_x0" and "audio_x0".
         denoiser_factory: makes the denoiser from policy and forward; None runs the branches by `batched_runner`.
         steps: where the stage goes on from, and where its steps are kept.
     Returns:
@@ -130,7 +130,7 @@ def run_stage(
     def after_step(done: int, total: int, latents: Latents) -> None:
         watch.after_step(done, latents)
         if callback is not None:
-            callback(done, total, latents)
+            callback(done, total, latents | {f"{name}_x0": x0 for name, x0 in denoiser.last.items()})
 
     held: dict[str, Any] = {"callback": after_step}
     if steps is not None:

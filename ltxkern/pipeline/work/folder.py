@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from ltxkern.pipeline.results.atomic import replacing_file
 from ltxkern.pipeline.work.facts import changeable, differences, differing
-from ltxkern.pipeline.work.record import SUFFIX, sync_folder
+from ltxkern.pipeline.work.record import SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,6 @@ class WorkFolder:
     def _write(self, manifest: Manifest) -> None:
         with replacing_file(self.path / MANIFEST) as temporary:
             temporary.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
-        sync_folder(self.path)
         self._manifest = manifest
 
     def record(self, name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +38,6 @@ def write_record(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
     with replacing_file(path) as temporary:
         # Not save_file, whose errors do not say that the disk is full.
         temporary.write_bytes(save(apart, metadata={_HEADER: json.dumps(header)}))
-    sync_folder(path.parent)
 
 
 def read_record(path: Path, run: str) -> dict[str, Tensor]:
@@ -75,15 +73,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
         if tensor.numel():
             total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total
-
-
-def sync_folder(folder: Path) -> None:
-    """A new name outlives a power cut once its folder is on the disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_part(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,11 +55,43 @@ def test_a_first_word_that_would_be_a_header_of_gigabytes(tmp_path: Path) -> Non
         read_header(path)
 
 
-def test_a_tensor_whose_bytes_are_not_its_shape(tmp_path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(CheckpointError, match=r"damaged, a \(3,\) in 8 bytes"):
-        read_header(tmp_path / "a.safetensors")
+def described(*tensors: tuple[str, str, list[Any], list[Any]]) -> str:
+    """The header's text, in which a name may be there twice."""
+    entries = (
+        f"{json.dumps(name)}: {json.dumps({'dtype': dtype, 'shape': shape, 'data_offsets': offsets})}"
+        for name, dtype, shape, offsets in tensors
+    )
+    return "{" + ", ".join(entries) + "}"
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (described(("a", "F32", [3], [0, 8])), r"damaged, a \(3,\) in 8 bytes"),
+        (described(("a", "F32", [2], [8, 0])), r"damaged, a \(2,\) in -8 bytes"),
+        (described(("a", "F32", [2], [-8, 0]), ("b", "F32", [2], [0, 8])), r"damaged, a \(2,\) at bytes -8 to 0"),
+        (described(("a", "F32", [-1, -2], [0, 8])), r"damaged, a \(-1, -2\) at bytes 0 to 8"),
+        (described(("a", "F32", [2.0], [0, 8])), r"damaged, a \(2.0,\)"),
+        (described(("a", "BOOL", [True], [0, 1]), ("b", "U8", [7], [1, 8])), r"damaged, a \(True,\)"),
+        (described(("a", "F32", [2], [0, 8]), ("b", "F16", [2], [4, 8])), "damaged, b overlaps .* by 4 bytes"),
+        (described(("a", "F16", [2], [0, 4]), ("b", "F16", [1], [6, 8])), "damaged, b follows a hole of 2 bytes"),
+        (described(("a", "F16", [2], [4, 8])), "damaged, a follows a hole of 4 bytes"),
+        (described(("a", "F32", [2**61], [0, 8])), r"damaged, a \(2305843009213693952,\) in 8 bytes"),
+        (described(("a", "F32", [0, 10**30], [0, 0]), ("b", "F32", [2], [0, 8])), "damaged, a"),
+        (described(("a", "F32", [2**62] * 99, [0, 8])), r"damaged, a \(46116860"),
+        (described(("a", "F4", [65], [0, 8])), r"damaged, a \(65,\) in 8 bytes"),
+        (described(("a", "F32", [2**40], [0, 2**42])), r"truncated, expected 4398046511\d+ bytes"),
+        (described(("a", "F32", [1], [0, 4]), ("a", "F32", [1], [4, 8])), "header is not readable: a is there twice"),
+        ('{"a": {"dtype": "F32", "dtype": "F16", "shape": [2], "data_offsets": [0, 8]}}', "dtype is there twice"),
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}', "header is not readable"),
+        ('{"__metadata__": {"a": 3}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "not readable"),
+    ],
+)
+def test_a_header_that_is_not_of_its_bytes(tmp_path: Path, header: str, words: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(CheckpointError, match=words):
+        read_header(path)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from ltxkern.pipeline.memory import modes
-from ltxkern.pipeline.memory.modes import MODES, OFFLOADED, ModeNeeds, choose_mode
+from ltxkern.pipeline.memory.modes import MODES, OFFLOADED, ModeNeeds, choose_mode, smaller_mode
 from tests.pipeline.memory.lora_models import prepared
 
 NEEDS = {
@@ -53,3 +53,19 @@ def test_describe_says_what_each_mode_needs(model, phases, monkeypatch):
     with prepared(model, phases, "auto") as manager:
         assert manager.mode == "original"
         assert "no mode fits" in manager.describe()
+
+
+@pytest.mark.parametrize(
+    ("offloaded", "chain"),
+    [
+        (20, ["resident", "inplace", "snapshot", "original", OFFLOADED]),
+        (50, ["resident", "inplace", "snapshot", "original"]),
+    ],
+)
+def test_the_next_mode_needs_less_of_the_device(offloaded, chain):
+    needs = {**NEEDS, OFFLOADED: ModeNeeds(OFFLOADED, offloaded, 60)}
+    found = [MODES[0]]
+    while (following := smaller_mode(needs, found[-1])) is not None:
+        found.append(following)
+    assert found == chain
+    assert smaller_mode(dict.fromkeys(needs, needs["original"]), "resident") is None

@@ -1,17 +1,15 @@
 """Fused passes and their policies: close to fp64 as "rounded", the bits of the separate ops as "exact"."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.patch import patch
+from ltxkern.patching.feed_forward import ERROR_RATIO
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import fusions
 from ltxkern.pipeline.model.fusions import Fusion, FusionPolicy, use_fusions
@@ -83,7 +81,7 @@ def test_a_fused_pass_is_as_close_to_fp64_as_its_ops(name: str, dtype: torch.dty
         assert one.dtype == other.dtype == dtype
         least = torch.finfo(torch.float32).eps * float(true.norm())
         error = float((one.double() - true).norm())
-        assert error <= max(fusions.ERROR_RATIO * float((other.double() - true).norm()), least)
+        assert error <= max(ERROR_RATIO * float((other.double() - true).norm()), least)
 
 
 def changed(x: Tensor) -> Tensor:
@@ -176,41 +174,3 @@ def test_names(monkeypatch: Any) -> None:
         FusionPolicy("all")
     with pytest.raises(ValueError, match='LTXKERN_POLICY must be "rounded" or "exact", got \'fast\''):
         patch(nn.Sequential())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: Any, dtype: torch.dtype) -> None:
-    """One of the error function, as torch's on a CPU, does not serve in any dtype; one that is right does."""
-
-    def serves(gelu: Callable[[Tensor], Tensor]) -> bool:
-        def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
-            assert use_gelu
-            return gelu(torch.addmm(bias.float(), x.float(), weight.float())).to(x.dtype)
-
-        monkeypatch.setattr(torch, "_addmm_activation", activation)
-        fusions._gelu_serves.cache_clear()
-        return fusions._gelu_serves(torch.device("cpu"), dtype)
-
-    assert serves(partial(nn.functional.gelu, approximate="tanh"))
-    assert not serves(nn.functional.gelu)
-    assert not serves(torch.zeros_like)
-    fusions._gelu_serves.cache_clear()
-
-
-@torch.no_grad()
-def test_layers_with_something_around_them_are_called(model: LTX2Transformer) -> None:
-    """Hooks of the feed-forward and of its products see their calls, and so do other layers in their place."""
-    network, x = model.transformer_blocks[0].ff, drawn(1, TOKENS, WIDTH)
-    assert fusions.is_plain(network, x.dtype)
-    assert not fusions.is_plain(network, torch.bfloat16)
-    torch.testing.assert_close(fusions.feed_forward(network, x), network(x), rtol=0, atol=1e-6)
-    for module in (network, network.net[0], network.net[0].proj, network.net[2]):
-        seen: list[int] = []
-        handle = module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-        assert torch.equal(fusions.feed_forward(network, x), network(x))
-        handle.remove()
-        assert seen == [1, 1]
-    other = FeedForward(WIDTH, activation_fn="gelu-approximate", bias=False).eval()
-    assert not fusions.is_plain(other, x.dtype)
-    assert torch.equal(fusions.feed_forward(other, x), other(x))
-    assert not fusions.is_plain(FeedForward(WIDTH, activation_fn="gelu").eval(), x.dtype)

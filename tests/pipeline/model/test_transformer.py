@@ -1,12 +1,14 @@
 """The transformer: official conditioning, perturbations per item, batched branches, compilation, no host reads."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import transformer as module
@@ -30,6 +32,18 @@ from tests.pipeline.model.demo_inputs import (
     of_diffusers,
     with_mask,
 )
+
+
+class Written(TorchDispatchMode):
+    """Counts the ops that write tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def stock(model: LTX2Transformer) -> LTX2VideoTransformer3DModel:
@@ -144,12 +158,23 @@ def test_one_modality_equals_isolation(model: LTX2Transformer) -> None:
 @pytest.mark.parametrize("sigma", [0.5, 0.9093749523162842, (0.99 * 0.73) ** 0.5])
 def test_x0_has_the_bits_of_the_composition(dtype: torch.dtype, sigma: float) -> None:
     pair = inputs(batch=2, sigma=sigma, dtype=dtype)
-    items = [pair["audio"], with_mask(pair["video"])]
+    items, known = [pair["audio"], pair["video"], with_mask(pair["video"])], {}
     for item in items:
         velocity = torch.randn(item.latent.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
         steps = torch.tensor(sigma).expand(2, 1, 1) if item.mask is None else (item.mask.double() * sigma).float()
         expected = (item.latent.float() - velocity.float() * steps).to(dtype)
-        assert torch.equal(module._to_x0(item, velocity), expected)
+        assert torch.equal(module._to_x0(item, velocity, known), expected)
+    assert len(known) == 2
+
+
+def test_x0_is_one_launch_a_branch(model: LTX2Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one for the timesteps of all branches."""
+    branches = [inputs() | flags for flags in FLAGS[:3]]
+    velocities = predict_velocity_batched(model, branches, most=1)
+    monkeypatch.setattr(module, "predict_velocity_batched", lambda *_: velocities)
+    with Written() as seen:
+        predict_x0_batched(model, branches)
+    assert seen.names == {"gated_residual": 2 * 3, "new_full": 1}
 
 
 def test_x0(model: LTX2Transformer) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ltxkern.pipeline.results.atomic import output_kind, writable_output
-from ltxkern.pipeline.results.media import probe_mp4, write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.media import write_frames, write_latents, write_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
+from ltxkern.whole_files import beside
 from tests.pipeline.results.samples import leftovers, tone, video
 
 
@@ -213,3 +216,21 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Non
     assert writable_output(f"~/{name}") == output_kind(name)
     write_small(Path("~") / name)
     assert leftovers(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path, name: str) -> None:
+    """Only what was to be this very result, and of nobody who still writes."""
+    (tmp_path / ".ltxkern-of another version.mp4").write_bytes(b"stays")
+    gone = os.fork()
+    if gone == 0:
+        with beside(tmp_path / name, folder=name == "a"), beside(tmp_path / "b.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(gone, 0)
+    assert len(leftovers(tmp_path)) == 3
+    with beside(tmp_path / name, folder=name == "a") as living:
+        write_small(tmp_path / name)
+        assert living.exists()
+    of_b = [left for left in leftovers(tmp_path) if left.startswith(".ltxkern-") and left.endswith(".mp4")]
+    assert len(leftovers(tmp_path)) == 3
+    assert len(of_b) == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ltxkern.commands.batch_items import Item, Outcome
+from ltxkern.commands.batching.items import Item, Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,89 @@
+"""diffusers' FeedForward with tanh GELU in the epilogue of its first product, where the device's is that function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ltxkern.ops.checks import unplain
+
+ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
+
+
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x weight^T + bias)` by one launch."""
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return product.unflatten(0, x.shape[:-1])
+
+
+def product_gelu_apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same by two, the second in place."""
+    hidden = F.linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(hidden, approximate="tanh")
+    return torch.ops.aten.gelu_(hidden, approximate="tanh")
+
+
+@functools.cache
+def gelu_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function."""
+    if device.type == "meta":
+        return True
+    with _disable_current_modes(), torch.no_grad():
+        # Around -3 the two differ by more than a 16-bit product is off, which they do not elsewhere.
+        return all(_gelu_fits(device, dtype, *case) for case in ((1.0, 0.0), (0.05, -3.0)))
+
+
+def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, 128), (512, 128)))
+    x, weight, bias = x * spread, weight * 128**-0.5, torch.full((512,), centre).to(x)
+    exact = product_gelu_apart(x.double(), weight.double(), bias.double())
+
+    def error(result: Tensor) -> float:
+        return float((result.double() - exact).norm())
+
+    try:
+        return error(product_gelu(x, weight, bias)) <= ERROR_RATIO * error(product_gelu_apart(x, weight, bias))
+    except RuntimeError:
+        return False
+
+
+def is_plain(network: Any, dtype: torch.dtype) -> bool:
+    """Whether a FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
+    parts = [*network.net]
+    layer: Any = getattr(parts[0], "proj", None)
+    if type(layer) is not nn.Linear or getattr(parts[0], "approximate", None) != "tanh" or len(parts) != 3:
+        return False
+    weight, bias = layer.weight, layer.bias
+    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
+    if bias is None or network.training or not weight.dtype == bias.dtype == dtype:
+        return False
+    return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
+
+
+def joins(x: Tensor) -> bool:
+    """Whether a product with x can have its GELU within."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and gelu_serves(x.device, x.dtype)
+
+
+def feed_forward(network: Any, x: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor] = product_gelu) -> Tensor:
+    """A FeedForward on (..., D).
+
+    Args:
+        product: serves where the first product can have its GELU within.
+    """
+    if not is_plain(network, x.dtype):
+        return network(x)
+    layer, last = network.net[0].proj, network.net[2]
+    if not joins(x):
+        product = product_gelu_apart
+    hidden = product(x, layer.weight, layer.bias)
+    del x  # not read while the second product runs
+    return last(hidden)
