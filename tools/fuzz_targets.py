@@ -190,7 +190,7 @@ def file_targets(path: Path) -> list[Target]:
 def text_targets(path: Path) -> list[Target]:
     """Readers of YAML, of lines of a batch, and of the manifest of a work folder."""
     from ltxkern.commands import generate
-    from ltxkern.commands.batch_items import read_items
+    from ltxkern.commands.batching.items import read_items
     from ltxkern.commands.text_files import read_config
     from ltxkern.pipeline.work.folder import MANIFEST, read_manifest
 
@@ -315,7 +315,27 @@ def request_target() -> Target:
     return Target("request", drawn, (example,), read, mutations=1)
 
 
+def body_target() -> Target:
+    """The body of a request over HTTP."""
+    from ltxkern.service.fields import body_model, read_body
+
+    model = body_model({})
+    values = (
+        _odd | st.text(max_size=8) | st.lists(_odd, max_size=3) | st.dictionaries(st.text(max_size=4), _odd, max_size=2)
+    )
+    drawn = st.dictionaries(st.sampled_from([*model.model_fields]), values, max_size=5)
+    whole = {
+        "prompt": "a",
+        "images": [{"frame": 8, "strength": 0.5}],
+        "video_guidance": {"cfg": 2.0, "stg_blocks": [1]},
+    }
+    examples = tuple(json.dumps(found).encode() for found in (whole, {"prompt": "a", "stage2_sigmas": [0.9, 0.5, 0]}))
+    return Target(
+        "body", drawn.map(lambda found: json.dumps(found).encode()), examples, lambda data: read_body(model, data)
+    )
+
+
 def targets(folder: Path) -> list[Target]:
     """All of them; inputs lie in `folder`."""
     path = folder / "input.safetensors"
-    return [*file_targets(path), *text_targets(path), picture_target(path), request_target()]
+    return [*file_targets(path), *text_targets(path), picture_target(path), request_target(), body_target()]
