@@ -142,6 +142,7 @@ def test_requests_that_are_refused(served: tuple[Client, Any], monkeypatch: pyte
         assert answer.error.startswith(sentence)
     assert client("POST", "/v1/videos", b"{}", content_type="text/plain").status == 415
     # The planner says what fits.
+    monkeypatch.setattr(service, "_problem", service._check_plan)
     monkeypatch.setattr(service.supervisor, "free", (4 * 10**7, 4 * 10**7))
     answer = client("POST", "/v1/videos", SMALL)
     assert answer.status == 422
