@@ -199,10 +199,16 @@ def test_what_runs_is_cancelled_and_what_has_ended_is_forgotten(served: tuple[Cl
     client, service = served
     video = client.submit(**LONG)
     until(lambda: in_stage_1(client, video, 1))
+    deadly = client.submit(**SMALL)
+    service.store._all("UPDATE jobs SET lives = 3 WHERE id = ?", deadly)
     assert client("DELETE", f"/v1/videos/{video}").status == 202
     last = client.ended(video)
     assert (last["status"], last["progress"]) == ("cancelled", None)
     assert client("GET", f"/v1/videos/{video}/content").error == "the video is cancelled"
+    last = client.ended(deadly)
+    assert last["status"] == "failed"
+    assert last["error"] == "3 workers in a row died before one step of it was done"
+    assert client("GET", f"/v1/videos/{deadly}/content").error == f"the video is failed: {last['error']}"
     assert not (folder_of(service, video) / "work").exists()
     assert client("DELETE", f"/v1/videos/{video}").status == 200
     assert client("GET", f"/v1/videos/{video}").status == 404
