@@ -196,6 +196,9 @@ class GenerationRequest:
                 f"frame_rate must be between {low} and {high}, got {self.frame_rate:g}: "
                 f"use {low if self.frame_rate < low else high}"
             )
+        for name, scales in (("video_guidance", self.video_guidance), ("audio_guidance", self.audio_guidance)):
+            if not isinstance(scales, GuidanceScales | None):
+                raise TypeError(f"{name} must be GuidanceScales or None, got {scales!r}")
         self._require_seeds()
         self._require_steps()
         if self.sounds_from not in ("stage1", "stage2"):
