@@ -190,7 +190,7 @@ def file_targets(path: Path) -> list[Target]:
 def text_targets(path: Path) -> list[Target]:
     """Readers of YAML, of lines of a batch, and of the manifest of a work folder."""
     from ltxkern.commands import generate
-    from ltxkern.commands.batch_items import read_items
+    from ltxkern.commands.batching.items import read_items
     from ltxkern.commands.text_files import read_config
     from ltxkern.pipeline.work.folder import MANIFEST, read_manifest
 

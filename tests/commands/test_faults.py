@@ -16,8 +16,9 @@ import av.error
 import pytest
 
 from ltxkern.cli import main
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
 from ltxkern.pipeline.results import media
+from ltxkern.pipeline.run.progress import ProgressEvent
 from tests.commands.typed import run
 
 Fault = Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[None]]
@@ -57,13 +58,13 @@ def disk_that_fills_up(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None
         pytest.skip("NO REAL SMALL DISK: mounting one needs root")
     other = folder / "other"
 
-    def fill(_: Any, stage: str, done: int, total: int) -> None:
-        if stage == "audio" and done == total:
+    def fill(_: Any, event: ProgressEvent) -> None:
+        if (event.stage, event.done) == ("audio", event.total):
             with contextlib.suppress(OSError), other.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
 
-    patch.setattr(generate.Bars, "__call__", fill)
+    patch.setattr(Shown, "__call__", fill)
     yield
     other.unlink()
 

@@ -194,6 +194,8 @@ def _misplaced(tensor: StoredTensor, first: Any, last: Any) -> str:
     numbers = (*tensor.shape, first, last)
     if len(numbers) > _MOST_NUMBERS or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
         return f"{tensor.key} {tensor.shape[:_MOST_NUMBERS]} at bytes {first} to {last}"
+    if not isinstance(tensor.dtype, str):
+        return f"{tensor.key} of dtype {tensor.dtype!r}"
     # A kind of number that is not known here has a bit at least.
     known, bits = tensor.dtype in ITEM_BYTES, 8 * (last - first)
     if first > last or (8 * tensor.nbytes != bits if known else math.prod(tensor.shape) > bits):
