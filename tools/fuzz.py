@@ -1,7 +1,8 @@
 """Feeds broken files and requests to whatever reads them: `python -m tools.fuzz --inputs 100000 --seed 1`.
 
 An input passes where the reader takes it, or refuses it with an error that this package raised in words. A crash, an error from
-anywhere else, more than `SECONDS` of the processor for one input, or memory beyond what is stated for a target fails, and the input is kept.
+anywhere else, more than `SECONDS` of the processor for one input, or memory beyond what is stated for a target fails, and the
+input is kept.
 
 Inputs are drawn by hypothesis; `--engine atheris` lets that fuzzer, where it is installed, look for new paths through the code.
 """

@@ -20,8 +20,8 @@ from ltxkern.pipeline.files.headers import (
     read_json,
     require_counts,
 )
-from ltxkern.pipeline.files.hub import weight_files
 from ltxkern.pipeline.files.quantized import read_tensor, with_scales
+from ltxkern.pipeline.files.stored import weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARY = re.compile(r'"vocab"\s*:\s*')
