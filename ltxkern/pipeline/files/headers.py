@@ -203,6 +203,29 @@ def _misplaced(tensor: StoredTensor, first: Any, last: Any) -> str:
     return ""
 
 
+def identity(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of files, and of those within folders, by whole name."""
+    found = {}
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                status = file.stat()
+                found[str(file.absolute())] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def require_unchanged(before: Mapping[str, list[int]], paths: Iterable[Path]) -> None:
+    """Refuses files that are not what they were: parts of two models would be put together.
+
+    Raises:
+        CheckpointError: with their names.
+    """
+    now = identity(paths)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        raise CheckpointError(f"{listed(changed)}: changed since the model was opened: open it again")
+
+
 def read_bytes(header: Header, tensors: Iterable[StoredTensor]) -> list[bytes]:
     """The raw bytes of small tensors of a file."""
     found = []
