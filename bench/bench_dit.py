@@ -4,7 +4,7 @@ diffusers' forward is timed as its pipelines call it, with a timestep for every 
 `--count` counts one block of both at the two stages' shapes, from shapes alone: `dit_count.py` says what a video-sized pass is.
 `--sites` tells time, bytes and launches of each site of a forward (`dit_sites.py`).
 `--blocks N` runs the first N of 48 blocks. The floor replays every matrix product and attention call that the toolkit's
-forward makes, and nothing else; what the forward takes beyond it is what fusion can win.
+forward makes, on its weights, and nothing else; what the forward takes beyond it is what fusion can win.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_count
 import dit_sites
 import machine
 from cases import DTYPES, Case, normal
 from command_line import measured, parser, relaunch_warm, start_run
+from dit_floor import ContractionLog, floor_calls
 from harness import Run, with_ratios
 from ltxkern.patch import fuse
 from ltxkern.patching.rules import Rules
@@ -44,7 +43,6 @@ ROUNDINGS = 8
 ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
 LEAST_OF = 10  # forwards, in turn, of which a site has the least time
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
-CONTRACTIONS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
 CONFIG = {
     "gated_attn": True,
     "audio_gated_attn": True,
@@ -197,64 +195,6 @@ def measure_sites(run: Run, picked: Sequence[Case], parsed: Any) -> int:
     return 0
 
 
-class ContractionLog(TorchDispatchMode):
-    """Counts the matrix products and attention calls of what runs inside, by function and argument layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[tuple[Any, ...]] = Counter()
-        self.arguments: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name in CONTRACTIONS or "scaled_dot_product" in name:
-            layout = tuple((tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
-            key = (func, layout, tuple(sorted(kwargs.items())))
-            self.calls[key] += 1
-            self.arguments.setdefault(key, (layout, kwargs))
-        return func(*args, **kwargs)
-
-    def flops(self) -> int:
-        """Of all logged calls, two per multiply-add."""
-        total = 0
-        for (func, layout, _), count in self.calls.items():
-            shapes = [part[0] for part in layout if isinstance(part, tuple)]
-            if "scaled_dot_product" in func.overloadpacket.__name__:
-                (batch, heads, queries, depth), keys = shapes[0], shapes[1][2]
-                total += count * 4 * batch * heads * queries * keys * depth
-            else:
-                a, b = shapes[-2:]
-                batch = a[0] if len(a) == 3 else 1
-                total += count * 2 * batch * a[-2] * a[-1] * b[-1]
-        return total
-
-
-def is_layout(part: Any) -> bool:
-    """Whether a logged argument was a tensor."""
-    return isinstance(part, tuple) and len(part) == 3 and isinstance(part[2], torch.dtype)
-
-
-def floor_calls(log: ContractionLog, device: torch.device) -> Callable[[], None]:
-    """All logged calls one after another, each on random data of its own layout."""
-    calls = []
-    for key, count in log.calls.items():
-        layout, kwargs = log.arguments[key]
-        tensors = [
-            torch.empty_strided(*part[:2], dtype=part[2], device=device).normal_() if is_layout(part) else part
-            for part in layout
-        ]
-        calls += [functools.partial(key[0], *tensors, **kwargs)] * count
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
-
-
 def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
     """What the weights take, and six tensors of the widest activation (per-token modulation) of diffusers' forward."""
     with torch.device("meta"):
@@ -276,7 +216,7 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
 
     title, theirs_forward = f"{case.name} {blocks} blocks", diffusers_forward(theirs, inputs)
     toolkit()  # attention kernels are checked at their first use, outside the log
-    with ContractionLog() as log:
+    with ContractionLog(ours.parameters()) as log:
         result = toolkit()
     expected = theirs_forward()
     errors = {"ltxkern": distance(result, expected)}
@@ -304,9 +244,9 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
     timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     floor = summarise(samples[FLOOR]).median
-    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops()}
+    common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops}
     notes = {name: f"relative RMS distance from diffusers {error:.1e}" for name, error in errors.items()}
-    notes[FLOOR] = f"{sum(log.calls.values())} calls"
+    notes[FLOOR] = f"{len(log.calls)} calls"
     rows = [
         Record(
             **common,

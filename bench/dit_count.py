@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -79,10 +80,11 @@ class Launched:
 
 @dataclass
 class Count:
-    """The launches of one block; `unit` is the bytes of one (T, 4096) bf16 tensor."""
+    """The launches of one block, and the most bytes that it had made and not yet let go of; `unit` is a (T, 4096) bf16 tensor's."""
 
     unit: int
     launches: list[Launched] = field(default_factory=list)
+    peak_bytes: int = 0
 
     @property
     def elementwise_bytes(self) -> int:
@@ -138,6 +140,7 @@ class Count:
             "elementwise_bytes": self.elementwise_bytes,
             "launches": len(self.launches),
             "wide_passes": self.wide_passes,
+            "peak_tensors": round(self.peak_bytes / self.unit, 2),
             "gemm_and_attention_ms": round(1e3 * within, 1),
             "beyond_percent": round(100 * beyond / within, 1),
             "sites": [{"site": s, "video_passes": n, "video_tensors": round(m, 2)} for s, n, m in self.sites()],
@@ -232,6 +235,28 @@ class Launches(TorchDispatchMode):
         return result
 
 
+class _Live(TorchDispatchMode):
+    """Memory that what runs inside makes: the most of it that is held at one time."""
+
+    def __init__(self, count: Count, given: Any) -> None:
+        super().__init__()
+        self._count = count
+        # Of these none is made inside; a reference keeps the address from being another's.
+        self._given = {t.untyped_storage()._cdata: t.untyped_storage() for t in _tensors(given)}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        for storage in (tensor.untyped_storage() for tensor in _tensors(result)):
+            if storage._cdata not in self._given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._count.peak_bytes = max(self._count.peak_bytes, sum(size for _, size in self._made.values()))
+        return result
+
+
 @torch.no_grad()
 def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) -> Count:
     """What one block launches within `call`, a forward on the meta device that runs it once.
@@ -244,7 +269,7 @@ def count_block(block: torch.nn.Module, call: Callable[[], Any], tokens: int) ->
     forward = block.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _OnDevice(count), Launches(count):
+        with _OnDevice(count), _Live(count, (args, kwargs, [*block.parameters()])), Launches(count):
             return forward(*args, **kwargs)
 
     with mock.patch.object(block, "forward", watched):

@@ -128,6 +128,7 @@ def stages(capability: str) -> tuple[Stage, ...]:
         _bench("ops", "run_all", "--cases", "all-large", "--budget", "{seconds}", seconds=430),
         _bench("lora", "bench_lora_switch", "--cases", "large", "--rounds", "2", seconds=200),
         _bench("dit", "bench_dit", "--cases", "large", "--rounds", "2", "--rep", "1000", seconds=300),
+        _bench("dit-sites", "bench_dit", "--sites", "--cases", "large", "--blocks", "2", seconds=120),
         _bench("hq", "bench_hq", "--model", "random-full", "--rounds", "1", seconds=400),
     )
 

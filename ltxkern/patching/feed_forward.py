@@ -57,14 +57,15 @@ def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: 
 
 def is_plain(network: Any, dtype: torch.dtype) -> bool:
     """Whether a FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
-    first = network.net[0]
-    layer: Any = getattr(first, "proj", None)
-    known = type(layer) is nn.Linear and layer.bias is not None and getattr(first, "approximate", None) == "tanh"
-    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
-    if not known or {layer.weight.dtype, layer.bias.dtype} != {dtype}:
+    parts = [*network.net]
+    layer: Any = getattr(parts[0], "proj", None)
+    if type(layer) is not nn.Linear or getattr(parts[0], "approximate", None) != "tanh" or len(parts) != 3:
         return False
-    changed = any(unplain(module, meta=True) for module in (network, first, layer))
-    return not changed and not network.training and len(network.net) == 3
+    weight, bias = layer.weight, layer.bias
+    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
+    if bias is None or network.training or not weight.dtype == bias.dtype == dtype:
+        return False
+    return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
 
 
 def joins(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ from ltxkern.ops.rms_norm_modulate import (
     rms_norm_modulate,
 )
 from ltxkern.patching import separate
-from ltxkern.patching.feed_forward import feed_forward, is_plain, joins
+from ltxkern.patching.feed_forward import is_plain, joins, product_gelu
 from ltxkern.patching.norms import Fused, stands
 from ltxkern.patching.report import Group, Site
 
@@ -378,11 +378,13 @@ def _feed_forward(stream: _Stream) -> Tensor:
     norm = f"{stream.names.prefix}norm3"
     (normed,) = stream.norms(norm, getattr(block, norm).eps, rows, scale, shift)
     network, site = getattr(block, child), block._ltxkern.sites.get((child, "linear_gelu"))
-    joined = site is not None and joins(normed) and is_plain(network, normed.dtype)
-    if site is not None and joined:
+    if site is not None and joins(normed) and is_plain(network, normed.dtype):
         site.count(normed, None)
-    elif site is not None:
-        site.compose()
-    update = feed_forward(network, normed) if joined else network(normed)
+        first, last = network.net[0].proj, network.net[2]
+        update = last(product_gelu(normed, first.weight, first.bias))
+    else:
+        if site is not None:
+            site.compose()
+        update = network(normed)
     x: Tensor = _run(block._ltxkern, child, "gated_residual", stream.x, update, gate, rows=rows)
     return x

@@ -20,6 +20,10 @@ from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, m
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
+_BETWEEN = (
+    "something stands between it and the activation: a scale and shift, which no op takes, "
+    "or a residual in a block of another form"
+)
 _LTX2 = "diffusers.models.transformers.transformer_ltx2"
 
 
@@ -102,8 +106,7 @@ class Finder:
         beyond = {call.name for node in sources for call in _beyond(node)}
         for other in sorted((plainly | beyond) & place.children.keys() - norms.keys()):
             if _may_be_norm(place.children[other]):
-                reason = f"{type(place.children[other]).__name__} is no norm that an op serves"
-                self.report.left.append(Left(joined(place.path, other), reason))
+                self.report.left.append(Left(joined(place.path, other), _unserved(place.children[other])))
         activation = None if name == flows.SILU else place.children[name]
         residual = residual_names(flow, place.block)
         if residual is not None and activation is not None and self._residual(place, residual, norms):
@@ -114,7 +117,7 @@ class Finder:
         found = self._found({other: norms[other] for other in taken}, activation)
         for item in found:
             if item.name in beyond:
-                item.reasons.append("something stands between it and the activation (a scale and shift, or a residual)")
+                item.reasons.append(_BETWEEN)
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
@@ -262,6 +265,11 @@ def _ltx2() -> Any:
 
 def _may_be_norm(child: nn.Module) -> bool:
     return "norm" in type(child).__name__.lower()
+
+
+def _unserved(norm: nn.Module) -> str:
+    condition = "" if _takes_one(norm) else ": it takes a condition beside its input"
+    return f"{type(norm).__name__} is no norm that an op serves{condition}"
 
 
 def _takes_one(norm: nn.Module) -> bool:

@@ -39,7 +39,7 @@ def page() -> HTMLResponse:
         hashes[tag] = f"'sha256-{b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
     policy = (
         f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-        "img-src blob:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
     return HTMLResponse(text, headers=headers)
@@ -133,12 +133,12 @@ def make_app(service: Service) -> FastAPI:
         return FileResponse(file, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline")
 
     @app.get("/v1/videos/{video}/preview", responses=_ERRORS, response_class=FileResponse)
-    def preview(video: str) -> FileResponse:
-        """The latest picture of a video at work."""
+    def preview(video: str) -> Response:
+        """The latest picture of a video at work; 204 where there is none yet."""
         place = service.supervisor.folder_of(service.find(video).id) / worker.PREVIEWS
         files = sorted(place.glob("*.png"))
         if not files:
-            raise RefusedError(404, "there is no picture of it yet")
+            return Response(status_code=204)
         return FileResponse(files[-1], media_type="image/png", headers={"cache-control": "no-store"})
 
     @app.get("/v1/videos/{video}/events", responses=_ERRORS, response_class=StreamingResponse)

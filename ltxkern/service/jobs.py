@@ -111,7 +111,7 @@ class Service:
         folder = self.supervisor.folder_of(name)
         try:
             files = self._keep_pictures(folder, sent)
-            self._admit(given, files)
+            self._admit(given, folder, files)
             job, added = self.store.add(name, given, len(files), digest, key, self.settings.queue)
         except QueueFullError as full:
             shutil.rmtree(folder, ignore_errors=True)
@@ -160,11 +160,11 @@ class Service:
                 os.close(handle)
         return files
 
-    def _admit(self, given: dict[str, Any], files: list[Path]) -> None:
+    def _admit(self, given: dict[str, Any], folder: Path, files: list[Path]) -> None:
         try:
             request = self.offer.request(given, files)
         except (ValueError, TypeError, ArithmeticError) as error:
-            raise RefusedError(422, str(error)) from error
+            raise RefusedError(422, worker.sentence(error, folder)) from error
         # What neither memory nor a picture's content depends on is left out, so that a plan serves many requests.
         pictures = [replace(image, path="") for image in request.images[:1]]
         plain = replace(request, prompt="any", negative_prompt="any", seed=0, steps=None, eta=None, images=pictures)

@@ -1,6 +1,7 @@
 """Counts of one transformer block: what is a launch and what it moves; ours at both stages, which may only fall, and diffusers'."""
 
 import json
+from dataclasses import replace
 
 import bench_dit
 import dit_count
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import ltxkern
+from ltxkern.pipeline.model.transformer import predict_velocity_batched
 
 TOKENS, WIDTH = 64, dit_count.WIDTH
 UNIT = TOKENS * WIDTH * 2
@@ -95,8 +97,8 @@ def test_nothing_stays_where_the_forward_fails():
 
 # What one block launches and moves, and what diffusers' own does once patched; a change that saves some lowers these.
 MOST = {
-    "ltxkern": {"video_passes": 11, "video_tensors": 30.1, "launches": 68},
-    "patch": {"video_passes": 12, "video_tensors": 35.1, "launches": 82},
+    "ltxkern": {"video_passes": 11, "video_tensors": 30.1, "launches": 68, "peak_tensors": 7.0},
+    "patch": {"video_passes": 12, "video_tensors": 35.1, "launches": 82, "peak_tensors": 9.1},
 }
 MOST_BYTES = {"stage1": 2_103_675_536, "stage2": 8_125_326_904}
 
@@ -125,3 +127,70 @@ def test_one_block_at_both_stages(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(out.count(f" {provider} ") == 2 for provider in MOST)
     assert "passes" in out
+
+
+ISOLATED = {"disable_a2v_cross_attn": True, "disable_v2a_cross_attn": True}
+LEFT_OUT = {"skip_video_self_attn_blocks": [1]}
+# By what a forward of branches is like, per stage-2 block: how it masks the video, its branches, how many go in a batch, and the
+# most passes and tensors (of a branch) of it.
+BRANCHES = {
+    "mask with levels": ("levels", [{}], 1, 11, 30.1),
+    # Every token has modulations of its own, which each block makes: 28 tensors of them are written and read.
+    "mask without levels": ("mask", [{}], 1, 17, 72.1),
+    "guided, one after another": ("", [{}, LEFT_OUT, ISOLATED], 1, 28, 26.1),
+    # What is left out costs its own branch a pass.
+    "guided, in a batch": ("", [{}, LEFT_OUT, ISOLATED], 3, 13, 31.1),
+    "two texts in a batch": ("", [{}, {}], 2, 11, 30.1),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_passes_of_masks_and_branches(name):
+    mask, flags, most, passes, tensors = BRANCHES[name]
+    case = next(case for case in bench_dit.CASES if case.name == "stage2")
+    ours, _ = bench_dit.without_data(case, 3)
+    ours = torch.nn.Module.to(ours, dtype=torch.bfloat16).eval()
+    inputs = bench_dit.inputs_of(case, ours, torch.bfloat16, torch.device("meta"))
+    video = inputs.video
+    if mask:
+        each = meta(1, case.numel, 1, dtype=torch.float32)
+        video = replace(video, mask=each, levels=(0.0, 1.0) if mask == "levels" else None)
+    branches = [{"video": video, "audio": inputs.audio} | flag for flag in flags]
+    found = dit_count.count_block(
+        ours.transformer_blocks[1], lambda: predict_velocity_batched(ours, branches, most=most), case.numel
+    )
+    assert found.video_passes <= passes
+    assert found.video_tensors / len(branches) <= tensors
+    assert found.wide_passes == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "device"), [("stage2", torch.bfloat16, "meta"), ("small", torch.float32, "cpu")]
+)
+def test_a_block_holds_less_memory_than_that_of_diffusers(case, dtype, device):
+    """In diffusers' leanest form, one timestep for all tokens; on a CPU with what our passes are there."""
+    case = next(each for each in bench_dit.CASES if each.name == case)
+    if device == "meta":
+        ours, theirs = (torch.nn.Module.to(model, dtype=dtype).eval() for model in bench_dit.without_data(case, 3))
+    else:
+        ours, theirs = bench_dit.build(case, 3, dtype, torch.device(device))
+    inputs = bench_dit.inputs_of(case, ours, dtype, torch.device(device))
+
+    def peak(model, call):
+        return dit_count.count_block(model.transformer_blocks[1], call, case.numel).peak_bytes
+
+    held = peak(ours, lambda: bench_dit.predict_velocity(ours, inputs.video, inputs.audio))
+    by_row, by_token = (
+        peak(theirs, bench_dit.diffusers_forward(theirs, inputs, by_token=each)) for each in (False, True)
+    )
+    assert 0 < held < 0.55 * by_row < 0.55 * by_token
+
+
+def test_the_peak_counts_what_is_held_at_one_time():
+    def block():
+        kept = (X + X)[0]
+        for _ in range(3):
+            kept = kept[:5] * 2  # the one before is held by a view until then
+        return kept.add_(1)
+
+    assert count(block).peak_bytes == UNIT + UNIT * 5 // TOKENS

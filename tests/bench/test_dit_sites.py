@@ -1,9 +1,10 @@
-"""Sites of a forward: each launch counted once, with its bytes, and what inductor made beside what it calls."""
+"""Sites of a forward, each launch counted once, and its floor: products and attention alone, on the weights."""
 
 import json
 import types
 
 import bench_dit
+import dit_floor
 import dit_sites
 import torch
 from torch._inductor.codecache import PyCodeCache
@@ -63,3 +64,23 @@ def test_the_table_of_a_small_forward(tmp_path, monkeypatch, capsys):
     assert launches["ltxkern"] < 0.5 * launches[bench_dit.EAGER]
     assert written["machine"]["device"] == "cpu"
     assert "site" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_products_and_attention_on_the_weights():
+    weight, bias, other = torch.ones(8, 8), torch.ones(8), torch.ones(1, 2, 4, 4)
+
+    def forward():
+        y = torch.addmm(bias, X.sin(), weight) @ weight[:, :4]
+        return torch.nn.functional.scaled_dot_product_attention(other, other, other), y
+
+    with dit_floor.ContractionLog([weight, bias]) as log:
+        forward()
+    assert log.flops == 2 * 4 * 8 * 8 + 2 * 4 * 8 * 4 + 4 * other.numel() * 4
+    run = dit_floor.floor_calls(log, DEVICE)
+    with dit_floor.ContractionLog([weight, bias]) as again:
+        run()
+    assert len(log.calls) == 3
+    for (func, args, _), (func2, args2, _) in zip(log.calls, again.calls, strict=True):
+        assert func is func2
+        for one, two in zip(args, args2, strict=True):
+            assert one == two if isinstance(one, dit_floor.Layout) else one is two or one.data_ptr() == two.data_ptr()

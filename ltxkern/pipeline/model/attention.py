@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
@@ -15,13 +14,14 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
 
 
-def kept_update(x: Tensor, flags: tuple[bool, ...]) -> Tensor:
-    """The result of an attention, which is the caller's, made zero for the branches that leave it out."""
+def kept_update(x: Tensor, flags: tuple[bool, ...], instead: Tensor | None = None) -> Tensor:
+    """The result of an attention, which is the caller's, made zero, or `instead`, for the branches that leave it out."""
     if not all(flags):
         branches = x.unflatten(0, (len(flags), -1))
+        others = None if instead is None else instead.unflatten(0, (len(flags), -1))
         for branch, flag in enumerate(flags):
             if not flag:
-                branches[branch].zero_()
+                branches[branch].zero_() if others is None else branches[branch].copy_(others[branch])
     return x
 
 
@@ -68,10 +68,7 @@ def attend(
     result = value
     if any(keep):
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
-        result = _softmax(attention, query, key, value, shards, context is None)
-        if not all(keep):
-            branches = zip(keep, result.chunk(len(keep)), value.chunk(len(keep)), strict=True)
-            result = torch.cat([ran if flag else left_out for flag, ran, left_out in branches])
+        result = kept_update(_softmax(attention, query, key, value, shards, context is None), keep, value)
     return _gated(attention, x, result)
 
 
