@@ -43,7 +43,8 @@ def ours(error: BaseException) -> bool:
     """Whether an error is of the kinds that carry a sentence, has one, and was raised by this package."""
     frames = traceback.extract_tb(error.__traceback__)
     kinds = (ValueError, TypeError, OSError, ArithmeticError)
-    return isinstance(error, kinds) and bool(str(error).strip()) and frames[-1].filename.startswith(PACKAGE)
+    carries = isinstance(error, kinds) or type(error).__name__ == "RefusedError"  # of the service, an extra
+    return carries and bool(str(error).strip()) and frames[-1].filename.startswith(PACKAGE)
 
 
 @contextlib.contextmanager
