@@ -83,8 +83,12 @@ class Finder:
 
     def _sequential(self, place: Place, path: str) -> None:
         for (name, norm), (behind, activation) in pairwise(place.children.items()):
-            known = kind_of(norm) is not None and not self._fused_already(place.path, {name: norm})
-            if known and type(activation) is nn.SiLU:
+            if self._fused_already(place.path, {name: norm}) or type(activation) is not nn.SiLU:
+                continue
+            if kind_of(norm) is None:
+                if _may_be_norm(norm):
+                    self.report.left.append(Left(joined(place.path, name), _unserved(norm)))
+            else:
                 found = self._found({name: norm}, activation)
                 apart = taken_apart(self.model, path) or self._reached(path, name, behind)
                 _add(found, [apart] if apart else [])
@@ -281,7 +285,7 @@ def _ltx2() -> Any:
 
 
 def _may_be_norm(child: nn.Module) -> bool:
-    return "norm" in type(child).__name__.lower()
+    return any("norm" in kind.__name__.lower() for kind in type(child).__mro__)
 
 
 def _unserved(norm: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ltxkern
+from tests.patching.test_ltx2 import inputs_of, model_of, off
 
 
 def norm_of(module: Any, x: Tensor) -> Tensor:
@@ -269,3 +270,38 @@ def test_what_is_only_looked_at_is_fused() -> None:
                 module.train()
 
     assert ltxkern.patch(Looks()).sites == ["block.norm", "layers.0"]
+
+
+def test_a_forward_put_in_later_takes_the_place_of_the_norm() -> None:
+    layers, x = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()), torch.randn(2, 8, 4, 4)
+    expected, report = layers(x * 2), ltxkern.patch(layers)
+    plain = layers[0].forward
+    layers[0].forward = lambda x: plain(x * 2)  # type: ignore[method-assign]
+    torch.testing.assert_close(layers(x), expected)
+    assert not report.sites
+    assert "a forward was put into it" in str(report)
+
+
+def test_norms_that_no_op_serves_are_told_of_beside_those_that_are_fused() -> None:
+    class Own(nn.GroupNorm):
+        pass
+
+    layers = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), Own(2, 8), nn.SiLU(), nn.BatchNorm2d(8), nn.SiLU())
+    report = ltxkern.patch(layers)
+    assert report.sites == ["0"]
+    assert [item.name for item in report.left] == ["2", "4"]
+    with pytest.raises(ValueError, match="Own is no norm that an op serves"):
+        ltxkern.patch(copy.deepcopy(layers), strict=True)
+
+
+@pytest.mark.parametrize("name", ["norm1", "audio_to_video_norm", "attn1.norm_q"])
+@torch.no_grad()
+def test_hooks_that_come_later_to_norms_of_ltx2(name: str) -> None:
+    model = model_of("2.3")
+    stock, given = copy.deepcopy(model), inputs_of("2.3", by_token=False)
+    report = ltxkern.patch(model)
+    for each in (model, stock):
+        norm = each.transformer_blocks[0].get_submodule(name)
+        norm.register_forward_hook(lambda _module, _inputs, result: result * 1.5)
+    assert off(model(**given), stock(**given)) < 1e-5
+    assert "a hook was registered on it" in str(report)
