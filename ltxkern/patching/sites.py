@@ -15,6 +15,7 @@ from ltxkern.ops.checks import FOREIGN_HOOKS, unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
+from ltxkern.patching.containers import taken_apart
 from ltxkern.patching.flow import Flow, Node, UnreadableError
 from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site
@@ -65,7 +66,7 @@ class Finder:
             elif video_vae.upsampler(block, self.report):
                 continue
             elif type(block).forward is nn.Sequential.forward:
-                self._sequential(place)
+                self._sequential(place, name)
             elif any(_may_be_norm(child) for child in place.children.values()):
                 self._block(place)
 
@@ -76,11 +77,13 @@ class Finder:
         held: Any = place.block._ltxkern
         self._again(place.path, held if isinstance(held, Group) else held.group)
 
-    def _sequential(self, place: Place) -> None:
+    def _sequential(self, place: Place, path: str) -> None:
         for (name, norm), (_, activation) in pairwise(place.children.items()):
             known = kind_of(norm) is not None and not self._fused_already(place.path, {name: norm})
             if known and type(activation) is nn.SiLU:
                 found = self._found({name: norm}, activation)
+                apart = taken_apart(self.model, path)
+                _add(found, [apart] if apart else [])
                 self._settle(place, found, activation)
 
     def _block(self, place: Place) -> None:

@@ -78,9 +78,18 @@ LTXK_DEVICE void each_gated(const Raw<V> (&x)[kPacks], const Raw<V> (&y)[kPacks]
     }
 }
 
+// Whether there is an index. Two numbers say so: asked for its bytes, nvcc spills on sm_100; for its address, it needs more elsewhere.
+LTXK_DEVICE bool indexed(const RowIndex& index) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+    return index.data != nullptr;
+#else
+    return static_cast<u32>(index.bytes) != 0;
+#endif
+}
+
 // RowIndex::find in 32-bit numbers.
 LTXK_DEVICE bool find_row(const RowIndex& index, u32& outer, u32& inner) {
-    if (static_cast<u32>(index.bytes) == 0) return true;
+    if (!indexed(index)) return true;
     u32 at = outer * static_cast<u32>(index.outer_stride) + inner * static_cast<u32>(index.inner_stride);
     i64 row = static_cast<u32>(index.bytes) == 8 ? static_cast<const i64*>(index.data)[at] : static_cast<const int*>(index.data)[at];
     outer = 0;
