@@ -259,7 +259,11 @@ def test_changed_and_ops_name_what_both_name(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(budget, "launches_of", nothing)
     file = tmp_path / "budget.json"
     arguments = ["--changed", "--architectures", "sm_90", "--output", str(file)]
-    for ops, expected in (("group_norm_silu,res2s", ["res2s"]), ("group_norm_silu", None), (None, ["qk_norm_rope", "res2s"])):
+    for ops, expected in (
+        ("group_norm_silu,res2s", ["res2s"]),
+        ("group_norm_silu", None),
+        (None, ["qk_norm_rope", "res2s"]),
+    ):
         asked.clear()
         assert budget.main([*arguments, *(["--ops", ops] if ops else [])]) == 0
         assert asked == ([] if expected is None else [expected])
