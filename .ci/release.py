@@ -44,6 +44,8 @@ TOLERANCE = 1e-5
 # Not packed into a wheel: torch brings it, and two OpenMP runtimes in a process would each start their threads.
 OF_TORCH = "libgomp.so.1"
 ERROR = "release: "
+# How the subprocess that asks NVRTC says that its library is not here.
+NO_NVRTC = 3
 
 
 def missing_tools(
@@ -197,6 +199,8 @@ def nvrtc_faults(wheel: Path, scratch: Path, unchecked: list[str]) -> list[str]:
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
         "from collections import defaultdict; from ltxkern.compiled import nvrtc\n"
         f"assert str(nvrtc.include_directory()).startswith({str(unpacked)!r})\n"
+        "try: nvrtc._nvrtc().getVersion()\n"
+        f"except (ImportError, OSError, RuntimeError) as error: print(error); sys.exit({NO_NVRTC})\n"
         "headers = defaultdict(set)\n"
         f"for kernel in {list(cuda_kernels())!r}: headers[nvrtc.header_of(kernel)].add(kernel)\n"
         "for kernels in headers.values(): nvrtc.compile_cubin(sorted(kernels), 'sm_90')\n"
@@ -210,6 +214,9 @@ def nvrtc_faults(wheel: Path, scratch: Path, unchecked: list[str]) -> list[str]:
         text=True,
         check=False,
     )
+    if done.returncode == NO_NVRTC:
+        unchecked.append(f"NVRTC has not compiled the wheel's headers: {' '.join(done.stdout.split())[:200]}")
+        return []
     return [] if done.returncode == 0 else [f"NVRTC does not compile its headers: {done.stderr.strip()[-600:]}"]
 
 
@@ -264,7 +271,8 @@ def release(kinds: Sequence[str], out: Path, *, dirty: bool, install: bool) -> i
                     )
             if install and kind in kinds:
                 found += install_faults(kind, archive, scratch, unchecked)
-            print(f"      {'installed in an empty environment, ' if install else ''}{len(found)} faults", flush=True)
+            tried = "installed in an empty environment, " if install and kind in kinds else ""
+            print(f"      {tried}{len(found)} faults", flush=True)
             faults += [f"{name}: {fault}" for fault in found]
     print(*(f"FAULT: {fault}" for fault in faults), sep="\n", end="\n" if faults else "")
     print(*(f"NOT CHECKED: {what}" for what in dict.fromkeys(unchecked)), sep="\n", end="\n" if unchecked else "")

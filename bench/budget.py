@@ -27,8 +27,12 @@ TIERS = ("cuda", "triton")
 DTYPES = ("bf16", "fp16", "fp32")
 # The card whose launches stand for an architecture; H100 and H200 differ in nothing that launches depend on.
 MODELS = {"sm_80": "rtx4090", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx5090"}
-# Operands up to this size are read by all blocks, and come from the second cache.
+# Operands below this size are read by all blocks, and come from the second cache.
 SMALL = 1 << 20
+# Of the first cache, what an operand may fill that a multiprocessor is to read from there again.
+CACHED_SHARE = 1 / 2
+# Of the tables of three axes, looked up by an index: that of the innermost axis, whose rows change from one position to the next.
+CHANGING_ROWS = 1 / 3
 # Bytes of an operand from which the budget names it.
 COUNTED = 64 << 10
 REGISTERS = 65536
@@ -59,7 +63,8 @@ class Row(NamedTuple):
         near_waits: times that it waits for the second cache.
         cycles: of a thread without these.
         reads: bytes by operand that the launch asks for, cut at the operand's size.
-        again: bytes that it asks for once more, of operands above SMALL.
+        again: bytes that it asks for once more, of operands from SMALL on.
+        near_again: the same of smaller ones that no first cache holds: they lie in the second.
         window: bytes asked for between the first and the second time.
         writes: bytes.
     """
@@ -85,6 +90,7 @@ class Row(NamedTuple):
     cycles: int
     reads: dict[str, int]
     again: int
+    near_again: int
     window: int
     writes: int
 
@@ -96,7 +102,7 @@ class Row(NamedTuple):
     @property
     def through(self) -> int:
         """Bytes that the launch reads, reads again and writes."""
-        return sum(self.reads.values()) + self.again + self.writes
+        return sum(self.reads.values()) + self.again + self.near_again + self.writes
 
 
 class Baseline(NamedTuple):
@@ -164,11 +170,16 @@ def resident_warps(threads: int, registers: int, shared_bytes: int, card: Card) 
     return max(1, blocks) * warps
 
 
+def first_cache(shared_bytes: int, blocks: int, card: Card) -> int:
+    """Bytes of an operand that a multiprocessor reads again from its first cache: what its blocks leave of shared memory."""
+    return int(max(0, card.shared_bytes - blocks * shared_bytes) * CACHED_SHARE)
+
+
 def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     """The row of one launch."""
     import sass
 
-    far = [index for index, size in enumerate(kernel.operands) if size > SMALL]
+    far = [index for index, size in enumerate(kernel.operands) if size >= SMALL]
     blocks, warps = math.prod(kernel.grid), -(-kernel.threads // 32)
     launched = sass.Launched(kernel.parameters, kernel.threads, kernel.grid, far, kernel.indices)
     counted, total = sass.average(function, card.architecture, launched), blocks * kernel.threads
@@ -184,23 +195,31 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     # A thread's own share of its result; where that is next to nothing, of what it reads.
     widest, read = counted.widest
     packs = max(1, (widest * total if 8 * widest >= read else max([PACK, *reads.values()])) // PACK)
-    again = sum(asked[index] - reads[index] for index in far if index in asked)
+    shared = function.shared + kernel.shared_bytes + (1024 if card.architecture == "sm_80" else 0)
+    resident = resident_warps(kernel.threads, function.registers, shared, card)
+    cached = first_cache(shared, resident // warps, card)
+    more = {index: asked[index] - reads[index] for index in asked if kernel.operands[index] > cached}
+    again = sum(size for index, size in more.items() if index in far)
+    # The index itself is one for all threads of a block.
+    near_again = sum(size for index, size in more.items() if index not in far and index not in kernel.indices)
+    if kernel.indices:
+        near_again = int(near_again * CHANGING_ROWS)
     window = 0
     if again and "kept" in kernel.numbers:
         window = 2 * again // -(-kernel.numbers["groups"] * kernel.numbers["blocks"] // blocks)
     elif again and "kept_rows" in kernel.numbers:
         window = again
-    shared = function.shared + kernel.shared_bytes + (1024 if card.architecture == "sm_80" else 0)
     typical = counted.typical
     return Row(
         *(tier, case, kernel.name, blocks, kernel.threads, function.registers, shared),
-        resident_warps(kernel.threads, function.registers, shared, card),
+        resident,
         packs,
         *(float(f"{32 * counted.each[name] * warps * blocks / packs:.4g}") for name in sass.CLASSES),
         typical.in_flight / PACK,
         *(typical.waits, typical.near_waits, typical.cycles),
         {str(index): moved for index, moved in sorted(reads.items()) if moved > COUNTED},
         again,
+        near_again,
         window,
         sum(stored.values()),
     )
@@ -300,21 +319,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/budget.py`."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--architectures", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: all)")
-    options.add_argument("--ops", help="replace the rows of these alone (default: all)")
+    options.add_argument(
+        "--ops", help="replace the rows of these alone (default: all); with --changed of those among them"
+    )
     options.add_argument(
         "--changed", action="store_true", help="replace the rows of what has other sources than they had"
     )
     options.add_argument("--output", type=Path, default=BASELINE)
     parsed = options.parse_args(arguments)
     known = read() if BASELINE.exists() else Baseline({}, {}, {})
-    ops = parsed.ops.split(",") if parsed.ops else ()
-    if unknown := [op for op in ops if op not in {suite.op for suite in suites()}]:
+    named = parsed.ops.split(",") if parsed.ops else ()
+    if unknown := [op for op in named if op not in {suite.op for suite in suites()}]:
         options.error(f"--ops: no {', '.join(unknown)}; there are {', '.join(suite.op for suite in suites())}")
     for architecture in parsed.architectures.split(","):
         if architecture not in MODELS:
             options.error(f"--architectures: {architecture!r} is none of {', '.join(MODELS)}")
+        ops = named
         if parsed.changed:
-            ops = sorted({op for tier in TIERS for op in changed(known, architecture, tier)})
+            other = {op for tier in TIERS for op in changed(known, architecture, tier)}
+            ops = sorted(other.intersection(named) if named else other)
             if not ops:
                 continue
         given = launches_of(architecture, TIERS, DTYPES, ops)

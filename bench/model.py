@@ -6,7 +6,8 @@ The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), f
   costs nothing, nor does what a launch reads again while it still lies there.
 - issue: instructions of all warps at 4 a clock and multiprocessor, of which few warps fill a smaller part.
 - MUFU, fp64, LSU or shared: the same of their units, of which 9 tenths are reached.
-- L2: all bytes at the rate of the second cache, but for what blocks read again of operands up to 1 MiB.
+- L2: all bytes at the rate of the second cache, but for what blocks read again of operands that fill no more than half of the first
+  cache, which is what they leave of shared memory. Of tables that an index looks up, the rows of one axis of three are read again.
 - FLOP: matrix products, at the rate of a large one; of the older matrix instructions two thirds of that.
 - latency: blocks one after the other on a multiprocessor, each as long as one thread alone needs: Little's law by another name.
 
@@ -19,7 +20,7 @@ counters that such blocks wait at is not counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,7 +62,8 @@ class Prediction:
         moved: bytes from and to memory.
         launches: of the call; `launched_percent` is what as many would reach that nothing but their bytes limits.
         products_us: of its FLOP at the rate of a large product, bytes_us of its bytes at that of a copy.
-        l2_us: of the second cache, latency_us of blocks one after the other; of all launches.
+        through: bytes from and to the second cache.
+        limits: microseconds of each limit by name, of all launches.
     """
 
     op: str
@@ -83,8 +85,8 @@ class Prediction:
     launches: int
     bytes_us: float
     products_us: float
-    l2_us: float
-    latency_us: float
+    through: int
+    limits: Mapping[str, float]
 
     @property
     def misses(self) -> bool:
@@ -191,6 +193,6 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         launches=len(rows),
         bytes_us=round(bytes_us, 2),
         products_us=round(products_us, 2),
-        l2_us=round(totals["L2"], 2),
-        latency_us=round(totals["latency"], 2),
+        through=sum(row.through for row in rows),
+        limits={name: round(taken, 2) for name, taken in totals.items()},
     )

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import model
+from bench_group_norm_silu import GROUPS
 from cards import CARDS, Card
+from command_line import suites
 from model import Limit, Prediction
 from plots import pyplot
 from report import markdown_table, read_folder
@@ -14,6 +16,8 @@ from report import markdown_table, read_folder
 ByCard = Mapping[str, Sequence[Prediction]]
 PICTURE = "predicted.png"
 FORCED = "_two_pass"
+# Less is not worth a word.
+SHOWN_US = 0.05
 COLOURS = {
     "bytes": "#2a9d6f", "issue": "#1b5fa8", "MUFU": "#8a2f62", "fp64": "#c44e52", "LSU": "#6fb1e0", "shared": "#7d6b9e",
     "L2": "#b5a642", "FLOP": "#4d4d4d", "latency": "#f2a33a", "launch": "#c9c9c9", "waves": "#e377c2", "barrier": "#17becf",
@@ -104,27 +108,64 @@ SEVERAL = {
 }
 
 
-# What keeps a call of one launch below its target, where its kernels do not.
-ONE_LAUNCH = {
-    "group_norm_silu ltx2_upsampler_post_720p_channels_last": "positions have all groups side by side: of 944 MB between "
-    "statistics and result the chip keeps 55. A group alone, 29 MB, lies in pieces of 32 bytes, one to a KiB of memory",
-}
+ADDED = {"waves": "blocks run out", "barrier": "all blocks wait for one another"}
+
+
+def beyond(one: Prediction) -> str:
+    """What a call takes beyond its bytes, or its products, and its launches."""
+    least = max(one.bytes_us, one.products_us)
+    parts = [
+        f"{one.limits[name]:.1f} us in which {words}"
+        for name, words in ADDED.items()
+        if one.limits.get(name, 0.0) >= SHOWN_US
+    ]
+    rest = one.time_us - least - sum(one.limits.get(name, 0.0) for name in model.ADDED)
+    name = max((name for name in one.limits if name not in (*model.ADDED, "bytes")), key=lambda name: one.limits[name])
+    taken = one.limits[name]
+    if rest >= SHOWN_US:
+        parts.append(f"{rest:.1f} us of {name}" + (f" ({taken:.1f}) that bytes do not hide" if taken < least else ""))
+    return ", ".join(parts) or "nothing"
+
+
+def wide_tiles(one: Prediction) -> str:
+    """What a cluster would do whose blocks read factors together for 256 x 256 weights, half as often as 128 x 128 do."""
+    l2_us = one.limits["L2"] * (one.moved + (one.through - one.moved) / 2) / one.through
+    least = max(one.bytes_us, one.products_us)
+    reached = 100 * least / (max(least, l2_us) + one.limits["launch"])
+    return f"a cluster's 256 x 256, which no kernel here has, would take {l2_us:.0f} us of it and reach {reached:.0f} at most"
+
+
+def side_by_side(one: Prediction) -> str:
+    """Why a channels-last GroupNorm of one launch reads x again, in figures of the case."""
+    case = next(case for suite in suites() if suite.op == one.op for case in suite.cases if case.name == one.case)
+    read, row = one.bytes / 2, 2 * case.shape[1]
+    kept = read - (one.moved - one.bytes)
+    return (
+        f"positions have all groups side by side: of {read / 1e6:.0f} MB between statistics and result the chip keeps "
+        f"{kept / 1e6:.0f}. A group alone, {read / GROUPS / 1e6:.0f} MB, lies in pieces of {row // GROUPS} bytes, "
+        f"one to {row} of memory"
+    )
 
 
 def why(one: Prediction, target: float, on_cuda: bool) -> str:
     """What keeps a call below the target, whatever its kernels; or that they do."""
-    if one.products_us > one.bytes_us:
-        return f"products, not bytes: {one.products_us:.0f} us of them at best, {one.bytes_us:.0f} us of bytes"
-    if one.op == "merge_lora" and not on_cuda:
+    if one.op == "merge_lora":
+        library = "" if on_cuda else "; the CUDA tier calls a library's product, which is not predicted"
         return (
-            f"Triton's tiles take {one.l2_us:.0f} us of L2 and {one.latency_us:.0f} of latency beside {one.bytes_us:.0f} of bytes "
-            f"and {one.products_us:.0f} of products; on the CUDA tier a library's product"
+            f"{one.bytes_us:.0f} us of bytes, {one.products_us:.0f} of products at best; tiles of 128 x 128 take "
+            f"{one.limits['L2']:.0f} of L2, {one.limits['issue']:.0f} of issue, {one.limits['latency']:.0f} of latency; "
+            f"{wide_tiles(one)}{library}"
         )
     if one.best_percent < target and one.launches == 1:
-        return f"too short: one launch reaches {one.best_percent:.0f} at most"
+        said = f"too short: one launch reaches {one.best_percent:.0f} at most; besides {beyond(one)}"
+        if one.limits.get("barrier"):
+            said += f"; two that need not wait reach {100 * one.bytes_us / (one.bytes_us + 2 * one.limits['launch']):.0f} at most"
+        return said
     if one.launched_percent < target and one.launches > 1:
-        return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}"
-    return ONE_LAUNCH.get(f"{one.op} {one.case}", f"nothing else: {one.limit}")
+        return f"{one.launches} launches reach {one.launched_percent:.0f} at most: {SEVERAL[one.op]}; besides {beyond(one)}"
+    if one.op == "group_norm_silu" and one.case.endswith("channels_last"):
+        return side_by_side(one)
+    return f"nothing else: {one.limit}"
 
 
 def misses(by_card: ByCard) -> str:
@@ -217,8 +258,8 @@ one launch would reach that nothing but its bytes limits; `moved / least` says h
 1 where each does once. `merge_lora` at high rank is torch's own product on the CUDA tier, which is not predicted: its rows are
 Triton's, each of whose tiles of 128 x 128 elements reads its part of both factors again, from the second cache. A call that is
 below the target and not listed is too short for it, whatever the kernel: a launch and the wait for the first byte take too
-large a part of it. The last column says what keeps a call below its target beyond the limit of its kernels: products that take
-longer than the bytes, for which the target is not meant; the tiles of a product; the launch; or where its bytes lie. A call of
+large a part of it. The last column says what keeps a call below its target: products that take longer than the bytes, for which
+the target is not meant; the tiles of a product; the launch, and what is taken besides it; or where its bytes lie. A call of
 several launches could do with fewer only if blocks waited for one another on the device, as GroupNorm's do: counters that begin
 at zero, and no work until the last block is there. Too short are: """
 CALLS = """

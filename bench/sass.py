@@ -283,6 +283,9 @@ def _count(one: Instruction, counts: Counts, state: _Thread, guard: Value) -> in
     if name not in _GLOBAL:
         return None
     counts.lsu += 1
+    if name == "LDGSTS" and one.operands[-1].truth(state.values) is False:
+        # It writes zeros and reads nothing: a loop asks ahead, past its end.
+        return None
     counts.wavefronts += max(1, one.width // 4)
     address = next((operand for operand in reversed(one.operands) if operand.memory), None)
     known = None if address is None else address.address(state.values)

@@ -16,6 +16,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "csrc/README.md": "kernels.md",
     "examples/README.md": "examples.md",
+    "integrations/comfyui/README.md": "stacks/comfyui.md",
     "examples/adding_an_op/README.md": "adding-an-op.md",
 }
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")

@@ -96,7 +96,11 @@ def draw_schedule(request: GenerationRequest) -> None:
 # A room may import rooms of lower bands. Within a band imports go to the right, if at all: memory and results know nothing of one
 # another, nor do compiled and triton. Group and colour of each band, and its rooms with what they hold.
 BANDS: list[tuple[str, str, list[tuple[str, str]]]] = [
-    ("", GREY, [("commands", "generate, batch, plan,\ndoctor, compare")]),
+    (
+        "",
+        GREY,
+        [("commands", "generate, batch, serve,\nplan, doctor, compare"), ("service", "queue, worker,\nHTTP, page")],
+    ),
     ("pipeline", GREEN, [("generator", "HQTwoStagePipeline")]),
     ("pipeline", GREEN, [("planning", "memory and time\nbefore loading"), ("run", "request, prompts,\nstages")]),
     ("pipeline", GREEN, [("work", "what a run has done,\nkept to go on")]),

@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+import ltxkern
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/models/autoencoders",
@@ -30,7 +32,7 @@ TESTS = (
     "tests/models/unets/test_models_unet_2d.py",
     "tests/models/unets/test_models_unet_2d_condition.py",
 )
-VERSIONS = ("ltxkern", "torch", "diffusers", "transformers", "accelerate", "pytest")
+VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft", "pytest")
 
 
 @dataclass
@@ -56,8 +58,6 @@ class Outcomes:
 def every_model_patched() -> Iterator[list[tuple[str, Any]]]:
     """Within it each model of diffusers is patched once it is built, or loaded; the class and report of each are noted."""
     from diffusers.models.modeling_utils import ModelMixin
-
-    import ltxkern
 
     made: list[tuple[str, Any]] = []
     building = 0
@@ -95,7 +95,7 @@ def every_model_patched() -> Iterator[list[tuple[str, Any]]]:
         yield made
 
 
-def _below(kind: type) -> Iterator[Any]:
+def _below(kind: Any) -> Iterator[Any]:
     for child in kind.__subclasses__():
         yield child
         yield from _below(child)
@@ -221,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.output_json:
         installed = {part.metadata["Name"].lower() for part in importlib.metadata.distributions()}
         versions = {name: importlib.metadata.version(name) for name in VERSIONS if name in installed}
-        made = {"source": parsed.source, "python": platform.python_version(), "versions": versions}
+        versions = {"ltxkern": ltxkern.__version__, "python": platform.python_version(), **versions}
+        made = {"source": parsed.source, "versions": versions}
         result = {**made, "rows": [asdict(row) for row in rows], "differing": differing, "failing_plain": failed}
         parsed.output_json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if differing else 0

@@ -58,6 +58,25 @@ class PatchVAE:
         return comfyui.patch_vae(vae, policy)
 
 
+class PatchUpscaler:
+    """Fused ops in a latent upscaler."""
+
+    CATEGORY = "ltxkern"
+    DESCRIPTION = (
+        "A copy of the upscaler on the same weights, with fused ops. The report says what is fused and what is not."
+    )
+    RETURN_TYPES = ("LATENT_UPSCALE_MODEL", "STRING")
+    RETURN_NAMES = ("upscale_model", "report")
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802
+        return {"required": {"upscale_model": ("LATENT_UPSCALE_MODEL",), "policy": POLICY}}
+
+    def patch(self, upscale_model: Any, policy: str) -> tuple[Any, str]:
+        return comfyui.patch_module(upscale_model, policy)
+
+
 class Report:
     """What a patched model or VAE has done."""
 
@@ -137,6 +156,7 @@ class MergeLoRA:
 NODE_CLASS_MAPPINGS = {
     "LTXKernPatchModel": PatchModel,
     "LTXKernPatchVAE": PatchVAE,
+    "LTXKernPatchUpscaler": PatchUpscaler,
     "LTXKernReport": Report,
     "LTXKernRes2sSampler": Res2sSampler,
     "LTXKernMergeLoRA": MergeLoRA,
@@ -144,6 +164,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "LTXKernPatchModel": "Fused ops: model (ltxkern)",
     "LTXKernPatchVAE": "Fused ops: VAE (ltxkern)",
+    "LTXKernPatchUpscaler": "Fused ops: latent upscaler (ltxkern)",
     "LTXKernReport": "Fused ops: report (ltxkern)",
     "LTXKernRes2sSampler": "Sampler res2s (ltxkern)",
     "LTXKernMergeLoRA": "Merge LoRA in chunks (ltxkern)",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltxkern.compiled.programs import THREADS, program
-from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, nested
+from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, float_bits, nested
 from ltxkern.compiled.tensors import CODED, CUDA_NAMES, PARAM_CODES, aligned16, param_code
 from ltxkern.layout import RowView, ceil_div, dense, hand_back, power_of_two, round_up, row_view, with_tables
 
@@ -152,7 +152,8 @@ def norm_steps(case: Case, threads: int = THREADS) -> list[Launch]:
     whole = case.vector > 1 and rest == 0 and block % 32 == 0 and block <= threads and case.weight_code is None
     if whole and names and _small(case, tables=2):
         parameters = _norm_parameters(_in_packs(case, len(case.operands)))
-        parameters |= {"by_inner": divider(case.inner), "inverse_width": 1.0 / case.width}
+        parameters |= {"by_inner": divider(case.inner)}
+        parameters |= {"inverse_width": float_bits(1.0 / case.width), "least": float_bits(case.eps)}
         gated = "false" if case.operands[1] is None else "true"
         return [Launch(f"ltxk::rms_norm_modulate_packs<{names}, {gated}>", (case.rows,), block, parameters)]
     vector = min(case.vector, WIDEST)

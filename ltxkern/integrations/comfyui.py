@@ -32,7 +32,9 @@ KEY = "ltxkern"
 
 
 def _takes(x: Tensor) -> bool:
-    return x.dtype in ACTIVATION_DTYPES and x.dim() >= 2 and not torch.is_autocast_enabled(x.device.type)
+    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 2:
+        return False
+    return x.is_meta or not torch.is_autocast_enabled(x.device.type)
 
 
 class CastGroupNorm(FusedGroupNorm):
@@ -147,7 +149,7 @@ class Fusing:
 def _prepared(patcher: Any, policy: str | None) -> tuple[Any, Fusing]:
     if not hasattr(patcher, "set_injections") or not hasattr(patcher, "add_wrapper_with_key"):
         raise TypeError(
-            f"expected a ModelPatcher with injections and wrappers, got {type(patcher).__name__}: update ComfyUI to 0.3.10 or later"
+            f"expected a ModelPatcher with injections and wrappers, got {type(patcher).__name__}: update ComfyUI"
         )
     fusing = Fusing(patcher.model, Rules(chosen_policy(policy) == "exact", None, meta=True))
     clone = patcher.clone()
@@ -195,6 +197,26 @@ def patch_vae(vae: Any, policy: str | None = None) -> tuple[Any, str]:
     injection = importlib.import_module("comfy.patcher_extension").PatcherInjection
     patched.patcher.set_injections(KEY, [injection(inject=fusing.inject, eject=fusing.eject)])
     return patched, fusing.text
+
+
+def patch_module(model: nn.Module, policy: str | None = None) -> tuple[nn.Module, str]:
+    """A copy of a module that no patcher holds, as ComfyUI's latent upscalers are: fused, on the very weights of the original.
+
+    Args:
+        model: ComfyUI's LATENT_UPSCALE_MODEL, or any other module.
+        policy: as in `ltxkern.patch`.
+    Returns:
+        The copy, and the report.
+    Raises:
+        TypeError: no module.
+
+    Contract: that of `ltxkern.patch`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    patched = copy.deepcopy(model, shared)
+    return patched, str(_fused(patched, Rules(chosen_policy(policy) == "exact", None, meta=True)))
 
 
 def report_of(patcher: Any) -> str:

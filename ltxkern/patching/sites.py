@@ -15,11 +15,16 @@ from ltxkern.ops.checks import FOREIGN_HOOKS, unplain
 from ltxkern.patching import flow as flows
 from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
+from ltxkern.patching.containers import taken_apart
 from ltxkern.patching.flow import Flow, Node, UnreadableError
 from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
+_BETWEEN = (
+    "something stands between it and the activation: a scale and shift, which no op takes, "
+    "or a residual in a block of another form"
+)
 _LTX2 = "diffusers.models.transformers.transformer_ltx2"
 
 
@@ -61,7 +66,7 @@ class Finder:
             elif video_vae.upsampler(block, self.report):
                 continue
             elif type(block).forward is nn.Sequential.forward:
-                self._sequential(place)
+                self._sequential(place, name)
             elif any(_may_be_norm(child) for child in place.children.values()):
                 self._block(place)
 
@@ -72,11 +77,13 @@ class Finder:
         held: Any = place.block._ltxkern
         self._again(place.path, held if isinstance(held, Group) else held.group)
 
-    def _sequential(self, place: Place) -> None:
+    def _sequential(self, place: Place, path: str) -> None:
         for (name, norm), (_, activation) in pairwise(place.children.items()):
             known = kind_of(norm) is not None and not self._fused_already(place.path, {name: norm})
             if known and type(activation) is nn.SiLU:
                 found = self._found({name: norm}, activation)
+                apart = taken_apart(self.model, path)
+                _add(found, [apart] if apart else [])
                 self._settle(place, found, activation)
 
     def _block(self, place: Place) -> None:
@@ -102,8 +109,7 @@ class Finder:
         beyond = {call.name for node in sources for call in _beyond(node)}
         for other in sorted((plainly | beyond) & place.children.keys() - norms.keys()):
             if _may_be_norm(place.children[other]):
-                reason = f"{type(place.children[other]).__name__} is no norm that an op serves"
-                self.report.left.append(Left(joined(place.path, other), reason))
+                self.report.left.append(Left(joined(place.path, other), _unserved(place.children[other])))
         activation = None if name == flows.SILU else place.children[name]
         residual = residual_names(flow, place.block)
         if residual is not None and activation is not None and self._residual(place, residual, norms):
@@ -114,7 +120,7 @@ class Finder:
         found = self._found({other: norms[other] for other in taken}, activation)
         for item in found:
             if item.name in beyond:
-                item.reasons.append("something stands between it and the activation (a scale and shift, or a residual)")
+                item.reasons.append(_BETWEEN)
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
@@ -262,6 +268,11 @@ def _ltx2() -> Any:
 
 def _may_be_norm(child: nn.Module) -> bool:
     return "norm" in type(child).__name__.lower()
+
+
+def _unserved(norm: nn.Module) -> str:
+    condition = "" if _takes_one(norm) else ": it takes a condition beside its input"
+    return f"{type(norm).__name__} is no norm that an op serves{condition}"
 
 
 def _takes_one(norm: nn.Module) -> bool:

@@ -39,7 +39,7 @@ def page() -> HTMLResponse:
         hashes[tag] = f"'sha256-{b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
     policy = (
         f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-        "img-src blob:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src blob: data:; media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {"content-security-policy": policy, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
     return HTMLResponse(text, headers=headers)
@@ -81,7 +81,7 @@ def make_app(service: Service) -> FastAPI:
     def show_page() -> Response:
         return page()
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "No worker is ready"}})
     def health() -> JSONResponse:
         """Whether a worker is ready, and how many videos wait."""
         ready = service.supervisor.ready.is_set()
@@ -94,7 +94,7 @@ def make_app(service: Service) -> FastAPI:
         text = prometheus(service.store, service.supervisor, request.app.state.guard.served)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    @app.post("/v1/videos", status_code=202, responses=_ERRORS)
+    @app.post("/v1/videos", status_code=202, responses=_also(200, "The video that this key asked for before"))
     async def submit(
         request: Request, idempotency_key: Annotated[str | None, Header(max_length=_LONGEST_KEY)] = None
     ) -> JSONResponse:
@@ -117,7 +117,7 @@ def make_app(service: Service) -> FastAPI:
         """One video: its state, progress and error."""
         return service.view(service.find(video))
 
-    @app.delete("/v1/videos/{video}", responses=_ERRORS)
+    @app.delete("/v1/videos/{video}", responses=_also(202, "Its worker stops after the step at work"))
     def delete(video: str) -> JSONResponse:
         """Cancel a video that waits or runs (202 until its worker has stopped); forget one that has ended, with its files."""
         job = service.delete(video)
@@ -132,13 +132,13 @@ def make_app(service: Service) -> FastAPI:
         file = service.supervisor.folder_of(job.id) / worker.RESULT
         return FileResponse(file, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline")
 
-    @app.get("/v1/videos/{video}/preview", responses=_ERRORS, response_class=FileResponse)
-    def preview(video: str) -> FileResponse:
-        """The latest picture of a video at work."""
+    @app.get("/v1/videos/{video}/preview", responses=_also(204, "No picture yet"), response_class=FileResponse)
+    def preview(video: str) -> Response:
+        """The latest picture of a video at work; 204 where there is none yet."""
         place = service.supervisor.folder_of(service.find(video).id) / worker.PREVIEWS
-        files = sorted(place.glob("*.png"))
+        files = sorted(place.glob("stage-*.png"))
         if not files:
-            raise RefusedError(404, "there is no picture of it yet")
+            return Response(status_code=204)
         return FileResponse(files[-1], media_type="image/png", headers={"cache-control": "no-store"})
 
     @app.get("/v1/videos/{video}/events", responses=_ERRORS, response_class=StreamingResponse)
@@ -162,6 +162,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+
+
+def _also(status: int, text: str) -> dict[int | str, dict[str, Any]]:
+    return {**_ERRORS, status: {"description": text}}
 
 
 def _as_refusal(error: Exception) -> RefusedError:

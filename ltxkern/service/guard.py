@@ -21,7 +21,7 @@ HEAD_SECONDS, BODY_SECONDS, TAKE_SECONDS = 10.0, 20.0, 60.0
 # A body may take longer as it comes at this pace at least.
 BYTES_PER_SECOND = 32 * 1024
 JSON_BYTES = 2**20
-OPEN_PATHS = ("/", "/health")
+OPEN_PATHS = ("/", "/health", "/openapi.json")
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -91,7 +91,8 @@ class Guard:
 
     Args:
         app: what is guarded.
-        token: that every request must bear, but for the page and the health; None where only this machine can ask.
+        token: that every request must bear, but for the page, the health and the OpenAPI document; None where only this machine
+            can ask.
         most_bytes: of a body with pictures.
 
     Attributes:

@@ -72,6 +72,14 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def guarded(settings: Settings, offer: Offer) -> tuple[Service, Guard]:
+    """A service, and the application that serves it."""
+    service = Service(settings, offer)
+    app = make_app(service)
+    app.state.guard = Guard(app, settings.token, settings.most_bytes)
+    return service, app.state.guard
+
+
 def serve(settings: Settings, offer: Offer, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM.
 
@@ -89,9 +97,7 @@ def serve(settings: Settings, offer: Offer, host: str, port: int, say: Callable[
     with _claimed(settings.folder), socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
-        service = Service(settings, offer)
-        app = make_app(service)
-        app.state.guard = guard = Guard(app, settings.token, settings.most_bytes)
+        service, guard = guarded(settings, offer)
         config = uvicorn.Config(
             guard,
             http=PromptProtocol,

@@ -40,7 +40,6 @@ class Supervisor(threading.Thread):
         tell: called with a job's id whenever there is something new about it, from this thread.
 
     Attributes:
-        pid: of the worker that is alive, if one is.
         free: bytes of device and host that were free before the model was loaded; None until a first worker was ready.
         starts: workers so far.
         ended: jobs that ended, by how; and the seconds of those that were done.
@@ -49,7 +48,9 @@ class Supervisor(threading.Thread):
     def __init__(self, store: Store, offer: Offer, folder: Path, keep: int, tell: Callable[[str], None]) -> None:
         super().__init__(name="supervisor", daemon=True)
         self._store, self._offer, self._folder, self._keep, self._tell = store, offer, folder, keep, tell
-        self._context = multiprocessing.get_context("spawn")
+        # A process that has imported everything and touched no device forks off worker after worker.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ltxkern.service.worker", "ltxkern.pipeline.generator"])
         self._ear, self._mouth = self._context.Pipe(duplex=False)
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -63,12 +64,6 @@ class Supervisor(threading.Thread):
         self.starts = 0
         self.ended: Counter[str] = Counter()
         self.seconds = 0.0
-
-    @property
-    def pid(self) -> int | None:
-        """Of the worker."""
-        process = self._process
-        return process.pid if process is not None and process.is_alive() else None
 
     def folder_of(self, name: str) -> Path:
         """Where the files of a job lie."""
@@ -90,8 +85,6 @@ class Supervisor(threading.Thread):
         """Kill the worker, whose job waits for the next server, and end."""
         self._stopping.set()
         self.wake()
-        if self._process is not None:
-            self._process.kill()
         self.join()
 
     def run(self) -> None:

@@ -56,6 +56,11 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(place.iterdir()) if place.is_dir() else []
 
 
+def sentence(error: BaseException, folder: Path) -> str:
+    """What an error says, without the server's own paths."""
+    return str(error).replace(f"{folder}/", "")
+
+
 def main(pipe: Connection, offer: Offer, folder: Path) -> None:
     """Serve jobs until the server is gone.
 
@@ -119,11 +124,11 @@ class _Worker:
         except CancelledError:
             return "cancelled", task.id, None
         except (ValueError, TypeError, OSError, ArithmeticError, BackendError) as error:
-            return "failed", task.id, f"{error}"
+            return "failed", task.id, sentence(error, task.folder)
         except Exception as error:
             # Memory that ran out or a device that failed: what comes next begins in a fresh process.
             logger.exception("job %s", task.id)
-            self._send("failed", task.id, f"{type(error).__name__}: {error}")
+            self._send("failed", task.id, f"{type(error).__name__}: {sentence(error, task.folder)}")
             raise SystemExit(1) from error
         return "done", task.id, None
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import bench_dit
 import bench_gated_residual
 import bench_hq
+import bench_patch
 import cases
 import compare
 import harness
@@ -171,6 +172,17 @@ def test_a_transformer_forward_is_held_to_diffusers():
     for wrong in (far, float("nan")):
         with pytest.raises(WrongResultError, match="distance from diffusers"):
             bench_dit.check_distance("x", wrong, torch.bfloat16, 48)
+
+
+def test_patched_pipelines_are_measured_beside_stock_ones(tmp_path):
+    output = tmp_path / "patch.json"
+    options = ["--default-allocator", "--device", "cpu", "--threads", "1", "--rounds", "1"]
+    assert bench_patch.main([*options, "--output-json", str(output)]) == 0
+    rows = read_json(output).records
+    assert [row.provider for row in rows] == ["torch eager", "ltxkern patch"] * 3
+    assert all("torch eager" in row.ratios for row in rows[1::2])
+    with pytest.raises(SystemExit):
+        bench_patch.main([*options, "--cases", "none"])
 
 
 def test_sizes_of_whole_runs_are_checked(capsys):

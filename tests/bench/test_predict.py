@@ -32,7 +32,7 @@ ROW = budget.Row(
         "waits": 1,
         "near_waits": 0,
     },
-    **{"cycles": 100, "reads": {"0": 1 << 28}, "again": 0, "window": 0, "writes": 1 << 28},
+    **{"cycles": 100, "reads": {"0": 1 << 28}, "again": 0, "near_again": 0, "window": 0, "writes": 1 << 28},
 )
 FLOOR = (1 << 29, 0)
 
@@ -52,6 +52,7 @@ def by_card():
         ({"wavefronts": 400}, "h200", "shared"),
         ({"wavefronts": 400, "lsu": 100}, "h200", "LSU"),
         ({"again": 1 << 31}, "h200", "L2"),
+        ({"near_again": 1 << 31}, "h200", "L2"),
         ({"waits": 40, "warps": 8}, "h200", "latency"),
         ({"packs": 1 << 8, "blocks": 1, "reads": {}, "writes": 4096}, "h200", "launch"),
     ],
@@ -118,20 +119,40 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"products_us": 20.0}, "products, not bytes: 20 us of them at best, 10 us of bytes"),
         (
-            {"op": "merge_lora", "l2_us": 50.0, "latency_us": 9.0},
-            "take 50 us of L2 and 9 of latency beside 10 of bytes and 0 of products; on the CUDA tier a library's product",
+            {"op": "merge_lora", "products_us": 20.0, "through": 3 << 20, "moved": 1 << 20},
+            "10 us of bytes, 20 of products at best; tiles of 128 x 128 take 60 of L2, 7 of issue, 9 of latency; "
+            "a cluster's 256 x 256, which no kernel here has, would take 40 us of it and reach 48 at most; the CUDA tier calls",
         ),
-        ({"best_percent": 80.0}, "too short: one launch reaches 80 at most"),
-        ({"launches": 2, "launched_percent": 70.0}, "2 launches reach 70 at most: the deviations"),
-        ({"op": "group_norm_silu", "case": "ltx2_upsampler_post_720p_channels_last"}, "the chip keeps 55"),
+        (
+            {"best_percent": 80.0},
+            "too short: one launch reaches 80 at most; besides 1.0 us in which all blocks wait for one another, "
+            "15.0 us of L2; two that need not wait reach 71 at most",
+        ),
+        (
+            {"launches": 2, "launched_percent": 70.0, "limits": {"issue": 9.0, "launch": 2.0}, "time_us": 13.0},
+            "before the first result; besides 1.0 us of issue (9.0) that bytes do not hide",
+        ),
+        (
+            {"op": "group_norm_silu", "case": "ltx2_upsampler_post_720p_channels_last", "bytes": 2 * 943718400}
+            | {"moved": 3 * 943718400 - 55_000_000},
+            "of 944 MB between statistics and result the chip keeps 55. A group alone, 29 MB, lies in pieces of 32 bytes, "
+            "one to 1024 of memory",
+        ),
         ({}, "nothing else: issue"),
     ],
 )
 def test_what_keeps_a_call_below_its_target_is_said(changes, reason, by_card) -> None:
     one = next(one for one in by_card["h200"] if one.op == "combine_guidance")
-    plain = {"launches": 1, "best_percent": 95.0, "limit": "issue", "products_us": 0.0}
+    limits = {"L2": 60.0, "issue": 7.0, "latency": 9.0, "launch": 2.0, "barrier": 1.0, "waves": 0.0}
+    plain = {
+        "launches": 1,
+        "best_percent": 95.0,
+        "limit": "issue",
+        "products_us": 0.0,
+        "time_us": 28.0,
+        "limits": limits,
+    }
     one = dataclasses.replace(one, **{**plain, "bytes_us": 10.0, **changes})
     assert reason in predicted_page.why(one, 85, on_cuda=one.op != "merge_lora")
 

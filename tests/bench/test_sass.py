@@ -74,6 +74,15 @@ def test_bytes_waits_and_loads_in_flight_by_operand() -> None:
     assert (counted.waits, counted.near_waits, counted.in_flight) == (1, 1, 32)
 
 
+def test_a_copy_past_the_end_of_a_loop_reads_nothing() -> None:
+    counted = follow(
+        "LDC.64 R2, c[0x0][0x210]", "LDGSTS.E.BYPASS.128 [R12], desc[UR4][R2.64]",
+        "LDGSTS.E.BYPASS.128 [R12+0x1000], desc[UR4][R2.64+0x40], !PT", "DEPBAR.LE SB0, 0x0", "EXIT",
+        parameters=(sass.operand_address(0),),
+    )  # fmt: skip
+    assert (counted.loaded, counted.lsu, counted.wavefronts, counted.in_flight, counted.waits) == ({0: 16}, 2, 4, 16, 1)
+
+
 @pytest.mark.parametrize(
     ("line", "given", "expected"),
     [

@@ -25,7 +25,7 @@ class Block:
 
 def documents() -> list[Path]:
     """Everything in Markdown that a reader opens."""
-    own = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md")]
+    own = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md", "integrations/comfyui/README.md")]
     return [*own, *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 

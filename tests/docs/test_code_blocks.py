@@ -12,10 +12,11 @@ import torch
 
 from tests.docs.documents import ALL, ROOT, Block
 
-PYTHON = [block for block in ALL if block.language == "python" and not block.is_file]
+# Those of docs/stacks find models that test_stacks.py gives them.
+PYTHON = [b for b in ALL if b.language == "python" and not b.is_file and b.path.parent.name != "stacks"]
 # The tutorial's are not only looked at: test_adding_an_op.py runs them.
 SHELL = [b for b in ALL if b.language in ("", "sh", "indented") and b.path.parent.name != "adding_an_op"]
-OTHERS = {"pip", "ruff", "mypy", "ncu", "python -c"}
+OTHERS = {"cp", "rm", "pip", "ruff", "mypy", "ncu", "python -c"}
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)

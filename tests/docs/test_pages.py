@@ -50,11 +50,12 @@ def test_every_environment_variable_is_on_the_page() -> None:
     assert set(re.findall(r"`([A-Z][A-Z0-9_]{2,})`", page)) - {"AUTO", "OFF"} == read
 
 
-def test_the_table_of_backends_is_what_the_ops_declare() -> None:
+@pytest.mark.parametrize("script", ["tables", "stacks"])
+def test_tables_are_what_the_ops_declare_and_what_was_counted(script: str) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LTXKERN_", "TRITON_"))}
-    command = [sys.executable, str(ROOT / "docs/tables.py"), "--check"]
+    command = [sys.executable, str(ROOT / f"docs/{script}.py"), "--check"]
     done = subprocess.run(command, env={**kept, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"README.md is out of date: python docs/tables.py\n{done.stderr}"
+    assert done.returncode == 0, f"a page is out of date: python docs/{script}.py\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", ["ops", "dispatch", "pipeline", "reference"])

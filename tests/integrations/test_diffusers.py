@@ -30,8 +30,7 @@ UNGUIDED = {
 }
 
 
-@pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
+def components() -> dict[str, Any]:
     """Tiny components of the stock pipelines, with prompt embeddings in the place of a text encoder."""
     demo = build_demo()
     config = {key: value for key, value in demo.transformer.config.items() if not key.startswith("_")}
@@ -44,6 +43,11 @@ def parts() -> dict[str, Any]:
         **{"vocoder": vocoder, "text_encoder": None, "tokenizer": None},
         "scheduler": FlowMatchEulerDiscreteScheduler(**SHIFT),
     }
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    return components()
 
 
 def prompt() -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,19 +48,27 @@ from sglang.jit_kernel.diffusion.residual_gate_add import residual_gate_add_cuda
 HOME = "sglang.jit_kernel.diffusion"
 
 
-@pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    root = tmp_path / "sglang" / "jit_kernel" / "diffusion"
-    for folder in (root.parent.parent, root.parent, root, root / "triton", root / "cutedsl"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "__init__.py").write_text("")
+@contextmanager
+def package(folder: Path) -> Iterator[ModuleType]:
+    """The package in sys.path for a time, its model loaded."""
+    root = folder / "sglang" / "jit_kernel" / "diffusion"
+    for inner in (root.parent.parent, root.parent, root, root / "triton", root / "cutedsl"):
+        inner.mkdir(parents=True, exist_ok=True)
+        (inner / "__init__.py").write_text("")
     for name, text in SOURCES.items():
         (root / f"{name}.py").write_text(text)
     (root.parent.parent / "model.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield importlib.import_module("sglang.model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module("sglang.model")
     for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[ModuleType]:
+    with package(tmp_path) as loaded:
+        yield loaded
 
 
 def of(module: str) -> Any:

@@ -117,6 +117,20 @@ class Modulated(Block):
         return self.act(self.norm1(x) * 2 + 1)
 
 
+class ConditionedNorm(nn.GroupNorm):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * scale
+
+
+class Conditioned(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = ConditionedNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm1(x, x))
+
+
 class HandsOn(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self._apply_act(self.act(self.norm1(x)))
@@ -190,7 +204,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "out of a loop": (BreaksOff, 0, "its result has other uses"),
     "activation of more": (ActivatesMore, 0, "its activation serves other values as well"),
     "changing attribute": (Switched, 0, "something stands between it and the activation"),
-    "scale and shift": (Modulated, 0, "something stands between it and the activation"),
+    "scale and shift": (Modulated, 0, "the activation: a scale and shift, which no op takes"),
+    "conditioned norm": (Conditioned, 0, "ConditionedNorm is no norm that an op serves: it takes a condition"),
     "in another method": (HandsOn, 0, "act is used otherwise than by a call in forward"),
     "in a lambda": (InLambda, 0, "act is used otherwise than by a call in forward"),
     "in a try": (InTry, 0, "act is used otherwise than by a call in forward"),

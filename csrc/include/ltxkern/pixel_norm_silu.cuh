@@ -125,10 +125,23 @@ __global__ void __launch_bounds__(256, 2) pixel_norm_rows(PixelNormLanes p) {
     }
 }
 
+// Blocks of a multiprocessor for which the compilers do not spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 12)
+constexpr int kColumnBlocks = 3;
+#else
+constexpr int kColumnBlocks = 4;
+#endif
+
+// What a generic function takes at compile time.
+template <bool V>
+struct Constant {
+    static constexpr bool value = V;
+};
+
 // Channels-last. The lanes of one position hold up to HELD accesses each in registers and read the rest again; a warp has as many
 // positions as there is room for, and `walk` such sets one after the other.
 template <class T, int V, int HELD>
-__global__ void __launch_bounds__(256, HELD > 4 ? 2 : 3) pixel_norm_columns(PixelNormLanes p) {
+__global__ void __launch_bounds__(256, HELD > 4 ? 2 : kColumnBlocks) pixel_norm_columns(PixelNormLanes p) {
     u32 bits = static_cast<u32>(p.lane_bits), lane = threadIdx.x & ((1u << bits) - 1), channels = static_cast<u32>(p.channels);
     u32 step = V << bits, first = lane * V, together = blockDim.x >> bits, walk = static_cast<u32>(p.walk);
     i64 position = static_cast<i64>(blockIdx.x) * together * walk + (threadIdx.x >> bits), all = p.samples * p.positions;
@@ -136,10 +149,19 @@ __global__ void __launch_bounds__(256, HELD > 4 ? 2 : 3) pixel_norm_columns(Pixe
     T* out = static_cast<T*>(p.out) + position * channels + first;
     i64 stride = static_cast<i64>(together) * channels;
     u32 mine = channels > first ? channels - first : 0;
-    auto over_positions = [&](auto finish) {
+    bool whole = channels == HELD * step;
+    auto over_positions = [&](auto full, auto finish) {
+        constexpr bool kFull = decltype(full)::value;
         for (u32 i = 0; i < walk; ++i, position += together, x += stride, out += stride) {
             // Lanes past the end join the shuffles and store nothing.
             u32 here = position < all ? mine : 0;
+            // A position that fills its lanes has all accesses, or none past the end.
+            auto each = [&](auto use) {
+                if (kFull && here == 0) return;
+#pragma unroll
+                for (int h = 0; h < HELD; ++h)
+                    if (kFull || h * step < here) use(h);
+            };
             Pack<T, V> held[HELD];
             float sum = 0.0f;
             auto add = [&](const Pack<T, V>& pack) {
@@ -149,13 +171,9 @@ __global__ void __launch_bounds__(256, HELD > 4 ? 2 : 3) pixel_norm_columns(Pixe
                 for (int k = 0; k < V; ++k) part = fused(values[k], values[k], part);
                 sum += part;
             };
-#pragma unroll
-            for (int h = 0; h < HELD; ++h)
-                if (h * step < here) held[h] = load_streaming<T, V>(x + h * step);
-#pragma unroll
-            for (int h = 0; h < HELD; ++h)
-                if (h * step < here) add(held[h]);
-            for (u32 c = HELD * step; c < here; c += step) add(load<T, V>(x + c));
+            each([&](int h) { held[h] = load_streaming<T, V>(x + h * step); });
+            each([&](int h) { add(held[h]); });
+            for (u32 c = HELD * step; !kFull && c < here; c += step) add(load<T, V>(x + c));
             for (u32 apart = 1u << bits >> 1; apart > 0; apart >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
             float scale = inverse_root_mean_square<T>(p, sum, p.per_channel);
             auto emit = [&](const Pack<T, V>& pack, u32 c) {
@@ -164,25 +182,23 @@ __global__ void __launch_bounds__(256, HELD > 4 ? 2 : 3) pixel_norm_columns(Pixe
                 finish(values, scale, first + c);
                 store_streaming<T, V>(out + c, rounded<T, V>(values));
             };
-#pragma unroll
-            for (int h = 0; h < HELD; ++h)
-                if (h * step < here) emit(held[h], h * step);
-            for (u32 c = HELD * step; c < here; c += step) emit(load<T, V>(x + c), c);
+            each([&](int h) { emit(held[h], h * step); });
+            for (u32 c = HELD * step; !kFull && c < here; c += step) emit(load<T, V>(x + c), c);
         }
     };
-    if (p.weight) {
-        over_positions([&](float (&values)[V], float scale, u32 c) {
-            float weights[V];
-            load_params(p.weight, p.weight_type, c, weights);
+    auto weighted = [&](float (&values)[V], float scale, u32 c) {
+        float weights[V];
+        load_params(p.weight, p.weight_type, c, weights);
 #pragma unroll
-            for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale * weights[k]);
-        });
-    } else {
-        over_positions([&](float (&values)[V], float scale, u32) {
+        for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale * weights[k]);
+    };
+    auto plain = [&](float (&values)[V], float scale, u32) {
 #pragma unroll
-            for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale);
-        });
-    }
+        for (int k = 0; k < V; ++k) values[k] = silu<T>(values[k] * scale);
+    };
+    if (p.weight) over_positions(Constant<false>{}, weighted);
+    else if (whole) over_positions(Constant<true>{}, plain);
+    else over_positions(Constant<false>{}, plain);
 }
 
 }  // namespace ltxk

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(256, kRowBlocks) rms_norm_modulate_rows(RmsNor
 
 // What a launch of whole packs adds: all strides and the width are counted in packs.
 struct RmsNormModulatePacks : RmsNormModulate {
-    i64 by_inner;          // divides a row by `inner`
-    double inverse_width;  // 1 / elements of a row
+    i64 by_inner;              // divides a row by `inner`
+    i64 inverse_width, least;  // bits of two floats: 1 / elements of a row, and eps
 };
 
 // The same numbers, for which the compiler keeps no register.
@@ -147,11 +147,11 @@ __global__ void __launch_bounds__(256, !kGated ? 4 : sizeof(M) > sizeof(T) ? 3 :
     constexpr int V = kVector<T>, kAhead = kAtOnce<T, M> / 2;
     LTXK_SHARED(RowSum, scratch);
     u32 row = blockIdx.x, outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
-    u32 column = threadIdx.x / 32 * kWarpPacks + threadIdx.x % 32, dense = row * static_cast<u32>(p.width) + column;
+    u32 column = threadIdx.x + 3 * (threadIdx.x & ~31u), dense = row * static_cast<u32>(p.width) + column;
     // Kept along, a row's place costs registers that its values need.
     auto find_again = [&] {
         row = block_again(), outer = divide(row, p.by_inner), inner = row - outer * static_cast<u32>(p.inner);
-        column = thread_again() / 32 * kWarpPacks + thread_again() % 32, dense = row * static_cast<u32>(p.width) + column;
+        column = thread_again() + 3 * (thread_again() & ~31u), dense = row * static_cast<u32>(p.width) + column;
         find_row(p.index, outer, inner);
     };
     const char* x_at = pack_address<T, V>(p.x.data, packed_row(p.x, outer, inner) + column);
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(256, !kGated ? 4 : sizeof(M) > sizeof(T) ? 3 :
     // The first of them are on their way while the block sums.
     load_ahead<M, V, kAhead>(0, scale, shift, scale_at, shift_at);
     sum = sum_short_row(sum, scratch);
-    float rstd = inverse_root(sum * static_cast<float>(p.inverse_width) + static_cast<float>(p.eps));
+    float rstd = inverse_root(sum * float_of(p.inverse_width) + float_of(p.least));
     modulate_packs<T, M>(x, rstd, scale, shift, scale_at, shift_at, kGated ? pack_address<T, V>(p.out, dense) : out);
     if constexpr (kGated) {
         if (p.out2 == nullptr) return;

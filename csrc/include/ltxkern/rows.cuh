@@ -42,10 +42,11 @@ LTXK_DEVICE float sum_row(float value, RowSum& scratch) {
 LTXK_DEVICE float sum_short_row(float value, RowSum& scratch) {
 #pragma unroll
     for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
-    if (threadIdx.x % 32 == 0) scratch.warp[threadIdx.x / 32] = value;
+    // All lanes have the same: a condition, here and where they read, costs more than it saves.
+    scratch.warp[threadIdx.x / 32] = value;
     __syncthreads();
     u32 warp = threadIdx.x % 8;
-    float sum = warp < blockDim.x / 32 ? scratch.warp[warp] : 0.0f;
+    float found = scratch.warp[warp], sum = warp < blockDim.x / 32 ? found : 0.0f;
 #pragma unroll
     for (int step = 4; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     return sum;
@@ -77,11 +78,20 @@ LTXK_DEVICE void each_gated(const Raw<V> (&x)[kPacks], const Raw<V> (&y)[kPacks]
     }
 }
 
+// Whether there is an index. Two numbers say so: asked for its bytes, nvcc spills on sm_100; for its address, it needs more elsewhere.
+LTXK_DEVICE bool indexed(const RowIndex& index) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+    return index.data != nullptr;
+#else
+    return static_cast<u32>(index.bytes) != 0;
+#endif
+}
+
 // RowIndex::find in 32-bit numbers.
 LTXK_DEVICE bool find_row(const RowIndex& index, u32& outer, u32& inner) {
-    if (!index.data) return true;
+    if (!indexed(index)) return true;
     u32 at = outer * static_cast<u32>(index.outer_stride) + inner * static_cast<u32>(index.inner_stride);
-    i64 row = index.bytes == 8 ? static_cast<const i64*>(index.data)[at] : static_cast<const int*>(index.data)[at];
+    i64 row = static_cast<u32>(index.bytes) == 8 ? static_cast<const i64*>(index.data)[at] : static_cast<const int*>(index.data)[at];
     outer = 0;
     inner = static_cast<u32>(row);
     return static_cast<u64>(row) < static_cast<u64>(index.count);

@@ -12,7 +12,7 @@ struct RowOperand {
 // One index per row of x into tables of `count` rows, whose operands have that row as `inner`; data null: the operands are no tables.
 struct RowIndex {
     const void* data;
-    i64 bytes, count;  // of an index, 4 or 8; of the tables' rows
+    i64 bytes, count;  // of an index, 4 or 8, or 0 with data null; of the tables' rows
     i64 outer_stride, inner_stride;
 
     // Turns the place of a row of x into that of its row in the tables; false where they have no such row.

@@ -44,6 +44,7 @@ _BROKEN = (
     TypeError,
     ArithmeticError,
     RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -86,28 +87,37 @@ def read_picture(path: str | Path) -> Image.Image:
     if not file.is_file():
         raise ValueError(f"{name} is not a file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # below the limit that is stated here
-            opened = _open(file, name)
-        with opened:
-            return _decoded(opened, name)
+        with _Bounded(io.FileIO(file)) as source:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # below the limit that is stated here
+                opened = _open(source, name)
+            with opened:
+                return _decoded(opened, name)
     except _RefusedError as refused:
         raise ValueError(str(refused)) from refused.__cause__
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is not read: {str(error).split(',')[0]}: scale it down first") from error
     except _BROKEN as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+        raise ValueError(f"{name} cannot be read: {str(error) or 'it needs more memory than there is'}") from error
 
 
 class _RefusedError(Exception):
     """A sentence of ours, told apart from what a broken file makes a decoder raise."""
 
 
-def _open(file: Path, name: str) -> Image.Image:
+class _Bounded(io.BufferedReader):
+    """A file that makes no room for more than it holds, whatever a length within it says."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _open(source: io.BufferedReader, name: str) -> Image.Image:
     try:
-        return Image.open(file)
+        return Image.open(source)
     except UnidentifiedImageError as error:
-        if not _is_heic(file):
+        if not _is_heic(source):
             raise _RefusedError(
                 f"{name} is not a picture that can be read: save it as PNG, JPEG or WebP (raw, HDR and float colour are not read)"
             ) from error
@@ -118,12 +128,12 @@ def _open(file: Path, name: str) -> Image.Image:
             f'{name} is a HEIC picture: pip install "ltxkern[heic]", or save it as JPEG or PNG'
         ) from error
     register_heif_opener()
-    return Image.open(file)
+    return Image.open(source)
 
 
-def _is_heic(file: Path) -> bool:
-    with file.open("rb") as opened:
-        head = opened.read(64)
+def _is_heic(source: io.BufferedReader) -> bool:
+    source.seek(0)
+    head = source.read(64)
     brands = {head[start : start + 4] for start in range(8, min(len(head), int.from_bytes(head[:4], "big")), 4)}
     return head[4:8] == b"ftyp" and not brands.isdisjoint(_HEIC_BRANDS)
 

@@ -197,13 +197,12 @@ loaded_models: list[ModelPatcher] = []
 
 
 def load_models_gpu(patchers: list[ModelPatcher]) -> None:
-    """Of clones one is loaded at a time: the others are detached first, their weights left to the one that follows."""
+    """Of clones one is loaded at a time: each, itself too, is detached first, its weights left to the one that follows."""
     for patcher in patchers:
-        if patcher not in loaded_models:
-            for other in [other for other in loaded_models if patcher.is_clone(other)]:
-                loaded_models.remove(other)
-                other.detach(unpatch_all=False)
-            loaded_models.append(patcher)
+        for other in [other for other in loaded_models if patcher.is_clone(other)]:
+            loaded_models.remove(other)
+            other.detach(unpatch_all=False)
+        loaded_models.append(patcher)
         patcher.partially_load()
 
 

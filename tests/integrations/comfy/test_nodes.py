@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from torch import Tensor, nn
 
 import ltxkern
@@ -66,6 +67,11 @@ def kinds(model: nn.Module) -> list[type]:
     return [type(module) for module in model.modules()]
 
 
+def calls(report: str) -> list[list[str]]:
+    """Of each site: calls of the op, and of the composition."""
+    return [line.split()[-2:] for line in report.splitlines() if " rounded " in line]
+
+
 def test_every_node_declares_what_comfyui_reads(nodes: dict[str, Any], tmp_path: Path) -> None:
     torch.save({}, tmp_path / "one.pt")
     for kind in nodes.values():
@@ -105,7 +111,7 @@ def test_a_vae_is_fused_while_its_copy_is_loaded(nodes: dict[str, Any], name: st
     assert kinds(vae.first_stage_model) != before
     assert list(vae.first_stage_model.state_dict()) == keys
     (after,) = run(nodes["LTXKernReport"], vae=patched, after_image=fused)
-    assert [line.split()[-2:] for line in after.splitlines()[2:]] == [["1", "0"]] * (2 * sites)
+    assert calls(after) == [["1", "0"]] * (2 * sites)
     # The origin takes the copy out, and its bits are those of before.
     assert torch.equal(vae.decode(z), stock)
     assert kinds(vae.first_stage_model) == before
@@ -114,6 +120,21 @@ def test_a_vae_is_fused_while_its_copy_is_loaded(nodes: dict[str, Any], name: st
     # Weights that come only when the model is loaded are no obstacle to the trial.
     waiting = stand_in.VAE(models.Decoder(build()).to("meta"))
     assert run(nodes["LTXKernPatchVAE"], vae=waiting, policy="rounded")[1].count(" rounded ") == sites
+
+
+def test_an_upscaler_is_copied_on_its_own_weights(nodes: dict[str, Any]) -> None:
+    """diffusers' class has the blocks of ComfyUI's: GroupNorm with a residual before the last activation."""
+    model = LTX2LatentUpsamplerModel(4, 32, num_blocks_per_stage=1, use_rational_resampler=False).eval()
+    x, before = torch.randn(1, 4, 2, 4, 4), kinds(model)
+    stock = model(x)
+    patched, report = run(nodes["LTXKernPatchUpscaler"], upscale_model=model, policy="rounded")
+    assert report.count("group_norm_silu") == 5
+    torch.testing.assert_close(patched(x), stock, atol=1e-5, rtol=1e-5)
+    assert (kinds(model), kinds(patched) == before) == (before, False)
+    assert torch.equal(model(x), stock)
+    assert all(one is other for one, other in zip(model.parameters(), patched.parameters(), strict=True))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        run(nodes["LTXKernPatchUpscaler"], upscale_model="x2", policy="rounded")
 
 
 def test_copies_of_a_copy_and_what_is_left_of_them(nodes: dict[str, Any]) -> None:
@@ -167,7 +188,7 @@ def test_a_model_is_fused_while_its_clone_samples(nodes: dict[str, Any]) -> None
         assert seen == [True] * 3
         assert kinds(model.model) == before
         (after,) = run(nodes["LTXKernReport"], model=one, after_latent={"samples": fused})
-        assert [line.split()[-2:] for line in after.splitlines()[2:]] == [["7", "0"]] * 2
+        assert calls(after) == [["7", "0"]] * 2
     seen.clear()
     assert torch.equal(stand_in.CFGGuider(model).sample(noise, sampler, SIGMAS, watch, seed=3), stock)
     assert seen == [False] * 3
