@@ -205,7 +205,7 @@ def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
 
 
 @torch.no_grad()
-def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
+def measure(run: Run, case: Case, blocks: int, dtype_name: str, cpu_time: bool) -> None:
     """All providers on one shape; rows go to the run."""
     dtype = DTYPES[dtype_name]
     ours, theirs = build(case, blocks, dtype, run.device)
@@ -241,7 +241,8 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
                 reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         if reason is not None:
             run.skip("dit", title, COMPILE, reason)
-    timers = {name: CallTimer(function, [()], run.device, run.settings) for name, function in functions.items()}
+    clock = time.process_time if cpu_time else time.perf_counter
+    timers = {name: CallTimer(function, [()], run.device, run.settings, clock) for name, function in functions.items()}
     samples = interleave(timers, run.settings.rounds, run.note_clocks)
     floor = summarise(samples[FLOOR]).median
     common = {"op": "dit", "case": title, "shape": list(case.shape), "dtype": dtype_name, "flops": log.flops}
@@ -254,7 +255,7 @@ def measure(run: Run, case: Case, blocks: int, dtype_name: str) -> None:
             **(s := summarise(values)).fields(),
             floor_us=floor * 1e6,
             percent_of_roof=100 * floor / s.median,
-            timer=timers[name].kind,
+            timer="cpu time" if cpu_time else timers[name].kind,
             compile_s=compile_s if name == COMPILE else None,
             note=notes.get(name, ""),
         )
@@ -290,7 +291,7 @@ def compile_blocks(case: Case, blocks: int, dtype: torch.dtype, device: torch.de
     return model
 
 
-def measure_all(run: Run, picked: Sequence[Case], blocks: int | None, names: Sequence[str]) -> None:
+def measure_all(run: Run, picked: Sequence[Case], blocks: int | None, names: Sequence[str], cpu_time: bool) -> None:
     """The cases in turn; a large one that no GPU is there for only by its name."""
     for case in picked:
         for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
@@ -303,7 +304,7 @@ def measure_all(run: Run, picked: Sequence[Case], blocks: int | None, names: Seq
                 run.skip("dit", f"{case.name} {dtype}", "", reason)
                 continue
             try:
-                measure(run, case, count, dtype)
+                measure(run, case, count, dtype, cpu_time)
             except WrongResultError as error:
                 run.fail("dit", f"{case.name} {dtype}", str(error))
             except torch.OutOfMemoryError as error:
@@ -319,6 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
     options.add_argument(
         "--count", action="store_true", help="count launches and bytes of one block at both stages, and time nothing"
+    )
+    options.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU: the processor time of this process, where others share its cores; with one thread, or threads that wait count",
     )
     options.add_argument(
         "--sites",
@@ -341,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = start_run(parsed)
     if parsed.sites:
         return measure_sites(run, picked, parsed)
-    return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names))
+    return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names, parsed.cpu_time))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from report import Record, Results
 
-SPECIAL = ("dit", "lora_switch", "hq")
+SPECIAL = ("dit", "lora_switch", "hq", "patch")
 # One colour per provider in every plot; further baselines stand in the tables.
 COLOURS = {
     "torch eager": "#9a9a9a",

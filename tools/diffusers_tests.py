@@ -32,7 +32,7 @@ TESTS = (
     "tests/models/unets/test_models_unet_2d.py",
     "tests/models/unets/test_models_unet_2d_condition.py",
 )
-VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "pytest")
+VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft", "pytest")
 
 
 @dataclass

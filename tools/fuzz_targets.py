@@ -1,4 +1,4 @@
-"""What `tools.fuzz` feeds to which reader: files of models and LoRAs, what a run keeps, texts, pictures, requests."""
+"""What `tools.fuzz` feeds to which reader: files of models and LoRAs, what a run keeps, texts, pictures, requests, bodies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 MIB = 2**20
+DEFAULTS = {"height": 128, "width": 192, "num_frames": 25}
 # Beyond what the process has when the first input comes. A picture may have 178,956,970 pixels of four bytes, and be turned.
 FILE_LIMIT, PICTURE_LIMIT = 256 * MIB, 2048 * MIB
 
@@ -189,9 +192,8 @@ def file_targets(path: Path) -> list[Target]:
 
 def text_targets(path: Path) -> list[Target]:
     """Readers of YAML, of lines of a batch, and of the manifest of a work folder."""
-    from ltxkern.commands.batch_items import read_items
-
     from ltxkern.commands import generate
+    from ltxkern.commands.batching.items import read_items
     from ltxkern.commands.text_files import read_config
     from ltxkern.pipeline.work.folder import MANIFEST, read_manifest
 
@@ -316,7 +318,29 @@ def request_target() -> Target:
     return Target("request", drawn, (example,), read, mutations=1)
 
 
+def body_targets() -> list[Target]:
+    """The reader of a request's body over HTTP, where the service is installed."""
+    if find_spec("pydantic") is None:
+        return []
+    from ltxkern.pipeline.run.request import PRESETS
+    from ltxkern.pipeline.sampling.latents import Geometry
+    from ltxkern.service.fields import Offer, body_model, read_body
+
+    model = body_model(DEFAULTS)
+    chosen: Any = SimpleNamespace(preset=PRESETS["hq"], model=SimpleNamespace(geometry=Geometry()))
+    names = [*model.model_fields, "preset", "path", "__class__"]
+    values = st.recursive(_number | st.text(max_size=6), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+    bodies = st.dictionaries(st.sampled_from(names), values, max_size=5).map(lambda found: json.dumps(found).encode())
+    whole = {"prompt": "a kite", "seed": 3, "images": [{"frame": 0, "strength": 0.5}], "video_guidance": {"cfg": 3.0}}
+
+    def read(data: bytes) -> object:
+        return Offer(chosen, DEFAULTS).request(read_body(model, data), [Path("a.png")]).stages(Geometry())
+
+    examples = (json.dumps(whole).encode(), b'{"prompt": "a", "height": 64, "width": 128, "num_frames": 9, "steps": 2}')
+    return [Target("body", bodies | st.binary(max_size=40), examples, read, mutations=3)]
+
+
 def targets(folder: Path) -> list[Target]:
     """All of them; inputs lie in `folder`."""
     path = folder / "input.safetensors"
-    return [*file_targets(path), *text_targets(path), picture_target(path), request_target()]
+    return [*file_targets(path), *text_targets(path), picture_target(path), request_target(), *body_targets()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ltxkern.commands import options
@@ -12,13 +13,21 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.run.request import GenerationRequest
 
 
-def read_options(arguments: argparse.Namespace) -> tuple[options.ModelOptions, GenerationRequest]:
+def read_options(
+    arguments: argparse.Namespace, *checks: Callable[[], object]
+) -> tuple[options.ModelOptions, GenerationRequest]:
     """The model and the request, both checked: one early pass over all options, files and pictures.
+
+    Args:
+        arguments: of the command.
+        checks: what else the command looks at; each raises ValueError where it refuses.
 
     Raises:
         ValueError: everything that cannot be served, in one list.
     """
     admission = _admission()
+    for check in checks:
+        admission.attempt("", check)
     _admit_output(admission, arguments)
     chosen = _admit_options(admission, arguments)
     request = admission.attempt("", lambda: options.make_request(arguments, chosen, admission))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ltxkern.commands import admission, options, parallel
+from ltxkern.commands import admission, generate, options, parallel, work_dir
 from ltxkern.commands.text_files import home_in_paths
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FORMATS = {"mp4": ".mp4", "latents": ".safetensors", "frames": "/"}
 # What no result depends on; a CFG group gives the bits of one process.
-_OUTPUT_ONLY = (*parallel.OWN_AFFAIR, "prompts", "ray", "workers", "cfg_parallel_size")
+_OUTPUT_ONLY = (*parallel.OWN_AFFAIR, "prompts", "ray", "workers", "cfg_parallel_size", "work_dir", "no_work_dir")
+_OF_BATCHES = ("prompts", "format", "ray", "workers")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     options.add_request_options(parser)
     options.add_model_options(parser)
     parallel.add_parallel_options(parser)
+    work_dir.add_work_options(parser)
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.add_argument("--quiet", action="store_true", help="no line per item")
     parser.set_defaults(run=run, parser=parser)
@@ -69,6 +71,7 @@ def _open(arguments: argparse.Namespace) -> tuple[list[Item], Manifest, list[Ite
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {arguments.format!r}")
     if arguments.workers is not None and (arguments.workers < 1 or not arguments.ray):
         raise ValueError(f"workers must be at least 1 and needs --ray, got {arguments.workers}")
+    work_dir.check_options(arguments, arguments.cfg_parallel_size or 1)
     items = read_items(arguments.prompts)
     folder = output_target(arguments.output)
     if folder.is_file():
@@ -196,10 +199,22 @@ class Generator:
         output = os.path.join(self._arguments.output, f"{item.name}{FORMATS[kind]}")
         if self._job.ranks is None:  # others may not see the folder
             writable_output(output)
-        result = self._pipeline.generate(request, output_type="latents" if kind == "latents" else "stream")
-        if self._job.leads:
-            result.save(output)
+        with work_dir.kept(self._alone(item, output), self._job) as work:
+            how = "latents" if kind == "latents" else "stream"
+            result = self._pipeline.generate(request, output_type=how, work_dir=work)
+            if self._job.leads:
+                result.save(output)
         return Path(output)
+
+    def _alone(self, item: Item, output: str) -> argparse.Namespace:
+        """The options of `ltxkern generate` that make this item alone: what its work folder is found by, and resumed with."""
+        alone = item_arguments(self._arguments, item.options)
+        for name in _OF_BATCHES:
+            delattr(alone, name)
+        if alone.work_dir is not None:
+            alone.work_dir = os.path.join(alone.work_dir, item.name)
+        alone.output, alone.on_nan = output, generate.ON_NAN[0]
+        return alone
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,25 +66,27 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     """The command on one rank of a job; only the lead prints and writes."""
     import torch
 
-    from ltxkern.pipeline.results.atomic import writable_output
+    from ltxkern.pipeline.results.atomic import output_kind, writable_output
+    from ltxkern.pipeline.run.checks import require_all
     from ltxkern.pipeline.sampling.finite import NonFiniteError
 
-    if arguments.on_nan not in ON_NAN:
-        raise ValueError(f"on-nan must be one of {', '.join(ON_NAN)}, got {arguments.on_nan!r}")
-    progress.check_options(arguments)
-    if not arguments.prompt or not arguments.prompt.strip():
-        raise ValueError('prompt is missing: add --prompt "what the video shows"')
-    chosen, request = admission.read_options(arguments)
+    chosen, request = admission.read_options(
+        arguments,
+        lambda: _check_options(arguments),
+        lambda: progress.check_options(arguments),
+        lambda: work_dir.check_options(arguments, 1 if job.ranks is None else job.size),
+    )
     if arguments.dry_run:
         if job.leads:
             print(describe(request, chosen.model.geometry))
         return 0
-    kind = writable_output(arguments.output, result_bytes(request, chosen.model.geometry, arguments.output))
-    if chosen.model.is_demo:
-        if job.leads:
-            print(DEMO_NOTE, file=sys.stderr)
-    elif chosen.model.path is not None and not arguments.no_plan:
-        chosen.plan(request).check()
+    size = result_bytes(request, chosen.model.geometry, arguments.output)
+    checks: list[Callable[[], object]] = [lambda: writable_output(arguments.output, size)]
+    if chosen.model.path is not None and not arguments.no_plan:
+        checks.append(lambda: chosen.plan(request).check())
+    require_all(*checks)
+    if chosen.model.is_demo and job.leads:
+        print(DEMO_NOTE, file=sys.stderr)
     with work_dir.kept(arguments, job) as work, progress.Shown(arguments, job.leads) as shown:
         try:
             shared = _generate(arguments, job, chosen, request, shown, work)
@@ -101,8 +104,15 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
     if job.leads:
         if not arguments.quiet:
             parallel.report_traffic(shared)
-        shown.result(arguments.output, finished(Path(arguments.output), kind))
+        shown.result(arguments.output, finished(Path(arguments.output), output_kind(arguments.output)))
     return 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.on_nan not in ON_NAN:
+        raise ValueError(f"on-nan must be one of {', '.join(ON_NAN)}, got {arguments.on_nan!r}")
+    if not arguments.prompt or not arguments.prompt.strip():
+        raise ValueError('prompt is missing: add --prompt "what the video shows"')
 
 
 def _generate(

@@ -22,6 +22,11 @@ def add_parser(subparsers: Any) -> None:
     options.add_model_options(parser)
     parser.add_argument("--device-free-gib", type=_gib, metavar="F", help="plan for this much free device memory")
     parser.add_argument("--host-free-gib", type=_gib, metavar="F", help="plan for this much free host memory")
+    parser.add_argument(
+        "--checksums",
+        action="store_true",
+        help="also read every file whole: its SHA-256 against the hub's, or against what an earlier look recorded",
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.set_defaults(run=run, parser=parser)
 
@@ -46,5 +51,23 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(made.table())
+    if arguments.checksums:
+        _check_files(chosen)
     made.check()
     return 0
+
+
+def _check_files(chosen: options.ModelOptions) -> None:
+    """Print a line a file.
+
+    Raises:
+        ValueError: those that are not what they should be.
+    """
+    from ltxkern.pipeline.planning.checksums import check_files, files_of
+
+    bad = []
+    for file in check_files(files_of(chosen.model, chosen.lora_files)):
+        print(f"{file.sha256}  {file.path}: {file.verdict}", flush=True)
+        bad += [] if file.is_whole else [f"{file.path}: {file.verdict}"]
+    if bad:
+        raise ValueError("\n  ".join([f"{len(bad)} of the files are not what they were:", *bad]))

@@ -31,6 +31,23 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-work-dir", action="store_true", help="keep nothing")
 
 
+def check_options(arguments: argparse.Namespace, ranks: int) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        ranks: that share the run.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    from ltxkern.pipeline.work.place import limit_bytes
+
+    limit_bytes()
+    if arguments.work_dir is not None and (arguments.no_work_dir or ranks > 1):
+        other = f"{ranks} ranks share the run" if ranks > 1 else "no-work-dir keeps nothing"
+        raise ValueError(f"work-dir is kept by one process, and {other}: leave one of them out")
+
+
 def command_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that a run is started from, for another process to start it again."""
     options = {name: value for name, value in vars(arguments).items() if name not in _ELSEWHERE}
@@ -42,7 +59,7 @@ def kept(arguments: argparse.Namespace, job: parallel.Job) -> Iterator[WorkFolde
     """The work folder of a run; None where it keeps nothing. Whatever ends the block early points to `ltxkern resume`.
 
     Raises:
-        ValueError: options that contradict each other, or a named folder that cannot be used.
+        ValueError: a named folder that cannot be used.
     """
     from ltxkern.pipeline.work.folder import WorkFolderError
 
@@ -69,9 +86,6 @@ def _open(arguments: argparse.Namespace, job: parallel.Job) -> WorkFolder | None
     from ltxkern.pipeline.work.place import default_folder, limit_bytes, trim
 
     named, several = arguments.work_dir, job.ranks is not None
-    if named is not None and (arguments.no_work_dir or several):
-        other = f"{job.size} ranks share the run" if several else "no-work-dir keeps nothing"
-        raise ValueError(f"work-dir is kept by one process, and {other}: leave one of them out")
     if arguments.no_work_dir or several:
         return None
     command = command_of(arguments)

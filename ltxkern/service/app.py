@@ -81,7 +81,7 @@ def make_app(service: Service) -> FastAPI:
     def show_page() -> Response:
         return page()
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "No worker is ready"}})
     def health() -> JSONResponse:
         """Whether a worker is ready, and how many videos wait."""
         ready = service.supervisor.ready.is_set()
@@ -94,7 +94,7 @@ def make_app(service: Service) -> FastAPI:
         text = prometheus(service.store, service.supervisor, request.app.state.guard.served)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    @app.post("/v1/videos", status_code=202, responses=_ERRORS)
+    @app.post("/v1/videos", status_code=202, responses=_also(200, "The video that this key asked for before"))
     async def submit(
         request: Request, idempotency_key: Annotated[str | None, Header(max_length=_LONGEST_KEY)] = None
     ) -> JSONResponse:
@@ -117,7 +117,7 @@ def make_app(service: Service) -> FastAPI:
         """One video: its state, progress and error."""
         return service.view(service.find(video))
 
-    @app.delete("/v1/videos/{video}", responses=_ERRORS)
+    @app.delete("/v1/videos/{video}", responses=_also(202, "Its worker stops after the step at work"))
     def delete(video: str) -> JSONResponse:
         """Cancel a video that waits or runs (202 until its worker has stopped); forget one that has ended, with its files."""
         job = service.delete(video)
@@ -132,11 +132,11 @@ def make_app(service: Service) -> FastAPI:
         file = service.supervisor.folder_of(job.id) / worker.RESULT
         return FileResponse(file, media_type="video/mp4", filename=f"{job.id}.mp4", content_disposition_type="inline")
 
-    @app.get("/v1/videos/{video}/preview", responses=_ERRORS, response_class=FileResponse)
+    @app.get("/v1/videos/{video}/preview", responses=_also(204, "No picture yet"), response_class=FileResponse)
     def preview(video: str) -> Response:
         """The latest picture of a video at work; 204 where there is none yet."""
         place = service.supervisor.folder_of(service.find(video).id) / worker.PREVIEWS
-        files = sorted(place.glob("*.png"))
+        files = sorted(place.glob("stage-*.png"))
         if not files:
             return Response(status_code=204)
         return FileResponse(files[-1], media_type="image/png", headers={"cache-control": "no-store"})
@@ -162,6 +162,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+
+
+def _also(status: int, text: str) -> dict[int | str, dict[str, Any]]:
+    return {**_ERRORS, status: {"description": text}}
 
 
 def _as_refusal(error: Exception) -> RefusedError:

@@ -28,7 +28,7 @@ _SHOWN = 60
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RefusedError(Exception):
+class RefusedError(ValueError):
     """A request that is not served: its HTTP status, and the sentence that says why."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:

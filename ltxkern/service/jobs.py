@@ -109,19 +109,17 @@ class Service:
             raise self._full()
         name = secrets.token_hex(16)
         folder = self.supervisor.folder_of(name)
-        try:
+        with contextlib.ExitStack() as refused:
+            refused.callback(shutil.rmtree, folder, ignore_errors=True)
             files = self._keep_pictures(folder, sent)
             self._admit(given, folder, files)
-            job, added = self.store.add(name, given, len(files), digest, key, self.settings.queue)
-        except QueueFullError as full:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise self._full() from full
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if not added:
-            shutil.rmtree(folder, ignore_errors=True)
-            return self._same(job, digest), False
+            try:
+                job, added = self.store.add(name, given, len(files), digest, key, self.settings.queue)
+            except QueueFullError as full:
+                raise self._full() from full
+            if not added:
+                return self._same(job, digest), False
+            refused.pop_all()
         self.supervisor.wake()
         return job, True
 
@@ -169,12 +167,11 @@ class Service:
         pictures = [replace(image, path="") for image in request.images[:1]]
         plain = replace(request, prompt="any", negative_prompt="any", seed=0, steps=None, eta=None, images=pictures)
         with self._heavy:
-            problem = self._problem(plain)
+            problem = self._problem(plain, self.supervisor.free)
         if problem is not None:
             raise RefusedError(422, problem)
 
-    def _check_plan(self, request: GenerationRequest) -> str | None:
-        free = self.supervisor.free
+    def _check_plan(self, request: GenerationRequest, free: tuple[int, int] | None) -> str | None:
         if free is None:
             raise RefusedError(503, "the model is not loaded yet: try again later", retry_after="5")
         try:

@@ -76,6 +76,9 @@ def test_the_floor_is_the_products_and_attention_on_the_weights():
     with dit_floor.ContractionLog([weight, bias]) as log:
         forward()
     assert log.flops == 2 * 4 * 8 * 8 + 2 * 4 * 8 * 4 + 4 * other.numel() * 4
+    kept, activation, matrix = log.calls[0][1]
+    assert (kept.data_ptr(), matrix.data_ptr()) == (bias.data_ptr(), weight.data_ptr())
+    assert activation == dit_floor.Layout((4, 8), (8, 1), torch.float32)
     run = dit_floor.floor_calls(log, DEVICE)
     with dit_floor.ContractionLog([weight, bias]) as again:
         run()
@@ -83,4 +86,4 @@ def test_the_floor_is_the_products_and_attention_on_the_weights():
     for (func, args, _), (func2, args2, _) in zip(log.calls, again.calls, strict=True):
         assert func is func2
         for one, two in zip(args, args2, strict=True):
-            assert one == two if isinstance(one, dit_floor.Layout) else one is two or one.data_ptr() == two.data_ptr()
+            assert one == two if not isinstance(one, torch.Tensor) else one.data_ptr() == two.data_ptr()

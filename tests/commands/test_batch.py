@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ltxkern.cli import main
+from ltxkern.pipeline.result import HQOutput
 from tests.commands.typed import BATCH, write
 from tests.processes import python
 
@@ -43,6 +44,37 @@ def test_an_item_equals_the_same_generate(tmp_path: Path) -> None:
     small = BATCH[: BATCH.index("--format")]
     assert main(["generate", "--prompt", "rain", *small, "-o", str(alone), "--quiet"]) == 0
     assert (folder / "rain.safetensors").read_bytes() == alone.read_bytes()
+
+
+def test_an_item_that_was_cut_off_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the batch, and by itself from its folder."""
+    path = write(tmp_path, {"prompt": "a kite", "name": "kite"}, {"prompt": "rain", "seed": 7, "name": "rain"})
+    command = ["batch", str(path), "-o", str(tmp_path / "out"), *BATCH, "--work-dir", str(tmp_path / "work"), "--quiet"]
+    output, folder = tmp_path / "out" / "rain.safetensors", tmp_path / "work" / "rain"
+
+    def full(self: HQOutput, place: Any, **_: Any) -> None:
+        if Path(place) == output:
+            raise OSError(28, "No space left on device")
+        save(self, place)
+
+    save = HQOutput.save
+    with monkeypatch.context() as patch:
+        patch.setattr(HQOutput, "save", full)
+        assert main(command) == 2
+    assert f"what is done is kept: ltxkern resume {folder}" in capsys.readouterr().err
+    stages = [folder / "stage1.safetensors", folder / "stage2.safetensors"]
+    made = [stage.stat().st_mtime_ns for stage in stages]
+    assert main(["resume", str(folder), "--quiet"]) == 0
+    alone = output.read_bytes()
+    output.unlink()
+    assert main(command) == 0
+    assert output.read_bytes() == alone
+    assert [stage.stat().st_mtime_ns for stage in stages] == made
+    assert not list((tmp_path / "work" / "kite").glob("steps-*"))
+    assert main([*command, "--no-work-dir"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 def test_names_and_places(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import av.error
 import pytest
 
 from ltxkern.cli import main
-from ltxkern.commands import generate
+from ltxkern.commands.progress import Shown
 from ltxkern.pipeline.results import media
+from ltxkern.pipeline.run.progress import ProgressEvent
 from tests.commands.typed import run
 
 Fault = Callable[[pytest.MonkeyPatch, Path], AbstractContextManager[None]]
@@ -49,21 +50,25 @@ def broken_pipe(patch: pytest.MonkeyPatch, _: Path) -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def disk_that_fills_up(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
-    """A real small one, which something else fills while the video is written."""
+def mount_small(folder: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("NO REAL SMALL DISK: mounting one needs root")
+
+
+@contextlib.contextmanager
+def disk_that_fills_up(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
+    """A real small one, which something else fills while the video is written."""
+    mount_small(folder)
     other = folder / "other"
 
-    def fill(_: Any, stage: str, done: int, total: int) -> None:
-        if stage == "audio" and done == total:
+    def fill(_: Any, event: ProgressEvent) -> None:
+        if (event.stage, event.done) == ("audio", event.total):
             with contextlib.suppress(OSError), other.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
 
-    patch.setattr(generate.Bars, "__call__", fill)
+    patch.setattr(Shown, "__call__", fill)
     yield
     other.unlink()
 
@@ -112,4 +117,30 @@ def test_a_clock_that_goes_backwards(
         for record, second in zip(sorted(work.iterdir()), itertools.count(4_000_000_000, -86400), strict=False):
             os.utime(record, (second, second))
         assert main(["resume", str(work), "--quiet"]) == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_cache_that_is_read_only_or_corrupt(
+    whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs what it would have kept, and nothing else."""
+    output, cache = tmp_path / "out.mp4", tmp_path / "cache"
+    monkeypatch.setenv("LTXKERN_CACHE", str(cache))
+    with monkeypatch.context() as patch, encoder_gives_up(patch, tmp_path):
+        assert run("-o", str(output)) == 2
+    (folder,) = (cache / "work").iterdir()
+    for file in folder.glob("*.*"):
+        file.write_bytes(b"neither JSON nor safetensors")
+    assert run("-o", str(output)) == 0
+    assert output.read_bytes() == whole
+    cache.rename(tmp_path / "before")
+    cache.mkdir()
+    try:
+        mount_small(cache)
+        subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True)
+        assert run("-o", str(output)) == 0
+        assert "the run is not kept: work folder" in caplog.text
+    finally:
+        if cache.is_mount():
+            subprocess.run(["umount", "-l", str(cache)], check=True)
     assert output.read_bytes() == whole

@@ -12,7 +12,7 @@ INPUTS = 250
 
 def test_every_reader(tmp_path: Path) -> None:
     counted = {target.name: fuzz(target, INPUTS, seed=2) for target in targets(tmp_path)}
-    assert len(counted) == 8
+    assert len(counted) >= 8
     assert sum(found.inputs for found in counted.values()) >= 2000
     assert all(found.taken < found.inputs for found in counted.values()), counted
 

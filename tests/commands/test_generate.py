@@ -187,3 +187,23 @@ def test_json_lines_and_previews(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [path.name for path in sorted(seen.iterdir())][:2] == ["stage-1-step-002.png", "stage-1-step-003.png"]
     assert "got 0: use 1" in refused(capsys, "--preview-every", "0")
     assert "progress must be one of bars, json, got 'xml'" in refused(capsys, "--progress", "xml")
+
+
+def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, sizes, files and the place of the result, before the note that a demo begins with."""
+    wrong = {
+        "--on-nan": ("hope", "on-nan must be one of stop, retry-fp32, got 'hope'"),
+        "--progress": ("xml", "progress must be one of bars, json, got 'xml'"),
+        "--work-dir": (str(tmp_path / "w"), "work-dir is kept by one process, and no-work-dir keeps nothing"),
+        "-o": ("a.gif", "--output: output 'a.gif' has the unknown suffix '.gif'"),
+        "--height": ("65", "height 65 is not a multiple of 64: use 64 or 128"),
+        "--num-frames": ("10", "num_frames 10 is not 8k+1: use 9 or 17"),
+        "--image": (str(tmp_path / "none.png"), "none.png' does not exist"),
+        "--steps": ("1", "steps must be at least 2"),
+    }
+    options = [word for name, (value, _) in wrong.items() for word in (name, value)]
+    assert run(*options, "--no-work-dir") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ltxkern: error: {len(wrong)} problems:\n")
+    assert all(words in said for _, words in wrong.values()), said
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import pytest
 from diffusers import UNet2DModel
 
 from tools import diffusers_tests
-from tools.diffusers_tests import Outcomes, Plugin, Row, compare, every_model_patched, table
+from tools.diffusers_tests import ROOT, Outcomes, Plugin, Row, compare, every_model_patched, table
 
 TINY: dict[str, Any] = {
     **{"block_out_channels": (4,), "norm_num_groups": 2, "layers_per_block": 1, "add_attention": False},
@@ -64,3 +64,12 @@ def test_what_ends_otherwise_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads(output.read_text())["differing"] == []
     with pytest.raises(SystemExit):
         diffusers_tests.main([str(tmp_path)])
+
+
+def test_the_committed_run_is_on_the_page() -> None:
+    data = json.loads((ROOT / "bench/results/counted/diffusers-tests.json").read_text())
+    rows = [Row(**row) for row in data["rows"]]
+    assert data["differing"] == []
+    assert all(row.passed == row.passed_patched and row.calls for row in rows)
+    page = (ROOT / "docs/patched.md").read_text()
+    assert page.split("<!-- diffusers tests: begin -->\n")[1].startswith(table(rows) + "\n")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ltxkern.pipeline.generator import HQTwoStagePipeline
-from ltxkern.pipeline.results.media import probe_mp4
+from ltxkern.pipeline.results.probe import probe_mp4
 from ltxkern.service.store import Store
 from tests.service.serving import LONG, SMALL, Client, offer, serving, until
 
@@ -142,15 +142,13 @@ def test_requests_that_are_refused(served: tuple[Client, Any], monkeypatch: pyte
         assert answer.error.startswith(sentence)
     assert client("POST", "/v1/videos", b"{}", content_type="text/plain").status == 415
     # The planner says what fits.
-    free = service.supervisor.free
+    monkeypatch.setattr(service, "_problem", service._check_plan)
     monkeypatch.setattr(service.supervisor, "free", (4 * 10**7, 4 * 10**7))
-    service._problem.cache_clear()
     answer = client("POST", "/v1/videos", SMALL)
     assert answer.status == 422
     assert "needs" in answer.error
     assert "are free: " in answer.error
-    monkeypatch.setattr(service.supervisor, "free", free)
-    service._problem.cache_clear()
+    monkeypatch.undo()
     document = client("GET", "/openapi.json").json
     assert "VideoRequest" in document["components"]["schemas"]
     assert set(document["paths"]["/v1/videos"]["post"]["requestBody"]["content"]) == {
@@ -179,6 +177,7 @@ def test_a_killed_worker_loses_nothing_and_others_wait_their_turn(served: tuple[
     # The queue takes two that wait, and the killed one waits until it runs again.
     until(lambda: service.supervisor.starts > starts)
     until(lambda: client("GET", f"/v1/videos/{video}").json["status"] == "running")
+    os.kill(service.supervisor._process.pid, signal.SIGSTOP)
     waiting = [client.submit(**SMALL, seed=seed) for seed in (1, 2)]
     full = client("POST", "/v1/videos", SMALL)
     assert (full.status, full.error) == (429, "2 videos wait already: try again later")
@@ -186,6 +185,7 @@ def test_a_killed_worker_loses_nothing_and_others_wait_their_turn(served: tuple[
     assert client("GET", f"/v1/videos/{waiting[1]}").json["ahead"] == 2
     gone = client("DELETE", f"/v1/videos/{waiting[1]}")
     assert (gone.status, gone.json["status"]) == (200, "cancelled")
+    os.kill(service.supervisor._process.pid, signal.SIGCONT)
     assert client.ended(video)["status"] == "done"
     assert client("GET", f"/v1/videos/{video}/content").body == plain_run(tmp_path / "plain.mp4", LONG)
     assert client.ended(waiting[0])["status"] == "done"
@@ -199,10 +199,16 @@ def test_what_runs_is_cancelled_and_what_has_ended_is_forgotten(served: tuple[Cl
     client, service = served
     video = client.submit(**LONG)
     until(lambda: in_stage_1(client, video, 1))
+    deadly = client.submit(**SMALL)
+    service.store._all("UPDATE jobs SET lives = 3 WHERE id = ?", deadly)
     assert client("DELETE", f"/v1/videos/{video}").status == 202
     last = client.ended(video)
     assert (last["status"], last["progress"]) == ("cancelled", None)
     assert client("GET", f"/v1/videos/{video}/content").error == "the video is cancelled"
+    last = client.ended(deadly)
+    assert last["status"] == "failed"
+    assert last["error"] == "3 workers in a row died before one step of it was done"
+    assert client("GET", f"/v1/videos/{deadly}/content").error == f"the video is failed: {last['error']}"
     assert not (folder_of(service, video) / "work").exists()
     assert client("DELETE", f"/v1/videos/{video}").status == 200
     assert client("GET", f"/v1/videos/{video}").status == 404

@@ -16,9 +16,11 @@ from ltxkern.pipeline.files.headers import (
     CheckpointError,
     Header,
     StoredTensor,
+    identity,
     listed,
     read_header,
     require_counts,
+    require_unchanged,
 )
 from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
@@ -230,7 +232,7 @@ def load_components(
         upsampler, text_encoder: as for `find_model`.
 
     Raises:
-        CheckpointError: nothing usable is there; on reading a component, that it does not fit.
+        CheckpointError: nothing usable is there; on reading a component, that it does not fit or that its file has changed.
     """
     allowed = set(COMPONENT_NAMES if names is None else names)
     if unknown := sorted(allowed - set(COMPONENT_NAMES)):
@@ -244,7 +246,9 @@ def load_components(
         return found
     model = path_or_id if isinstance(path_or_id, ModelFiles) else find_model(path_or_id)
     files = model.with_parts(upsampler, text_encoder)
-    return Components(source=_FileSource(files, frozenset(allowed), dtype, device))
+    there = [name for name in allowed if is_present(files, name)]
+    before = identity(dict.fromkeys(path for name in there for path in component_paths(files, name)))
+    return Components(source=_FileSource(files, frozenset(allowed), dtype, device, before))
 
 
 @dataclass(frozen=True)
@@ -255,11 +259,13 @@ class _FileSource:
     allowed: frozenset[str]
     dtype: torch.dtype
     device: str | torch.device
+    before: Mapping[str, list[int]]
 
     def has(self, name: str) -> bool:
         return is_present(self.files, name) and name in self.allowed
 
     def load(self, name: str) -> Any:
+        require_unchanged(self.before, self.paths(name))
         return load_component(self.files, name, dtype=self.dtype, device=self.device)
 
     def config(self, name: str) -> Mapping[str, Any]:

@@ -194,11 +194,36 @@ def _misplaced(tensor: StoredTensor, first: Any, last: Any) -> str:
     numbers = (*tensor.shape, first, last)
     if len(numbers) > _MOST_NUMBERS or not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
         return f"{tensor.key} {tensor.shape[:_MOST_NUMBERS]} at bytes {first} to {last}"
+    if not isinstance(tensor.dtype, str):
+        return f"{tensor.key} of dtype {tensor.dtype!r}"
     # A kind of number that is not known here has a bit at least.
     known, bits = tensor.dtype in ITEM_BYTES, 8 * (last - first)
     if first > last or (8 * tensor.nbytes != bits if known else math.prod(tensor.shape) > bits):
         return f"{tensor.key} {tensor.shape} in {last - first} bytes"
     return ""
+
+
+def identity(paths: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of files, and of those within folders, by whole name."""
+    found = {}
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                status = file.stat()
+                found[str(file.absolute())] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def require_unchanged(before: Mapping[str, list[int]], paths: Iterable[Path]) -> None:
+    """Refuses files that are not what they were: parts of two models would be put together.
+
+    Raises:
+        CheckpointError: with their names.
+    """
+    now = identity(paths)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        raise CheckpointError(f"{listed(changed)}: changed since the model was opened: open it again")
 
 
 def read_bytes(header: Header, tensors: Iterable[StoredTensor]) -> list[bytes]:

@@ -9,35 +9,103 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from ltxkern.pipeline.files.headers import CheckpointError, listed, read_header, read_json
+from ltxkern.pipeline.files.headers import CheckpointError, listed, read_header, read_json, warn_once
 from ltxkern.pipeline.model.components import BUILDABLE
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.safetensors)")
+_REPOSITORY = r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?"
+_HUB_ID = re.compile(_REPOSITORY)
+_HUB_FILE = re.compile(_REPOSITORY + r"/(?P<file>[\w./-]+\.safetensors)")
 _DIFFUSERS_LAYOUT = ["*.json", "*/*"]  # folders and what describes them; "*" also matches a slash
 FOLDERS = {name: {"video_vae": "vae", "upsampler": "latent_upsampler"}.get(name, name) for name in BUILDABLE}
 # Parts beside the upsampler and the text encoder, which are named on their own.
 PARTS = tuple(name for name in BUILDABLE if name != "upsampler")
-_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json$")
-_WEIGHTS = re.compile(
-    r"(?P<stem>[^.]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.safetensors$"
-)
-_NOT_READ = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+_SNAPSHOTS = "snapshots"  # the folder of the hub's cache whose folders are named by commits
 P = TypeVar("P", bound=PurePath)
 _SUFFIXES = (".json", ".yaml", ".yml", ".toml")
 # Names of configurations that do not say whose they are.
 _SHARED = ("lora_config", "config", "training_config", "train_config")
 # What a trainer adds to the name of each file that it stores on its way.
 _STEP = re.compile(r"[-_. ]?(?:(?:steps?|epochs?)[-_. ]?\d+|\d{4,})$", re.IGNORECASE)
-_STEMS = ("diffusion_pytorch_model", "model")
+
+
+class Repository(NamedTuple):
+    """A repository of the hub, at a revision (commit, tag or branch); None is what it has today."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+    @classmethod
+    def of(cls, match: re.Match[str]) -> Repository:
+        """As it was written."""
+        return cls(match["name"], match["revision"])
+
+    def download(self, file: str) -> Path:
+        """One file.
+
+        Raises:
+            CheckpointError: the hub does not deliver it.
+        """
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(f"{self}/{file}"):
+            return self._taken(Path(hf_hub_download(self.name, file, revision=self.revision)))
+
+    def _taken(self, path: Path) -> Path:
+        """A download, after a warning where the next one may be of other files."""
+        if self.revision is None and _SNAPSHOTS in path.parts:
+            commit = path.parts[path.parts.index(_SNAPSHOTS) + 1]
+            warn_once(
+                logger,
+                f"{self}: what it has today is taken, which may change: {self}@{commit} always names these files",
+            )
+        return path
+
+    def names(self) -> list[str]:
+        """Names of its files; offline, of those that were downloaded before."""
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HTTPError
+
+        with _hub_errors(str(self)):
+            try:
+                return HfApi().list_repo_files(self.name, revision=self.revision)
+            except (HTTPError, OSError):
+                folder = Path(snapshot_download(self.name, revision=self.revision, allow_patterns=[]))
+                return [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
+
+    def folder(self) -> Path:
+        """It, downloaded; a diffusers layout without the single files beside it, several of them alone not at all."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import DryRunError
+
+        def fetched(**wanted: Any) -> Path:
+            return self._taken(Path(snapshot_download(self.name, revision=self.revision, **wanted)))
+
+        try:
+            found = snapshot_download(self.name, revision=self.revision, dry_run=True)
+            sizes = {file.filename: file.file_size for file in found}
+        except DryRunError:  # the hub cannot be asked: an earlier download serves, or this says why there is none
+            earlier = fetched(allow_patterns=_DIFFUSERS_LAYOUT)
+            return earlier if (earlier / "model_index.json").is_file() else fetched()
+        if "model_index.json" in sizes:
+            return fetched(allow_patterns=_DIFFUSERS_LAYOUT)
+        single = sorted(name for name in sizes if "/" not in name and name.endswith(".safetensors"))
+        if len(single) > 1 and "config.json" not in sizes:
+            names = ", ".join(f"{name} ({(sizes[name] or 0) / 1e9:.1f} GB)" for name in single)
+            raise CheckpointError(
+                f"{self} holds several files: name the one to load, for example {self}/{single[0]}; there are {names}"
+            )
+        return fetched()
 
 
 def local_path(path_or_id: str | Path) -> Path:
-    """An existing path as it is; a hub id `owner/name` or `owner/name/file.safetensors` as its downloaded copy.
+    """An existing path as it is; a hub id `owner/name[@revision][/file.safetensors]` as its downloaded copy.
 
     Raises:
         CheckpointError: neither is there, the hub does not deliver, or the repository does not say which file is meant.
@@ -46,12 +114,13 @@ def local_path(path_or_id: str | Path) -> Path:
     if path.exists():
         return path
     one_file = None if path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
-    if one_file is None and (not _HUB_ID.fullmatch(str(path_or_id)) or path.suffix == ".safetensors"):
-        raise CheckpointError(f"{path_or_id}: no such file or folder")
     if one_file is not None:
-        return _download(one_file[1], one_file[2])
+        return Repository.of(one_file).download(one_file["file"])
+    whole = _HUB_ID.fullmatch(str(path_or_id))
+    if whole is None or path.suffix == ".safetensors":
+        raise CheckpointError(f"{path_or_id}: no such file or folder")
     with _hub_errors(str(path_or_id)):
-        return _hub_folder(str(path_or_id))
+        return Repository.of(whole).folder()
 
 
 def configurations(file: P) -> list[P]:
@@ -84,7 +153,7 @@ def _training(file: PurePath) -> str:
 
 
 def local_lora(path_or_id: str | Path) -> Path:
-    """The file of a LoRA: an existing file, the only one of a folder, or `owner/name[/file.safetensors]` of the hub.
+    """The file of a LoRA: an existing file, the only one of a folder, or `owner/name[@revision][/file.safetensors]` of the hub.
 
     Of the hub, the configurations that `configurations` lists come with the file where there are any; an earlier
     download serves offline.
@@ -94,28 +163,33 @@ def local_lora(path_or_id: str | Path) -> Path:
     """
     path = Path(os.path.expanduser(path_or_id))
     named = None if path.exists() or path.is_absolute() else _HUB_FILE.fullmatch(str(path_or_id))
-    if not path.exists() and named is None and _HUB_ID.fullmatch(str(path_or_id)):
-        named = _HUB_FILE.fullmatch(f"{path_or_id}/{_only_file(_hub_files(str(path_or_id)), str(path_or_id))}")
+    whole = None if path.exists() or named is not None else _HUB_ID.fullmatch(str(path_or_id))
+    if whole is not None:
+        only = _only_file(Repository.of(whole).names(), str(path_or_id))
+        named = _HUB_FILE.fullmatch(f"{path_or_id}/{only}")
     if named is None:
         path = local_path(path_or_id)
         if path.is_dir():
             path /= _only_file([file.name for file in path.glob("*.safetensors")], str(path_or_id))
         return path
     path = local_path(named[0])
-    _fetch_configurations(named[1], PurePosixPath(named[2]), path)
+    _fetch_configurations(Repository.of(named), PurePosixPath(named["file"]), path)
     return path
 
 
-def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> None:
+def _fetch_configurations(repository: Repository, file: PurePosixPath, path: Path) -> None:
     """Downloads what may tell alpha and rank of a LoRA file to where it lies; warns where that cannot be known."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError
 
     usual = str(file.with_name("adapter_config.json"))
     try:
-        there = set(HfApi().list_repo_files(repository))
+        there = set(HfApi().list_repo_files(repository.name, revision=repository.revision))
     except (HTTPError, OSError) as error:
-        if not any(map(Path.exists, configurations(path))) and try_to_load_from_cache(repository, usual) is None:
+        if (
+            not any(map(Path.exists, configurations(path)))
+            and try_to_load_from_cache(repository.name, usual, revision=repository.revision) is None
+        ):
             logger.warning(
                 "%s/%s: whether a configuration that tells its alpha lies beside it is not known, the hub cannot be asked (%s)",
                 repository,
@@ -126,13 +200,15 @@ def _fetch_configurations(repository: str, file: PurePosixPath, path: Path) -> N
     others = of_other_trainings(file, (name for name in map(PurePosixPath, there) if name.parent == file.parent))
     for name in configurations(file):
         if str(name) in there and not (others and may_be_of_another(name, file, others)):
-            _download(repository, str(name))
+            repository.download(str(name))
     if usual not in there:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
         with _hub_errors(f"{repository}/{usual}"), contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(repository, usual)  # notes in the cache that there is none
+            hf_hub_download(
+                repository.name, usual, revision=repository.revision
+            )  # notes in the cache that there is none
 
 
 def _only_file(names: Iterable[str], where: str) -> str:
@@ -143,26 +219,6 @@ def _only_file(names: Iterable[str], where: str) -> str:
         if len(few) == 1:
             return few[0]
     raise CheckpointError(f"{where}: expected one .safetensors file, found {listed(found) or 'none'}; name the file")
-
-
-def _hub_files(repository: str) -> list[str]:
-    """Names of the files of a repository; offline, of those that were downloaded before."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError
-
-    with _hub_errors(repository):
-        try:
-            return HfApi().list_repo_files(repository)
-        except (HTTPError, OSError):
-            folder = Path(snapshot_download(repository, allow_patterns=[]))
-            return [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
-
-
-def _download(repository: str, name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(f"{repository}/{name}"):
-        return Path(hf_hub_download(repository, name))
 
 
 @contextlib.contextmanager
@@ -181,28 +237,6 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _hub_folder(repository: str) -> Path:
-    """The downloaded repository; a diffusers layout without the single files beside it, several of them alone not at all."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    try:
-        sizes = {file.filename: file.file_size for file in snapshot_download(repository, dry_run=True)}
-    except DryRunError:  # the hub cannot be asked: an earlier download serves, or this says why there is none
-        folder = Path(snapshot_download(repository, allow_patterns=_DIFFUSERS_LAYOUT))
-        return folder if (folder / "model_index.json").is_file() else Path(snapshot_download(repository))
-    if "model_index.json" in sizes:
-        return Path(snapshot_download(repository, allow_patterns=_DIFFUSERS_LAYOUT))
-    single = sorted(name for name in sizes if "/" not in name and name.endswith(".safetensors"))
-    if len(single) > 1 and "config.json" not in sizes:
-        names = ", ".join(f"{name} ({(sizes[name] or 0) / 1e9:.1f} GB)" for name in single)
-        raise CheckpointError(
-            f"{repository} holds several files: name the one to load, for example {repository}/{single[0]}; "
-            f"there are {names}"
-        )
-    return Path(snapshot_download(repository))
 
 
 @dataclass(frozen=True)
@@ -307,93 +341,3 @@ def _in_folder(path: Path) -> ModelFiles:
             f"{path}: expected a model_index.json or exactly one official LTX-2.3 file, found {names}; name the file"
         )
     return ModelFiles(checkpoint=checkpoints[0], upsampler=upsamplers[0] if len(upsamplers) == 1 else None)
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of a component's folder.
-
-    The plain ones where a variant lies beside them, those that an index names where there is one. A folder that holds nothing
-    but one variant gives that; with `variant`, a folder that has none gives the plain ones.
-
-    Raises:
-        CheckpointError: none, several between which nothing decides, or an index that is broken.
-    """
-    found = _weight_sets(folder)
-    variants = sorted({name for _, name in found if name})
-    wanted = variant or ""
-    if variant is not None and variant not in variants:
-        if variants:
-            raise CheckpointError(f"{folder}: has no variant {variant!r}: use {' or '.join(variants)}, or none")
-        wanted = ""
-    if not any(name == wanted for _, name in found):
-        if len(variants) != 1:
-            others = sorted(path.name for path in folder.glob("*") if path.suffix in _NOT_READ)
-            what = f"found the variants {', '.join(variants)}: name one" if variants else "found 0"
-            what += f" (files such as {others[0]} are not read)" if others and not variants else ""
-            raise CheckpointError(f"{folder}: expected one .safetensors file or an index of several, {what}")
-        wanted = variants[0]
-        logger.info("%s: the only weights there are of variant %s", folder, wanted)
-    sets = {stem: entry for (stem, name), entry in found.items() if name == wanted}
-    stem = next((stem for stem in _STEMS if stem in sets), None) or (next(iter(sets)) if len(sets) == 1 else None)
-    if stem is None:
-        names = ", ".join(f"{name}.safetensors" for name in sorted(sets))
-        raise CheckpointError(
-            f"{folder}: expected one .safetensors file or an index of several, found {len(sets)} ({names})"
-        )
-    index, files = sets[stem]
-    return _indexed(index) if index is not None else _complete(folder, files)
-
-
-_Set = tuple[Path | None, list[Path]]
-
-
-def _weight_sets(folder: Path) -> dict[tuple[str, str], _Set]:
-    """Index and files of each set of weights in a folder, by stem and variant ("" for plain)."""
-    found: dict[tuple[str, str], _Set] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        described, weights = _INDEX.match(path.name), _WEIGHTS.match(path.name)
-        if described is not None:
-            key = (described["stem"], described["variant"] or "")
-            found[key] = (path, found.get(key, (None, []))[1])
-        elif weights is not None:
-            found.setdefault((weights["stem"], weights["variant"] or ""), (None, []))[1].append(path)
-    # An index names its files as it likes: they are no sets of their own.
-    named: set[Path] = set()
-    for index, _ in found.values():
-        with contextlib.suppress(CheckpointError):  # a broken one is refused where it is the one to be read
-            named.update(_indexed(index) if index is not None else ())
-    return {
-        key: (index, files) for key, (index, files) in found.items() if index is not None or not named.issuperset(files)
-    }
-
-
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a weight_map of tensors to files, got {str(weight_map)[:40]}")
-    if not all(isinstance(name, str) and name for name in weight_map.values()):
-        raise CheckpointError(f"{index}: expected file names in its weight_map")
-    return sorted({index.parent / name for name in weight_map.values()})
-
-
-def _complete(folder: Path, files: list[Path]) -> list[Path]:
-    """Shards without an index, when none is missing; a single file as it is."""
-    numbers = {
-        int(match["number"]): int(match["count"])
-        for file in files
-        if (match := _WEIGHTS.match(file.name)) and match["number"]
-    }
-    whole = [file for file in files if "-of-" not in file.name]
-    if whole:
-        return whole[:1]
-    count = max(numbers.values())
-    if len({match["count"] for file in files if (match := _WEIGHTS.match(file.name))}) > 1:
-        raise CheckpointError(
-            f"{folder}: holds the numbered files of several downloads ({listed([file.name for file in files])}): "
-            "keep those of one"
-        )
-    missing = [str(number) for number in range(1, count + 1) if number not in numbers]
-    if missing:
-        raise CheckpointError(f"{folder}: of {count} files, number {', '.join(missing)} is missing: download it")
-    return files

@@ -1,7 +1,9 @@
 """One component as it is stored: in a file of its own, among others, or in a folder; its names, configuration and scales."""
 
+import contextlib
 import functools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from ltxkern.pipeline.files.headers import (
     read_json,
     warn_once,
 )
-from ltxkern.pipeline.files.hub import FOLDERS, ModelFiles, weight_files
+from ltxkern.pipeline.files.hub import FOLDERS, ModelFiles
 from ltxkern.pipeline.files.official_names import component_of, diffusers_name, official_name
 from ltxkern.pipeline.files.quantized import with_scales
 from ltxkern.pipeline.model.components import CLASS_NAMES, PRODUCTION_CONFIGS
@@ -43,6 +45,13 @@ _OFFICIAL_CLASSES = {
     "CausalVideoAutoencoder": ("video_vae",),
     "LatentUpsampler": ("upsampler",),
 }
+
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json$")
+_WEIGHTS = re.compile(
+    r"(?P<stem>[^.]+?)(?:\.(?P<variant>[\w-]+?))?(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.safetensors$"
+)
+_NOT_READ = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+_STEMS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True)
@@ -239,3 +248,93 @@ def _plain_config(component: str, path: Path, config: Mapping[str, Any]) -> Mapp
     if name is not None and name not in CLASS_NAMES[component]:
         raise CheckpointError(f"{path}: describes a {name}, expected {' or '.join(CLASS_NAMES[component])}")
     return {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of a component's folder.
+
+    The plain ones where a variant lies beside them, those that an index names where there is one. A folder that holds nothing
+    but one variant gives that; with `variant`, a folder that has none gives the plain ones.
+
+    Raises:
+        CheckpointError: none, several between which nothing decides, or an index that is broken.
+    """
+    found = _weight_sets(folder)
+    variants = sorted({name for _, name in found if name})
+    wanted = variant or ""
+    if variant is not None and variant not in variants:
+        if variants:
+            raise CheckpointError(f"{folder}: has no variant {variant!r}: use {' or '.join(variants)}, or none")
+        wanted = ""
+    if not any(name == wanted for _, name in found):
+        if len(variants) != 1:
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in _NOT_READ)
+            what = f"found the variants {', '.join(variants)}: name one" if variants else "found 0"
+            what += f" (files such as {others[0]} are not read)" if others and not variants else ""
+            raise CheckpointError(f"{folder}: expected one .safetensors file or an index of several, {what}")
+        wanted = variants[0]
+        logger.info("%s: the only weights there are of variant %s", folder, wanted)
+    sets = {stem: entry for (stem, name), entry in found.items() if name == wanted}
+    stem = next((stem for stem in _STEMS if stem in sets), None) or (next(iter(sets)) if len(sets) == 1 else None)
+    if stem is None:
+        names = ", ".join(f"{name}.safetensors" for name in sorted(sets))
+        raise CheckpointError(
+            f"{folder}: expected one .safetensors file or an index of several, found {len(sets)} ({names})"
+        )
+    index, files = sets[stem]
+    return _indexed(index) if index is not None else _complete(folder, files)
+
+
+_Set = tuple[Path | None, list[Path]]
+
+
+def _weight_sets(folder: Path) -> dict[tuple[str, str], _Set]:
+    """Index and files of each set of weights in a folder, by stem and variant ("" for plain)."""
+    found: dict[tuple[str, str], _Set] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        described, weights = _INDEX.match(path.name), _WEIGHTS.match(path.name)
+        if described is not None:
+            key = (described["stem"], described["variant"] or "")
+            found[key] = (path, found.get(key, (None, []))[1])
+        elif weights is not None:
+            found.setdefault((weights["stem"], weights["variant"] or ""), (None, []))[1].append(path)
+    # An index names its files as it likes: they are no sets of their own.
+    named: set[Path] = set()
+    for index, _ in found.values():
+        with contextlib.suppress(CheckpointError):  # a broken one is refused where it is the one to be read
+            named.update(_indexed(index) if index is not None else ())
+    return {
+        key: (index, files) for key, (index, files) in found.items() if index is not None or not named.issuperset(files)
+    }
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected a weight_map of tensors to files, got {str(weight_map)[:40]}")
+    if not all(isinstance(name, str) and name for name in weight_map.values()):
+        raise CheckpointError(f"{index}: expected file names in its weight_map")
+    return sorted({index.parent / name for name in weight_map.values()})
+
+
+def _complete(folder: Path, files: list[Path]) -> list[Path]:
+    """Shards without an index, when none is missing; a single file as it is."""
+    numbers = {
+        int(match["number"]): int(match["count"])
+        for file in files
+        if (match := _WEIGHTS.match(file.name)) and match["number"]
+    }
+    whole = [file for file in files if "-of-" not in file.name]
+    if whole:
+        return whole[:1]
+    count = max(numbers.values())
+    if len({match["count"] for file in files if (match := _WEIGHTS.match(file.name))}) > 1:
+        raise CheckpointError(
+            f"{folder}: holds the numbered files of several downloads ({listed([file.name for file in files])}): "
+            "keep those of one"
+        )
+    missing = [str(number) for number in range(1, count + 1) if number not in numbers]
+    if missing:
+        raise CheckpointError(f"{folder}: of {count} files, number {', '.join(missing)} is missing: download it")
+    return files

@@ -20,8 +20,8 @@ from ltxkern.pipeline.files.headers import (
     read_json,
     require_counts,
 )
-from ltxkern.pipeline.files.hub import weight_files
 from ltxkern.pipeline.files.quantized import read_tensor, with_scales
+from ltxkern.pipeline.files.stored import weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARY = re.compile(r'"vocab"\s*:\s*')
@@ -276,7 +276,7 @@ def load_tokenizer(folder: Path, rows: int) -> Any:
 
     try:
         if (folder / TOKENIZER_FILES[1]).is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         else:  # without it the class of the tokenizer would be guessed; Gemma's marks are these
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_file=str(folder / TOKENIZER_FILES[0]), pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"

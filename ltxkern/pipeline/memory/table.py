@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ltxkern.pipeline.files.headers import identity, require_unchanged
 from ltxkern.pipeline.files.hub import ModelFiles
 from ltxkern.pipeline.files.lora import PRISTINE_KEY, LoRA, LoRAPhase, WeightKey
 from ltxkern.pipeline.files.lora_layout import target_of
@@ -97,6 +98,7 @@ class CheckpointPristine:
 
         self._dtype = dtype
         self._stored = {target_of(name): tensor for name, tensor in stored_tensors(path, "transformer").items()}
+        self._before = identity({tensor.path for tensor in self._stored.values()})
         self._open: dict[Path, Any] = {}
 
     def fetch(self, module: str) -> Tensor:
@@ -110,6 +112,7 @@ class CheckpointPristine:
         # Kept open: the header lists thousands of tensors and would be read for each of them.
         for tensor in (stored, stored.scale):
             if tensor is not None and tensor.path not in self._open:
+                require_unchanged(self._before, [tensor.path])
                 self._open[tensor.path] = safe_open(str(tensor.path), framework="pt")
         return read_tensor(self._open, stored, self._dtype)
 

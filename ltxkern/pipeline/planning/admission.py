@@ -46,7 +46,8 @@ class Admission:
         try:
             return check()
         except (ValueError, TypeError, OSError) as error:
-            self.add(name, str(error))
+            for sentence in getattr(error, "problems", [str(error)]):
+                self.add(name, sentence)
             return None
 
     def close(self) -> None:

@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+
+from ltxkern.ops.checks import check_finite_number
+
+
+class SeveralProblemsError(ValueError):
+    """All that is wrong with a request.
+
+    Attributes:
+        problems: a sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n  ".join([f"{len(problems)} problems:", *problems]))
+        self.problems = list(problems)
+
+
+def require_all(*checks: Callable[[], object]) -> None:
+    """Make every check, and refuse with all that they say.
+
+    Raises:
+        ValueError, TypeError: that of the only check that failed.
+        SeveralProblemsError: of several.
+    """
+    failed: list[ValueError | TypeError] = []
+    for check in checks:
+        try:
+            check()
+        except (ValueError, TypeError) as error:
+            failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise SeveralProblemsError([str(error) for error in failed])
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -88,6 +122,17 @@ def require_positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def require_share(name: str, share: float) -> None:
+    check_finite_number(name, share)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {share}: use {0 if share < 0 else 1}")
+
+
+def require_at_least_one(name: str, value: Any) -> None:
+    if whole(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}: use 1")
 
 
 def require_schedule(name: str, sigmas: list[float]) -> None:

@@ -6,19 +6,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ltxkern.ops.checks import check_finite_number
 from ltxkern.ops.res2s_step import SUBSTEP_ETA
 from ltxkern.pipeline.model.conditioning import ImageCondition, parse_image_condition, validate_image_conditions
 from ltxkern.pipeline.results.media import frame_rate
 from ltxkern.pipeline.run.checks import (
     find_device,
+    require_all,
+    require_at_least_one,
     require_positive,
     require_schedule,
+    require_share,
     require_side,
     require_strength,
     require_texts,
@@ -41,6 +44,8 @@ from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS, ltx2_sigmas
 
 # Frames per second: the model's positions are seconds, and it saw videos of at most 20; H.264 carries no more than 300.
 FRAME_RATES = (1, 300)
+# Of stage 1: a schedule of more is a slip of the keyboard, and one of billions does not fit into memory.
+MOST_STEPS = 10_000
 
 __all__ = [
     "DEFAULT_NEGATIVE_PROMPT",
@@ -179,15 +184,32 @@ class GenerationRequest:
         return self.preset.audio_source if self.audio_source is None else self.audio_source
 
     def validate(self, geometry: Geometry | None = None, *, check_files: bool = True) -> None:
-        """Refuse what cannot be generated, in one sentence, before anything is loaded.
+        """Refuse what cannot be generated, all of it in one error, before anything is loaded.
 
         Raises:
-            ValueError, TypeError: the first parameter that is wrong, with the nearest legal value.
+            ValueError, TypeError: every parameter that is wrong, with the nearest legal value.
         """
         geometry = geometry or Geometry()
-        require_texts(self.prompts(), self.negative_prompts())
-        require_side("height", self.height, geometry.spatial_ratio * self.preset.stages)
-        require_side("width", self.width, geometry.spatial_ratio * self.preset.stages)
+        multiple = geometry.spatial_ratio * self.preset.stages
+        shares = {"eta": self.noise_share, "substep_eta": self.substep_eta}
+        schedules = {"stage1_sigmas": self.stage1_sigmas, "stage2_sigmas": self.stage2_sigmas}
+        require_all(
+            lambda: require_texts(self.prompts(), self.negative_prompts()),
+            lambda: require_side("height", self.height, multiple),
+            lambda: require_side("width", self.width, multiple),
+            lambda: self._require_length(geometry),
+            self._require_seeds,
+            self._require_steps,
+            self._require_sound,
+            *(partial(require_share, name, share) for name, share in shares.items()),
+            lambda: require_at_least_one("max_batch_size", self.max_batch_size),
+            *(partial(require_schedule, name, list(_floats(s))) for name, s in schedules.items() if s is not None),
+            *(partial(require_strength, "distilled LoRA", strength) for strength in self.distilled_strengths or ()),
+            lambda: self._require_guidance(geometry),
+            lambda: validate_image_conditions(self.images, self.num_frames, check_files=check_files),
+        )
+
+    def _require_length(self, geometry: Geometry) -> None:
         require_frame_count(whole("num_frames", self.num_frames), geometry.temporal_ratio)
         require_positive("frame_rate", self.frame_rate)
         low, high = FRAME_RATES
@@ -196,32 +218,16 @@ class GenerationRequest:
                 f"frame_rate must be between {low} and {high}, got {self.frame_rate:g}: "
                 f"use {low if self.frame_rate < low else high}"
             )
-        for name, scales in (("video_guidance", self.video_guidance), ("audio_guidance", self.audio_guidance)):
-            if not isinstance(scales, GuidanceScales | None):
-                raise TypeError(f"{name} must be GuidanceScales or None, got {scales!r}")
-        self._require_seeds()
-        self._require_steps()
-        if self.sounds_from not in ("stage1", "stage2"):
-            raise ValueError(f'audio_source must be "stage1" or "stage2", got {self.audio_source!r}')
-        if self.sounds_from == "stage2" and self.preset.stages == 1:
-            raise ValueError('audio_source "stage2" needs a pipeline of two stages: use "stage1"')
-        for name, share in (("eta", self.noise_share), ("substep_eta", self.substep_eta)):
-            check_finite_number(name, share)
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {share}: use {0 if share < 0 else 1}")
-        if whole("max_batch_size", self.max_batch_size) < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {self.max_batch_size}: use 1")
         if self.audio_shape(geometry).frames < 1:
             raise ValueError(
                 f"num_frames {self.num_frames} at {self.frame_rate} fps is shorter than one audio latent (1/25 s): use more frames"
             )
-        for name, sigmas in (("stage1_sigmas", self.stage1_sigmas), ("stage2_sigmas", self.stage2_sigmas)):
-            if sigmas is not None:
-                require_schedule(name, list(_floats(sigmas)))
-        for strength in self.distilled_strengths or ():
-            require_strength("distilled LoRA", strength)
-        self._require_blocks(geometry)
-        validate_image_conditions(self.images, self.num_frames, check_files=check_files)
+
+    def _require_sound(self) -> None:
+        if self.sounds_from not in ("stage1", "stage2"):
+            raise ValueError(f'audio_source must be "stage1" or "stage2", got {self.audio_source!r}')
+        if self.sounds_from == "stage2" and self.preset.stages == 1:
+            raise ValueError('audio_source "stage2" needs a pipeline of two stages: use "stage1"')
 
     def _require_seeds(self) -> None:
         if len(self.seeds()) != self.batch:
@@ -241,9 +247,13 @@ class GenerationRequest:
             )
         if count < 2:
             raise ValueError(f"steps must be at least 2, got {count}: use 2")
+        if count > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, got {count}: use {MOST_STEPS}")
 
-    def _require_blocks(self, geometry: Geometry) -> None:
+    def _require_guidance(self, geometry: Geometry) -> None:
         for name, scales in (("video", self.video_guidance), ("audio", self.audio_guidance)):
+            if not isinstance(scales, GuidanceScales | None):
+                raise TypeError(f"{name}_guidance must be GuidanceScales or None, got {scales!r}")
             wrong = [b for b in (scales.stg_blocks if scales else ()) if not 0 <= b < geometry.blocks]
             if wrong:
                 raise ValueError(f"{name} stg_blocks must be between 0 and {geometry.blocks - 1}, got {wrong}")

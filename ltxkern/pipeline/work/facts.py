@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ltxkern
 from ltxkern import dispatch
+from ltxkern.pipeline.files.headers import identity
 from ltxkern.pipeline.model.components import COMPONENT_NAMES, Components
 from ltxkern.pipeline.work.record import checksum
 from ltxkern.trust.machine import processor
@@ -141,22 +142,12 @@ def model_facts(components: Components, loras: Iterable[tuple[LoRA, float]], dis
         return found | {"model": components.built_in}
     for name in COMPONENT_NAMES:
         if components.reloadable(name):
-            found[f"model {name}"] = _files_facts(components.paths(name))
+            found[f"model {name}"] = identity(components.paths(name))
         elif not components.is_absent(name):
             module = getattr(components, name)
             found[f"model {name}"] = (
                 _weights_facts(module.state_dict()) if isinstance(module, nn.Module) else type(module).__name__
             )
-    return found
-
-
-def _files_facts(paths: Iterable[Path]) -> dict[str, list[int]]:
-    found = {}
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                status = file.stat()
-                found[str(file.absolute())] = [status.st_size, status.st_mtime_ns]
     return found
 
 

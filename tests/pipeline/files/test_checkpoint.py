@@ -1,6 +1,8 @@
 """Official files, diffusers folders and LoRA files: names, shapes, round trips, and what is said when they do not fit."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ltxkern.pipeline.files.checkpoint import (
     load_component,
     load_components,
 )
+from ltxkern.pipeline.memory.table import CheckpointPristine
 from ltxkern.pipeline.model.components import BUILDABLE, Components, build
 from tests.official_files import DEMO_SECTIONS, write_official
 
@@ -285,3 +288,16 @@ def test_upsampler_that_is_not_there(official: dict[str, Path]) -> None:
 def test_unknown_component(official: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="unet"):
         load_component(official["checkpoint"], "unet")
+
+
+def test_a_file_that_changes_after_the_model_was_opened(official: dict[str, Path], tmp_path: Path) -> None:
+    """By its time alone too: another file of the same size may have other weights."""
+    path = shutil.copy(official["checkpoint"], tmp_path / "model.safetensors")
+    opened, source = load_components(path), CheckpointPristine(path, torch.bfloat16)
+    assert opened.vocoder is not None
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed since the model was opened: open it again"):
+        opened.audio_vae  # noqa: B018
+    with pytest.raises(CheckpointError, match="changed since the model was opened"):
+        source.fetch("proj_in")
+    assert load_components(path).audio_vae is not None

@@ -55,7 +55,7 @@ def test_a_first_word_that_would_be_a_header_of_gigabytes(tmp_path: Path) -> Non
         read_header(path)
 
 
-def described(*tensors: tuple[str, str, list[Any], list[Any]]) -> str:
+def described(*tensors: tuple[str, Any, list[Any], list[Any]]) -> str:
     """The header's text, in which a name may be there twice."""
     entries = (
         f"{json.dumps(name)}: {json.dumps({'dtype': dtype, 'shape': shape, 'data_offsets': offsets})}"
@@ -72,6 +72,7 @@ def described(*tensors: tuple[str, str, list[Any], list[Any]]) -> str:
         (described(("a", "F32", [2], [-8, 0]), ("b", "F32", [2], [0, 8])), r"damaged, a \(2,\) at bytes -8 to 0"),
         (described(("a", "F32", [-1, -2], [0, 8])), r"damaged, a \(-1, -2\) at bytes 0 to 8"),
         (described(("a", "F32", [2.0], [0, 8])), r"damaged, a \(2.0,\)"),
+        (described(("a", True, [2], [0, 8])), "damaged, a of dtype True"),
         (described(("a", "BOOL", [True], [0, 1]), ("b", "U8", [7], [1, 8])), r"damaged, a \(True,\)"),
         (described(("a", "F32", [2], [0, 8]), ("b", "F16", [2], [4, 8])), "damaged, b overlaps .* by 4 bytes"),
         (described(("a", "F16", [2], [0, 4]), ("b", "F16", [1], [6, 8])), "damaged, b follows a hole of 2 bytes"),

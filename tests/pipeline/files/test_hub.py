@@ -13,6 +13,7 @@ import torch
 from ltxkern.pipeline.files.checkpoint import CheckpointError, load_components
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.files.found import FoundModel
+from ltxkern.pipeline.files.headers import warn_once
 from ltxkern.pipeline.files.hub import local_lora, local_path
 from tests.official_files import write_diffusers_demo
 
@@ -26,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.sent: list[str] = []
+        self.asked: list[str] = []
         self.forbidden: set[str] = set()
 
     def add(self, repository: str, *names: str) -> None:
@@ -48,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def answer(self, body: bool) -> None:
+        self.server.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"] and "api" in self.server.forbidden:
             self.send(b"", body, 403)
@@ -238,3 +241,23 @@ def test_a_lora_that_is_one_of_several_is_refused_by_name(hub: Hub, tmp_path: Pa
         local_lora(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
     assert local_lora(tmp_path) == tmp_path / "mine.safetensors"
+
+
+@pytest.mark.parametrize("name", ["owner/files", "owner/files/a.safetensors"])
+def test_a_download_is_pinned_or_warned_about(hub: Hub, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    hub.add("owner/files", "a.safetensors")
+    warn_once.cache_clear()
+    found = local_path(name)
+    assert local_lora(name).samefile(found / "a.safetensors" if found.is_dir() else found)
+    said = [record.getMessage() for record in caplog.records if "which may change" in record.getMessage()]
+    assert said == [
+        f"owner/files: what it has today is taken, which may change: owner/files@{COMMIT} always names these files"
+    ]
+    caplog.clear()
+    pinned = name.replace("owner/files", f"owner/files@{COMMIT}")
+    assert local_path(pinned).samefile(found)
+    assert local_lora(pinned).read_bytes() == b"a.safetensors"
+    assert not caplog.records
+    with pytest.raises(CheckpointError, match=r"owner/files@v9/b\.safetensors: no such path here, and the hub did not"):
+        local_path("owner/files@v9/b.safetensors")
+    assert any("/resolve/v9/b.safetensors" in asked for asked in hub.asked)

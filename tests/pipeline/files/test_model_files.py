@@ -13,7 +13,7 @@ from ltxkern.pipeline.files.checkpoint import (
     find_model,
     load_component,
 )
-from ltxkern.pipeline.files.hub import weight_files
+from ltxkern.pipeline.files.stored import weight_files
 from ltxkern.pipeline.memory.table import CheckpointPristine
 from ltxkern.pipeline.model.components import Components
 
