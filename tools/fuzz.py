@@ -102,7 +102,7 @@ def fuzz(target: Target, count: int, seed: int, kept: Path | None = None) -> Cou
 
     @hypothesis_seed(seed)
     @settings(
-        max_examples=max(1, count // (target.mutations + 1)),
+        max_examples=-(-count // (target.mutations + 1)),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
