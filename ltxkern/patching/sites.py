@@ -132,8 +132,6 @@ class Finder:
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
-        if parameters and getattr(activation, "inplace", False):
-            _add(found, [f"its activation changes {parameters[0]} in place, which the caller holds"])
         reason = self._reached(path, *taken, *([] if activation is None else [name]))
         _add(found, [reason] if reason else [])
         for item in found:
@@ -215,7 +213,7 @@ class Finder:
             mix(activation, Passed, Site("", "", CONTRACT, group), group)
             video_vae.extend(place.block, [item.norm for item in found], group)
             if around:
-                mix(place.block, ActivatedBefore, Activated(around), group)
+                mix(place.block, ActivatedBefore, Activated(around, bool(getattr(activation, "inplace", False))), group)
         self.report.add(group)
 
     def _fused_already(self, path: str, norms: dict[str, nn.Module]) -> bool:
