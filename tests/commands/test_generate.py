@@ -194,6 +194,7 @@ def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     wrong = {
         "--on-nan": ("hope", "on-nan must be one of stop, retry-fp32, got 'hope'"),
         "--progress": ("xml", "progress must be one of bars, json, got 'xml'"),
+        "--preview": (f"{__file__}/a", f"preview '{__file__}/a': '{__file__}' is no folder: name another folder"),
         "--work-dir": (str(tmp_path / "w"), "work-dir is kept by one process, and no-work-dir keeps nothing"),
         "-o": ("a.gif", "--output: output 'a.gif' has the unknown suffix '.gif'"),
         "--height": ("65", "height 65 is not a multiple of 64: use 64 or 128"),
