@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ltxkern.cli import main
+from ltxkern.commands import progress
 from ltxkern.pipeline import HQTwoStagePipeline
 from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
@@ -187,6 +190,15 @@ def test_json_lines_and_previews(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [path.name for path in sorted(seen.iterdir())][:2] == ["stage-1-step-002.png", "stage-1-step-003.png"]
     assert "got 0: use 1" in refused(capsys, "--preview-every", "0")
     assert "progress must be one of bars, json, got 'xml'" in refused(capsys, "--progress", "xml")
+
+
+def test_progress_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys.stdout, "write", closed)
+    with pytest.raises(BrokenPipeError, match="nobody reads the progress on standard output any more"):
+        progress._line({})
 
 
 def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
