@@ -43,6 +43,7 @@ GRACE = 5.0
 INTERRUPTED = 130
 WITH_ADDMM = ("--backends", "torch addmm_,cuda,nvrtc,triton")
 SHORT = ("--cases", "all", "--backends", "torch eager,cuda,nvrtc,triton")
+SAMPLING = ("tests/pipeline/sampling/test_res2s.py", "tests/pipeline/sampling/test_host_reads.py")
 ROW_OPS = "rms_norm_modulate,gated_residual,qk_norm_rope"
 
 
@@ -124,6 +125,7 @@ def stages(capability: str) -> tuple[Stage, ...]:
         _bench("vae-tile", "deciding", "vae-tile", seconds=25),
         # Where time is left, or the budget is larger.
         _tests("tests-memory", "-m", "gpu", "tests/pipeline/memory/test_manager_gpu.py", seconds=40),
+        _tests("tests-choices", "-m", "gpu", "tests/pipeline/model/test_attention_choice.py", *SAMPLING, seconds=40),
         _tests("tests-golden", "-m", "gpu", "tests/pipeline/test_golden_gpu.py", seconds=60),
         _bench("ops", "run_all", "--cases", "all-large", "--budget", "{seconds}", seconds=430),
         _bench("lora", "bench_lora_switch", "--cases", "large", "--rounds", "2", seconds=200),

@@ -76,8 +76,9 @@ def row(op: str, records: list[dict[str, Any]]) -> str:
     name = shown.suite, shown.case, "ltxkern cpu"
     (measured,) = [one for one in records if (one["op"], one["case"], one["provider"]) == name]
     shape = " x ".join(map(str, case.shape))
-    figures = f"{before / 1e6:.1f} MB | {after / 1e6:.1f} MB | {measured['ratios']['torch eager']:.1f}x"
-    return f"| `{op}` | {shown.replaces} | {shape} | {figures} |"
+    source = f"{MEASURED.name}#{shown.suite}.{shown.case}.{measured['dtype']}/ltxkern cpu/ratio:torch eager"
+    speed = f"{measured['ratios']['torch eager']:.1f}x <!-- result: {source} -->"
+    return f"| `{op}` | {shown.replaces} | {shape} | {before / 1e6:.1f} MB | {after / 1e6:.1f} MB | {speed} |"
 
 
 def tables(text: str, rows: dict[str, str]) -> str:

@@ -32,7 +32,9 @@ MOVED = {
     for old, _, new in (module.partition(">") for module in modules.split())
 }
 # By name alone: nothing here imports a command.
-MOVED |= {f"{_PACKAGE}.batch{end}": f"ltxkern.commands.batch{end or '_items'}" for end in ("", "_ray")}
+MOVED |= {
+    f"{_PACKAGE}.{old}": f"ltxkern.commands.batching.{new}" for old, new in (("batch", "items"), ("batch_ray", "ray"))
+}
 
 
 class _Forwarding(MetaPathFinder, Loader):

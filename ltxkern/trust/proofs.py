@@ -78,8 +78,8 @@ class Proof:
         for op, row in newer.verdicts.items():
             for tier, verdict in row.items():
                 old = merged.setdefault(op, {}).get(tier)
-                stronger = old is not None and LEVELS.index(old.level) > LEVELS.index(verdict.level)
-                if not (stronger and verdict.passed):
+                weaker = old is not None and LEVELS.index(old.level) > LEVELS.index(verdict.level)
+                if old is None or not weaker or (old.passed and not verdict.passed):
                     merged[op][tier] = verdict
         return Proof(merged, {**self.order, **newer.order}, newer.when)
 

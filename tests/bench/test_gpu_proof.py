@@ -117,6 +117,17 @@ def test_the_stages_are_those_of_this_repository() -> None:
     assert [word for word in named if not (gpu_proof.machine.ROOT / word).is_file()] == []
 
 
+def test_every_test_that_needs_a_gpu_is_in_a_stage() -> None:
+    root = gpu_proof.machine.ROOT
+    marked = {
+        str(path.relative_to(root))
+        for path in (root / "tests").rglob("test_*.py")
+        if path != Path(__file__) and "mark.gpu" in path.read_text()
+    }
+    assert marked
+    assert marked - {word for stage in stages("9.0") for word in stage.command} == set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_ends_the_stage_and_is_listed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from tests.docs.documents import ALL, ROOT, Block
 PYTHON = [b for b in ALL if b.language == "python" and not b.is_file and b.path.parent.name != "stacks"]
 # The tutorial's are not only looked at: test_adding_an_op.py runs them.
 SHELL = [b for b in ALL if b.language in ("", "sh", "indented") and b.path.parent.name != "adding_an_op"]
-OTHERS = {"cp", "rm", "pip", "ruff", "mypy", "ncu", "python -c"}
+OTHERS = {"cp", "curl", "rm", "pip", "ruff", "mypy", "ncu", "python -c"}
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)

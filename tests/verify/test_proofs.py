@@ -79,6 +79,7 @@ def test_a_store_that_cannot_be_used_is_said(fresh: Path, caplog: pytest.LogCapt
         (WRONG, Verdict(True, "quick", 9), WRONG),
         (WRONG, Verdict(True, "full", 9), Verdict(True, "full", 9)),
         (WRONG, Verdict(True, "partial", 9), WRONG),
+        (WRONG, Verdict(False, "quick", 1, "crash"), WRONG),
         (QUICK, Verdict(True, "partial", 9), QUICK),
         (Verdict(True, "full", 9), Verdict(False, "quick", 1, "crash"), Verdict(False, "quick", 1, "crash")),
         (Verdict(True, "full", 90), Verdict(True, "quick", 9), Verdict(True, "full", 90)),

@@ -127,10 +127,18 @@ def run_stage(
     sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
     watch = StageWatch(stage.name)
 
+    predicted: Latents = {}
+
+    def predict(latents: Latents, sigma: float, *, step: int, substep: bool) -> Latents:
+        found: Latents = denoiser(latents, sigma, step=step, substep=substep)
+        if callback is not None:
+            predicted.update(found)
+        return found
+
     def after_step(done: int, total: int, latents: Latents) -> None:
         watch.after_step(done, latents)
         if callback is not None:
-            callback(done, total, latents | {f"{name}_x0": x0 for name, x0 in denoiser.last.items()})
+            callback(done, total, latents | {f"{name}_x0": x0 for name, x0 in predicted.items()})
 
     held: dict[str, Any] = {"callback": after_step}
     if steps is not None:
@@ -141,11 +149,11 @@ def run_stage(
     # As many seeds as samples: a video draws what it would draw in a call of its own.
     if stage.sampler == "res2s":
         held |= {"eta": eta, "substep_eta": substep_eta, "noise_seed": [-1] * len(seeds), "noise": sde_noise}
-        result = res2s_sample(denoiser, latents, sigmas, **held)
+        result = res2s_sample(predict, latents, sigmas, **held)
     elif stage.sampler == "euler-ancestral":
         held |= {"eta": eta, "noise_seed": offset_seeds(seeds), "noise": sde_noise}
-        result = euler_sample(denoiser, latents, sigmas, **held)
+        result = euler_sample(predict, latents, sigmas, **held)
     else:
-        result = euler_sample(denoiser, latents, sigmas, **held)
+        result = euler_sample(predict, latents, sigmas, **held)
     watch.check(result)
     return {name: replace(state, latent=result[name]).clear_conditioning() for name, state in states.items()}
