@@ -18,6 +18,25 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 refused or failed with a sentence, 130 interrupted."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt as interrupt:
+        print(f"ltxkern: interrupted; {str(interrupt) or 'no half-written file was left'}", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "ltxkern":
+            raise
+        print(f'ltxkern: error: {error.name} is not installed: pip install "ltxkern[pipeline]"', file=sys.stderr)
+        return 2
+    except expected_errors() as error:
+        sentence = (
+            error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+        )
+        print(f"ltxkern: error: {sentence}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="ltxkern", description="Diffusion video kernels, and the exact LTX-2.3 two-stage generator."
     )
@@ -34,29 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr
     )
-    try:
-        if getattr(arguments, "config", None):
-            values = read_config(arguments.parser, arguments.config)
-            # argparse appends to a list default: a list on the command line takes the place of the file's.
-            kept = {
-                name: value
-                for name, value in values.items()
-                if not (isinstance(value, list) and getattr(arguments, name))
-            }
-            arguments.parser.set_defaults(**kept)
-            arguments = parser.parse_args(argv)
-        return int(arguments.run(arguments) or 0)
-    except KeyboardInterrupt as interrupt:
-        print(f"ltxkern: interrupted; {str(interrupt) or 'no half-written file was left'}", file=sys.stderr)
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        if not error.name or error.name.split(".")[0] == "ltxkern":
-            raise
-        print(f'ltxkern: error: {error.name} is not installed: pip install "ltxkern[pipeline]"', file=sys.stderr)
-        return 2
-    except expected_errors() as error:
-        sentence = (
-            error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
-        )
-        print(f"ltxkern: error: {sentence}", file=sys.stderr)
-        return 2
+    if getattr(arguments, "config", None):
+        values = read_config(arguments.parser, arguments.config)
+        # argparse appends to a list default: a list on the command line takes the place of the file's.
+        kept = {
+            name: value for name, value in values.items() if not (isinstance(value, list) and getattr(arguments, name))
+        }
+        arguments.parser.set_defaults(**kept)
+        arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments) or 0)

@@ -246,9 +246,9 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 def unplain(module: Any, *, meta: bool = False, hooks: bool = False) -> str | None:
     """Why a call of the module is more than its class's forward on its weights, or None if it is not.
 
-    It is more where hooks stand on it (torch's own, forward or backward, or those of accelerate and diffusers), where it has a
-    forward of its own, where weights are parametrised or no plain tensors, or where they lie on the meta device, as those of
-    offloaded modules do between calls.
+    It is more where hooks stand on it or on all modules (torch's own, forward or backward, or those of accelerate and diffusers),
+    where it has a forward of its own, where weights are parametrised or no plain tensors, or where they lie on the meta device, as
+    those of offloaded modules do between calls.
 
     Args:
         meta: weights on the meta device are no reason: they come before the module is called.
@@ -265,6 +265,8 @@ def unplain(module: Any, *, meta: bool = False, hooks: bool = False) -> str | No
         for name, words in _HOOKS.items():
             if held[name]:
                 return f"has {words}"
+        if torch.nn.modules.module._has_any_global_hook():
+            return "is seen by hooks on all modules"
     if own:
         return "has a forward of its own"
     if "parametrizations" in held["_modules"]:

@@ -65,13 +65,16 @@ def check_files(paths: Iterable[Path]) -> Iterator[Checked]:
             told = "as the hub says" if hub == found else f"damaged, the hub says {hub}: download it again"
             yield Checked(path, found, hub == found, told)
             continue
-        if before != found:
+        if before is None:
             _keep(record | {name: found})
             record = _recorded()
-        if before is None:
             yield Checked(path, found, True, "recorded now")
         else:
-            told = "as recorded" if before == found else f"changed, it was {before}; recorded anew"
+            told = (
+                "as recorded"
+                if before == found
+                else f"changed, it was {before}: if it should be, remove that from {record_file()}"
+            )
             yield Checked(path, found, before == found, told)
 
 
