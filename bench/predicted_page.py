@@ -21,6 +21,7 @@ SHOWN_US = 0.05
 COLOURS = {
     "bytes": "#2a9d6f", "issue": "#1b5fa8", "MUFU": "#8a2f62", "fp64": "#c44e52", "LSU": "#6fb1e0", "shared": "#7d6b9e",
     "L2": "#b5a642", "FLOP": "#4d4d4d", "latency": "#f2a33a", "launch": "#c9c9c9", "waves": "#e377c2", "barrier": "#17becf",
+    "library product": "#8c564b",
 }  # fmt: skip
 TEXT = """# Predicted performance
 
@@ -74,6 +75,11 @@ def measured_figures(folder: Path) -> dict[tuple[str, str, str, str], str]:
     return found
 
 
+def number(counted: float | None, style: str) -> str:
+    """A count, or a dash where nobody counted it."""
+    return "-" if counted is None else format(counted, style)
+
+
 def op_table(by_card: ByCard, op: str, measured: Mapping[tuple[str, str, str, str], str]) -> str:
     """A row a case, dtype and tier; a column a card."""
     cells: dict[tuple[str, str, str], dict[str, Prediction]] = {}
@@ -90,9 +96,9 @@ def op_table(by_card: ByCard, op: str, measured: Mapping[tuple[str, str, str, st
             f"{of_card[name].percent_of_roof:.0f} {of_card[name].limit}" if name in of_card else "-" for name in CARDS
         ]
         own = [
-            f"{shown.instructions_per_16_bytes:.0f}",
-            str(shown.warps),
-            f"{shown.loads_in_flight:g}",
+            number(shown.instructions_per_16_bytes, ".0f"),
+            number(shown.warps, "d"),
+            number(shown.loads_in_flight, "g"),
             f"{shown.time_us:.1f}",
         ]
         lines.append([*key, *own, *figures, measured.get((op, *key), "")])
