@@ -1,21 +1,22 @@
-"""The model's floor of a library's product: of the calls that `merge_lora` hands to torch on CUDA, whose machine code nobody here counts.
+"""The model's floor of a library's product: of the merges that the CUDA tier hands to torch, whose machine code nobody here counts.
 
-Bytes, re-reads of the factors and FLOP of every launch, with the share of the card's rates that such a product is assumed to reach.
+Bytes, factors read again and FLOP of every launch, with the share of the card's rates that such a product is assumed to reach.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 import bench_merge_lora
 import model
 from cards import Card
 from cases import Case
-from model import Counted, Launched, Limit, Prediction
-
 from ltxkern.compiled.merge_lora import SMALL_RANK
 from ltxkern.layout import ceil_div
-from ltxkern.ops.merge_lora import CHUNK_BYTES, rows_per_chunk
+from ltxkern.ops.merge_lora import reference_rows
+from model import Counted, Launched, Limit, Prediction
 
 # Assumed, not measured: of the rate of a large product, and of that of a copy, what a product of a short inner extent reaches.
 SHARE = 0.8
@@ -57,7 +58,8 @@ def launches_of(case: Case, card: Card) -> Iterator[Launched]:
     """One addmm_; by the official rule, of every chunk of rows, B times the scale, the product, and its sum with the weight."""
     (all_rows, columns), rank = case.shape, case.options["rank"]
     reference = case.options.get("reference")
-    rows = rows_per_chunk(all_rows, max(rank, columns), HALF, CHUNK_BYTES) if reference else all_rows
+    weight = torch.empty(case.shape, dtype=torch.bfloat16, device="meta")
+    rows = reference_rows(weight, rank) if reference else all_rows
     kept = card.l2_bytes // 2
     for top in range(0, all_rows, rows):
         part = min(rows, all_rows - top)

@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     baseline = budget.read()
     if parsed.docs:
         by_card = everywhere(baseline)
-        predicted_page.write(ROOT / "docs", by_card, ROOT / "bench" / "results")
+        try:
+            predicted_page.write(ROOT / "docs", by_card, ROOT / "bench" / "results")
+        except ValueError as error:
+            options.error(str(error))
         return 0
     if parsed.card is None:
         options.error(f"--card must be one of {', '.join(CARDS)}")
