@@ -140,9 +140,10 @@ def merging(one: Prediction, target: float) -> str:
         / model.together([Limit("bytes", one.bytes_us), Limit("FLOP", one.products_us), Limit("launch", launch)])
     )
     whose = "a library's" if one.instructions_per_16_bytes is None else "our own"
-    lost = min(target, reach) - one.percent_of_roof
+    missing, lost = target - one.percent_of_roof, min(target, reach) - one.percent_of_roof
+    part = "all" if lost == missing else f"{lost:.0f}"
     return (
-        f"{said}; {missed}, {lost:.0f} of them by {whose} kernel, and a better one is possible: {one.bytes_us:.0f} us of bytes, "
+        f"{said}; {missed}, {part} of them by {whose} kernel, and a better one is possible: {one.bytes_us:.0f} us of bytes, "
         f"{one.products_us:.0f} of products and a launch leave {reach:.1f} at most"
     )
 

@@ -132,7 +132,7 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
     [
         (
             {"op": "merge_lora", "products_us": 20.0, "percent_of_roof": 28.0, "time_us": 62.0},
-            "60 us of L2, 9 us of latency, 7 us of issue; misses the target by 57 points, 57 of them by our own kernel, and a "
+            "60 us of L2, 9 us of latency, 7 us of issue; misses the target by 57 points, all of them by our own kernel, and a "
             "better one is possible: 10 us of bytes, 20 of products and a launch leave 90.9 at most",
         ),
         (
