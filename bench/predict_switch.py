@@ -112,6 +112,7 @@ def one_pass(card: Card, elements: int) -> Time:
         **PASS,  # type: ignore[arg-type]
         reads={"weight": nbytes, "delta": nbytes, "correction": int(CORRECTION * elements)},
         again=0,
+        near_again=0,
         window=0,
         writes=nbytes,
     )
