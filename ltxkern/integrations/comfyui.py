@@ -84,17 +84,6 @@ def _register() -> None:
 _register()
 
 
-def _fused(model: nn.Module, rules: Rules) -> Report:
-    """`ltxkern.patch`, without the norms of UNet blocks that take their Sequential apart."""
-    report = fuse(model, rules)
-    for block in model.modules():
-        if getattr(block, "use_scale_shift_norm", False):
-            held: list[Any] = [part for part in block.modules() if stands(part)]
-            for group in {id(part._ltxkern.group): part._ltxkern.group for part in held}.values():
-                group.release("a scale and shift may stand between it and its activation")
-    return report
-
-
 class Fusing:
     """What a patched clone does to the model that it shares with others.
 
@@ -109,7 +98,7 @@ class Fusing:
         self._model: nn.Module | None = None
         self._report: Report | None = None
         self._release(model)
-        with _fused(model, rules) as report:
+        with fuse(model, rules) as report:
             self._text = str(report)
 
     @property
@@ -126,7 +115,7 @@ class Fusing:
     def inject(self, patcher: Any) -> None:
         """Fuse the model of a patcher that has been loaded."""
         self._release(patcher.model)
-        self._model, self._report = patcher.model, _fused(patcher.model, self._rules)
+        self._model, self._report = patcher.model, fuse(patcher.model, self._rules)
         self._standing.append(self)
 
     def eject(self, patcher: Any = None) -> None:
@@ -139,7 +128,7 @@ class Fusing:
 
     def around(self, executor: Any, *args: Any, **keywords: Any) -> Any:
         """Fuse the model of a guider while it samples."""
-        with _fused(executor.class_obj.model_patcher.model, self._rules) as report:
+        with fuse(executor.class_obj.model_patcher.model, self._rules) as report:
             try:
                 return executor(*args, **keywords)
             finally:
@@ -216,7 +205,7 @@ def patch_module(model: nn.Module, policy: str | None = None) -> tuple[nn.Module
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     patched = copy.deepcopy(model, shared)
-    return patched, str(_fused(patched, Rules(chosen_policy(policy) == "exact", None, meta=True)))
+    return patched, str(fuse(patched, Rules(chosen_policy(policy) == "exact", None, meta=True)))
 
 
 def report_of(patcher: Any) -> str:

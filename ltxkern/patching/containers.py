@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ltxkern.patching.flow import UnreadableError, changing, known
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Functions that hand out the layers of what they are given.
 _OPENING = {"list", "tuple", "iter", "next", "enumerate", "zip", "reversed", "map", "filter", "sorted"}
@@ -48,8 +50,9 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
     name = names[len(holders) - 1]
     for holder in holders:
         kind: Any = type(holder)
-        uses = _uses(kind)
-        if uses is None:
+        try:
+            uses = list(_uses(holder))
+        except UnreadableError:
             if holder is holders[-1]:
                 return f"the source of {kind.__name__}, which holds it, cannot be read"
             continue
@@ -59,10 +62,21 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
     return None
 
 
+_Parents = dict[ast.AST, ast.AST]
+
+
+def _uses(holder: Any) -> Iterator[_Use]:
+    """What the methods of a module take apart, on the branches that this module can take."""
+    kind: Any = type(holder)
+    for parents, found in _methods(kind):
+        for node, use in found:
+            if _reached(node, parents, holder, changing(kind)):
+                yield use
+
+
 @functools.cache
-def _uses(kind: type) -> frozenset[_Use] | None:
-    """What the methods of a class take apart; None where the source of one cannot be read."""
-    found: set[_Use] = set()
+def _methods(kind: type) -> list[tuple[_Parents, list[tuple[ast.AST, _Use]]]]:
+    methods = []
     for base in kind.__mro__:
         if base in (nn.Module, object) or base.__module__.startswith("torch."):
             continue
@@ -72,25 +86,88 @@ def _uses(kind: type) -> frozenset[_Use] | None:
                 continue
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):
-                return None
-            found.update(_opened(tree))
-    return frozenset(found)
+            except (OSError, TypeError, SyntaxError) as error:
+                raise UnreadableError(f"the source of {kind.__name__} cannot be read") from error
+            parents: _Parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+            methods.append((parents, list(_opened(tree, parents))))
+    return methods
 
 
-def _opened(tree: ast.AST) -> Iterator[_Use]:
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+def _opened(tree: ast.AST, parents: _Parents) -> Iterator[tuple[ast.AST, _Use]]:
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     for node in parents:
         if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load) or _whole(node, parents):
             continue
         of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
-        yield _Use(node.attr, of_self, elements=False)
+        if not _in_order(node, parents):
+            yield node, _Use(node.attr, of_self, elements=False)
         if not _elements_whole(node, parents, names):
-            yield _Use(node.attr, of_self, elements=True)
+            yield node, _Use(node.attr, of_self, elements=True)
 
 
-def _whole(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+def _reached(node: ast.AST, parents: _Parents, holder: Any, may_change: frozenset[str]) -> bool:
+    """Whether no test on what the holder has keeps a piece of code from running."""
+    while node in parents:
+        parent = parents[node]
+        if isinstance(parent, (ast.If, ast.IfExp)) and node is not parent.test:
+            value = known(holder, parent.test, "self", may_change)
+            body = node in parent.body if isinstance(parent, ast.If) else node is parent.body
+            if value is not None and value != body:
+                return False
+        node = parent
+    return True
+
+
+def _in_order(node: ast.Attribute, parents: _Parents) -> bool:
+    """Whether a loop calls each layer on what the one before it gave, `x = layer(x)`, and looks at x only for convolutions."""
+    loop = parents[node]
+    if not isinstance(loop, ast.For) or loop.iter is not node or not isinstance(loop.target, ast.Name) or loop.orelse:
+        return False
+    layer = loop.target.id
+    carried: set[str] = set()
+    given: set[ast.AST] = set()
+    for name in (
+        part for part in ast.walk(loop) if isinstance(part, ast.Name) and part.id == layer and part is not loop.target
+    ):
+        call, assigned = parents[name], parents[parents[name]]
+        if isinstance(call, ast.Call) and call.func is name and call.args:
+            first = call.args[0]
+            targets = assigned.targets if isinstance(assigned, ast.Assign) else []
+            if not isinstance(first, ast.Name) or [ast.dump(each) for each in targets] != [_stored(first.id)]:
+                return False
+            carried.add(first.id)
+            given.add(first)
+        elif not _asks_for_class(call):
+            return False
+    looks = (part for part in ast.walk(loop) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load))
+    return len(carried) == 1 and all(
+        part.id not in carried or part in given or _behind_a_class(part, layer, loop, parents) for part in looks
+    )
+
+
+def _stored(name: str) -> str:
+    return ast.dump(ast.Name(name, ast.Store()))
+
+
+def _asks_for_class(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+
+
+def _behind_a_class(node: ast.AST, layer: str, loop: ast.For, parents: _Parents) -> bool:
+    """Whether code runs for convolutions alone: what goes into one is the same with and without the fusion before it."""
+    while node is not loop:
+        parent = parents[node]
+        if isinstance(parent, ast.If) and node in parent.body:
+            together = parent.test
+            every = isinstance(together, ast.BoolOp) and isinstance(together.op, ast.And)
+            for test in ast.iter_child_nodes(together) if every else [together]:
+                if isinstance(test, ast.Call) and _asks_for_class(test) and ast.unparse(test.args[0]) == layer:
+                    return "Conv" in ast.unparse(test.args[1])
+        node = parent
+    return False
+
+
+def _whole(node: ast.AST, parents: _Parents) -> bool:
     """Whether a value is called, handed over, asked for an attribute, compared or tested, and no more."""
     parent = parents[node]
     if isinstance(parent, ast.keyword):
@@ -106,7 +183,7 @@ def _whole(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     return isinstance(parent, (ast.Compare, ast.BoolOp, ast.UnaryOp))
 
 
-def _elements_whole(node: ast.Attribute, parents: dict[ast.AST, ast.AST], names: list[ast.Name]) -> bool:
+def _elements_whole(node: ast.Attribute, parents: _Parents, names: list[ast.Name]) -> bool:
     """Whether what a list of layers gives by an index or in a loop is used as a whole."""
     top: ast.AST = node
     while top in parents:

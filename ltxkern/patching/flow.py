@@ -46,7 +46,7 @@ _VIEWS = {
     "squeeze",
     "unsqueeze",
 }
-_CHANGING = {"training", "gradient_checkpointing"}
+_CHANGING = frozenset({"training", "gradient_checkpointing"})
 _TESTS = (
     ast.Attribute,
     ast.Name,
@@ -59,6 +59,27 @@ _TESTS = (
     ast.unaryop,
 )
 _LATER = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def known(module: Any, test: ast.expr, me: str, changing: frozenset[str] | set[str]) -> bool | None:
+    """How a test on nothing but what the module holds turns out; None where it may turn out either way."""
+    for part in ast.walk(test):
+        if isinstance(part, ast.Attribute) and part.attr in changing:
+            return None
+        if isinstance(part, ast.Name) and part.id != me:
+            return None
+        if not isinstance(part, (*_TESTS, ast.expr_context)):
+            return None
+    try:
+        value = eval(compile(ast.Expression(test), "<test>", "eval"), {"__builtins__": {}}, {me: module})
+        return bool(value) if not isinstance(value, nn.Module) else True
+    except (AttributeError, TypeError, KeyError, RuntimeError):
+        return None
+
+
+def changing(kind: type) -> frozenset[str]:
+    """Attributes that may be others at a later call."""
+    return _CHANGING | beside_forward(kind)[1]
 
 
 @dataclass
@@ -143,7 +164,7 @@ class _Reader:
         self.one_argument = one_argument
         self.children = {name for name, child in module.named_children()}
         kind: Any = module.__class__
-        self.changing = _CHANGING | beside_forward(kind)[1]
+        self.changing = changing(kind)
         self.flow = Flow()
         self.names: dict[str, Value] = {}
         self.me = "self"
@@ -246,19 +267,7 @@ class _Reader:
                 self.names[name.id] = _other()
 
     def _known(self, test: ast.expr) -> bool | None:
-        """How a test on nothing but what the module holds turns out; None where it may turn out either way."""
-        for part in ast.walk(test):
-            if isinstance(part, ast.Attribute) and part.attr in self.changing:
-                return None
-            if isinstance(part, ast.Name) and part.id != self.me:
-                return None
-            if not isinstance(part, (*_TESTS, ast.expr_context)):
-                return None
-        try:
-            value = eval(compile(ast.Expression(test), "<test>", "eval"), {"__builtins__": {}}, {self.me: self.module})
-            return bool(value) if not isinstance(value, nn.Module) else True
-        except (AttributeError, TypeError, KeyError, RuntimeError):
-            return None
+        return known(self.module, test, self.me, self.changing)
 
     def _test(self, test: ast.expr) -> None:
         """A comparison with None looks at no value."""

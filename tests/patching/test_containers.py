@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,6 +49,43 @@ class Walked(Holder):
         return x
 
 
+class InOrder(Holder):
+    """As the residual blocks of the Wan VAE: convolutions look back at what went into them."""
+
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d) and seen is not None:
+                seen.append(x[:, :, -1:])
+                x = layer(x)
+            else:
+                x = layer(x)
+        return x
+
+
+class Watched(Holder):
+    """Of each layer what it gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for layer in self.net:
+            x = layer(x)
+            found.append(x.mean())
+        return x + torch.stack(found).sum()
+
+
+class Switched(Holder):
+    """Takes it apart only where it was made to."""
+
+    def __init__(self, scales: bool) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scales:
+            return self.net[1:](self.net[0](x) * 2)
+        return self.net(x)
+
+
 class Aside(Holder):
     """Not in forward itself."""
 
@@ -91,6 +129,10 @@ EVERY = {"net.0", "blocks.0.0", "blocks.1.0", "nested.0.0"}
         (Called, set()),
         (Scaled, {"net.0"}),
         (Walked, {"net.0"}),
+        (InOrder, set()),
+        (Watched, {"net.0"}),
+        (partial(Switched, True), {"net.0"}),
+        (partial(Switched, False), set()),
         (Aside, {"net.0"}),
         (OfList, EVERY - {"net.0"}),
         (OfListByIndex, {"blocks.0.0", "blocks.1.0"}),
