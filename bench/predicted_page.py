@@ -185,9 +185,11 @@ def shown_tiers(found: Sequence[Prediction]) -> list[tuple[Prediction, str]]:
     shown = []
     for (op, _, _), tiers in of_call.items():
         better, word = min(tiers, key=lambda one: one.time_us), ""
-        first = next(one for one in tiers if one.tier == "cuda" or op != "merge_lora" or len(tiers) == 1)
-        if op == "merge_lora" and better is not first:
+        first = next((one for one in tiers if one.tier == "cuda"), better)
+        if better is not first and op == "merge_lora":
             word = f"; Triton's kernel is predicted at {better.percent_of_roof:.0f}, and serves only where it was measured faster"
+        elif better is not first:
+            word = f"; the CUDA tier, which serves until Triton's was measured faster, is predicted at {first.percent_of_roof:.0f}"
         shown.append((first if op == "merge_lora" else better, word))
     return shown
 

@@ -236,6 +236,12 @@ def test_a_merge_is_listed_on_the_tier_that_serves_it(by_card) -> None:
     assert {tier for tier, _ in shown.values()} == {"cuda"}
     assert "Triton's kernel is predicted at 81" in shown["video_attn_r32"][1]
     assert shown["video_attn_r384"][1] == ""
+    (other,) = [
+        (one.tier, word)
+        for one, word in predicted_page.shown_tiers(by_card["h200"])
+        if (one.op, one.case) == ("pixel_norm_silu", "audio_vae_512")
+    ]
+    assert other == ("triton", "; the CUDA tier, which serves until Triton's was measured faster, is predicted at 14")
 
 
 def test_tritons_group_norm_is_said_to_take_two_launches(by_card) -> None:
@@ -268,17 +274,25 @@ def test_a_measured_figure_stands_beside_its_prediction(points, tmp_path, by_car
 
 
 @pytest.mark.parametrize("points", [15.5, -15.5])
-def test_a_measured_figure_far_from_its_prediction_needs_a_reason(points, tmp_path, by_card, monkeypatch) -> None:
-    one = measured_at(by_card, tmp_path, points)
+def test_a_measured_figure_far_from_its_prediction_needs_a_reason(
+    points, tmp_path, by_card, monkeypatch, capsys
+) -> None:
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    one = measured_at(by_card, folder, points)
     with pytest.raises(
         ValueError, match=rf"EXPLAINED .* must say why H200 {one.op} {one.case} bf16 triton reached"
     ) as raised:
-        predicted_page.page(by_card, tmp_path)
+        predicted_page.page(by_card, folder)
     assert "\n" not in str(raised.value)
+    monkeypatch.setattr(predict, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        predict.main(["--docs"])
+    assert f"error: {raised.value}" in capsys.readouterr().err
     monkeypatch.setitem(
         measured.EXPLAINED, ("H200", one.op, one.case, one.dtype, one.tier), "another run was beside it"
     )
-    page = predicted_page.page(by_card, tmp_path)
+    page = predicted_page.page(by_card, folder)
     (line,) = [line for line in page.splitlines() if "another run was beside it" in line]
     cells = [cell.strip() for cell in line.strip("| ").split("|")]
     assert cells[5:7] == [f"{one.percent_of_roof:.0f}", f"{one.percent_of_roof + points:.0f}"]
