@@ -157,7 +157,7 @@ UNPLAIN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "accelerate": (lambda norm: setattr(norm, "_hf_hook", object()), "has a hook of accelerate"),
     "diffusers": (_foreign_hook, "has a hook of diffusers"),
     "own forward": (_own_forward, "has a forward of its own"),
-    "parametrised": (lambda norm: nn.utils.parametrizations.weight_norm(norm, dim=None), "holds no norm"),
+    "parametrised": (lambda norm: nn.utils.parametrizations.weight_norm(norm, dim=None), "is no norm that"),
     "no weights": (lambda norm: norm.to("meta"), "has its weight on the meta device"),
     "foreign weight": (
         lambda norm: norm._parameters.update(weight=torch.ones(8).as_subclass(_Sharded)),

@@ -74,6 +74,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
         arguments,
         lambda: _check_options(arguments),
         lambda: progress.check_options(arguments),
+        lambda: progress.check_preview(arguments),
         lambda: work_dir.check_options(arguments, 1 if job.ranks is None else job.size),
     )
     if arguments.dry_run:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +48,20 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise ValueError(f"progress must be one of {', '.join(WAYS)}, got {arguments.progress!r}")
     if arguments.preview_every < 1:
         raise ValueError(f"preview-every must be at least 1, got {arguments.preview_every}: use 1")
+
+
+def check_preview(arguments: argparse.Namespace) -> None:
+    """Refuse a place for pictures that cannot be written.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if arguments.preview is not None:
+        place = Path(os.path.expanduser(arguments.preview)).absolute()
+        there = next(parent for parent in (place, *place.parents) if os.path.lexists(parent))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is no folder" if not there.is_dir() else "cannot be written"
+            raise ValueError(f"preview {arguments.preview!r}: {str(there)!r} {why}: name another folder")
 
 
 def previews(
@@ -118,5 +134,8 @@ class Shown:
 
 
 def _line(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(content) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise BrokenPipeError(error.errno, "nobody reads the progress on standard output any more") from error

@@ -17,6 +17,7 @@ class Activated:
     """Parameters of a block's forward, each with its position, that go into the activation and nowhere else."""
 
     parameters: tuple[tuple[str, int], ...]
+    inplace: bool = False  # as the activation does it: the caller may look
 
 
 class ActivatedBefore(Fused):
@@ -31,14 +32,14 @@ class ActivatedBefore(Fused):
         given = list(args)
         for name, position in self._ltxkern.parameters:
             if name in keywords:
-                keywords[name] = _activated(keywords[name])
+                keywords[name] = _activated(keywords[name], self._ltxkern.inplace)
             elif position < len(given):
-                given[position] = _activated(given[position])
+                given[position] = _activated(given[position], self._ltxkern.inplace)
         return super().forward(*given, **keywords)
 
 
-def _activated(value: Any) -> Any:
-    return F.silu(value) if isinstance(value, Tensor) else value
+def _activated(value: Any, inplace: bool) -> Any:
+    return F.silu(value, inplace=inplace) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)

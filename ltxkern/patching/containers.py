@@ -1,7 +1,7 @@
 """Whether the code around a sequence of layers takes it apart, so that a layer may run without the one behind it.
 
-Read from the source of the classes that hold it, cautiously as in `flow`: a sequence may be called, handed to a function, asked for
-an attribute or compared; any other use counts as taking it apart.
+Read from the source of the classes that hold it, cautiously as in `flow`: a sequence may be called, handed to a checkpoint, asked
+for an attribute or compared; any other use counts as taking it apart.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ltxkern.patching.flow import UnreadableError, changing, known
+from ltxkern.patching.reach import LOOKING, WALKS
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Functions that hand out the layers of what they are given.
-_OPENING = {"list", "tuple", "iter", "next", "enumerate", "zip", "reversed", "map", "filter", "sorted"}
-_OPENING_METHODS = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 class _Use(NamedTuple):
@@ -45,6 +43,10 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
     while holders and type(holders[-1]) in _CONTAINERS:
         holders.pop()
         within = True
+    if path:
+        own = type(model.get_submodule(path))
+        if own is not nn.Sequential and any(inspect.isfunction(v) for n, v in vars(own).items() if n != "__init__"):
+            return f"{own.__name__} is a sequence with methods of its own"
     if not holders or not names:
         return None
     name = names[len(holders) - 1]
@@ -173,14 +175,20 @@ def _whole(node: ast.AST, parents: _Parents) -> bool:
     if isinstance(parent, ast.keyword):
         parent = parents[parent]
     if isinstance(parent, ast.Call):
-        return not (isinstance(parent.func, ast.Name) and parent.func is not node and parent.func.id in _OPENING)
+        return parent.func is node or _keeps_whole(parent.func)
     if isinstance(parent, ast.Attribute):
-        return parent.attr not in _OPENING_METHODS
+        return parent.attr not in WALKS
     if isinstance(parent, (ast.If, ast.IfExp)):
         return parent.test is node
     if isinstance(parent, ast.Subscript):
         return parent.slice is node
     return isinstance(parent, (ast.Compare, ast.BoolOp, ast.UnaryOp))
+
+
+def _keeps_whole(function: ast.expr) -> bool:
+    """Whether a function that is handed a sequence calls it as a whole, if at all."""
+    name = ast.unparse(function).split(".")[-1]
+    return name in LOOKING or "checkpoint" in name
 
 
 def _elements_whole(node: ast.Attribute, parents: _Parents, names: list[ast.Name]) -> bool:

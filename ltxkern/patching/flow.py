@@ -107,17 +107,18 @@ class _DeadError(Exception):
     """This branch cannot run to its end."""
 
 
-def read(module: nn.Module, one_argument: Callable[[str], bool]) -> Flow:
+def read(module: nn.Module, one_argument: Callable[[str], bool], around: frozenset[str] = frozenset()) -> Flow:
     """The flow of a module's forward.
 
     Args:
         module: any module.
+        around: attributes that code around the module sets.
         one_argument: whether a child of that name refuses more than one argument; a branch that gives it more is never taken.
 
     Raises:
         UnreadableError: no source, or none that is a function of `self`.
     """
-    reader = _Reader(module, one_argument)
+    reader = _Reader(module, one_argument, around)
     return reader.run(_tree(inspect.unwrap(type(module).forward)))
 
 
@@ -140,31 +141,35 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.cache
-def beside_forward(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Names that methods of a class other than forward and __init__ speak of, and those that they set."""
+def beside_forward(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Names that methods of a class other than its forward and __init__ speak of, and those that methods set after __init__."""
     read_names: set[str] = set()
     set_names: set[str] = set()
+    # The forward above the one that runs runs too where that asks for it.
+    above = "super" in getattr(getattr(inspect.unwrap(kind.forward), "__code__", None), "co_names", ())
     for base in kind.__mro__:
         if base in (nn.Module, object) or base.__module__.startswith("torch."):
             continue
         for name, value in vars(base).items():
+            value = getattr(value, "fget", None) or getattr(value, "func", None) or value
             function = inspect.unwrap(value) if callable(value) else value
             code = getattr(function, "__code__", None)
-            if name in ("forward", "__init__") or not isinstance(code, CodeType):
+            if name == "__init__" or not isinstance(code, CodeType):
                 continue
             for part in _codes(code):
-                read_names.update(part.co_names)
+                if name != "forward" or (value is not kind.forward and above):
+                    read_names.update(part.co_names)
                 set_names.update(step.argval for step in dis.get_instructions(part) if step.opname == "STORE_ATTR")
     return frozenset(read_names), frozenset(set_names)
 
 
 class _Reader:
-    def __init__(self, module: Any, one_argument: Callable[[str], bool]) -> None:
+    def __init__(self, module: Any, one_argument: Callable[[str], bool], around: frozenset[str]) -> None:
         self.module = module
         self.one_argument = one_argument
         self.children = {name for name, child in module.named_children()}
         kind: Any = module.__class__
-        self.changing = changing(kind)
+        self.changing = around | changing(kind)
         self.flow = Flow()
         self.names: dict[str, Value] = {}
         self.me = "self"
@@ -265,6 +270,9 @@ class _Reader:
         for name in ast.walk(target):
             if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
                 self.names[name.id] = _other()
+            elif isinstance(name, ast.Name):
+                # A part of it is written.
+                self._used(self.names.get(name.id, frozenset()))
 
     def _known(self, test: ast.expr) -> bool | None:
         return known(self.module, test, self.me, self.changing)
@@ -316,6 +324,9 @@ class _Reader:
         if name is not None:
             if len(values) != 1 and name != SILU and self.one_argument(name):
                 raise _DeadError
+            if node.keywords:
+                # The class in its place need not name its argument alike.
+                self.flow.mentioned.add(name)
             return self._taken(Node("call", name, tuple(values)), record=True)
         if isinstance(node.func, ast.Attribute):
             value = self._value(node.func.value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ltxkern.ops.checks import unplain
 from ltxkern.patching.ltx2_block import FusedAttention, FusedBlock, Held, Modulation
-from ltxkern.patching.norms import Fused, mix, stands
+from ltxkern.patching.norms import Fused, Watched, mix, stands
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
@@ -215,7 +215,10 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
             sites[child, op] = Site(joined(path, child), op, CONTRACT, group)
     if sites:
         group.sites += sites.values()
-        mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, Held(sites, group), group)
+        held = Held(sites, group)
+        mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, held, group)
+        for name in ("norm_q", "norm_k") if kind is stock.LTX2Attention else _NORMS:
+            mix(getattr(module, name), Watched, held, group)
         report.add(group)
 
 

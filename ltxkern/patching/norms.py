@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.nn import pixel_norm_silu_with_frames
-from ltxkern.ops.checks import ACTIVATION_DTYPES
+from ltxkern.ops.checks import ACTIVATION_DTYPES, FOREIGN_HOOKS
 from ltxkern.ops.group_norm_silu import fuses, group_norm_silu
 from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
 from ltxkern.patching.report import Group, Member, Site
@@ -41,13 +41,19 @@ def stands(module: Any) -> bool:
     return isinstance(module, Fused)
 
 
-class Including(Fused):
-    """A norm that includes its activation, or that activation.
+class Watched(Fused):
+    """A module whose own call a patch has taken over or passes.
 
-    A hook that is registered on it has to see what its class gives and takes: its group is released first.
+    A hook that is registered on it, or a forward that is put in, has to see what its class gives and takes: its group is released
+    first. The forwards that hooks of offloading put in only move weights.
     """
 
-    _ltxkern: Site
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and not FOREIGN_HOOKS.keys() & vars(self).keys():
+            self._ltxkern.group.release("a forward was put into it or beside it")
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def _releasing(name: str) -> Callable[..., Any]:
@@ -65,7 +71,13 @@ for _name in (
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
 ):
-    setattr(Including, _name, _releasing(_name))
+    setattr(Watched, _name, _releasing(_name))
+
+
+class Including(Watched):
+    """A norm that includes its activation, or that activation."""
+
+    _ltxkern: Site
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, R
 from ltxkern.patching.containers import taken_apart
 from ltxkern.patching.flow import Flow, Node, UnreadableError
 from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
+from ltxkern.patching.reach import aliased, reached
 from ltxkern.patching.report import Group, Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
 
@@ -56,6 +57,9 @@ class Finder:
         self.parents = Counter(
             id(child) for module in model.modules() for child in module._modules.values() if child is not None
         )
+        self.parents.update(aliased(model))
+        kinds: set[Any] = {type(module) for module in model.modules()}
+        self.changing = frozenset[str]().union(*(flows.beside_forward(kind)[1] for kind in kinds))
 
     def run(self) -> None:
         """Every module that holds a norm."""
@@ -68,7 +72,7 @@ class Finder:
             elif type(block).forward is nn.Sequential.forward:
                 self._sequential(place, name)
             elif any(_may_be_norm(child) for child in place.children.values()):
-                self._block(place)
+                self._block(place, name)
 
     def _ltx2(self, place: Place) -> None:
         if not stands(place.block):
@@ -78,21 +82,25 @@ class Finder:
         self._again(place.path, held if isinstance(held, Group) else held.group)
 
     def _sequential(self, place: Place, path: str) -> None:
-        for (name, norm), (_, activation) in pairwise(place.children.items()):
-            known = kind_of(norm) is not None and not self._fused_already(place.path, {name: norm})
-            if known and type(activation) is nn.SiLU:
+        for (name, norm), (behind, activation) in pairwise(place.children.items()):
+            if self._fused_already(place.path, {name: norm}) or type(activation) is not nn.SiLU:
+                continue
+            if kind_of(norm) is None:
+                if _may_be_norm(norm):
+                    self.report.left.append(Left(joined(place.path, name), _unserved(norm)))
+            else:
                 found = self._found({name: norm}, activation)
-                apart = taken_apart(self.model, path)
+                apart = taken_apart(self.model, path) or self._reached(path, name, behind)
                 _add(found, [apart] if apart else [])
                 self._settle(place, found, activation)
 
-    def _block(self, place: Place) -> None:
+    def _block(self, place: Place, path: str) -> None:
         norms = {name: child for name, child in place.children.items() if kind_of(child) is not None}
         if self._fused_already(place.path, norms):
             return
         silu = any(type(child) is nn.SiLU for child in place.children.values())
         try:
-            flow = flows.read(place.block, lambda name: name in norms and _takes_one(norms[name]))
+            flow = flows.read(place.block, lambda name: name in norms and _takes_one(norms[name]), self.changing)
         except UnreadableError as error:
             if silu:
                 reason = f"{type(place.block).__name__}: {error}"
@@ -100,9 +108,9 @@ class Finder:
             return
         for name in dict.fromkeys(call.name for call in flow.calls):
             if name == flows.SILU or type(place.children[name]) is nn.SiLU:
-                self._activation(place, flow, name, norms)
+                self._activation(place, path, flow, name, norms)
 
-    def _activation(self, place: Place, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
+    def _activation(self, place: Place, path: str, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
         """One activation of a block, and all that goes into it."""
         sources = {node for call in flow.calls if call.name == name and call.inputs for node in call.inputs[0]}
         plainly = {node.name for node in sources if node.kind == "call"}
@@ -112,7 +120,7 @@ class Finder:
                 self.report.left.append(Left(joined(place.path, other), _unserved(place.children[other])))
         activation = None if name == flows.SILU else place.children[name]
         residual = residual_names(flow, place.block)
-        if residual is not None and activation is not None and self._residual(place, residual, norms):
+        if residual is not None and activation is not None and self._residual(place, path, residual, norms):
             return
         taken = [other for other in norms if other in plainly | beyond]
         if not taken:
@@ -124,11 +132,13 @@ class Finder:
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
+        reason = self._reached(path, *taken, *([] if activation is None else [name]))
+        _add(found, [reason] if reason else [])
         for item in found:
             item.reasons += _against_calls(flow, name, item.name)
         self._settle(place, found, activation, _positions(place.block, parameters))
 
-    def _residual(self, place: Place, names: ResidualNames, norms: dict[str, nn.Module]) -> bool:
+    def _residual(self, place: Place, path: str, names: ResidualNames, norms: dict[str, nn.Module]) -> bool:
         """Whether a block with a residual inside its last activation is one for GroupNorm's op; then it is dealt with."""
         chosen = {name: norms[name] for name in (names.first_norm, names.second_norm) if name in norms}
         kinds = [kind_of(norm) for norm in chosen.values()]
@@ -137,6 +147,8 @@ class Finder:
         activation = place.children[names.activation]
         found = self._found(chosen, activation)
         _add(found, self._against_block(place, ["x"]))
+        reason = self._reached(path, *chosen, names.activation)
+        _add(found, [reason] if reason else [])
         self._settle(place, found, activation, names)
         return True
 
@@ -155,6 +167,10 @@ class Finder:
             _add(found, [f"its activation {reason}"] if reason else [])
             _add(found, ["its activation is held in several places"] if shared else [])
         return found
+
+    def _reached(self, path: str, *layers: str) -> str | None:
+        """Why other code may run one of these layers of a block."""
+        return next(filter(None, (reached(self.model, path, layer) for layer in layers)), None)
 
     def _unplain(self, module: nn.Module) -> str | None:
         return next(filter(None, (unplain(part, meta=self.rules.meta) for part in module.modules())), None)
@@ -197,7 +213,7 @@ class Finder:
             mix(activation, Passed, Site("", "", CONTRACT, group), group)
             video_vae.extend(place.block, [item.norm for item in found], group)
             if around:
-                mix(place.block, ActivatedBefore, Activated(around), group)
+                mix(place.block, ActivatedBefore, Activated(around, bool(getattr(activation, "inplace", False))), group)
         self.report.add(group)
 
     def _fused_already(self, path: str, norms: dict[str, nn.Module]) -> bool:
@@ -267,7 +283,7 @@ def _ltx2() -> Any:
 
 
 def _may_be_norm(child: nn.Module) -> bool:
-    return "norm" in type(child).__name__.lower()
+    return any("norm" in kind.__name__.lower() for kind in type(child).__mro__)
 
 
 def _unserved(norm: nn.Module) -> str:

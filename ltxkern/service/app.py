@@ -123,6 +123,7 @@ def make_app(service: Service) -> FastAPI:
         job = service.delete(video)
         return JSONResponse(service.view(job), 200 if job.status in ENDED else 202)
 
+    @app.head("/v1/videos/{video}/content", include_in_schema=False)
     @app.get("/v1/videos/{video}/content", responses=_ERRORS, response_class=FileResponse)
     def content(video: str) -> FileResponse:
         """The mp4."""

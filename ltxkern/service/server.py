@@ -52,9 +52,17 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """The folder of a server, which no other may have."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "server.lock").open("ab") as lock:
+    """The folder of a server, which no other may have; nor does another user read there what was asked for."""
+    before = os.umask(0o077)
+    with contextlib.ExitStack() as held:
+        held.callback(os.umask, before)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / "server.lock").open("ab"))
+        except OSError as error:
+            raise ValueError(
+                f"data folder {str(folder)!r} cannot be written ({error.strerror}): name another"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -90,13 +98,17 @@ def serve(settings: Settings, offer: Offer, host: str, port: int, say: Callable[
         say: is told the address.
 
     Raises:
-        OSError: the address cannot be had.
-        ValueError: another server has the folder.
+        ValueError: the address cannot be had, another server has the folder, or it cannot be written.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _claimed(settings.folder), socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
+        try:
+            bound.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"nothing can listen at {host!r}, port {port} ({error.strerror}): use port 0 for a free one"
+            ) from error
         service, guard = guarded(settings, offer)
         config = uvicorn.Config(
             guard,

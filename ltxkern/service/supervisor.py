@@ -107,11 +107,11 @@ class Supervisor(threading.Thread):
         self._process = self._context.Process(
             target=worker.main, args=(theirs, self._offer, self._folder), name="worker", daemon=True
         )
-        self._process.start()
-        theirs.close()
-        with self._lock:
-            self._pipe = ours
         try:
+            self._process.start()
+            theirs.close()
+            with self._lock:
+                self._pipe = ours
             while not self._stopping.is_set():
                 if self._running is None and self.ready.is_set():
                     self._hand_out()
@@ -123,12 +123,16 @@ class Supervisor(threading.Thread):
                 else:
                     logger.error("the worker said nothing for %g s and is killed", SILENCE)
                     break
-        except (EOFError, OSError):
-            if not self._stopping.is_set():
+        except (EOFError, OSError) as error:
+            if self._process.pid is None:
+                logger.error("no worker could be started (%s): trying again", error)
+            elif not self._stopping.is_set():
                 logger.warning("the worker has died; the next one goes on")
         finally:
-            self._process.kill()
-            self._process.join()
+            theirs.close()
+            if self._process.pid is not None:
+                self._process.kill()
+                self._process.join()
             with self._lock:
                 name, self._running, self._pipe = self._running, None, None
                 ours.close()

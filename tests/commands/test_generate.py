@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ltxkern.cli import main
+from ltxkern.commands import progress
 from ltxkern.pipeline import HQTwoStagePipeline
 from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
@@ -189,11 +192,21 @@ def test_json_lines_and_previews(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "progress must be one of bars, json, got 'xml'" in refused(capsys, "--progress", "xml")
 
 
+def test_progress_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys.stdout, "write", closed)
+    with pytest.raises(BrokenPipeError, match="nobody reads the progress on standard output any more"):
+        progress._line({})
+
+
 def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options, sizes, files and the place of the result, before the note that a demo begins with."""
     wrong = {
         "--on-nan": ("hope", "on-nan must be one of stop, retry-fp32, got 'hope'"),
         "--progress": ("xml", "progress must be one of bars, json, got 'xml'"),
+        "--preview": (f"{__file__}/a", f"preview '{__file__}/a': '{__file__}' is no folder: name another folder"),
         "--work-dir": (str(tmp_path / "w"), "work-dir is kept by one process, and no-work-dir keeps nothing"),
         "-o": ("a.gif", "--output: output 'a.gif' has the unknown suffix '.gif'"),
         "--height": ("65", "height 65 is not a multiple of 64: use 64 or 128"),

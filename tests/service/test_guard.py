@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import pytest
 from ltxkern.service import guard
 from ltxkern.service.fields import RefusedError
 from ltxkern.service.guard import Guard
-from ltxkern.service.server import find_token
-from tests.service.serving import Client, listening
+from ltxkern.service.jobs import Settings
+from ltxkern.service.server import find_token, serve
+from tests.service.serving import Client, listening, offer
 
 TOKEN = "a token of some length"
 
@@ -138,6 +141,22 @@ def test_others_need_a_token(
     else:
         with pytest.raises(ValueError, match=re.escape(sentence)):
             find_token(host, None)
+
+
+def test_a_place_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    """The folder is its user's alone, since prompts are."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=rf"nothing can listen at '127\.0\.0\.1', port {port} \(.*in use\): use port 0"
+        ):
+            serve(Settings(tmp_path / "a"), offer(), "127.0.0.1", port, print)
+    assert [path.stat().st_mode & 0o77 for path in (tmp_path / "a", *(tmp_path / "a").iterdir())] == [0, 0]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data folder '.*file' cannot be written \(File exists\): name another"):
+        serve(Settings(tmp_path / "file"), offer(), "127.0.0.1", 0, print)
 
 
 def test_a_refusal_has_its_headers() -> None:

@@ -60,6 +60,8 @@ def test_a_video_from_request_to_bytes(served: tuple[Client, Any], tmp_path: Pat
     assert content.headers["content-type"] == "video/mp4"
     assert content.body == plain_run(tmp_path / "plain.mp4", SMALL)
     assert probe_mp4(tmp_path / "plain.mp4").frames == 9
+    head = client("HEAD", f"/v1/videos/{video}/content")
+    assert (head.status, head.headers["content-length"], head.body) == (200, str(len(content.body)), b"")
     part = client("GET", f"/v1/videos/{video}/content", range="bytes=0-9")
     assert (part.status, part.body) == (206, content.body[:10])
     preview = client("GET", f"/v1/videos/{video}/preview")
@@ -193,6 +195,23 @@ def test_a_killed_worker_loses_nothing_and_others_wait_their_turn(served: tuple[
     text = client("GET", "/metrics").body.decode()
     assert f"ltxkern_worker_starts_total {starts + 1}\n" in text
     assert 'ltxkern_http_responses_total{method="POST",status="429"} 1\n' in text
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(
+    served: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the process that forks workers is killed at that moment."""
+    client, service = served
+    supervisor = service.supervisor
+    with monkeypatch.context() as patched:
+        patched.setattr(supervisor._context.Process, "_Popen", staticmethod(_no_fork))
+        os.kill(supervisor._process.pid, signal.SIGKILL)
+        until(lambda: supervisor._process.pid is None)
+    assert client.ended(client.submit(**SMALL, seed=12))["status"] == "done"
+
+
+def _no_fork(_: object) -> None:
+    raise EOFError("unexpected EOF")
 
 
 def test_what_runs_is_cancelled_and_what_has_ended_is_forgotten(served: tuple[Client, Any]) -> None:

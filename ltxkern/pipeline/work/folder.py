@@ -123,7 +123,8 @@ class WorkFolder:
                 raise WorkFolderError(
                     f"work folder {str(self.path)!r} holds other files than a run's: name an empty or a new folder"
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
+            # Prompts are nobody else's.
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             # A file object: who forgets the folder gives it back.
             lock = (self.path / LOCK).open("a+b", buffering=0)
         except OSError as error:

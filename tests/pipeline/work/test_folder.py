@@ -29,6 +29,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with begun(tmp_path / "w"), pytest.raises(WorkFolderError, match=r"'.*w' is in use by process \d+: wait for it"):
         WorkFolder(tmp_path / "w")
     WorkFolder(tmp_path / "w").close()
+    assert (tmp_path / "w").stat().st_mode & 0o77 == 0, "others can read what was asked for"
 
 
 def test_other_files_are_not_touched(tmp_path: Path) -> None:
