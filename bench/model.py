@@ -51,6 +51,22 @@ class Limit(NamedTuple):
     time_us: float
 
 
+class Launched(NamedTuple):
+    """One launch: its limits, and its bytes from and to memory and the second cache."""
+
+    limits: Sequence[Limit]
+    memory: int
+    through: int
+
+
+class Counted(NamedTuple):
+    """What the machine code of a call says of itself, as Prediction; None of all where nobody counted it."""
+
+    instructions_per_16_bytes: float | None
+    warps: int | None
+    loads_in_flight: float | None
+
+
 @dataclass(frozen=True)
 class Prediction:
     """One call on one card.
@@ -60,6 +76,7 @@ class Prediction:
         best_percent: what one launch that nothing but its bytes limits would reach.
         limit: what takes longest.
         moved: bytes from and to memory.
+        instructions_per_16_bytes, warps, loads_in_flight: None where the machine code is a library's.
         launches: of the call; `launched_percent` is what as many would reach that nothing but their bytes limits.
         products_us: of its FLOP at the rate of a large product, bytes_us of its bytes at that of a copy.
         through: bytes from and to the second cache.
@@ -75,13 +92,13 @@ class Prediction:
     best_percent: float
     launched_percent: float
     limit: str
-    instructions_per_16_bytes: float
+    instructions_per_16_bytes: float | None
     time_us: float
     bytes: int
     moved: int
     roof: float
-    warps: int
-    loads_in_flight: float
+    warps: int | None
+    loads_in_flight: float | None
     launches: int
     bytes_us: float
     products_us: float
@@ -97,6 +114,11 @@ class Prediction:
 def issue_efficiency(warps: int) -> float:
     """The part of the issue slots that so many resident warps fill."""
     return min(MOST_ISSUED, SLOPE * warps / (warps + HALF_WARPS))
+
+
+def l2_rate(card: Card) -> float:
+    """Bytes a second of the second cache."""
+    return max(L2_RATE * card.multiprocessors * card.clock_ghz * 1e9, L2_OVER_COPY * card.roof)
 
 
 def memory_bytes(row: Row, card: Card, left: Iterable[int]) -> int:
@@ -134,7 +156,7 @@ def limits_of(row: Row, card: Card, memory: int, flops: int = 0) -> list[Limit]:
         Limit("MUFU", unit(row.mufu, SPECIAL * UNITS_REACHED)),
         Limit("fp64", unit(row.double, card.double_lanes / 32 * UNITS_REACHED)),
         Limit(accesses, unit(row.wavefronts, WAVEFRONTS * UNITS_REACHED)),
-        Limit("L2", row.through / max(L2_RATE * card.multiprocessors * clock, L2_OVER_COPY * card.roof / 1e6)),
+        Limit("L2", row.through / l2_rate(card) * 1e6),
         Limit("FLOP", flops / matrix * 1e6),
         Limit("latency", max(1.0, waves) * life),
         Limit("launch", LAUNCH_US + card.latency_ns / 1e3),
@@ -154,7 +176,6 @@ def together(limits: Sequence[Limit]) -> float:
 
 def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Prediction:
     """One call of all its launches."""
-    totals: dict[str, float] = {}
     left: list[int] = []
     memory: list[int] = []
     heavy = max(range(len(rows)), key=lambda i: rows[i].packs * rows[i].issue)
@@ -166,33 +187,49 @@ def predict(rows: Sequence[Row], floor: tuple[int, int], card: Card) -> Predicti
         left += [*row.reads.values(), row.writes]
     # Every tensor passes once, those too whose addresses come from memory.
     memory[heavy] += max(0, floor[0] - sum(memory))
-    time, moved = 0.0, sum(memory)
-    for i, row in enumerate(rows):
-        limits = limits_of(row, card, memory[i], floor[1] if i == heavy else 0)
-        time += together(limits)
-        for limit in limits:
+    launches = [
+        Launched(limits_of(row, card, memory[i], floor[1] if i == heavy else 0), memory[i], row.through)
+        for i, row in enumerate(rows)
+    ]
+    packs = max(row.packs for row in rows)
+    issued = round(sum(row.issue * row.packs for row in rows) / packs, 1)
+    op, case, dtype = rows[heavy].case.split(" ")
+    counted = Counted(issued, rows[heavy].warps, rows[heavy].in_flight)
+    return of_call((op, case, dtype, rows[heavy].tier), card, floor, launches, counted)
+
+
+def of_call(
+    named: tuple[str, str, str, str],
+    card: Card,
+    floor: tuple[int, int],
+    launches: Sequence[Launched],
+    counted: Counted,
+) -> Prediction:
+    """A call by op, case, dtype and tier, of the least bytes and FLOP of `floor`."""
+    totals: dict[str, float] = {}
+    for launch in launches:
+        for limit in launch.limits:
             totals[limit.name] = totals.get(limit.name, 0.0) + limit.time_us
+    time = sum(together(launch.limits) for launch in launches)
     bytes_us, products_us = floor[0] / card.roof * 1e6, floor[1] / card.matrix_rate * 1e6
     least = max(bytes_us, products_us)
-    launch = LAUNCH_US + card.latency_ns / 1e3
-    op, case, dtype = rows[heavy].case.split(" ")
-    packs = max(row.packs for row in rows)
+    one_launch = LAUNCH_US + card.latency_ns / 1e3
     return Prediction(
-        *(op, case, dtype, rows[heavy].tier, card.name),
+        *(*named, card.name),
         percent_of_roof=round(100 * least / time, 1),
-        best_percent=round(100 * least / (least + launch), 1),
-        launched_percent=round(100 * least / (least + len(rows) * launch), 1),
+        best_percent=round(100 * least / (least + one_launch), 1),
+        launched_percent=round(100 * least / (least + len(launches) * one_launch), 1),
         limit=max(totals, key=lambda name: totals[name]),
-        instructions_per_16_bytes=round(sum(row.issue * row.packs for row in rows) / packs, 1),
+        instructions_per_16_bytes=counted.instructions_per_16_bytes,
         time_us=round(time, 2),
         bytes=floor[0],
-        moved=moved,
+        moved=sum(launch.memory for launch in launches),
         roof=card.roof,
-        warps=rows[heavy].warps,
-        loads_in_flight=rows[heavy].in_flight,
-        launches=len(rows),
+        warps=counted.warps,
+        loads_in_flight=counted.loads_in_flight,
+        launches=len(launches),
         bytes_us=round(bytes_us, 2),
         products_us=round(products_us, 2),
-        through=sum(row.through for row in rows),
+        through=sum(launch.through for launch in launches),
         limits={name: round(taken, 2) for name, taken in totals.items()},
     )

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import budget
+import library_product
 import predicted_page
 from cards import CARDS, Card, card_named
 from command_line import suites
@@ -30,6 +31,7 @@ def predictions(card: Card, baseline: budget.Baseline) -> list[Prediction]:
     dtypes = {suite.op: suite.dtypes for suite in suites()}
     both = {case for case, tier in calls if tier == "triton"} | {case for case, _ in calls if _own(case, dtypes)}
     found = [predict(rows, baseline.floors[case], card) for (case, _), rows in calls.items() if case in both]
+    found += library_product.predictions(card, baseline.floors)
     return sorted(found, key=lambda one: (one.op, one.case, one.dtype, one.tier))
 
 
@@ -53,7 +55,7 @@ def table(found: Sequence[Prediction]) -> str:
             *(
                 f"{one.best_percent:.0f}",
                 one.limit,
-                f"{one.instructions_per_16_bytes:.0f}",
+                predicted_page.number(one.instructions_per_16_bytes, ".0f"),
                 f"{one.moved / one.bytes:.2f}",
             ),
         ]
@@ -72,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     baseline = budget.read()
     if parsed.docs:
         by_card = everywhere(baseline)
-        predicted_page.write(ROOT / "docs", by_card, ROOT / "bench" / "results")
+        try:
+            predicted_page.write(ROOT / "docs", by_card, ROOT / "bench" / "results")
+        except ValueError as error:
+            options.error(str(error))
         return 0
     if parsed.card is None:
         options.error(f"--card must be one of {', '.join(CARDS)}")

@@ -23,8 +23,8 @@ TILE = 64
 TENSOR_TILE = 128
 # Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
 #
-# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 13 us at 990 TFLOP/s
-# and 10 us at 4.1 TB/s. mma.sync reaches about two thirds of the first, 20 us; plain cores need 190 us at their peak of 67 TFLOP/s.
+# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 16 us at 790 TFLOP/s
+# and 13 us at 3.0 TB/s. mma.sync reaches about two thirds of the first, 24 us; plain cores need 190 us at their peak of 67 TFLOP/s.
 # With tiles of 128 x 128, 201 MB of factors cross from L2: 37 us at 5.5 TB/s, and that bounds the kernel. A block of 256 threads
 # holds 64 sums a thread: two blocks of at most 128 registers a thread share a multiprocessor, so that one writes weights while the
 # other multiplies.

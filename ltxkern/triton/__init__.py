@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("ltxkern")
+
 LEAST_CAPABILITY = (8, 0)
+# Where a kernel of Triton's compiles itself; no public name leads there.
+COMPILE = "_do_compile"
 
 
 def load(stem: str, entry: str) -> Callable[..., None]:
@@ -43,21 +48,37 @@ def _compile_outside_captures(module: ModuleType) -> None:
     """A module's kernels refuse to be compiled, and so to be loaded, while a CUDA graph is captured."""
     from triton.runtime.jit import JITFunction
 
+    if not callable(getattr(JITFunction, COMPILE, None)):
+        _warn_of_captures()
+        return
+
     def guarded(kernel: Any) -> Callable[..., Any]:
-        def compile_kernel(*args: Any) -> Any:
+        def compile_kernel(*args: Any, **named: Any) -> Any:
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"{kernel.__module__}.{kernel.__name__} is not compiled yet for such a call, and a CUDA graph capture is no "
                     "time to compile and load it: make the same call once before the capture"
                 )
-            return type(kernel)._do_compile(kernel, *args)
+            return getattr(type(kernel), COMPILE)(kernel, *args, **named)
 
         return compile_kernel
 
     for kernel in vars(module).values():
         # Triton asks for it where a call finds no kernel compiled for its dtypes, alignments and constants.
         if isinstance(kernel, JITFunction):
-            kernel._do_compile = guarded(kernel)
+            setattr(kernel, COMPILE, guarded(kernel))
+
+
+@functools.cache
+def _warn_of_captures() -> None:
+    """Once a process."""
+    import triton
+
+    logger.warning(
+        "Triton %s has no JITFunction.%s, so that a Triton kernel's first call within a CUDA graph capture is not refused and may "
+        "break the capture: make every call once before it",
+        *(triton.__version__, COMPILE),
+    )
 
 
 def refuse_elsewhere(args: tuple[Any, ...]) -> str | None:

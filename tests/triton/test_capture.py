@@ -71,3 +71,16 @@ def test_a_first_call_within_a_capture_is_refused(launched: list[str], monkeypat
     with pytest.raises(RuntimeError, match=rf"^ltxkern\.triton\.gated_residual\.\S+ {words}"):
         call(torch.float32)
     assert [each.split(" ")[0] for each in launched] == ["compiled", "launched", "launched"]
+
+
+def test_a_triton_without_the_guarded_name_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(JITFunction, tier.COMPILE)
+    tier._warn_of_captures.cache_clear()
+    for entry in ("launch_head_gate", "launch"):
+        tier.load("gated_residual", entry)
+    tier._warn_of_captures.cache_clear()
+    (message,) = caplog.messages
+    assert "has no JITFunction._do_compile, so that a Triton kernel's first call within a CUDA graph capture" in message
+    assert message.endswith("make every call once before it")

@@ -1,0 +1,59 @@
+"""Measured figures beside the predictions of the same calls; one that is far from its prediction needs its reason, in EXPLAINED."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cards import CARDS
+from model import Prediction
+from report import markdown_table, read_folder
+
+# Points of the copy roof from which a difference has to be explained.
+FAR = 15
+Key = tuple[str, str, str, str]
+# Percents of the roof by op, case, dtype and tier, and by the card's title; several where several runs have the call.
+Figures = Mapping[Key, Mapping[str, Sequence[float]]]
+# Why a measured figure is far from its prediction, by the card's title, op, case, dtype and tier.
+EXPLAINED: dict[tuple[str, str, str, str, str], str] = {}
+
+
+def read(folder: Path) -> Figures:
+    """What the results files of a folder have of the cards that are predicted."""
+    found: dict[Key, dict[str, list[float]]] = {}
+    for results in read_folder(folder).values():
+        title = next((card.title for card in CARDS.values() if card.title in results.machine.get("gpu", "")), None)
+        for record in results.records if title is not None else ():
+            if record.provider.startswith("ltxkern "):
+                key = record.op, record.case, record.dtype, record.provider.removeprefix("ltxkern ")
+                found.setdefault(key, {}).setdefault(title, []).append(record.percent_of_roof)
+    return found
+
+
+def cell(figures: Figures, key: Key) -> str:
+    """The figures of a call, as its row has them."""
+    of_call = figures.get(key, {})
+    return " ".join(f"{title}: {percent:.0f}" for title, percents in of_call.items() for percent in percents)
+
+
+def far_ones(predictions: Sequence[Prediction], figures: Figures) -> str:
+    """A row for every figure that is more than FAR points from its prediction.
+
+    Raises:
+        ValueError: EXPLAINED has no reason for one.
+    """
+    lines = []
+    for one in predictions:
+        title = CARDS[one.card].title
+        for percent in figures.get((one.op, one.case, one.dtype, one.tier), {}).get(title, ()):
+            if abs(percent - one.percent_of_roof) <= FAR:
+                continue
+            call = (title, one.op, one.case, one.dtype, one.tier)
+            if call not in EXPLAINED:
+                raise ValueError(
+                    f"EXPLAINED in bench/measured.py must say why {' '.join(call)} reached {percent:.0f} % of the roof where "
+                    f"{one.percent_of_roof:.0f} % were predicted, more than {FAR} points apart; it has no reason for it"
+                )
+            lines.append([*call, f"{one.percent_of_roof:.0f}", f"{percent:.0f}", EXPLAINED[call]])
+    header = ("card", "op", "case", "dtype", "tier", "predicted", "measured", "why")
+    return markdown_table(header, lines) if lines else "None."
