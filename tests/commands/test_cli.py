@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from ltxkern import cli
 from tests.commands.typed import SMALL
 from tests.processes import python
 
@@ -47,3 +50,12 @@ def test_import_is_light() -> None:
     if python("-c", "import sys, torch; print('triton' in sys.modules)").stdout.strip() == "True":
         script = script.replace("'triton', ", "")
     python("-c", script)
+
+
+def test_ctrl_c_before_there_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["doctor"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "ltxkern: interrupted; no half-written file was left\n"

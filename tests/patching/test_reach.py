@@ -305,3 +305,16 @@ def test_hooks_that_come_later_to_norms_of_ltx2(name: str) -> None:
         norm.register_forward_hook(lambda _module, _inputs, result: result * 1.5)
     assert off(model(**given), stock(**given)) < 1e-5
     assert "a hook was registered on it" in str(report)
+
+
+def test_hooks_on_all_modules_keep_a_patch_away() -> None:
+    """They would see, and may change, what is no longer made."""
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        report = ltxkern.patch(model)
+    finally:
+        hook.remove()
+    assert report.sites == []
+    assert [left.reason for left in report.left] == ["is seen by hooks on all modules"]
+    assert len(ltxkern.patch(model).sites) == 1
