@@ -162,6 +162,7 @@ def test_requests_that_are_refused(served: tuple[Client, Any], monkeypatch: pyte
 def test_the_page_loads_nothing_from_elsewhere(served: tuple[Client, Any]) -> None:
     answer = served[0]("GET", "/")
     assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["x-content-type-options"] == "nosniff"
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy

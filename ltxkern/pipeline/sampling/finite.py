@@ -130,9 +130,9 @@ class StageWatch:
             bad = [name for name, finite in zip(names, read[at : at + len(flags_of)], strict=True) if not finite]
             at += len(flags_of)
             if bad and any(spread.nan + spread.infinite for spread in found.values()):
-                raise NonFiniteError(
-                    f"{self._stage}, step {done}: the {' and the '.join(bad)} latent is the first that is not finite"
-                )
+                first = f"the {bad[0]} latent is the first that is not finite"
+                both = f"the {' and the '.join(bad)} latents are the first that are not finite"
+                raise NonFiniteError(f"{self._stage}, step {done}: {both if bad[1:] else first}")
         _judge(self._stage, named, found)
 
 

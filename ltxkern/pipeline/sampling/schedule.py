@@ -72,7 +72,11 @@ def ltx2_sigmas(
     if steps == 1:
         return torch.tensor([1.0, 0.0])
     if abs(shift) > MAX_SHIFT:
-        raise ValueError(f"base_shift and max_shift give a shift of {shift} at {tokens} tokens: use 0.95 and 2.05")
+        legal = "0.95 and 2.05"
+        if (base_shift, max_shift) == (0.95, 2.05):
+            most = int((MAX_SHIFT - base_shift) / slope + BASE_SHIFT_TOKENS)
+            legal = f"at most {most} tokens, by fewer frames or a smaller size"
+        raise ValueError(f"base_shift and max_shift give a shift of {shift:g} at {tokens} tokens: use {legal}")
     if tokens <= FP32_MAX_TOKENS:
         sigmas = _sigmas_fp32(steps, shift, terminal if stretch else None)
         if bool((sigmas.diff() < 0).all()):

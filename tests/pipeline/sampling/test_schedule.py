@@ -114,11 +114,12 @@ def test_counts_that_are_none(arguments: tuple[Any, ...], error: type[Exception]
         ({"base_shift": math.inf}, "base_shift must be finite, got inf"),
         ({"max_shift": math.nan}, "max_shift must be finite, got nan"),
         ({"max_shift": 1e6}, "use 0.95 and 2.05"),
+        ({"tokens": 10**7}, "at 10000000 tokens: use at most 1953280 tokens"),
     ],
 )
 def test_options_that_are_none(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ltx2_sigmas(15, 8160, **options)
+        ltx2_sigmas(15, **{"tokens": 8160, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("h", [1e-12, 1e-6, 0.03, 0.5, 1.6, 5.9])
