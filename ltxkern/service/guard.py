@@ -117,6 +117,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.served[scope["method"] if scope["method"] in _METHODS else "other", status] += 1
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]}
             await asyncio.wait_for(send(message), TAKE_SECONDS)
 
         most = JSON_BYTES if headers.get("content-type", "").startswith("application/json") else self._most_bytes

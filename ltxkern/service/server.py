@@ -120,7 +120,6 @@ def serve(settings: Settings, offer: Offer, host: str, port: int, say: Callable[
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            headers=[("x-content-type-options", "nosniff")],
             log_config=None,
         )
         shown = f"[{host}]" if ":" in host else host

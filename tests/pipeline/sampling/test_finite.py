@@ -35,7 +35,7 @@ def test_spreads(dtype: torch.dtype) -> None:
     [
         ({}, None),
         ({2: ["audio"], 3: ["audio", "video"]}, "stage 1, step 2: the audio latent is the first that is not finite"),
-        ({3: ["video", "audio"]}, "stage 1, step 3: the video and the audio latent is the first"),
+        ({3: ["video", "audio"]}, "stage 1, step 3: the video and the audio latents are the first"),
         ({2: ["video"]}, None),  # it healed
     ],
 )
