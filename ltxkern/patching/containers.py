@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from ltxkern.patching import source
 from ltxkern.patching.flow import UnreadableError, changing, known
 from ltxkern.patching.reach import LOOKING, WALKS
 
@@ -29,11 +29,12 @@ class _Use(NamedTuple):
     elements: bool
 
 
-def taken_apart(model: nn.Module, path: str) -> str | None:
+def taken_apart(model: nn.Module, path: str, around: frozenset[str]) -> str | None:
     """Why the layers of a sequence may run one by one, or None where its holders call it as a whole.
 
     Args:
         path: of the sequence in the model, "" for the model itself.
+        around: attributes that some code of the model sets.
     """
     names = path.split(".") if path else []
     holders = [model]
@@ -53,7 +54,7 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
     for holder in holders:
         kind: Any = type(holder)
         try:
-            uses = list(_uses(holder))
+            uses = list(_uses(holder, around))
         except UnreadableError:
             if holder is holders[-1]:
                 return f"the source of {kind.__name__}, which holds it, cannot be read"
@@ -67,32 +68,25 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
 _Parents = dict[ast.AST, ast.AST]
 
 
-def _uses(holder: Any) -> Iterator[_Use]:
+def _uses(holder: Any, around: frozenset[str]) -> Iterator[_Use]:
     """What the methods of a module take apart, on the branches that this module can take."""
     kind: Any = type(holder)
     for parents, found in _methods(kind):
         for node, use in found:
-            if _reached(node, parents, holder, changing(kind)):
+            if _reached(node, parents, holder, around | changing(kind)):
                 yield use
 
 
 @functools.cache
 def _methods(kind: type) -> list[tuple[_Parents, list[tuple[ast.AST, _Use]]]]:
-    methods = []
-    for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__module__.startswith("torch."):
-            continue
-        for name, value in vars(base).items():
-            function = inspect.unwrap(value) if inspect.isfunction(value) else getattr(value, "fget", None)
-            if name == "__init__" or not inspect.isfunction(function):
-                continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError) as error:
-                raise UnreadableError(f"the source of {kind.__name__} cannot be read") from error
-            parents: _Parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-            methods.append((parents, list(_opened(tree, parents))))
-    return methods
+    found = []
+    for method in source.methods(kind):
+        tree = source.parsed(method.function)
+        if tree is None:
+            raise UnreadableError(f"the source of {kind.__name__} cannot be read")
+        parents: _Parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        found.append((parents, list(_opened(tree, parents))))
+    return found
 
 
 def _opened(tree: ast.AST, parents: _Parents) -> Iterator[tuple[ast.AST, _Use]]:

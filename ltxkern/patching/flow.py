@@ -12,13 +12,14 @@ import ast
 import dis
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
 from torch import nn
+
+from ltxkern.patching.source import methods, parsed
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +123,10 @@ def read(module: nn.Module, one_argument: Callable[[str], bool], around: frozens
     return reader.run(_tree(inspect.unwrap(type(module).forward)))
 
 
-@functools.cache
 def _tree(forward: Any) -> ast.FunctionDef:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    except (OSError, TypeError, SyntaxError) as error:
-        raise UnreadableError("the source of its forward cannot be read") from error
+    tree = parsed(forward)
+    if tree is None:
+        raise UnreadableError("the source of its forward cannot be read")
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args:
         raise UnreadableError("its forward is no method")
     return tree
@@ -147,19 +146,11 @@ def beside_forward(kind: Any) -> tuple[frozenset[str], frozenset[str]]:
     set_names: set[str] = set()
     # The forward above the one that runs runs too where that asks for it.
     above = "super" in getattr(getattr(inspect.unwrap(kind.forward), "__code__", None), "co_names", ())
-    for base in kind.__mro__:
-        if base in (nn.Module, object) or base.__module__.startswith("torch."):
-            continue
-        for name, value in vars(base).items():
-            value = getattr(value, "fget", None) or getattr(value, "func", None) or value
-            function = inspect.unwrap(value) if callable(value) else value
-            code = getattr(function, "__code__", None)
-            if name == "__init__" or not isinstance(code, CodeType):
-                continue
-            for part in _codes(code):
-                if name != "forward" or (value is not kind.forward and above):
-                    read_names.update(part.co_names)
-                set_names.update(step.argval for step in dis.get_instructions(part) if step.opname == "STORE_ATTR")
+    for name, held, function in methods(kind):
+        for part in _codes(function.__code__):
+            if name != "forward" or (held is not kind.forward and above):
+                read_names.update(part.co_names)
+            set_names.update(step.argval for step in dis.get_instructions(part) if step.opname == "STORE_ATTR")
     return frozenset(read_names), frozenset(set_names)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ltxkern.ops.checks import FOREIGN_HOOKS
+from ltxkern.patching import source
 
 _ENTRIES = ("forward", "__call__", "encode", "decode")
 # Of a module: they hand out what it holds.
@@ -80,7 +80,10 @@ def reached(model: nn.Module, path: str, layer: str) -> str | None:
 def _reach(kind: Any) -> _Reach:
     attributes: set[str] = set()
     methods: dict[str, list[ast.FunctionDef]] = {}
-    for name, tree in _methods(kind):
+    for name, held, function in source.methods(kind):
+        tree = source.parsed(function)
+        if not inspect.isfunction(held) or not isinstance(tree, ast.FunctionDef):
+            continue
         methods.setdefault(name, []).append(tree)
         me = tree.args.args[0].arg if tree.args.args else ""
         attributes.update(
@@ -139,21 +142,3 @@ def _asked_by_name(call: ast.AST) -> str | None:
         name = call.args[1]
         return str(name.value) if isinstance(name, ast.Constant) else None
     return None
-
-
-def _methods(kind: type) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Methods and properties of a class and of those above it, by name; __init__ runs before a patch."""
-    for base in kind.__mro__:
-        if base is object or base.__module__.startswith("torch."):
-            continue
-        for name, value in vars(base).items():
-            value = getattr(value, "fget", None) or getattr(value, "func", None) or value
-            function = inspect.unwrap(value) if inspect.isfunction(value) else value
-            if name == "__init__" or not inspect.isfunction(function):
-                continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-            except (OSError, TypeError, SyntaxError):
-                continue
-            if isinstance(tree, ast.FunctionDef):
-                yield name, tree

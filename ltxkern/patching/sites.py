@@ -90,8 +90,8 @@ class Finder:
                     self.report.left.append(Left(joined(place.path, name), _unserved(norm)))
             else:
                 found = self._found({name: norm}, activation)
-                apart = taken_apart(self.model, path) or self._reached(path, name, behind)
-                _add(found, [apart] if apart else [])
+                apart = taken_apart(self.model, path, self.changing)
+                _add(found, [apart] if apart else self._reached(path, name, behind))
                 self._settle(place, found, activation)
 
     def _block(self, place: Place, path: str) -> None:
@@ -132,8 +132,7 @@ class Finder:
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
-        reason = self._reached(path, *taken, *([] if activation is None else [name]))
-        _add(found, [reason] if reason else [])
+        _add(found, self._reached(path, *taken, *([] if activation is None else [name])))
         for item in found:
             item.reasons += _against_calls(flow, name, item.name)
         self._settle(place, found, activation, _positions(place.block, parameters))
@@ -147,8 +146,7 @@ class Finder:
         activation = place.children[names.activation]
         found = self._found(chosen, activation)
         _add(found, self._against_block(place, ["x"]))
-        reason = self._reached(path, *chosen, names.activation)
-        _add(found, [reason] if reason else [])
+        _add(found, self._reached(path, *chosen, names.activation))
         self._settle(place, found, activation, names)
         return True
 
@@ -168,9 +166,9 @@ class Finder:
             _add(found, ["its activation is held in several places"] if shared else [])
         return found
 
-    def _reached(self, path: str, *layers: str) -> str | None:
+    def _reached(self, path: str, *layers: str) -> list[str]:
         """Why other code may run one of these layers of a block."""
-        return next(filter(None, (reached(self.model, path, layer) for layer in layers)), None)
+        return [reason for layer in layers if (reason := reached(self.model, path, layer))]
 
     def _unplain(self, module: nn.Module) -> str | None:
         return next(filter(None, (unplain(part, meta=self.rules.meta) for part in module.modules())), None)

@@ -86,6 +86,18 @@ class Switched(Holder):
         return self.net(x)
 
 
+class Flagging(nn.Module):
+    """Sets from outside what its part asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Switched(False)
+
+    def forward(self, x: Tensor, scales: bool = False) -> Tensor:
+        self.inner.scales = scales
+        return self.inner(x)
+
+
 class Aside(Holder):
     """Not in forward itself."""
 
@@ -137,12 +149,13 @@ EVERY = {"net.0", "blocks.0.0", "blocks.1.0", "nested.0.0"}
         (OfList, EVERY - {"net.0"}),
         (OfListByIndex, {"blocks.0.0", "blocks.1.0"}),
         (Outside, {"inner.net.0"}),
+        (Flagging, {"inner.net.0"}),
     ],
 )
 @torch.no_grad()
 def test_what_is_taken_apart_is_left_alone(kind: Any, apart: set[str]) -> None:
     model, x = kind(), torch.randn(2, 4, 3, 3)
-    every = EVERY if kind is not Outside else {f"inner.{name}" for name in EVERY}
+    every = EVERY if kind not in (Outside, Flagging) else {f"inner.{name}" for name in EVERY}
     plain = model(x)
     report = ltxkern.patch(model)
     assert set(report.sites) == every - apart
