@@ -13,28 +13,19 @@ import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.integrations.routes import Left
-from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import group_norm_silu
 from ltxkern.ops.merge_lora import WEIGHT_DTYPES, merge_lora_
-from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
 from ltxkern.patch import fuse
-from ltxkern.patching.norms import KINDS, FusedGroupNorm, FusedLengthNorm, stands
+from ltxkern.patching.norms import KINDS, FusedGroupNorm, FusedLengthNorm, stands, takes
 from ltxkern.patching.report import Report
 from ltxkern.patching.rules import Rules, chosen_policy
 
 # Under which a patcher keeps what is ours.
 KEY = "ltxkern"
-
-
-def _takes(x: Tensor) -> bool:
-    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 2:
-        return False
-    return x.is_meta or not torch.is_autocast_enabled(x.device.type)
 
 
 class CastGroupNorm(FusedGroupNorm):
@@ -47,7 +38,7 @@ class CastGroupNorm(FusedGroupNorm):
         if not (self.comfy_cast_weights or self.weight_function or self.bias_function):
             return super().forward(x, residual)
         ops = sys.modules["comfy.ops"]
-        if self.weight is None or residual is not None or not _takes(x) or not hasattr(ops, "uncast_bias_weight"):
+        if self.weight is None or residual is not None or not takes(x, None) or not hasattr(ops, "uncast_bias_weight"):
             self._ltxkern.compose()
             y: Tensor = super(FusedGroupNorm, self).forward(x)
             return F.silu(y if residual is None else y + residual)
@@ -61,15 +52,8 @@ class CastGroupNorm(FusedGroupNorm):
 class CastLengthNorm(FusedLengthNorm):
     """The norm of the Wan VAE, which takes its weight to its input."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """(N, C, *)."""
-        if not stands(self) or not _takes(x):
-            return super().forward(x) if stands(self) else type(self).forward(self, x)
-        gamma = self.gamma.to(x).flatten()
-        # Under x / max(|x|, 1e-12) a norm by length is one by root mean square with this added to the mean.
-        eps = 1e-24 / gamma.numel()
-        y: Tensor = self._ltxkern.serve(x, functools.partial(pixel_norm_silu, eps=eps, weight=gamma))
-        return y
+    def _ltxkern_gamma(self: Any, x: Tensor) -> Tensor:
+        return self.gamma.to(x)
 
 
 def _register() -> None:

@@ -95,7 +95,7 @@ def mix(module: Any, mixin: Any, held: Any, group: Group) -> None:
     module.__class__ = fused(mixin, kind)
 
 
-def _takes(x: Tensor, weight: Tensor | None) -> bool:
+def takes(x: Tensor, weight: Tensor | None) -> bool:
     """Whether `pixel_norm_silu` gives what the composition would, in its dtype."""
     if x.dtype not in ACTIVATION_DTYPES or x.dim() < 2:
         return False
@@ -145,7 +145,7 @@ class FusedPixelNorm(Including):
         """(N, C, *)."""
         if not stands(self):
             return type(self).forward(self, x)
-        if _takes(x, None):
+        if takes(x, None):
             return self._ltxkern.serve(x, functools.partial(pixel_norm_silu, eps=self.eps))
         self._ltxkern.compose()
         return F.silu(super().forward(x))
@@ -163,12 +163,15 @@ class FusedLengthNorm(Including):
         """(N, C, *)."""
         if not stands(self):
             return type(self).forward(self, x)
-        gamma = self.gamma
-        if _takes(x, gamma):
+        gamma = self._ltxkern_gamma(x)
+        if takes(x, gamma):
             eps = _SHORTEST**2 / gamma.numel()
             return self._ltxkern.serve(x, functools.partial(pixel_norm_silu, eps=eps, weight=gamma.flatten()))
         self._ltxkern.compose()
         return F.silu(super().forward(x))
+
+    def _ltxkern_gamma(self: Any, x: Tensor) -> Tensor:
+        return self.gamma
 
 
 class FusedLastDimNorm(Including):
@@ -179,7 +182,7 @@ class FusedLastDimNorm(Including):
         if not stands(self):
             return type(self).forward(self, x)
         weight = self.weight
-        if not _takes(x, weight):
+        if not takes(x, weight):
             self._ltxkern.compose()
             return F.silu(super().forward(x))
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
