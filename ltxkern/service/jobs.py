@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import secrets
 import shutil
 import threading
@@ -26,6 +25,7 @@ from ltxkern.service import worker
 from ltxkern.service.fields import Offer, RefusedError, body_model, read_body
 from ltxkern.service.store import ENDED, QUEUED, Job, QueueFullError, Store
 from ltxkern.service.supervisor import Supervisor
+from ltxkern.whole_files import sync
 
 # Events without news: they show that both ends are there.
 HEARTBEAT = 15.0
@@ -142,8 +142,7 @@ class Service:
             file.seek(0)
             with path.open("xb") as copy:
                 shutil.copyfileobj(file, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
+            sync(path)
             try:
                 with self._heavy:
                     read_picture(path)
@@ -151,11 +150,7 @@ class Service:
                 raise RefusedError(422, str(error).replace(str(path), said or f"images[{index}]")) from error
             files.append(path)
         for parent in (place, folder, folder.parent):
-            handle = os.open(parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(parent)
         return files
 
     def _admit(self, given: dict[str, Any], folder: Path, files: list[Path]) -> None:

@@ -153,11 +153,9 @@ class _Worker:
         shutil.rmtree(task.folder / WORK, ignore_errors=True)
 
     def _previews(self, pipeline: HQTwoStagePipeline, request: Any, folder: Path) -> Any:
-        from ltxkern.pipeline.results.preview import LatentColors, Previews
+        from ltxkern.pipeline.results.preview import Previews
 
-        stages = request.stages(pipeline.geometry)
-        if self._colors is None:
-            with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
-                self._colors = LatentColors.fit(vae)
-        every = max(1, max(stage.steps for stage in stages) // _SEEN_OF_A_STAGE)
-        return Previews(self._colors, {stage.name: stage.video for stage in stages}, folder, every)
+        every = max(1, max(stage.steps for stage in request.stages(pipeline.geometry)) // _SEEN_OF_A_STAGE)
+        previews = Previews.of(pipeline, request, folder, every, self._colors)
+        self._colors = previews.colors
+        return previews

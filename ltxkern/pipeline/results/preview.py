@@ -86,17 +86,20 @@ class Previews:
     ) -> None:
         if every < 1:
             raise ValueError(f"preview-every must be at least 1, got {every}: use 1")
-        self._colors = colors
+        self.colors = colors
         self._shapes = shapes
         self._every = every
         self.folder = Path(os.path.expanduser(folder))
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def of(cls, pipeline: Any, request: Any, folder: str | Path, every: int = 1) -> Previews:
-        """Of a request that a pipeline is about to run; its VAE is lent to the device once to fit the colours."""
-        with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
-            colors = LatentColors.fit(vae)
+    def of(
+        cls, pipeline: Any, request: Any, folder: str | Path, every: int = 1, colors: LatentColors | None = None
+    ) -> Previews:
+        """Of a request that a pipeline is about to run; without colours its VAE is lent to the device once to fit them."""
+        if colors is None:
+            with pipeline.manager.component("video_vae", pipeline.components.video_vae) as vae:
+                colors = LatentColors.fit(vae)
         return cls(colors, {stage.name: stage.video for stage in request.stages(pipeline.geometry)}, folder, every)
 
     def __call__(self, stage: str, done: int, total: int, latents: Mapping[str, Tensor]) -> None:
@@ -105,7 +108,7 @@ class Previews:
             return
         shape = self._shapes[stage]
         latent = unpatchify(latents["video_x0"][:, : shape.tokens], shape)[0]
-        picture = Image.fromarray(self._colors.picture(latent[:, shape.frames // 2]).numpy())
+        picture = Image.fromarray(self.colors.picture(latent[:, shape.frames // 2]).numpy())
         larger = picture.resize((picture.width * _ENLARGED, picture.height * _ENLARGED), Image.Resampling.BICUBIC)
         file = self.folder / f"{stage.replace(' ', '-')}-step-{done:03d}.png"
         try:

@@ -67,7 +67,7 @@ def test_a_full_disk_costs_the_picture_and_not_the_run(
         shown("stage 1", 1, 1, {"video_x0": torch.zeros(1, 1, CHANNELS)})
     assert "the run goes on, but" in caplog.text
     with pytest.raises(ValueError, match="preview-every must be at least 1, got 0: use 1"):
-        Previews(shown._colors, {}, tmp_path, 0)
+        Previews(shown.colors, {}, tmp_path, 0)
 
 
 def test_a_run_with_previews_has_the_bits_of_one_without(tmp_path: Path) -> None:
