@@ -57,7 +57,7 @@ class AudioVAE(Part):
     """Both halves. What differs between left and right has a loss of its own, or it would be ignored."""
 
     name = "audio_vae"
-    steps = 2500
+    steps = 1800
     noise, noise_from = 0.1, 500
     batch = 3
 
@@ -94,8 +94,8 @@ class Vocoder(Part):
     """
 
     name = "vocoder"
-    steps = 4000
-    decoded_from = 2500
+    steps = 2600
+    decoded_from = 1600
     batch = 3
     rows = 80
 

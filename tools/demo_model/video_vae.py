@@ -99,7 +99,7 @@ class VideoVAE(Part):
     """Both halves, on windows at the edges of shapes: many small ones first, since each brings only two colours."""
 
     name = "video_vae"
-    steps = 12000
+    steps = 10000
     evaluate_steps = 1000
     decay_share = 0.4
     noise = 0.1
