@@ -199,7 +199,11 @@ _NORMS = (
 
 def is_ltx2(module: nn.Module) -> bool:
     """Whether `fuse_module` knows the very class."""
-    return own_class(module) in (stock.LTX2VideoTransformer3DModel, stock.LTX2VideoTransformerBlock, stock.LTX2Attention)
+    return own_class(module) in (
+        stock.LTX2VideoTransformer3DModel,
+        stock.LTX2VideoTransformerBlock,
+        stock.LTX2Attention,
+    )
 
 
 def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:

@@ -7,6 +7,7 @@ layer is put in or taken out; calls pay nothing for it.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -206,15 +207,16 @@ def _turns(part: Part, name: str, value: Any) -> bool:
 
 @functools.cache
 def _spoken(kind: type) -> frozenset[str]:
-    """What the code of a class asks for when it is called."""
-    functions = [
-        value
+    """What the code of a class asks for when it is called, and does not set itself."""
+    codes = [
+        value.__code__
         for base in kind.__mro__
         if base not in (nn.Module, object)
         for name, value in vars(base).items()
         if name != "__init__" and inspect.isfunction(value)
     ]
-    return frozenset(name for function in functions for name in function.__code__.co_names)
+    own = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    return frozenset(name for code in codes for name in code.co_names) - own
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ltxkern
 from examples.patch_vae import small_vae
-from tests.patching.test_ltx2 import inputs_of, model_of, off
+from tests.patching.test_ltx2 import inputs_of, model_of
 
 
 class Block(nn.Module):
@@ -200,18 +200,21 @@ def hooked(model: Any) -> None:
     )
 
 
+def replaced(model: Any) -> None:
+    """Another forward in a block's place, which takes the modulation of each token."""
+    model.transformer_blocks[0].forward = lambda hidden_states, audio_hidden_states, temb, **_: (
+        hidden_states * temb.mean(),
+        audio_hidden_states,
+    )
+
+
 LTX2: dict[str, Case] = {
     "norm": Case(do("m.transformer_blocks[0].norm2 = nn.LayerNorm(64)"), 12),
     "norm's weight": Case(do("m.transformer_blocks[0].norm1.weight = nn.Parameter(torch.full((64,), 3.0))"), 12),
     "norm of queries": Case(do("m.transformer_blocks[0].attn1.norm_q = nn.LayerNorm(64)"), 2),
     "feed-forward": Case(lambda m: double(m, "transformer_blocks.0.ff"), 0),
     "hook on a block": Case(hooked, 0),
-    "forward of a block": Case(
-        do(
-            "m.transformer_blocks[0].forward = lambda hidden_states, audio_hidden_states, temb, **_: (hidden_states * temb.mean(), audio_hidden_states)"
-        ),
-        12,
-    ),
+    "forward of a block": Case(replaced, 12),
     "no block": Case(do("del m.transformer_blocks[0]"), 0),
 }
 
