@@ -141,11 +141,11 @@ def _tiled(case: Case, model: Any) -> Tensor:
         model.disable_slicing()
 
 
-def _checkpointed(case: Case, model: Any) -> Tensor:
+def _checkpointed(case: Case, model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     model.enable_gradient_checkpointing()
     model.train().requires_grad_(True)
     with torch.enable_grad():
-        call(case, model).square().mean().backward()
+        call(case, model, dtype).square().mean().backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     model.disable_gradient_checkpointing()
@@ -177,6 +177,21 @@ def test_ways_to_run_a_model(name: str, way: Callable[[Case, Any], Tensor]) -> N
     assert all((site.composed if way is _autocast else site.calls) for site in report.rows)
     report.undo()
     assert torch.equal(way(CASES[name], model), plain)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion VAE", "UNet", "LTX VAE"])
+@torch.no_grad()
+def test_gradients_against_fp64(name: str) -> None:
+    """Those of all weights together, and each up to what is nothing to them: of a bias before a norm it is 0, and noise is left."""
+    case, model = CASES[name], built(CASES[name])
+    exact = _checkpointed(case, copy.deepcopy(model).double(), torch.float64)
+    plain = _checkpointed(case, model)
+    with ltxkern.patch(model) as report:
+        got = _checkpointed(case, model)
+        assert all(site.calls for site in report.rows)
+    assert _error(got, exact) <= 1.5 * _error(plain, exact)
+    near = 1e-5 * exact.abs().max()
+    assert ((got - exact).abs() <= 1.5 * (plain - exact).abs() + near).all()
 
 
 def _block(name: str, path: str, shape: tuple[int, ...], *more: Tensor) -> tuple[nn.Module, tuple[Tensor, ...]]:
