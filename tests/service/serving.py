@@ -1,4 +1,4 @@
-"""A server of the demo model in this process, its worker in one of its own, and a client that speaks plain HTTP."""
+"""A server of the random demo model in this process, its worker in one of its own, and a client that speaks plain HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LONG = SMALL | {"steps": 16}
 
 @functools.cache
 def offer() -> Offer:
-    model = FoundModel.of("demo")
+    model = FoundModel.of("demo-random")
     chosen = ModelOptions(
         model=model,
         preset=find_preset("hq"),

@@ -22,13 +22,16 @@ from ltxkern.pipeline.files.hub import require_parts
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.sampling.latents import Geometry
 
+# Names of the built-in model; the shorter one is kept for the command line's default.
+DEMOS = ("demo", "demo-random")
+
 
 @dataclass(frozen=True)
 class FoundModel:
     """What a name stands for.
 
     Args:
-        name: "demo", an official file, a diffusers folder or a hub id, as it was given.
+        name: "demo-random", an official file, a diffusers folder or a hub id, as it was given.
         own: where the model lies; None for the demo, and for a hub id, which only `files` downloads.
         upsampler, text_encoder: files, folders or hub ids of parts that do not lie with it.
         parts: those of the other components, by name.
@@ -55,7 +58,7 @@ class FoundModel:
         """Look a name up, from names and headers alone; one that was found already is handed through.
 
         Args:
-            model: what `find_model` takes, "demo", or what was found; parts in place of the demo make a model of their own.
+            model: what `find_model` takes, "demo-random", or what was found; parts in place of the demo make a model of their own.
             upsampler, text_encoder, variant, parts: as for `find_model`.
 
         Raises:
@@ -66,17 +69,17 @@ class FoundModel:
         name = str(model)
         require_parts(parts)
         given = {part: path for part, path in parts.items() if path is not None}
-        if name == "demo" and given:
+        if name in DEMOS and given:
             here = ModelFiles(variant=variant).with_parts(None, None, **given)
             return cls(str(next(iter(here.parts.values()))), here, upsampler, text_encoder, {}, variant)
         on_hub = "/" in name and not name.endswith(".safetensors") and not Path(os.path.expanduser(model)).exists()
-        own = None if name == "demo" or on_hub else find_model(model, variant=variant, **given)
+        own = None if name in DEMOS or on_hub else find_model(model, variant=variant, **given)
         return cls(name, own, upsampler, text_encoder, given, variant)
 
     @property
     def is_demo(self) -> bool:
         """Whether it is the built-in model of random weights."""
-        return self.name == "demo"
+        return self.name in DEMOS
 
     @property
     def is_here(self) -> bool:
@@ -120,7 +123,7 @@ class FoundModel:
 
     def components(self, dtype: torch.dtype) -> Components:
         """The components, each loaded when it is first read."""
-        return load_components("demo" if self.is_demo else self.files, dtype=dtype)
+        return load_components("demo-random" if self.is_demo else self.files, dtype=dtype)
 
 
 def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:

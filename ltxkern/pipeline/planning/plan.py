@@ -202,7 +202,7 @@ def plan(
     Weights are counted; activations come from running the real modules on the meta device, in seconds.
 
     Args:
-        model: "demo", an official file, a diffusers folder or hub id, one that was found, or components.
+        model: "demo-random", an official file, a diffusers folder or hub id, one that was found, or components.
         request: validated here against the model's geometry.
         device: where it would run.
         dtype: of the model.

@@ -13,7 +13,7 @@ DEMO = Geometry(video_channels=16, audio_channels=2, blocks=2)
 
 
 def test_every_layout_of_the_demo_says_the_same(official: dict[str, Path], folder: Path) -> None:
-    for model in ("demo", official["checkpoint"], folder):
+    for model in ("demo-random", official["checkpoint"], folder):
         assert FoundModel.of(model).geometry == DEMO
 
 
@@ -27,7 +27,7 @@ def test_a_found_model_is_handed_through(folder: Path) -> None:
     found = FoundModel.of(folder)
     assert FoundModel.of(found) is found
     assert (found.is_demo, found.is_here, found.path) == (False, True, folder)
-    demo, hub = FoundModel.of("demo"), FoundModel.of("some/repository")
+    demo, hub = FoundModel.of("demo-random"), FoundModel.of("some/repository")
     assert (demo.is_demo, demo.is_here, demo.path) == (True, True, None)
     assert (hub.is_demo, hub.is_here, hub.path, hub.config("transformer")) == (False, False, None, None)
 
