@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import uvicorn
 
-from ltxkern.commands.options import DEMO_SIZES, ModelOptions
+from ltxkern.commands.options import ModelOptions
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.run.presets import find_preset
 from ltxkern.service.fields import Offer
@@ -48,7 +48,7 @@ def offer() -> Offer:
         distilled_strengths=find_preset("hq").distilled_strengths,
         embedding_cache=False,
     )
-    return Offer(chosen, DEMO_SIZES)
+    return Offer(chosen, chosen.sizes)
 
 
 class Answer(NamedTuple):
