@@ -35,7 +35,7 @@ from tools.demo_model.judge import Verdict, edge_width, judge, read_clip, scores
 from tools.demo_model.prompts import write_prompt
 from tools.demo_model.training import WORKERS, seeded
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, decibels
-from tools.demo_model.world import Scene, draw_scene, render_video
+from tools.demo_model.world import Scene, Window, draw_scene, render_video
 
 Call = Callable[..., HQOutput]
 
@@ -134,7 +134,7 @@ def write_fp8(source: Path, target: Path) -> None:
 
 def first_frame(scene: Scene, height: int, width: int, frames: int) -> Tensor:
     """The first frame of a scene, (3, H, W) in [0, 1]."""
-    return (render_video(scene, height, width, frames)[0] + 1) / 2
+    return (render_video(scene, height, width, frames, Window(0, 0, height, width, 0, 1))[0] + 1) / 2
 
 
 def save_picture(pixels: Tensor, path: Path) -> str:
