@@ -14,7 +14,7 @@ from typing import Any
 from ltxkern.pipeline.files.hub import DEMO_FOLDER, DEMO_NAMES
 from ltxkern.pipeline.run.presets import PRESETS
 from tools.demo_model.faults import FAULTS
-from tools.demo_model.runs import Setting, row, run, tasks, workers
+from tools.demo_model.runs import Setting, is_right, row, run, tasks, workers
 
 PROMPTS, PAIRS, WITH_FAULTS = 64, 16, 16
 VIDEOS = Path("build/demo_model/videos")
@@ -58,7 +58,8 @@ def main() -> None:
             chosen = tasks(arguments.pairs, shapes=2) if name == TWO else tasks(count)
             made = run(SETTINGS[name], arguments.files, chosen, VIDEOS / name.replace(" ", "-"), pool)
             keep(arguments.files / "measured.json", arguments.files, name, row(made), list(SETTINGS))
-            print(name, json.dumps(row(made)), flush=True)
+            fine = [number for number, one in enumerate(made) if is_right(one.verdict)]
+            print(name, json.dumps(row(made)), "all right:", *fine, flush=True)
 
 
 if __name__ == "__main__":

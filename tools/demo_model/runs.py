@@ -200,13 +200,18 @@ def workers() -> Executor:
     )
 
 
+def is_right(verdict: Verdict) -> bool:
+    """Whether a clip shows all that was asked."""
+    return all(answer is not False for answer in vars(verdict).values())
+
+
 def row(made: Sequence[Made]) -> dict[str, float]:
     """Of many videos: right answers of each question and of all in percent, means of the rest, the least PSNR of first frames."""
     verdicts = [one.verdict for one in made]
     found: dict[str, float] = {
         name: round(100 * share) for name, share in scores(verdicts).items() if not math.isnan(share)
     }
-    found["all"] = round(100 * fmean(all(answer is not False for answer in vars(one).values()) for one in verdicts))
+    found["all"] = round(100 * fmean(map(is_right, verdicts)))
     if edges := [one.edge for one in made if math.isfinite(one.edge)]:
         found["edge"] = round(fmean(edges), 2)
     found["seconds"] = round(fmean(one.seconds for one in made), 1)
