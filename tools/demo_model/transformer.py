@@ -146,7 +146,7 @@ class Transformer(Part):
     """Transformer and connectors together."""
 
     name = "transformer"
-    steps = 8000
+    steps = 5000
     decay_share = 0.5
     batch, full_batch = 16, 4
     full_every = 3
