@@ -41,7 +41,7 @@ def main() -> None:
     latents.prepare(folder, max(latents.FEWEST_FILES, round(latents.FILES * share)), workers)
     _train(AFTER_LATENTS, folder, share, workers)
     Trained.load(folder).write(folder / "files")
-    print(f"written to {folder / 'files'}; python -m tools.demo_model.measure --files {folder / 'files'} measures them")
+    print(f"written to {folder / 'files'}; copied to ltxkern/demo they are the package's demo model")
 
 
 if __name__ == "__main__":

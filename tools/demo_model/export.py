@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ltxkern.pipeline.files.hub import DEMO_NAMES
 from ltxkern.pipeline.files.official_names import official_name
 from tools.demo_model.audio import AudioVAE, Vocoder
 from tools.demo_model.configuration import SECTIONS, UPSAMPLER, plain
@@ -21,12 +22,7 @@ from tools.demo_model.transformer import Model, Transformer
 from tools.demo_model.upsampler import Upsampler
 from tools.demo_model.video_vae import VideoDecoder, VideoVAE
 
-MODEL, UPSCALER, LORA, TEXT = (
-    "ltx-2.3-demo.safetensors",
-    "ltx-2.3-demo-spatial-upscaler-x2.safetensors",
-    "ltx-2.3-demo-distilled-lora.safetensors",
-    "gemma",
-)
+MODEL, UPSCALER, LORA, TEXT = DEMO_NAMES
 MOST_BYTES = 12_000_000
 
 

@@ -12,7 +12,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.run import denoising, request
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
@@ -74,8 +73,8 @@ FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
 
 
 @contextmanager
-def planted(pipeline: HQTwoStagePipeline, fault: str) -> Iterator[Call]:
-    """Calls of the pipeline with one of the `FAULTS`."""
+def planted(pipeline: Call, fault: str) -> Iterator[Call]:
+    """Calls of a pipeline with one of the `FAULTS`."""
 
     def call(prompt: str, **options: Any) -> HQOutput:
         output = pipeline(prompt, **options | settings)
