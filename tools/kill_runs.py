@@ -82,7 +82,7 @@ def child(arguments: Sequence[str], report: Connection, said: int, hold: tuple[s
         if hold == (event.stage, event.done):
             signal.pause()
 
-    Shown.__call__ = tell  # type: ignore[method-assign]
+    Shown.__call__ = tell  # type: ignore[method-assign, assignment]
     os.dup2(said, 1)
     os.dup2(said, 2)
     os._exit(ltxkern([*arguments]))

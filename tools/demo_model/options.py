@@ -69,7 +69,7 @@ def main() -> None:
     chosen = tasks(arguments.prompts)
     with workers() as pool:
         for name in arguments.only or OPTIONS:
-            found = row(run(OPTIONS[name], arguments.files, chosen, place(name), pool))
+            found: dict[str, float | None] = {**row(run(OPTIONS[name], arguments.files, chosen, place(name), pool))}
             found["decibels"] = likeness(place(name), place(REFERENCE), len(chosen))
             keep(arguments.files / "options.json", arguments.files, name, found, list(OPTIONS))
             print(name, json.dumps(found), flush=True)

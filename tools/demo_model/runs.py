@@ -88,7 +88,7 @@ class Made(NamedTuple):
 
 def open_model(files: Path, **settings: Any) -> HQTwoStagePipeline:
     """A pipeline on exported files, in fp32 on the CPU unless told otherwise."""
-    settings = {"device": "cpu", "dtype": torch.float32} | settings
+    settings = dict[str, Any](device="cpu", dtype=torch.float32) | settings
     return HQTwoStagePipeline.from_pretrained(FoundModel(DEMO, demo_files(files)), **settings)
 
 
