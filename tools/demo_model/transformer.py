@@ -146,7 +146,7 @@ class Transformer(Part):
     """Transformer and connectors together."""
 
     name = "transformer"
-    steps = 6000
+    steps = 7000
     decay_share = 0.5
     batch, full_batch = 16, 4
     full_every = 3
