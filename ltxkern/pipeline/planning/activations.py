@@ -108,7 +108,8 @@ def stage_activations(sizes: ModelSizes, request: GenerationRequest, stage: Stag
 
 def upsample_activations(sizes: ModelSizes, stage: Stage, *, unified: bool) -> Activations:
     """The latent upsampler."""
-    upsampler, vae = sizes.module("upsampler"), sizes.module("video_vae")
+    upsampler = sizes.module("upsampler")
+    vae = sizes.module("video_vae") if "video_vae" in sizes.configs else None
     latent = _meta(*stage.video.dims(), dtype=sizes.dtype)
     return Activations(peak_bytes(lambda: upsample_latent(upsampler, vae, latent), cpu_kernels=unified))
 
