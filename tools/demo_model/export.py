@@ -17,10 +17,10 @@ from tools.demo_model.configuration import SECTIONS, UPSAMPLER, plain
 from tools.demo_model.latents import Statistics, statistics
 from tools.demo_model.lora import DistilledLora, Factors
 from tools.demo_model.text import text_encoder, tokenizer
-from tools.demo_model.training import checkpoint, load_modules
+from tools.demo_model.training import load_modules
 from tools.demo_model.transformer import Model, Transformer
 from tools.demo_model.upsampler import Upsampler
-from tools.demo_model.video_vae import VideoDecoder, VideoVAE
+from tools.demo_model.video_vae import VideoVAE
 
 MODEL, UPSCALER, LORA, TEXT = DEMO_NAMES
 MOST_BYTES = 12_000_000
@@ -41,9 +41,8 @@ class Trained:
     def load(cls, folder: Path) -> Trained:
         """The parts as a training left them."""
         made = cls()
-        decoder = VideoDecoder.name if checkpoint(folder, VideoDecoder.name).is_file() else VideoVAE.name
         for name, modules in (
-            (decoder, {"video_vae": made.video_vae}),
+            (VideoVAE.name, {"video_vae": made.video_vae}),
             (AudioVAE.name, {"audio_vae": made.audio_vae}),
             (Vocoder.name, {"vocoder": made.vocoder}),
             (Upsampler.name, {"upsampler": made.upsampler}),
