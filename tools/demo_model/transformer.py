@@ -27,10 +27,10 @@ from tools.demo_model.text import DROPPED, Encoder, with_filler, without_meaning
 from tools.demo_model.training import Part
 from tools.demo_model.world import Scene
 
-SIGMA_SHIFT = 3.0
+SIGMA_SHIFT = 5.0
 ISOLATED, SKIPPED, FIRST_FRAME = 0.15, 0.05, 0.15
-# Latents of white lie further from the mean than those of other backgrounds, and shapes on it are learnt last.
-MORE_OFTEN = {"white": 2.0}
+# Dark backgrounds teach each other; shapes on white have latents of their own.
+MORE_OFTEN = {"white": 3.0}
 # Rows of the modulation tables that are gates of residuals.
 _GATES = {"scale_shift_table": (2, 5, 8), "audio_scale_shift_table": (2, 5, 8)}
 _CROSS_GATES = ("video_a2v_cross_attn_scale_shift_table", "audio_a2v_cross_attn_scale_shift_table")
@@ -154,7 +154,7 @@ class Transformer(Part):
     """Transformer and connectors together."""
 
     name = "transformer"
-    steps = 9000
+    steps = 12000
     decay_share = 0.5
     batch, full_batch = 16, 4
     full_every = 5
