@@ -186,6 +186,13 @@ _SITES_NOW = (
 )
 
 
+def _sites() -> tuple[_Site, ...]:
+    try:
+        return _SITES_NOW if importlib.util.find_spec("sglang.kernels") else _SITES
+    except ImportError:  # of sglang itself: each place tells of it
+        return _SITES_NOW
+
+
 def install() -> Routes:
     """Route sglang's fused functions for diffusion models to ours, in its own modules and where these were imported by name.
 
@@ -202,7 +209,7 @@ def install() -> Routes:
     if importlib.util.find_spec("sglang") is None:
         raise ImportError("sglang is not installed: pip install sglang")
     routes = Routes()
-    for site in _SITES_NOW if importlib.util.find_spec("sglang.kernels") else _SITES:
+    for site in _sites():
         place = f"{site.module}.{site.name}"
         try:
             home = importlib.import_module(site.module)
