@@ -44,14 +44,8 @@ GOALS = {
     "group_norm_stats_columns<bf16, 8>": {"": 60, "residual": 75, "low": 133},
     "group_norm_apply_columns<bf16, 8>": {"": 80, "residual": 96, "low": 86},
 }
-# The same of what kernels on chip, which do both in one launch, take beyond the statistics of two passes. Of a group that is short
-# for its blocks a slot holds four or five packs of a thread, where others have a dozen: they alone share some 160 instructions of
-# the exchange with the other blocks, and miss 95. The case with a residual is such a one, with the 17 of a residual besides.
-ON_CHIP = {
-    "group_norm_resident<bf16, 8>": {"": 95},
-    "group_norm_pipeline<bf16, 8>": {"": 95, "residual": 145, "hunyuan": 122, "high": 122},
-    "group_norm_columns<bf16, 8>": {"": 95},
-}
+# The same of what the kernel that does both in one launch takes beyond the statistics of two passes.
+ON_CHIP = {"group_norm_columns<bf16, 8>": {"": 95}}
 # Warps of a multiprocessor, at least. PixelNorm, which is no row op, keeps 16 packs of a thread in shared memory, 8 KiB a warp: 28
 # warps would fill it. Half as many packs are some 20 instructions for 16 bytes more, and above its limit.
 WARPS = {

@@ -85,12 +85,6 @@ constexpr int kResidualBatch = kWide<T> ? kBatch : 2;
 template <class T>
 constexpr int kResidualBatch = kBatch;
 #endif
-// From shared memory: on sm_120 they spill four of these.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
-constexpr int kKeptBatch = 2;
-#else
-constexpr int kKeptBatch = kBatch;
-#endif
 template <int V>
 constexpr u32 kApart = 32 * V;
 
@@ -100,8 +94,7 @@ struct Count {
 };
 
 // All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
-// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one. A thread meets the
-// same elements in every call with this range.
+// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one.
 template <int V, int B = kBatch, class Batch, class Single>
 LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
@@ -118,62 +111,34 @@ LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     for (; i < end; i += kApart<V>) single(i);
 }
 
-// The numbers of all elements, which are of one channel.
-struct OneChannel {
-    ChannelAffine scaled;
-    LTXK_DEVICE bool same(u32, u32) const { return true; }
-    LTXK_DEVICE const ChannelAffine& at(u32) const { return scaled; }
-};
-
-// Those of elements of a group, the first of which is number `first` in it.
-struct ChannelsOfGroup {
-    const ChannelAffine* affine;
-    u32 first;
-    i64 by_positions;
-    LTXK_DEVICE bool same(u32 i, u32 j) const { return divide(first + i, by_positions) == divide(first + j, by_positions); }
-    LTXK_DEVICE ChannelAffine at(u32 i) const { return affine[divide(first + i, by_positions)]; }
-};
-
-// Normalises `count` elements of x, or where they are KEPT of shared memory; `channels` gives the numbers of an element's channel.
-template <class T, int V, bool KEPT, bool RESIDUAL, class Channels>
-LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const Channels& channels) {
-    auto read = [](const T* from) {
-        if constexpr (KEPT) return load<T, V>(from);
-        else return load_streaming<T, V>(from);
-    };
+// Normalises `count` elements of x, which are of one channel.
+template <class T, int V, bool RESIDUAL>
+LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const ChannelAffine& scaled) {
     // Of single elements as well.
-    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : KEPT ? kKeptBatch : kBatch;
-    auto single = [&](u32 i) {
-        Pack<T, V> added;
-        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-        store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
-    };
+    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : kBatch;
     each_pack<V, kLoads>(
         count, range,
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;
-            // Seldom; in line it costs registers that the others need.
-            if (!channels.same(i, i + (B - 1) * kApart<V>)) {
-#pragma unroll 1
-                for (int b = 0; b < B; ++b) single(i + b * kApart<V>);
-                return;
-            }
             const T* from = x + i;
             T* to = out + i;
             Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
 #pragma unroll
-            for (int b = 0; b < B; ++b) packs[b] = read(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = load_streaming<T, V>(from + b * kApart<V>);
             if constexpr (RESIDUAL) {
                 const T* more = residual + i;
 #pragma unroll
                 for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
-            ChannelAffine all = channels.at(i);
 #pragma unroll
             for (int b = 0; b < B; ++b)
-                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], all));
+                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], scaled));
         },
-        single);
+        [&](u32 i) {
+            Pack<T, V> added;
+            if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
+            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(load_streaming<T, V>(x + i), added, scaled));
+        });
 }
 
 // An interval of elements split into a 16-byte aligned body and its two ragged ends.
@@ -271,9 +236,9 @@ LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const C
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
-    apply_all<T, V, false, RESIDUAL>(
+    apply_all<T, V, RESIDUAL>(
         out + span.body_begin, x + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr,
-        static_cast<u32>(span.body_end - span.body_begin), p.range, OneChannel{scaled});
+        static_cast<u32>(span.body_end - span.body_begin), p.range, scaled);
     for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
         i64 at = span.ragged_index(k);
         Pack<T, 1> added = {};
