@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Order of the tensors in every call of a program.
 OUT, X, WEIGHT, BIAS, RESIDUAL, CONV_BIAS, WORKSPACE = (Argument(i) for i in range(7))
 ARGUMENTS = 7
+# Of a thread in a short chunk, at least.
+ACCESSES = 8
 # Upper bound of the static shared memory of `columns_on_chip`.
 STATIC_SHARED = 9 << 10
 
@@ -116,10 +118,12 @@ def _two_pass_steps(
     return steps, affine.offset + 16 * case.samples * case.channels
 
 
-def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int = THREADS) -> tuple[tuple[Step, ...], int]:
+def two_pass(case: Case, chunk_bytes: int = 64 << 10, threads: int | None = None) -> tuple[tuple[Step, ...], int]:
     """Statistics, then apply: 3 units of traffic, 2 where the activation stays in L2. Returns the steps and workspace bytes."""
     chunk = max(1, min(chunk_bytes // case.itemsize, round_up(case.positions, 8)))
     chunks = ceil_div(case.positions, chunk)
+    # What a thread does before its first access is worth several of them.
+    threads = threads or min(THREADS, round_up(ceil_div(chunk, ACCESSES * case.vector), 32))
     parameters = _two_pass_parameters(case, chunk, chunks, _range(chunk, threads, case.vector))
     grid = (case.samples * case.channels * chunks,)
     return _two_pass_steps(case, parameters, grid, threads, f"<{CUDA_NAMES[case.dtype]}, {case.vector}>")

@@ -253,9 +253,9 @@ def test_group_norm_is_said_to_take_two_passes(by_card) -> None:
     assert {(one.tier, one.launches) for one in ours} == {("cuda", 3), ("triton", 2)}
     figures = measured.read(ROOT / "bench" / "results")
     said = predicted_page.two_passes(by_card, figures)
-    assert "40 to 66 % are predicted on the CUDA tier and 47 to 75 % on Triton's" in said
+    assert "43 to 66 % are predicted on the CUDA tier and 47 to 75 % on Triton's" in said
     # Of two passes alone: the pipeline reached 41 to 56 % of these.
-    assert "measured at 41 to 64 %, each case within 7 points of its prediction" in said
+    assert "measured at 41 to 64 %, each case within 8 points of its prediction" in said
     assert [*figures["group_norm_silu", "hunyuan_vae", "bf16", "cuda"]["H200"]] == [pytest.approx(60.5, abs=0.1)]
     assert "measured at" not in predicted_page.two_passes(by_card, {})
 
