@@ -59,6 +59,12 @@ def test_contiguous_groups_take_two_passes_at_every_size(shape: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(("shape", "threads"), [("tiny", 32), ("production", 128), ("small", 256), ("post_720p", 256)])
+def test_threads_of_a_short_chunk_have_eight_accesses_or_more(shape: str, threads: int) -> None:
+    steps, _ = launch.choose(case_of(SHAPES[shape]), H200)
+    assert {step.block for step in steps if isinstance(step, Launch) and "finalize" not in step.kernel} == {threads}
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "kept"),
     [
