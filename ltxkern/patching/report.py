@@ -12,6 +12,7 @@ from torch import nn
 
 from ltxkern.dispatch import handed, registered
 from ltxkern.patching.watch import Group, Patched, settle, watch
+from ltxkern.registration import needs_dispatcher
 
 
 @dataclass(eq=False)
@@ -38,15 +39,15 @@ class Site:
     _seen: Any = field(default=None, repr=False)
 
     def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any] | None) -> None:
-        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces.
+        """Note a call of the op on x, and who serves it where dtype or device are new.
 
-        `call` is None where torch itself has the op.
+        `call` is None where torch itself has the op. Where something traces or transforms nobody is asked: a tracer would see it.
         """
         if torch.compiler.is_compiling():
             return
         self.calls += 1
         seen = (x.dtype, x.device)
-        if seen != self._seen:
+        if seen != self._seen and not needs_dispatcher(()):
             self._seen = seen
             self.backend = "torch" if call is None else self._serving(x, call)
 

@@ -221,9 +221,17 @@ def _spoken(kind: type) -> frozenset[str]:
 
 @functools.cache
 def fused(mixin: Any, kind: Any) -> Any:
-    """`kind` with the forward of `mixin`, under the name of `kind`."""
+    """`kind` with the forward of `mixin`, under the name of `kind`; called, it makes a `kind`."""
+
+    @functools.wraps(kind.__init__)
+    def plainly(self: Any, *args: Any, **keywords: Any) -> None:
+        if type(self) is made:
+            _dress(self, kind)
+        kind.__init__(self, *args, **keywords)
+
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), {**names, "_ltxkern_own": kind})
+    made = type(kind.__name__, (mixin, kind), {**names, "__init__": plainly, "_ltxkern_own": kind})
+    return made
 
 
 def _empty(mixin: Any, kind: Any) -> nn.Module:
