@@ -31,8 +31,9 @@ EXPLAINED: dict[tuple[str, str, str, str, str], str] = {
     ("H200", "qk_norm_rope", "stage2_video_by_row", "bf16", "cuda"): _OPEN,
     ("H200", "qk_norm_rope", "stage2_video_by_row", "bf16", "triton"): _OPEN,
 }
-# Runs that forced a kernel, by its name there: the tier that has no other one for its calls now.
-_FORCED = {"two passes": "cuda"}
+# GroupNorm's kernels in runs that force each, by their names there: whether channels-last calls, else contiguous ones, have it as
+# the CUDA tier's own.
+_FORCED = {"two passes": False, "one launch": True}
 # Calls whose kernel of the tier "cuda" at a revision is gone.
 _GONE = {
     ("df8da9e3f6", "group_norm_silu", case)
@@ -43,7 +44,7 @@ _GONE = {
 def _tier_of(record: Record, revision: str) -> str | None:
     """The tier that would run a record's kernel today; None where it is no kernel of ours, or gone."""
     if record.provider in _FORCED:
-        return _FORCED[record.provider]
+        return "cuda" if _FORCED[record.provider] == record.case.endswith("channels_last") else None
     tier = record.provider.removeprefix("ltxkern ")
     gone = tier == "cuda" and (revision, record.op, record.case) in _GONE
     return None if gone or tier == record.provider else tier

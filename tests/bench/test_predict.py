@@ -260,6 +260,24 @@ def test_group_norm_is_said_to_take_two_passes(by_card) -> None:
     assert "measured at" not in predicted_page.two_passes(by_card, {})
 
 
+@pytest.mark.parametrize(
+    ("provider", "case", "tier"),
+    [
+        ("two passes", "hunyuan_vae", "cuda"),
+        ("two passes", "ltx2_upsampler_post_720p_channels_last", None),
+        ("one launch", "ltx2_upsampler_post_720p_channels_last", "cuda"),
+        ("pipeline", "hunyuan_vae", None),
+        ("ltxkern triton", "hunyuan_vae", "triton"),
+        ("torch eager", "hunyuan_vae", None),
+    ],
+)
+def test_a_forced_kernel_counts_as_its_tier_where_that_has_it_for_its_own(provider, case, tier, tmp_path) -> None:
+    row = dataclasses.replace(record(provider, 40.0, percent_of_roof=60.0), op="group_norm_silu", case=case)
+    write_json(dataclasses.replace(results(row), machine={**FACTS, "gpu": "NVIDIA H200"}), tmp_path / "m.json")
+    found = measured.read(tmp_path)
+    assert found == ({("group_norm_silu", case, row.dtype, tier): {"H200": [60.0]}} if tier else {})
+
+
 def measured_at(by_card, folder, points: float) -> Prediction:
     """A Triton call, of which a results file of an H200 has a figure so many points above its prediction."""
     one = next(one for one in by_card["h200"] if one.tier == "triton")

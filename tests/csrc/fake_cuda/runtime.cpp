@@ -1,8 +1,8 @@
 // csrc/runtime_cuda.cu on a stand-in for the CUDA runtime.
 //
 // Arguments: static bytes of the one kernel, then pairs: "prepare BYTES", "launch BYTES", "held BYTES" (of a block), "cooperative BYTES"
-// and "together BYTES" (held and launched where all blocks wait for one another), "unavailable -", "unserved -"; "plant:NAME NUMBER" plants what the device answers. Prints the answers, a line each, then "ok", or what
-// failed.
+// and "together BYTES" (held, and launched, where all blocks wait for one another), "unavailable -", "unserved -"; "plant:NAME NUMBER"
+// plants what the device answers. Prints the answers, a line each, then "ok", or what failed.
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
