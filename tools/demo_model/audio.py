@@ -17,7 +17,7 @@ from tools.demo_model.configuration import plain
 from tools.demo_model.judge import Clip, hears_pitch, hears_side
 from tools.demo_model.muon import Muon
 from tools.demo_model.training import Part, load_modules, seeded
-from tools.demo_model.world import Scene, draw_scene, render_sound
+from tools.demo_model.world import COLOURS, HORIZONTAL, Scene, draw_scene, render_sound
 
 FRAMES, FRAME_RATE = 49, 24.0
 RATE, HOP, WINDOW, MELS = 16000, 160, 1024, 64
@@ -48,6 +48,13 @@ def sound_of(scene: Scene) -> Tensor:
     return render_sound(scene, FRAMES / FRAME_RATE, RATE)[:, : ROWS * HOP]
 
 
+def hard_to_hear(scene: Scene) -> bool:
+    """Whether a sound changes sides on a tone that meets a bin of the transform, so that few bands tell of it."""
+    return any(
+        shape.motion in HORIZONTAL and COLOURS[shape.colour].pitch * WINDOW % RATE == 0 for shape in scene.shapes
+    )
+
+
 def encode_audio(vae: Any, mel: Tensor) -> Tensor:
     """Means of the latents, not normalised, (N, C, T, M), from spectrograms (N, 2, 4T - 3, 64)."""
     return vae.encoder(mel)[:, : vae.config.latent_channels]
@@ -56,7 +63,7 @@ def encode_audio(vae: Any, mel: Tensor) -> Tensor:
 class AudioVAE(Part):
     """Both halves. What differs between left and right has a loss of its own, or it would be ignored.
 
-    So has what differs in the loudest bands: tones that meet a bin of the transform fill few bands, and weigh little in a mean of all.
+    So has what differs in the loudest bands: a tone that meets a bin of the transform fills few, of little weight in a mean.
     """
 
     name = "audio_vae"
@@ -100,10 +107,11 @@ class Vocoder(Part):
     """
 
     name = "vocoder"
-    steps = 3800
+    steps = 4600
     decoded_from = 1600
     batch = 3
     rows = 80
+    more_often = 0.5  # how many draws ask for a scene that is hard to hear
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -127,7 +135,10 @@ class Vocoder(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         mels, sounds = [], []
         for _ in range(self.batch):
-            sound = sound_of(draw_scene(draws))
+            hard = draws.random() < self.more_often
+            while not hard_to_hear(scene := draw_scene(draws)) and hard:
+                pass
+            sound = sound_of(scene)
             mel = log_mel(sound)
             if step >= self.decoded_from:
                 mel = self._decoded(mel[None])[0]
