@@ -44,8 +44,8 @@ def told(key: str, equal: str = "") -> Callable[[Any], str]:
 
 def figures() -> str:
     """Of the card."""
-    edge, picture = "pixels across an edge", "first frame, least PSNR in dB"
-    return table("", rows("measured"), {edge: told("edge"), picture: told("first_frame")})
+    fit, edge, picture = "fit of the outline", "pixels across an edge", "first frame, least PSNR in dB"
+    return table("", rows("measured"), {fit: told("fit"), edge: told("edge"), picture: told("first_frame")})
 
 
 def options() -> str:

@@ -10,8 +10,18 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ltxkern.pipeline.results.media import write_mp4
-from tools.demo_model.judge import Clip, Verdict, edge_width, judge, read_clip, scores
-from tools.demo_model.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_scene, render_sound, render_video
+from tools.demo_model.judge import Clip, Verdict, edge_width, judge, outline_fit, read_clip, scores
+from tools.demo_model.world import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    Shape,
+    draw_scene,
+    render_sound,
+    render_video,
+)
 
 SIZES = ((64, 96, 25), (128, 192, 25), (256, 384, 9), (128, 128, 25))
 
@@ -114,6 +124,17 @@ def test_edges_are_as_wide_as_they_are(width: int, least: float, most: float) ->
         blurred = avg_pool2d(frames, width, stride=1) if width > 1 else frames
         assert least < edge_width(blurred) < most
     assert edge_width(torch.zeros(9, 3, 64, 96)) == math.inf
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_an_outline_fits_its_own_kind_best(kind: str) -> None:
+    frames = clip_of(Scene("navy", (Shape(kind, "red", "up"),)), 128, 192, 9).frames
+    fits = {other: outline_fit(frames, other) for other in SHAPES}
+    assert fits.pop(kind) > 0.95
+    assert max(fits.values()) < 0.92
+    squeezed = interpolate(frames, (128, 128))
+    assert outline_fit(squeezed, kind) < 0.85
+    assert outline_fit(torch.zeros(9, 3, 64, 96), kind) == 0
 
 
 def test_scores_count_only_what_was_asked() -> None:

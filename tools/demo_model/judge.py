@@ -143,6 +143,15 @@ def edge_width(frames: Tensor) -> float:
     return float(((cover > 0.1) & (cover < 0.9)).sum()) / (math.pi / 4 * steps) if steps else math.inf
 
 
+def outline_fit(frames: Tensor, kind: str) -> float:
+    """How well a shape of this kind covers what stands out, wherever it is: intersection over union, 1 for a perfect outline."""
+    found = _standing(frames)
+    if found is None:
+        return 0.0
+    mask = found.cover(frames) > 0.5
+    return _overlaps(mask, _outlines(mask)).get(kind, 0.0)
+
+
 def _see(frames: Tensor) -> Sight:
     found = _standing(frames)
     background = _nearest(_ground(frames)[None] if found is None else found.ground[None], BACKGROUNDS)[0]
@@ -151,7 +160,9 @@ def _see(frames: Tensor) -> Sight:
     colours = _nearest(found.inside.T, {name: colour.rgb for name, colour in COLOURS.items()})
     mask = found.cover(frames) > 0.5
     outlines = _outlines(mask)
-    return Sight(background, max(COLOURS, key=colours.count), _shape(mask, outlines), _motion(outlines))
+    overlap = _overlaps(mask, outlines)
+    shape = max(overlap, key=lambda kind: overlap[kind], default="none")
+    return Sight(background, max(COLOURS, key=colours.count), shape, _motion(outlines))
 
 
 def _nearest(pixels: Tensor, palette: dict[str, tuple[int, int, int]]) -> list[str]:
@@ -201,14 +212,14 @@ def _motion(outlines: Outlines) -> str:
     return "down" if down > 0 else "up"
 
 
-def _shape(mask: Tensor, outlines: Outlines) -> str:
-    """The kind whose drawing of the same area and centre covers the mask best, over some frames."""
+def _overlaps(mask: Tensor, outlines: Outlines) -> dict[str, float]:
+    """How well a drawing of each kind, of the same area and centre, covers the mask: intersection over union, over some frames."""
     _, height, width = mask.shape
     rows = ((torch.arange(height) + 0.5) / height)[None, :, None]
     columns = ((torch.arange(width) + 0.5) / height)[None, None, :]
     chosen = (outlines.area > _LEAST_SHARE / 2).nonzero().flatten()
     if not len(chosen):
-        return "none"
+        return {}
     chosen = chosen[:: max(1, len(chosen) // 8)]
     x, y, area = (value[chosen].view(-1, 1, 1) for value in outlines)
     seen = mask[chosen]
@@ -216,7 +227,7 @@ def _shape(mask: Tensor, outlines: Outlines) -> str:
     for kind in SHAPES:
         drawn = distance(kind, columns - x, rows - y, (area / _UNIT_AREA[kind]).sqrt()) < 0
         overlap[kind] = float(((drawn & seen).sum((1, 2)) / (drawn | seen).sum((1, 2)).clamp(min=1)).mean())
-    return max(overlap, key=lambda kind: overlap[kind])
+    return overlap
 
 
 def _unit_area(kind: str) -> float:

@@ -31,7 +31,7 @@ from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.media import write_mp4
 from ltxkern.pipeline.run.decoding import decode
 from tools.demo_model.faults import planted
-from tools.demo_model.judge import Verdict, edge_width, judge, read_clip, scores
+from tools.demo_model.judge import Verdict, edge_width, judge, outline_fit, read_clip, scores
 from tools.demo_model.prompts import write_prompt
 from tools.demo_model.training import WORKERS, seeded
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, decibels
@@ -78,10 +78,14 @@ class Setting:
 
 
 class Made(NamedTuple):
-    """What one video shows: the verdict, pixels across an edge, seconds of the processor, PSNR of a given first frame."""
+    """What one video shows: the verdict, pixels across an edge, fit of the outline, seconds of the processor, first frame's PSNR.
+
+    The fit of two shapes is NaN.
+    """
 
     verdict: Verdict
     edge: float
+    fit: float
     seconds: float
     first_frame: float | None
 
@@ -163,7 +167,9 @@ def make(call: Call, task: Task, path: Path, *, given: bool = False, **options: 
     write_mp4(path, [output.video], output.audio, output.frame_rate)
     clip = read_clip(path)
     likeness = decibels(4 * float((clip.frames[0] - start).square().mean())) if given else None
-    return Made(judge(clip, task.scene), edge_width(clip.frames), seconds, likeness)
+    shapes = task.scene.shapes
+    fit = outline_fit(clip.frames, shapes[0].kind) if len(shapes) == 1 else math.nan
+    return Made(judge(clip, task.scene), edge_width(clip.frames), fit, seconds, likeness)
 
 
 def run(
@@ -214,6 +220,8 @@ def row(made: Sequence[Made]) -> dict[str, float]:
     found["all"] = round(100 * fmean(map(is_right, verdicts)))
     if edges := [one.edge for one in made if math.isfinite(one.edge)]:
         found["edge"] = round(fmean(edges), 2)
+    if fits := [one.fit for one in made if math.isfinite(one.fit)]:
+        found["fit"] = round(100 * fmean(fits), 1)
     found["seconds"] = round(fmean(one.seconds for one in made), 1)
     if pictures := [one.first_frame for one in made if one.first_frame is not None]:
         found["first_frame"] = round(min(pictures), 1)
