@@ -19,12 +19,15 @@ from tools.demo_model.runs import Setting, is_right, row, run, tasks, workers
 PROMPTS, PAIRS, WITH_FAULTS = 64, 16, 16
 VIDEOS = Path("build/demo_model/videos")
 ONE, TWO = "one shape", "two shapes"
+# The first of one shape: what the faults are to be compared with.
+NO_FAULT = "no fault"
 SETTINGS = {
     ONE: Setting(),
     TWO: Setting(),
     "first frame given": Setting(first_frame=True),
     "stage 1 enlarged": Setting(enlarged=True),
     "stage 2 without the LoRA": Setting({"distilled_strengths": (PRESETS["hq"].distilled_strengths[0], 0.0)}),
+    NO_FAULT: Setting(),
 } | {fault: Setting(fault=fault) for fault in FAULTS}
 
 
@@ -54,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with workers() as pool:
         for name in arguments.only or SETTINGS:
-            count = arguments.with_faults if name in FAULTS else arguments.prompts
+            count = arguments.with_faults if name in (NO_FAULT, *FAULTS) else arguments.prompts
             chosen = tasks(arguments.pairs, shapes=2) if name == TWO else tasks(count)
             made = run(SETTINGS[name], arguments.files, chosen, VIDEOS / name.replace(" ", "-"), pool)
             keep(arguments.files / "measured.json", arguments.files, name, row(made), list(SETTINGS))
