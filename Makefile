@@ -6,7 +6,7 @@ PY      := $(VENV)/bin/python
 PIP     := $(PY) -m pip --disable-pip-version-check
 DEMO    ?= demo.mp4
 BUDGET  ?= 540
-PROMPT  ?= a red kite over a winter beach, waves and gulls
+PROMPT  ?= a red ball bounces on a black background
 
 DEMO_MODEL ?= build/demo_model
 
@@ -14,6 +14,11 @@ DEMO_MODEL ?= build/demo_model
 
 demo: setup
 	$(PY) -m ltxkern generate --model demo --prompt "$(PROMPT)" -o $(DEMO)
+	@echo
+	@echo 'Next, for example:'
+	@echo '  $(VENV)/bin/ltxkern generate --prompt "a big golden ring rolls to the left on a navy background" -o ring.mp4'
+	@echo '  $(VENV)/bin/ltxkern generate --prompt "a cyan ring moves right" --image docs/gallery/cyan-ring.png -o from-picture.mp4'
+	@echo '  docs/gallery.md shows what else the demo knows, and what each option keeps and costs'
 
 # Trains the demo's model: hours on two cores. It can be stopped at any time, and the same command goes on.
 demo-model: setup

@@ -113,9 +113,10 @@ def wheel_faults(path: Path, kind: str, tree: Path, local: str = "") -> list[str
             faults.append(f"lacks the licence {name}")
     if b"ltxkern = ltxkern.cli:main" not in files.get(f"{info}/entry_points.txt", b""):
         faults.append("does not declare the command ltxkern")
-    for source in sorted((tree / "ltxkern").rglob("*.py")):
-        if files.get(str(source.relative_to(tree))) != source.read_bytes():
-            faults.append(f"lacks {source.relative_to(tree)}, or has another")
+    for source in sorted(path for path in (tree / "ltxkern").rglob("*") if path.is_file()):
+        name = str(source.relative_to(tree))
+        if not BUILT.search(name) and files.get(name) != source.read_bytes():
+            faults.append(f"lacks {name}, or has another")
     for header in sorted((tree / HEADERS).glob("*.cuh")):
         if files.get(f"ltxkern/csrc/ltxkern/{header.name}") != header.read_bytes():
             faults.append(f"lacks the header {header.name}, which NVRTC needs, or has another")

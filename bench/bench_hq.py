@@ -1,4 +1,4 @@
-"""Seconds per stage of whole HQ runs: `python bench/bench_hq.py --model demo|PATH|random-full`.
+"""Seconds per stage of whole HQ runs: `python bench/bench_hq.py --model demo-random|PATH|random-full`.
 
 `random-full` builds the production shapes with random weights and skips the text encoder (random contexts), so that a GPU can be
 measured without a download; its pictures are noise, its times are not. The first run warms up and is not counted.
@@ -137,7 +137,7 @@ def size_of(text: str) -> tuple[int, int, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of whole runs."""
     options = parser("Seconds per stage of a whole run.")
-    options.add_argument("--model", default="demo", help="demo, random-full, or a path")
+    options.add_argument("--model", default="demo-random", help="demo-random, random-full, or a path")
     options.add_argument("--distilled-lora", help="with a path: the distilled LoRA file")
     options.add_argument("--upsampler", help="with a path: the upsampler file")
     options.add_argument("--text-encoder", help="with a path: the text encoder folder")
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = "height, width, frames (default: 64x64x9 for the demo, 1088x1920x121 otherwise)"
     options.add_argument("--size", type=size_of, metavar="HxWxF", help=default)
     parsed = options.parse_args(arguments)
-    size = parsed.size or (DEMO_SIZE if parsed.model == "demo" else FULL_SIZE)
+    size = parsed.size or (DEMO_SIZE if parsed.model == "demo-random" else FULL_SIZE)
     relaunch_warm(parsed)
     run = start_run(parsed)
     if parsed.model == "random-full":

@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--machine", default="this machine", help="named in the picture")
     parser.add_argument("--picture")
     given = parser.parse_args()
-    geometry = FoundModel.of("demo").geometry
+    geometry = FoundModel.of("demo-random").geometry
     results = {}
     for preset, guidance in (("hq", HQ_GUIDANCE), ("two-stage", TWO_STAGE_GUIDANCE)):
         moved = type(guidance)(*(scale_blocks(scales, geometry.blocks) for scales in (guidance.video, guidance.audio)))

@@ -66,7 +66,7 @@ def medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 def evaluations(given: argparse.Namespace) -> None:
     """Seconds of an evaluation of each stage, shared out and not."""
-    geometry = FoundModel.of("demo").geometry
+    geometry = FoundModel.of("demo-random").geometry
     request = GenerationRequest("x", height=given.height, width=given.width, num_frames=given.num_frames)
     stages = request.stages(geometry)
     transformer = build_demo(device=given.device).transformer

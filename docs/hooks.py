@@ -15,6 +15,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "csrc/README.md": "kernels.md",
+    "ltxkern/demo/MODEL_CARD.md": "model-card.md",
     "examples/README.md": "examples.md",
     "integrations/comfyui/README.md": "stacks/comfyui.md",
     "examples/adding_an_op/README.md": "adding-an-op.md",

@@ -1,6 +1,6 @@
 """A video with sound from Python, with a progress bar: `python examples/generate_with_progress.py [kite.mp4]`.
 
-The demo model has random weights and needs no download; the path of a real checkpoint takes its place.
+The model demo-random has random weights and needs no download; the path of a real checkpoint takes its place.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main(path: str = "kite.mp4") -> None:
         bar.refresh()
 
     request = GenerationRequest("a red kite over a winter beach", height=64, width=128, num_frames=9, steps=2, seed=10)
-    with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipeline, bar:
+    with HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", dtype=torch.float32) as pipeline, bar:
         result = pipeline.generate(request, progress=progress)
         result.save(path)
     for op, backends in result.backends.items():

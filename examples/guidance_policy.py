@@ -55,7 +55,7 @@ def main() -> None:
         video_guidance=GuidanceScales(cfg=3.0),
         audio_guidance=GuidanceScales(cfg=7.0),
     )
-    with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipeline:
+    with HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", dtype=torch.float32) as pipeline:
         result = pipeline.generate(request, guidance_policy=ClippedGuidance, output_type="latents")
     print(
         f"latents of the video {tuple(result.latents['video'].shape)}, of the sound {tuple(result.latents['audio'].shape)}"

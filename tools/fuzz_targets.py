@@ -84,7 +84,7 @@ def mutated(example: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-_odd = st.sampled_from(
+_odd: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, -1, 0, 1, 8, 2**31, 2**63, 10**40, 1.5, float("nan"), float("inf"), "", "F32", "a", [], {}, [[]]]
 )
 _number = st.integers(-2, 40) | _odd
@@ -198,7 +198,8 @@ def text_targets(path: Path) -> list[Target]:
     from ltxkern.pipeline.work.folder import MANIFEST, read_manifest
 
     parser = argparse.ArgumentParser()
-    parser = generate.add_parser(parser.add_subparsers()) or _last_parser(parser)
+    generate.add_parser(parser.add_subparsers())
+    parser = _last_parser(parser)
     manifest = path.with_name(MANIFEST)
 
     def config(data: bytes) -> object:
@@ -307,7 +308,7 @@ def request_target() -> Target:
             return None
         if guided:
             given_fields["video_guidance"] = GuidanceScales(**guided)
-        usual = {"prompt": "a", "height": 128, "width": 192, "num_frames": 9, "preset": preset}
+        usual: dict[str, Any] = {"prompt": "a", "height": 128, "width": 192, "num_frames": 9, "preset": preset}
         request = GenerationRequest(**(usual | given_fields))
         request.validate(Geometry())
         return request.stages(Geometry())

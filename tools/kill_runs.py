@@ -1,4 +1,4 @@
-"""Kills runs of the demo model and resumes them: `python -m tools.kill_runs --kills 20 --seed 1`.
+"""Kills runs of the random demo model and resumes them: `python -m tools.kill_runs --kills 20 --seed 1`.
 
 Each run is a process of its own that SIGKILL ends at a moment drawn within a stage; every stage has its turn. The resumed mp4 must
 have the bytes of the run that nobody killed, no more than one step may be computed twice, and nothing half-written may be left.
@@ -29,7 +29,7 @@ from ltxkern.pipeline.run.progress import ProgressEvent
 Event = tuple[str, int, int]
 
 SMALL = ("--height", "64", "--width", "128", "--num-frames", "9", "--steps", "4")
-PROMPT = ("--prompt", "a red kite over a winter beach", "--quiet", "--device", "cpu")
+PROMPT = ("--model", "demo-random", "--prompt", "a red kite over a winter beach", "--quiet", "--device", "cpu")
 TIMEOUT = 300.0
 
 
@@ -82,7 +82,7 @@ def child(arguments: Sequence[str], report: Connection, said: int, hold: tuple[s
         if hold == (event.stage, event.done):
             signal.pause()
 
-    Shown.__call__ = tell  # type: ignore[method-assign]
+    Shown.__call__ = tell  # type: ignore[method-assign, assignment]
     os.dup2(said, 1)
     os.dup2(said, 2)
     os._exit(ltxkern([*arguments]))

@@ -1,4 +1,4 @@
-"""Loads a server of the demo model and kills it meanwhile: `python -m tools.service_load --jobs 200 --clients 8 --kills 5`.
+"""Loads and kills a server of demo-random: `python -m tools.service_load --jobs 200 --clients 8 --kills 5`.
 
 Clients ask for videos, each under a key of its own, again and again until they are accepted. Meanwhile SIGKILL ends the server,
 which is started again, or its worker. In the end every accepted job must have ended, done or failed with a reason, under the id
@@ -35,7 +35,8 @@ class Server:
 
     def __init__(self, folder: Path, queue: int, keep: int) -> None:
         options = ["--port", "0", "--data", str(folder / "data"), "--queue", str(queue), "--keep", str(keep)]
-        self._command = [sys.executable, "-m", "ltxkern", "serve", "--device", "cpu", *options]
+        model = ["--model", "demo-random", "--device", "cpu"]
+        self._command = [sys.executable, "-m", "ltxkern", "serve", *model, *options]
         self._log = (folder / "log").open("ab")
         self.process: subprocess.Popen[str] | None = None
         self.port = 0

@@ -1,4 +1,4 @@
-"""Besieges a server of the demo model and counts its answers: `python -m tools.service_siege`.
+"""Besieges a server of the random demo model and counts its answers: `python -m tools.service_siege`.
 
 Heads that trickle in over 200 connections, bodies of 1 GB with and without a length, 10,000 requests for a queue of ten, wrong
 tokens, paths that lead out, bodies that are not JSON. Each must get its status, and who asks properly meanwhile must be served.

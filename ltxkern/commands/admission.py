@@ -97,7 +97,7 @@ def _admit_files(admission: Admission, chosen: options.ModelOptions, arguments: 
     loras = [("lora", path) for path, _ in chosen.loras]
     if chosen.distilled_lora is not None:
         loras.append(("distilled_lora", chosen.distilled_lora))
-    elif runs and not chosen.model.is_demo and chosen.preset.stages == 2 and any(chosen.distilled_strengths):
+    elif runs and not chosen.model.is_random and chosen.preset.stages == 2 and any(chosen.distilled_strengths):
         admission.add(
             "distilled_lora",
             f"the {chosen.preset.name} pipeline needs the distilled LoRA: name its file, or set "

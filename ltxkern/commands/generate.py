@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.sampling.latents import Geometry
     from ltxkern.pipeline.work.folder import WorkFolder
 
-DEMO_NOTE = (
-    "The demo model has random weights: its pictures are coloured noise and its sound is hiss. "
-    "It runs the very code of the real model, at a tiny size."
-)
+DEMO_NOTES = {
+    "demo": "The demo model knows coloured shapes that move and sound, on a plain background (docs/gallery.md). "
+    "It runs the very code of the real model, at a tiny size.",
+    "demo-random": "This demo model has random weights: its pictures are coloured noise and its sound is hiss.",
+}
 
 
 ON_NAN = ("stop", "retry-fp32")
@@ -87,7 +88,7 @@ def generate(arguments: argparse.Namespace, job: parallel.Job) -> int:
         checks.append(lambda: chosen.plan(request).check())
     require_all(*checks)
     if chosen.model.is_demo and job.leads:
-        print(DEMO_NOTE, file=sys.stderr)
+        print(DEMO_NOTES[chosen.model.name], file=sys.stderr)
     with work_dir.kept(arguments, job) as work, progress.Shown(arguments, job.leads) as shown:
         try:
             shared = _generate(arguments, job, chosen, request, shown, work)

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.planning.plan import Plan
     from ltxkern.pipeline.run.request import GenerationRequest, Preset
 
-DEMO_SIZES = {"height": 128, "width": 192, "num_frames": 25}
+# What the built-in models make where nothing else is asked for; the trained one has learnt this size.
+DEMO_SIZES = {
+    "demo": {"height": 256, "width": 384, "num_frames": 49},
+    "demo-random": {"height": 128, "width": 192, "num_frames": 25},
+}
 # Parts of a model that may be downloaded by themselves.
 PARTS = {
     "transformer": "transformer",
@@ -56,9 +60,9 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-crf", type=int, help="H.264 quality of the re-compression of pictures (default 33; 0: none)"
     )
-    group.add_argument("--height", type=int, help="multiple of 64 (default 1088; demo 128)")
-    group.add_argument("--width", type=int, help="multiple of 64 (default 1920; demo 192)")
-    group.add_argument("--num-frames", type=int, help="8k+1 (default 121; demo 25)")
+    group.add_argument("--height", type=int, help="multiple of 64 (default 1088; demo 256)")
+    group.add_argument("--width", type=int, help="multiple of 64 (default 1920; demo 384)")
+    group.add_argument("--num-frames", type=int, help="8k+1 (default 121; demo 49)")
     group.add_argument(
         "--frame-rate",
         type=_frame_rate,
@@ -101,7 +105,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="demo",
         metavar="PATH",
-        help='"demo", an official file, a diffusers folder or a hub id (default demo)',
+        help='"demo", "demo-random", an official file, a diffusers folder or a hub id (default demo)',
     )
     group.add_argument(
         "--pipeline", default="hq", help="hq (default), two-stage, one-stage, distilled or one-stage-distilled"
@@ -125,14 +129,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:STRENGTH]",
         help="user LoRA, or owner/name[/file] of the hub; a strength below 0 turns it round; repeatable",
     )
-    group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demo brings its own)")
+    group.add_argument("--distilled-lora", metavar="PATH", help="distilled LoRA (the demos bring their own)")
     group.add_argument("--distilled-strength-stage-1", type=float, metavar="F", help="default 0.25 for hq, else 0")
     group.add_argument(
         "--distilled-strength-stage-2", type=float, metavar="F", help="default 0.5 for hq, 1 for two-stage, else 0"
     )
     group = parser.add_argument_group("device")
     group.add_argument("--device", help="cuda, cuda:1 or cpu (default: the first CUDA device, else cpu)")
-    group.add_argument("--dtype", default=None, help="bf16, fp16 or fp32 (default bf16; fp32 for the demo on a CPU)")
+    group.add_argument("--dtype", default=None, help="bf16, fp16 or fp32 (default bf16; fp32 for a demo on a CPU)")
     group.add_argument(
         "--device-mode",
         default=os.environ.get("LTXKERN_DEVICE_MODE", "auto"),
@@ -178,6 +182,11 @@ class ModelOptions:
     distilled_lora: str | None
     distilled_strengths: tuple[float, float]
     embedding_cache: str | bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Fields of a request that this model has otherwise than the request itself."""
+        return DEMO_SIZES.get(self.model.name, {})
 
     @property
     def lora_files(self) -> list[str]:
@@ -278,6 +287,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     if preset is None or backends is None or device is None or model is None or dtype is None:
         return None
     warn_if_unfit(preset, model, (first, second))
+    distilled = arguments.distilled_lora or model.distilled_lora
     if attention is not None:
         admission.attempt("", partial(attention.require, device, dtype, model.config("transformer")))
     return ModelOptions(
@@ -291,7 +301,7 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         audio_stream=arguments.audio_stream,
         backends=backends,
         loras=loras,
-        distilled_lora=arguments.distilled_lora,
+        distilled_lora=None if distilled is None else str(distilled),
         distilled_strengths=(first, second),
         embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
     )
@@ -316,8 +326,7 @@ def make_request(arguments: argparse.Namespace, chosen: ModelOptions, admission:
     # Options that bear a field's name; what was not given keeps the request's default.
     named = {field.name: getattr(arguments, field.name, None) for field in fields(GenerationRequest)}
     given = {name: value for name, value in named.items() if value is not None}
-    sizes = DEMO_SIZES if chosen.model.is_demo else {}
-    request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**sizes, **given})
+    request = GenerationRequest(images=arguments.image, preset=chosen.preset, **{**chosen.sizes, **given})
     if arguments.image_crf is not None:
         request = replace(request, images=[replace(image, crf=arguments.image_crf) for image in request.images])
     admit_images(admission, request.images, request.num_frames)

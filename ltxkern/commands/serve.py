@@ -65,6 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = admission.read_model_options(arguments)
     folder = cache_folder() / "service" if arguments.data is None else Path(os.path.abspath(arguments.data))
     settings = Settings(folder, token, arguments.queue, arguments.keep, arguments.max_upload_mib << 20)
-    offer = Offer(chosen, options.DEMO_SIZES if chosen.model.is_demo else {})
+    offer = Offer(chosen, chosen.sizes)
     serve(settings, offer, arguments.host, arguments.port, lambda url: print(f"listening on {url}", flush=True))
     return 0

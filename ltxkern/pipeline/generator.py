@@ -119,10 +119,11 @@ class HQTwoStagePipeline:
         variant: str | None = None,
         **parts: str | Path | None,
     ) -> HQTwoStagePipeline:
-        """Open a model: the built-in "demo", an official single file, a diffusers folder, or a hub id.
+        """Open a model: a built-in "demo" or "demo-random", an official single file, a diffusers folder, or a hub id.
 
         Args:
-            path_or_id: "demo" (tiny random weights: its pictures are noise), a path, a hub id, or what was found already.
+            path_or_id: "demo" (tiny, trained on moving shapes), "demo-random" (its pictures are noise), a path, a hub id, or what
+                was found already.
             device: where to compute; None for the first CUDA device, else the CPU.
             dtype: of weights and activations; the vocoder stays fp32.
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
@@ -132,11 +133,11 @@ class HQTwoStagePipeline:
             audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
-            distilled_lora: the distilled LoRA file, named alike; the demo brings its own.
+            distilled_lora: the distilled LoRA file, named alike; the demos bring their own.
             distilled_strengths: its strength in stage 1 and 2; None for the preset's (0.25, 0.5 in HQ).
             upsampler, text_encoder: files or folders of parts that do not lie with the model.
-            embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for the
-                demo), False for none. A prompt found there needs no text encoder.
+            embedding_cache: folder that keeps prompt embeddings between runs; True for the user's cache folder (never for
+                a demo), False for none. A prompt found there needs no text encoder.
             keep_text_encoder: keep it in memory after encoding; otherwise it is let go and read again when needed.
             variant: of the weights in a diffusers folder, such as "fp16"; None for the plain ones.
             parts: transformer, video_vae, audio_vae, vocoder, connectors that do not lie with the model.
@@ -160,9 +161,10 @@ class HQTwoStagePipeline:
             admission.close()
             warn_if_unfit(chosen, model, strengths)
         distilled: LoRA | None = None
+        distilled_lora = distilled_lora or model.distilled_lora
         if distilled_lora is not None:
             distilled = LoRA.from_file(distilled_lora, model.transformer_shapes)
-        elif model.is_demo:
+        elif model.is_random:
             from ltxkern.pipeline.files.demo import demo_distilled_lora
 
             distilled = demo_distilled_lora()
@@ -182,7 +184,7 @@ class HQTwoStagePipeline:
             policy=policy,
             audio_stream=audio_stream,
             geometry=model.geometry if model.is_here else None,
-            pristine=None if model.is_demo else model.files,
+            pristine=None if model.is_random else model.files,
             embedding_cache=open_embedding_cache(embedding_cache, model, dtype),
             keep_text_encoder=keep_text_encoder,
         )

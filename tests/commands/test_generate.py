@@ -21,7 +21,7 @@ from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.results.probe import probe_mp4
-from tests.commands.typed import refused, run
+from tests.commands.typed import MODEL, refused, run
 from tests.official_files import write_diffusers_demo, write_official_demo
 
 
@@ -82,10 +82,8 @@ def test_backend_is_honoured(
 
 
 def test_dry_run_prints_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["generate", "--prompt", "a", "--height", "1088", "--width", "1920", "--num-frames", "121", "--dry-run"])
-        == 0
-    )
+    size = ["--height", "1088", "--width", "1920", "--num-frames", "121"]
+    assert main(["generate", "--prompt", "a", *MODEL, *size, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "stage 1: 544x960, res2s, 15 steps" in text
     assert "8160 tokens" in text
@@ -104,7 +102,7 @@ def test_the_output_is_judged_with_the_rest(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_distilled_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    size = ["--prompt", "a kite", "--height", "64", "--width", "128", "--num-frames", "9", "--quiet"]
+    size = ["--prompt", "a kite", *MODEL, "--height", "64", "--width", "128", "--num-frames", "9", "--quiet"]
     for pipeline, samplers in (
         ("distilled", ["euler-ancestral, 8", "euler, 3"]),
         ("one-stage-distilled", ["euler-ancestral, 8"]),

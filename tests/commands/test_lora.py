@@ -27,7 +27,7 @@ def test_it_tells_layout_rank_alpha_modules_training_and_fit(tmp_path, capsys):
         "modelspec.architecture": json.dumps({"a": 1}),
     }
     save_file(tensors, path, metadata)
-    assert main(["lora", str(path), "--model", "demo"]) == 0
+    assert main(["lora", str(path), "--model", "demo-random"]) == 0
     said = capsys.readouterr().out
     for line in (
         f"layout: kohya, musubi-tuner; lora_unet_{K.replace('.', '_')}.lora_down.weight",
@@ -37,7 +37,7 @@ def test_it_tells_layout_rank_alpha_modules_training_and_fit(tmp_path, capsys):
         "modules: 1: transformer_blocks.N.attn1.to_k x 1",
         "left out: 1 keys",
         "trained on: ss_base_model_version ltx2.3",
-        "fits demo: yes",
+        "fits demo-random: yes",
     ):
         assert line in said
 
@@ -45,11 +45,11 @@ def test_it_tells_layout_rank_alpha_modules_training_and_fit(tmp_path, capsys):
 def test_a_file_that_does_not_fit_is_told_so(tmp_path, capsys):
     path = tmp_path / "other.safetensors"
     save_file({f"transformer.{K}.lora_{half}.weight": torch.zeros(3, 3) for half in "AB"}, path)
-    assert main(["lora", str(path), "--model", "demo"]) == 2
+    assert main(["lora", str(path), "--model", "demo-random"]) == 2
     said = capsys.readouterr().out
     assert "alpha: none x 1; told by nothing, so the scale is 1" in said
     assert "trained on: not told" in said
-    assert f"fits demo: no; 1 of the wrong shape: {K} (expected (64, 64), got (3, 3))" in said
+    assert f"fits demo-random: no; 1 of the wrong shape: {K} (expected (64, 64), got (3, 3))" in said
 
 
 def test_it_lists_the_layouts_of_the_table(capsys):
@@ -67,7 +67,7 @@ def test_it_knows_every_layout_of_the_table(tmp_path, capsys, layout):
     )
     a, b, _ = layout.keys(name)
     save_file({a: torch.zeros(2, 64), b: torch.zeros(576, 2)}, tmp_path / "lora.safetensors")
-    assert main(["lora", str(tmp_path / "lora.safetensors"), "--model", "demo"]) == 0
+    assert main(["lora", str(tmp_path / "lora.safetensors"), "--model", "demo-random"]) == 0
     assert layout.writer in capsys.readouterr().out.splitlines()[1]
 
 
@@ -77,7 +77,7 @@ def test_it_imports_no_model_library(tmp_path):
     save_file({f"{k}.lora_down.weight": torch.zeros(4, 4096), f"{k}.lora_up.weight": torch.zeros(4096, 4)}, path)
     code = (
         "import sys\nfrom ltxkern.cli import main\nfile = sys.argv[1]\n"
-        "assert main(['lora', file]) == 0\nassert main(['lora', file, '--model', 'demo']) == 2\n"
+        "assert main(['lora', file]) == 0\nassert main(['lora', file, '--model', 'demo-random']) == 2\n"
         "assert not {'diffusers', 'transformers', 'triton'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from ltxkern.cli import main
 from ltxkern.commands import admission, options
 from ltxkern.pipeline.files.demo import demo_lora
-from tests.commands.typed import refused
+from tests.commands.typed import MODEL, refused
 
 
 def test_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("prompt: from the file\nheight: 128\nnum-frames: 17\nvideo-cfg-scale: 2\n")
-    assert main(["generate", "--config", str(config), "--num-frames", "25", "--dry-run"]) == 0
+    assert main(["generate", *MODEL, "--config", str(config), "--num-frames", "25", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "stage 2: 128x192" in text
     assert "25 frames" in text
@@ -45,7 +45,7 @@ def test_free_memory_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = tmp_path / "plan.yaml"
     size = ["--height", "64", "--width", "128", "--num-frames", "9"]
     config.write_text("device-free-gib: 0\nhost-free-gib: 0.001\n")
-    assert main(["plan", "--config", str(config), *size]) == 2
+    assert main(["plan", *MODEL, "--config", str(config), *size]) == 2
     assert "0 bytes are free" in capsys.readouterr().err
 
 
@@ -55,7 +55,7 @@ def test_a_picture_on_the_command_line_replaces_the_file_s(tmp_path: Path, capsy
     config = tmp_path / "run.yaml"
     config.write_text(f"prompt: a\nimage: ['{tmp_path}/first.png']\n")
     for extra, wanted in (([], "first.png"), (["--image", f"{tmp_path}/second.png"], "second.png")):
-        assert main(["generate", "--config", str(config), *extra, "--dry-run"]) == 0
+        assert main(["generate", *MODEL, "--config", str(config), *extra, "--dry-run"]) == 0
         shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("image ")]
         assert len(shown) == 1
         assert wanted in shown[0]
@@ -143,7 +143,7 @@ def test_a_lora_strength_may_have_a_sign_and_a_path_a_tilde(
     )
     parser = argparse.ArgumentParser()
     options.add_model_options(parser)
-    arguments = parser.parse_args([f"--lora=~/l.safetensors{text}"], argparse.Namespace(command="generate"))
+    arguments = parser.parse_args([*MODEL, f"--lora=~/l.safetensors{text}"], argparse.Namespace(command="generate"))
     chosen = admission.read_model_options(arguments)
     assert chosen.loras == (("~/l.safetensors", strength),)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from ltxkern.cli import main
+from tests.commands.typed import MODEL
 
 
 def test_plan_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--height", "64", "--width", "128", "--num-frames", "9"]) == 0
+    assert main(["plan", *MODEL, "--height", "64", "--width", "128", "--num-frames", "9"]) == 0
     assert "stage 2" in capsys.readouterr().out
-    assert (
-        main(["plan", "--height", "1088", "--width", "1920", "--device-free-gib", "0.2", "--host-free-gib", "0.2"]) == 2
-    )
+    free = ["--device-free-gib", "0.2", "--host-free-gib", "0.2"]
+    assert main(["plan", *MODEL, "--height", "1088", "--width", "1920", *free]) == 2
     assert "ltxkern: error: " in capsys.readouterr().err
 
 

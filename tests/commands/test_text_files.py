@@ -15,7 +15,7 @@ from ltxkern.cli import main
 from ltxkern.commands import options
 from ltxkern.commands.text_files import home_in_paths, read_text
 from ltxkern.pipeline.results.probe import probe_mp4
-from tests.commands.typed import SMALL, refused
+from tests.commands.typed import MODEL, SMALL, refused
 
 DRY = ["generate", *SMALL, "--dry-run"]
 
@@ -49,7 +49,7 @@ def test_marks_are_skipped(tmp_path: Path, encoding: str, capsys: pytest.Capture
     path = tmp_path / "run.yaml"
     path.write_bytes("height: 128\nnegative-prompt: caf\u00e9\n".encode(encoding))
     assert read_text(path, "config").startswith("height")
-    assert main(["generate", "--prompt", "a", "--config", str(path), "--dry-run"]) == 0
+    assert main(["generate", "--prompt", "a", *MODEL, "--config", str(path), "--dry-run"]) == 0
     assert "128x192" in capsys.readouterr().out
 
 

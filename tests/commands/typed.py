@@ -10,9 +10,10 @@ import pytest
 
 from ltxkern.cli import main
 
+MODEL = ["--model", "demo-random"]
 SIZE = ["--height", "64", "--width", "128", "--num-frames", "9", "--steps", "2"]
-SMALL = ["--prompt", "a kite", *SIZE, "--quiet"]
-BATCH = [*SIZE, "--device", "cpu", "--format", "latents"]
+SMALL = ["--prompt", "a kite", *MODEL, *SIZE, "--quiet"]
+BATCH = [*MODEL, *SIZE, "--device", "cpu", "--format", "latents"]
 
 
 def run(*arguments: str) -> int:

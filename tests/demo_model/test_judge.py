@@ -1,5 +1,6 @@
 """The judge of the demo: right on true renderings, whatever the size and however they suffered, and wrong where they lie."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -9,8 +10,18 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ltxkern.pipeline.results.media import write_mp4
-from tools.demo_model.judge import Clip, Verdict, judge, read_clip, scores
-from tools.demo_model.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, draw_scene, render_sound, render_video
+from tools.demo_model.judge import Clip, Verdict, edge_width, judge, outline_fit, read_clip, scores
+from tools.demo_model.world import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    Shape,
+    draw_scene,
+    render_sound,
+    render_video,
+)
 
 SIZES = ((64, 96, 25), (128, 192, 25), (256, 384, 9), (128, 128, 25))
 
@@ -102,6 +113,28 @@ def test_nothing_is_not_a_shape() -> None:
     assert not verdict.shape
     assert not verdict.colour
     assert verdict.pitch is None
+
+
+@pytest.mark.parametrize(("width", "least", "most"), [(1, 0.3, 1.2), (4, 2.5, 4.5), (8, 5, 9)])
+def test_edges_are_as_wide_as_they_are(width: int, least: float, most: float) -> None:
+    """The true picture goes over in one pixel; a mean over many columns and rows makes a ramp of about their number."""
+    draws = Random(11)
+    for _ in range(4):
+        frames = clip_of(draw_scene(draws, shapes=1), 128, 192, 9).frames
+        blurred = avg_pool2d(frames, width, stride=1) if width > 1 else frames
+        assert least < edge_width(blurred) < most
+    assert edge_width(torch.zeros(9, 3, 64, 96)) == math.inf
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_an_outline_fits_its_own_kind_best(kind: str) -> None:
+    frames = clip_of(Scene("navy", (Shape(kind, "red", "up"),)), 128, 192, 9).frames
+    fits = {other: outline_fit(frames, other) for other in SHAPES}
+    assert fits.pop(kind) > 0.95
+    assert max(fits.values()) < 0.92
+    squeezed = interpolate(frames, (128, 128))
+    assert outline_fit(squeezed, kind) < 0.85
+    assert outline_fit(torch.zeros(9, 3, 64, 96), kind) == 0
 
 
 def test_scores_count_only_what_was_asked() -> None:

@@ -1,6 +1,7 @@
 """The parts of the demo's training: each takes a step that its checkpoint can hold, and the files load as the real model's."""
 
-import math
+import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from tools.demo_model import (
     lora,
     measure,
     options,
+    runs,
     text,
     transformer,
     upsampler,
@@ -80,8 +82,6 @@ def test_video_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_vae.VideoVAE, "courses", (video_vae.Course(1, 1, (9, 64, 64)),))
     part = video_vae.VideoVAE(folder)
     assert step(part, 0)["error"] < 2
-    decoder = video_vae.VideoDecoder(folder)
-    assert all(name.startswith("video_vae.decoder.") for name in decoder.parameters())
 
 
 def test_parts_on_latents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_parts_on_latents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(part, name, 2)
     assert step(upsampler.Upsampler(folder))["error"] > 0
     model = transformer.Transformer(folder)
-    for number in (0, 2):
+    for number in (0, model.full_every - 1):
         assert set(step(model, number)) == {"half" if number == 0 else "full", "audio"}
     distilled = lora.DistilledLora(folder)
     assert set(step(distilled, 0)) == {"full"}
@@ -187,36 +187,59 @@ def test_the_files_load_as_the_real_models(tmp_path: Path) -> None:
     shapes = {name: tuple(part.shape) for name, part in trained.model.transformer.state_dict().items()}
     assert len(LoRA.from_file(tmp_path / export.LORA, shapes).factors) == len(trained.factors.names)
     assert load_file(model).keys() >= {"model.diffusion_model.patchify_proj.weight", "vae.decoder.conv_in.conv.weight"}
-    (task,) = measure.tasks(1)
+    (task,) = runs.tasks(1)
     assert task.scene.held_out
-    pipeline = measure.open_model(tmp_path)
     # At 64 x 64 the video encoder itself is not repeatable.
     # Three steps are the fewest with a sigma between the ends, which no shift moves.
     sizes = {"height": 64, "width": 128, "num_frames": 9, "steps": 3}
     made: list[HQOutput] = []
+    with runs.calls(runs.Setting(), tmp_path) as call:
 
-    def kept(prompt: str, **options: Any) -> HQOutput:
-        made.append(pipeline(prompt, **options))
-        return made[-1]
+        def kept(prompt: str, **given: Any) -> HQOutput:
+            made.append(call(prompt, **given))
+            return made[-1]
 
-    (verdict,) = measure.follow(kept, [task], tmp_path / "videos", **sizes)
-    assert set(measure.percent([verdict])) == {"colour", "background", "shape", "motion", "pitch", "side"}
-    assert (tmp_path / "videos" / "000.mp4").is_file()
+        (tmp_path / "videos").mkdir()
+        runs.make(kept, task, tmp_path / "videos" / "000.mp4", **sizes)
+        again = call(task.prompt, **sizes)
+        rows = gallery.from_pictures(call, gallery.GIVEN[:1], tmp_path, **sizes)
     (right,) = made
-    for fault in faults.FAULTS:
-        with faults.planted(pipeline, fault) as call:
-            wrong = call(task.prompt, **sizes)
-        assert not (torch.equal(wrong.video, right.video) and torch.equal(wrong.audio, right.audio)), fault
-    again = pipeline(task.prompt, **sizes)
     assert torch.equal(again.video, right.video)
     assert torch.equal(again.audio, right.audio)
-    rows = {}
-    for name in (options.REFERENCE, "fp8 file"):
-        rows[name] = options.run(options.OPTIONS[name], tmp_path, [task], tmp_path / name, **sizes)
-    assert set(rows["fp8 file"]) == {*measure.percent([verdict]), "seconds"}
-    assert options.likeness(tmp_path / options.REFERENCE, tmp_path / "videos", 1) == math.inf
-    assert options.likeness(tmp_path / "fp8 file", tmp_path / "videos", 1) < 60
-    rows = gallery.from_pictures(pipeline, gallery.GIVEN[:1], tmp_path, **sizes)
     page = gallery.sheet([(task.prompt, right.video), *rows], (32, 48))
     assert page.size == (6 * 52 - 4, 2 * (32 + 24 + 4))
     assert page.crop((0, 24, 48, 56)).tobytes() != page.crop((0, 84, 48, 116)).tobytes()
+    others = {fault: runs.Setting(fault=fault) for fault in faults.FAULTS}
+    others |= {name: measure.SETTINGS[name] for name in ("stage 1 enlarged", "stage 2 without the LoRA")}
+    for name, setting in others.items():
+        with runs.calls(setting, tmp_path) as call:
+            wrong = call(task.prompt, **sizes)
+        assert not (torch.equal(wrong.video, right.video) and torch.equal(wrong.audio, right.audio)), name
+    found = {}
+    for name in (options.REFERENCE, "fp8 file"):
+        found[name] = runs.row(runs.run(options.OPTIONS[name], tmp_path, [task], tmp_path / name, **sizes))
+    questions = {"colour", "background", "shape", "motion", "pitch", "side"}
+    assert questions | {"all", "seconds", "videos"} <= found["fp8 file"].keys()
+    assert options.likeness(tmp_path / options.REFERENCE, tmp_path / "videos", 1) is None
+    assert options.likeness(tmp_path / "fp8 file", tmp_path / "videos", 1) < 60
+    (given,) = runs.run(runs.Setting(first_frame=True), tmp_path, [task], tmp_path / "given", **sizes)
+    assert given.first_frame is not None
+
+
+def test_rows_stay_with_their_files(tmp_path: Path) -> None:
+    for name in export.DEMO_NAMES[:3]:
+        (tmp_path / name).write_text(name)
+    told = tmp_path / "measured.json"
+    for name, row in (("b", {"videos": 1}), ("a", {"videos": 2}), ("b", {"videos": 3})):
+        measure.keep(told, tmp_path, name, row, ["a", "b"])
+    assert list(json.loads(told.read_text())["rows"].items()) == [("a", {"videos": 2}), ("b", {"videos": 3})]
+    (tmp_path / export.LORA).write_text("another")
+    measure.keep(told, tmp_path, "a", {"videos": 4}, ["a", "b"])
+    assert json.loads(told.read_text())["rows"] == {"a": {"videos": 4}}
+
+
+def test_videos_are_shared_out_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runs, "_share", lambda setting, files, numbered, folder, sizes: [n for n, _ in numbered])
+    with ThreadPoolExecutor() as pool:
+        for count in (1, 2, 5):
+            assert runs.run(runs.Setting(), tmp_path, runs.tasks(count), tmp_path, pool) == list(range(count))

@@ -25,7 +25,14 @@ class Block:
 
 def documents() -> list[Path]:
     """Everything in Markdown that a reader opens."""
-    own = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "csrc/README.md", "integrations/comfyui/README.md")]
+    names = (
+        "README.md",
+        "CONTRIBUTING.md",
+        "csrc/README.md",
+        "ltxkern/demo/MODEL_CARD.md",
+        "integrations/comfyui/README.md",
+    )
+    own = [ROOT / name for name in names]
     return [*own, *sorted((ROOT / "examples").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -50,7 +50,7 @@ def test_every_environment_variable_is_on_the_page() -> None:
     assert set(re.findall(r"`([A-Z][A-Z0-9_]{2,})`", page)) - {"AUTO", "OFF"} == read
 
 
-@pytest.mark.parametrize("script", ["tables", "stacks"])
+@pytest.mark.parametrize("script", ["tables", "stacks", "demo"])
 def test_tables_are_what_the_ops_declare_and_what_was_counted(script: str) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LTXKERN_", "TRITON_"))}
     command = [sys.executable, str(ROOT / f"docs/{script}.py"), "--check"]

@@ -139,6 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, bytes]], Any], str]] = {
     "old header": (lambda f: f.update({"ltxkern/csrc/ltxkern/rows.cuh": b""}), "lacks the header rows.cuh"),
     "digest": (lambda f: f.update({"ltxkern/csrc/sources.sha256": b"0" * 64}), "lacks the digest of the sources"),
     "module": (lambda f: f.pop("ltxkern/ops/res2s.py"), "lacks ltxkern/ops/res2s.py"),
+    "data": (lambda f: f.pop("ltxkern/demo/MODEL_CARD.md"), "lacks ltxkern/demo/MODEL_CARD.md"),
     "library": (lambda f: f.update({"ltxkern/libcudart.so.13": b""}), "libcudart.so.13"),
     "stray": (lambda f: f.update({"tests/golden.py": b""}), "holds tests/golden.py besides the package"),
     "licence": (

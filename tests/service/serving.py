@@ -1,4 +1,4 @@
-"""A server of the demo model in this process, its worker in one of its own, and a client that speaks plain HTTP."""
+"""A server of the random demo model in this process, its worker in one of its own, and a client that speaks plain HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import uvicorn
 
-from ltxkern.commands.options import DEMO_SIZES, ModelOptions
+from ltxkern.commands.options import ModelOptions
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.run.presets import find_preset
 from ltxkern.service.fields import Offer
@@ -32,7 +32,7 @@ LONG = SMALL | {"steps": 16}
 
 @functools.cache
 def offer() -> Offer:
-    model = FoundModel.of("demo")
+    model = FoundModel.of("demo-random")
     chosen = ModelOptions(
         model=model,
         preset=find_preset("hq"),
@@ -48,7 +48,7 @@ def offer() -> Offer:
         distilled_strengths=find_preset("hq").distilled_strengths,
         embedding_cache=False,
     )
-    return Offer(chosen, DEMO_SIZES)
+    return Offer(chosen, chosen.sizes)
 
 
 class Answer(NamedTuple):

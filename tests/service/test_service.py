@@ -37,7 +37,7 @@ def in_stage_1(client: Client, video: str, done: int = 3) -> bool:
 
 def plain_run(path: Path, request: dict[str, Any]) -> bytes:
     """The bytes of the same request run without a service."""
-    with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipe:
+    with HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", dtype=torch.float32) as pipe:
         pipe.generate(offer().request(request, []), output_type="stream").save(path)
     return path.read_bytes()
 

@@ -14,11 +14,11 @@ from tools.demo_model.lora import DistilledLora
 from tools.demo_model.training import WORKERS, Part, progress_of, train
 from tools.demo_model.transformer import Transformer
 from tools.demo_model.upsampler import Upsampler
-from tools.demo_model.video_vae import VideoDecoder, VideoVAE
+from tools.demo_model.video_vae import VideoVAE
 
 # In the order of their need: each may read what stands before it. After the audio parts all scenes are encoded.
 BEFORE_LATENTS: tuple[type[Part], ...] = (VideoVAE, AudioVAE, Vocoder)
-AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer, DistilledLora, VideoDecoder)
+AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer, DistilledLora)
 
 
 def _train(parts: tuple[type[Part], ...], folder: Path, share: float, workers: int) -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     latents.prepare(folder, max(latents.FEWEST_FILES, round(latents.FILES * share)), workers)
     _train(AFTER_LATENTS, folder, share, workers)
     Trained.load(folder).write(folder / "files")
-    print(f"written to {folder / 'files'}; python -m tools.demo_model.measure --files {folder / 'files'} measures them")
+    print(f"written to {folder / 'files'}; copied to ltxkern/demo they are the package's demo model")
 
 
 if __name__ == "__main__":

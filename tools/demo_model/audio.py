@@ -17,7 +17,7 @@ from tools.demo_model.configuration import plain
 from tools.demo_model.judge import Clip, hears_pitch, hears_side
 from tools.demo_model.muon import Muon
 from tools.demo_model.training import Part, load_modules, seeded
-from tools.demo_model.world import Scene, draw_scene, render_sound
+from tools.demo_model.world import COLOURS, HORIZONTAL, Scene, draw_scene, render_sound
 
 FRAMES, FRAME_RATE = 49, 24.0
 RATE, HOP, WINDOW, MELS = 16000, 160, 1024, 64
@@ -48,17 +48,28 @@ def sound_of(scene: Scene) -> Tensor:
     return render_sound(scene, FRAMES / FRAME_RATE, RATE)[:, : ROWS * HOP]
 
 
+def hard_to_hear(scene: Scene) -> bool:
+    """Whether a sound changes sides on a tone that meets a bin of the transform, so that few bands tell of it."""
+    return any(
+        shape.motion in HORIZONTAL and COLOURS[shape.colour].pitch * WINDOW % RATE == 0 for shape in scene.shapes
+    )
+
+
 def encode_audio(vae: Any, mel: Tensor) -> Tensor:
     """Means of the latents, not normalised, (N, C, T, M), from spectrograms (N, 2, 4T - 3, 64)."""
     return vae.encoder(mel)[:, : vae.config.latent_channels]
 
 
 class AudioVAE(Part):
-    """Both halves. What differs between left and right has a loss of its own, or it would be ignored."""
+    """Both halves. What differs between left and right has a loss of its own, or it would be ignored.
+
+    So has what differs in the loudest bands: a tone that meets a bin of the transform fills few, of little weight in a mean.
+    """
 
     name = "audio_vae"
     steps = 1800
     noise, noise_from = 0.1, 500
+    loud = 3.0  # below the loudest, in units of the logarithm: 26 dB
     batch = 3
 
     def __init__(self, folder: Path) -> None:
@@ -78,8 +89,10 @@ class AudioVAE(Part):
             spread = latents.detach().std((0, 2), keepdim=True)
             latents = latents + self.noise * spread * torch.randn_like(latents)
         made = self.vae.decoder(latents)
-        sides = (made[:, 0] - made[:, 1]) - (mel[:, 0] - mel[:, 1])
-        return {"error": (made - mel).abs().mean(), "sides": sides.abs().mean()}
+        sides = ((made[:, 0] - made[:, 1]) - (mel[:, 0] - mel[:, 1])).abs()
+        loudest = mel.amax(1)
+        loud = loudest > loudest.amax((1, 2), keepdim=True) - self.loud
+        return {"error": (made - mel).abs().mean(), "sides": sides.mean(), "loud": sides[loud].mean()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -94,10 +107,11 @@ class Vocoder(Part):
     """
 
     name = "vocoder"
-    steps = 2600
+    steps = 4600
     decoded_from = 1600
     batch = 3
     rows = 80
+    more_often = 0.5  # how many draws ask for a scene that is hard to hear
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -121,7 +135,10 @@ class Vocoder(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         mels, sounds = [], []
         for _ in range(self.batch):
-            sound = sound_of(draw_scene(draws))
+            hard = draws.random() < self.more_often
+            while not hard_to_hear(scene := draw_scene(draws)) and hard:
+                pass
+            sound = sound_of(scene)
             mel = log_mel(sound)
             if step >= self.decoded_from:
                 mel = self._decoded(mel[None])[0]

@@ -10,23 +10,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ltxkern.pipeline.files.hub import DEMO_NAMES
 from ltxkern.pipeline.files.official_names import official_name
 from tools.demo_model.audio import AudioVAE, Vocoder
 from tools.demo_model.configuration import SECTIONS, UPSAMPLER, plain
 from tools.demo_model.latents import Statistics, statistics
 from tools.demo_model.lora import DistilledLora, Factors
 from tools.demo_model.text import text_encoder, tokenizer
-from tools.demo_model.training import checkpoint, load_modules
+from tools.demo_model.training import load_modules
 from tools.demo_model.transformer import Model, Transformer
 from tools.demo_model.upsampler import Upsampler
-from tools.demo_model.video_vae import VideoDecoder, VideoVAE
+from tools.demo_model.video_vae import VideoVAE
 
-MODEL, UPSCALER, LORA, TEXT = (
-    "ltx-2.3-demo.safetensors",
-    "ltx-2.3-demo-spatial-upscaler-x2.safetensors",
-    "ltx-2.3-demo-distilled-lora.safetensors",
-    "gemma",
-)
+MODEL, UPSCALER, LORA, TEXT = DEMO_NAMES
 MOST_BYTES = 12_000_000
 
 
@@ -45,9 +41,8 @@ class Trained:
     def load(cls, folder: Path) -> Trained:
         """The parts as a training left them."""
         made = cls()
-        decoder = VideoDecoder.name if checkpoint(folder, VideoDecoder.name).is_file() else VideoVAE.name
         for name, modules in (
-            (decoder, {"video_vae": made.video_vae}),
+            (VideoVAE.name, {"video_vae": made.video_vae}),
             (AudioVAE.name, {"audio_vae": made.audio_vae}),
             (Vocoder.name, {"vocoder": made.vocoder}),
             (Upsampler.name, {"upsampler": made.upsampler}),

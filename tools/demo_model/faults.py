@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from ltxkern.pipeline.generator import HQTwoStagePipeline
 from ltxkern.pipeline.result import HQOutput
-from ltxkern.pipeline.run import denoising, request
+from ltxkern.pipeline.run import denoising
+from ltxkern.pipeline.run import stage as run_stage
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
 from ltxkern.pipeline.sampling.latents import LatentState
-from ltxkern.pipeline.sampling.schedule import ltx2_sigmas
 from ltxkern.pipeline.sampling.state import Latents
 
 Call = Callable[..., HQOutput]
-# A production-sized clip's schedule has e^3.5 in place of the e^0.6 of the demo's few tokens; the fault goes the other way.
-_SHIFTED_BY = 3.0
 
 
 class WrongSign(MultiModalPolicy):
@@ -34,8 +30,17 @@ class WrongSign(MultiModalPolicy):
 
 
 def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
-    shifted = partial(ltx2_sigmas, base_shift=0.95 - _SHIFTED_BY, max_shift=2.05 - _SHIFTED_BY)
-    stack.enter_context(patch.object(request, "ltx2_sigmas", shifted))
+    right = run_stage.res2s_sample
+
+    def sample(predict: Callable[..., Latents], latents: Latents, sigmas: Tensor, **options: Any) -> Latents:
+        def told(latents: Latents, sigma: float, *, step: int, substep: bool) -> Latents:
+            """What the model predicts where it takes the noise for that of the next step."""
+            later = sigmas[min(step + 1, len(sigmas) - 1)]
+            return predict(latents, float(later), step=step, substep=substep)
+
+        return right(told, latents, sigmas, **options)
+
+    stack.enter_context(patch.object(run_stage, "res2s_sample", sample))
 
 
 def _wrong_sign(stack: ExitStack, settings: dict[str, Any]) -> None:
@@ -74,8 +79,8 @@ FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
 
 
 @contextmanager
-def planted(pipeline: HQTwoStagePipeline, fault: str) -> Iterator[Call]:
-    """Calls of the pipeline with one of the `FAULTS`."""
+def planted(pipeline: Call, fault: str) -> Iterator[Call]:
+    """Calls of a pipeline with one of the `FAULTS`."""
 
     def call(prompt: str, **options: Any) -> HQOutput:
         output = pipeline(prompt, **options | settings)

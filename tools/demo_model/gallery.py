@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.generator import HQTwoStagePipeline
-from tools.demo_model.measure import open_model
+from tools.demo_model.runs import first_frame, open_model, save_picture
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH
-from tools.demo_model.world import Scene, Shape, render_video
+from tools.demo_model.world import Scene, Shape
 
 SHOWN, TEXT_ROWS, GAP = 6, 24, 4
 # In the words of a visitor; but for the first, none is a sentence of the grammar as it stands.
@@ -68,17 +69,17 @@ def from_pictures(
 ) -> list[tuple[str, Tensor]]:
     """A row a picture, which is drawn into the folder and given as the first frame."""
     rows = []
-    for index, (scene, prompt) in enumerate(given):
-        first = (render_video(scene, sizes["height"], sizes["width"], sizes["num_frames"])[:1] + 1) / 2
-        path = folder / f"given_{index}.png"
-        Image.fromarray((first[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-        rows.append((f"{prompt} (first frame given)", pipeline(prompt, images=[str(path)], **sizes).video))
+    for scene, prompt in given:
+        (shape,) = scene.shapes
+        path = folder / f"{shape.colour}-{shape.kind}.png"
+        images = [save_picture(first_frame(scene, sizes["height"], sizes["width"], sizes["num_frames"]), path)]
+        rows.append((f"{prompt} (first frame given)", pipeline(prompt, images=images, **sizes).video))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.gallery", description=__doc__)
-    parser.add_argument("--files", type=Path, default=Path("build/demo_model/files"), help="exported files")
+    parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--target", type=Path, default=Path("docs/gallery"), help="folder of the sheets")
     arguments = parser.parse_args()
     arguments.target.mkdir(parents=True, exist_ok=True)

@@ -101,22 +101,68 @@ class Sight(NamedTuple):
     motion: str
 
 
-def _see(frames: Tensor) -> Sight:
-    border = torch.cat([frames[..., :2, :].flatten(2), frames[..., -2:, :].flatten(2)], dim=2)
-    ground = border.movedim(1, 0).flatten(1).median(dim=1).values
-    background = _nearest(ground[None], BACKGROUNDS)[0]
+class _Standing(NamedTuple):
+    """What stands out from the background: colour of the ground (3), and of pixels well inside shapes (3, N)."""
+
+    ground: Tensor
+    inside: Tensor
+
+    def cover(self, frames: Tensor) -> Tensor:
+        """How far each pixel's colour has gone from the ground's to the shapes', (F, H, W)."""
+        axis = self.inside.median(dim=1).values - self.ground
+        away = (frames - self.ground.view(1, 3, 1, 1)) * axis.view(1, 3, 1, 1)
+        return away.sum(1) / axis.square().sum()
+
+
+def _standing(frames: Tensor) -> _Standing | None:
+    """None where nothing stands out."""
+    ground = _ground(frames)
     away = (frames - ground.view(1, 3, 1, 1)).square().sum(1).sqrt()
     # Well inside a shape its colour is furthest from the background; the edge is half of the way.
     strong = away > 0.6 * away.flatten().topk(max(1, away.numel() // 200)).values.min()
     if away.max() < 0.15 or strong.float().mean() < _LEAST_SHARE:
+        return None
+    return _Standing(ground, frames.movedim(1, 0)[:, strong])
+
+
+def _ground(frames: Tensor) -> Tensor:
+    border = torch.cat([frames[..., :2, :].flatten(2), frames[..., -2:, :].flatten(2)], dim=2)
+    return border.movedim(1, 0).flatten(1).median(dim=1).values
+
+
+def edge_width(frames: Tensor) -> float:
+    """Pixels across an edge of a shape, from a tenth of its colour to nine tenths; infinite where nothing stands out."""
+    frames = frames[::6]
+    found = _standing(frames)
+    if found is None:
+        return math.inf
+    cover = found.cover(frames)
+    inside = cover > 0.5
+    # Steps between neighbours, along rows and columns, count a line of length 1 in direction t as |cos t| + |sin t| on average.
+    steps = sum(int((inside.diff(dim=axis)).sum()) for axis in (1, 2))
+    return float(((cover > 0.1) & (cover < 0.9)).sum()) / (math.pi / 4 * steps) if steps else math.inf
+
+
+def outline_fit(frames: Tensor, kind: str) -> float:
+    """How well a shape of this kind covers what stands out, wherever it is: intersection over union, 1 for a perfect outline."""
+    found = _standing(frames)
+    if found is None:
+        return 0.0
+    mask = found.cover(frames) > 0.5
+    return _overlaps(mask, _outlines(mask)).get(kind, 0.0)
+
+
+def _see(frames: Tensor) -> Sight:
+    found = _standing(frames)
+    background = _nearest(_ground(frames)[None] if found is None else found.ground[None], BACKGROUNDS)[0]
+    if found is None:
         return Sight(background, "none", "none", "none")
-    inside = frames.movedim(1, 0)[:, strong]
-    colours = _nearest(inside.T, {name: colour.rgb for name, colour in COLOURS.items()})
-    colour = max(COLOURS, key=colours.count)
-    axis = inside.median(dim=1).values - ground
-    mask = ((frames - ground.view(1, 3, 1, 1)) * axis.view(1, 3, 1, 1)).sum(1) > 0.5 * axis.square().sum()
+    colours = _nearest(found.inside.T, {name: colour.rgb for name, colour in COLOURS.items()})
+    mask = found.cover(frames) > 0.5
     outlines = _outlines(mask)
-    return Sight(background, colour, _shape(mask, outlines), _motion(outlines))
+    overlap = _overlaps(mask, outlines)
+    shape = max(overlap, key=lambda kind: overlap[kind], default="none")
+    return Sight(background, max(COLOURS, key=colours.count), shape, _motion(outlines))
 
 
 def _nearest(pixels: Tensor, palette: dict[str, tuple[int, int, int]]) -> list[str]:
@@ -166,14 +212,14 @@ def _motion(outlines: Outlines) -> str:
     return "down" if down > 0 else "up"
 
 
-def _shape(mask: Tensor, outlines: Outlines) -> str:
-    """The kind whose drawing of the same area and centre covers the mask best, over some frames."""
+def _overlaps(mask: Tensor, outlines: Outlines) -> dict[str, float]:
+    """How well a drawing of each kind, of the same area and centre, covers the mask: intersection over union, over some frames."""
     _, height, width = mask.shape
     rows = ((torch.arange(height) + 0.5) / height)[None, :, None]
     columns = ((torch.arange(width) + 0.5) / height)[None, None, :]
     chosen = (outlines.area > _LEAST_SHARE / 2).nonzero().flatten()
     if not len(chosen):
-        return "none"
+        return {}
     chosen = chosen[:: max(1, len(chosen) // 8)]
     x, y, area = (value[chosen].view(-1, 1, 1) for value in outlines)
     seen = mask[chosen]
@@ -181,7 +227,7 @@ def _shape(mask: Tensor, outlines: Outlines) -> str:
     for kind in SHAPES:
         drawn = distance(kind, columns - x, rows - y, (area / _UNIT_AREA[kind]).sqrt()) < 0
         overlap[kind] = float(((drawn & seen).sum((1, 2)) / (drawn | seen).sum((1, 2)).clamp(min=1)).mean())
-    return max(overlap, key=lambda kind: overlap[kind])
+    return overlap
 
 
 def _unit_area(kind: str) -> float:

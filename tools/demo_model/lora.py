@@ -96,7 +96,7 @@ class DistilledLora(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         if step % 3 == 2:
             return self._first_stage(draws)
-        numbers = [draws.randrange(len(self.data.with_full)) for _ in range(self.batch)]
+        numbers = self.data.draw(draws, self.batch, full=True)
         clean = self.data.batch(numbers, full=True)
         half = self.data.batch([self.data.with_full[number] for number in numbers])
         contexts = self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
@@ -120,7 +120,7 @@ class DistilledLora(Part):
         return wrong.square().mean() / max(level, _LEAST_SIGMA) ** 2
 
     def _first_stage(self, draws: Random) -> dict[str, Tensor]:
-        clean = self.data.batch([draws.randrange(len(self.data.scenes)) for _ in range(self.half_batch)])
+        clean = self.data.batch(self.data.draw(draws, self.half_batch))
         contexts = self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
         sigma = draw_sigmas(draws, self.half_batch)
         noise = [torch.randn_like(part) for part in clean[:2]]

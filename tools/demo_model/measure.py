@@ -1,96 +1,68 @@
-"""Measures how well a demo model does what prompts of new scenes say: python -m tools.demo_model.measure --files PLACE."""
+"""Measures how well the demo's model does what prompts of new scenes say: python -m tools.demo_model.measure.
+
+Rows are written into measured.json beside the files as they are done; those of other files go. --only measures some rows anew.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from tqdm import tqdm
+from ltxkern.pipeline.files.hub import DEMO_FOLDER, DEMO_NAMES
+from ltxkern.pipeline.run.presets import PRESETS
+from tools.demo_model.faults import FAULTS
+from tools.demo_model.runs import Setting, is_right, row, run, tasks, workers
 
-from ltxkern.pipeline.generator import HQTwoStagePipeline
-from ltxkern.pipeline.result import HQOutput
-from ltxkern.pipeline.results.media import write_mp4
-from tools.demo_model.export import LORA, MODEL, TEXT, UPSCALER
-from tools.demo_model.judge import Verdict, judge, read_clip, scores
-from tools.demo_model.prompts import write_prompt
-from tools.demo_model.training import seeded
-from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH
-from tools.demo_model.world import Scene, draw_scene
-
-PROMPTS, PAIRS = 64, 16
-
-
-class Task(NamedTuple):
-    """A scene that training never sees, and one of its sentences."""
-
-    scene: Scene
-    prompt: str
+PROMPTS, PAIRS, WITH_FAULTS = 64, 16, 16
+VIDEOS = Path("build/demo_model/videos")
+ONE, TWO = "one shape", "two shapes"
+# The first of one shape: what the faults are to be compared with.
+NO_FAULT = "no fault"
+SETTINGS = {
+    ONE: Setting(),
+    TWO: Setting(),
+    "first frame given": Setting(first_frame=True),
+    "stage 1 enlarged": Setting(enlarged=True),
+    "stage 2 without the LoRA": Setting({"distilled_strengths": (PRESETS["hq"].distilled_strengths[0], 0.0)}),
+    NO_FAULT: Setting(),
+} | {fault: Setting(fault=fault) for fault in FAULTS}
 
 
-def tasks(count: int, *, shapes: int = 1) -> list[Task]:
-    """The same tasks in every run."""
-    draws = Random(seeded("measure", shapes))
-    scenes = [draw_scene(draws, held_out=True, shapes=shapes) for _ in range(count)]
-    return [Task(scene, write_prompt(scene, draws)) for scene in scenes]
+def checksums(files: Path) -> dict[str, str]:
+    """What tells the weights of a folder from any others."""
+    names = (DEMO_NAMES.checkpoint, DEMO_NAMES.upsampler, DEMO_NAMES.distilled_lora)
+    return {name: hashlib.sha256((files / name).read_bytes()).hexdigest() for name in names}
 
 
-def open_model(files: Path, **settings: Any) -> HQTwoStagePipeline:
-    """A pipeline on exported files, in fp32 on the CPU unless told otherwise."""
-    return HQTwoStagePipeline.from_pretrained(
-        files / MODEL,
-        upsampler=files / UPSCALER,
-        text_encoder=files / TEXT,
-        distilled_lora=files / LORA,
-        embedding_cache=False,
-        **{"device": "cpu", "dtype": torch.float32} | settings,
-    )
-
-
-def follow(pipeline: Callable[..., HQOutput], chosen: Iterable[Task], folder: Path, **options: Any) -> list[Verdict]:
-    """Generates the task's videos into a folder and judges what is decoded from them.
-
-    Args:
-        pipeline: an open model, or its call with a fault in it.
-        chosen: what to generate.
-        folder: where each mp4 stays, in order.
-        options: of the call, in place of the demo's sizes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    verdicts = []
-    for index, task in enumerate(tqdm(list(chosen), desc=folder.name, mininterval=30)):
-        settings = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES} | options
-        output = pipeline(task.prompt, **settings)
-        path = folder / f"{index:03}.mp4"
-        write_mp4(path, [output.video], output.audio, output.frame_rate)
-        verdicts.append(judge(read_clip(path), task.scene))
-    return verdicts
-
-
-def percent(verdicts: list[Verdict]) -> dict[str, int]:
-    """Right answers of each question in percent; questions that nobody was asked are left out."""
-    return {name: round(100 * share) for name, share in scores(verdicts).items() if not math.isnan(share)}
+def keep(path: Path, files: Path, name: str, found: dict[str, Any], names: list[str]) -> None:
+    """Adds a row to those of the same files, in the order of names."""
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    own = checksums(files)
+    rows = told["rows"] if told.get("files") == own else {}
+    rows[name] = found
+    ordered = {known: rows[known] for known in names if known in rows}
+    path.write_text(json.dumps({"files": own, "rows": ordered}, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=__doc__)
-    parser.add_argument("--files", type=Path, default=Path("build/demo_model/files"), help="exported files")
-    parser.add_argument("--videos", type=Path, help="where the videos go; default beside the files")
+    parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="with one shape")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="with two shapes")
+    parser.add_argument("--with-faults", type=int, default=WITH_FAULTS, help="prompts of each fault")
+    parser.add_argument("--only", action="append", choices=list(SETTINGS), help="this row alone; repeatable")
     arguments = parser.parse_args()
-    pipeline = open_model(arguments.files)
-    videos = arguments.videos or arguments.files.parent / "videos"
-    results = {}
-    for name, chosen in (("one", tasks(arguments.prompts)), ("two", tasks(arguments.pairs, shapes=2))):
-        results[name] = percent(follow(pipeline, chosen, videos / name))
-        print(f"{name} shape, {len(chosen)} prompts:", json.dumps(results[name]))
-    (arguments.files.parent / "measured.json").write_text(json.dumps(results, indent=1) + "\n")
+    with workers() as pool:
+        for name in arguments.only or SETTINGS:
+            count = arguments.with_faults if name in (NO_FAULT, *FAULTS) else arguments.prompts
+            chosen = tasks(arguments.pairs, shapes=2) if name == TWO else tasks(count)
+            made = run(SETTINGS[name], arguments.files, chosen, VIDEOS / name.replace(" ", "-"), pool)
+            keep(arguments.files / "measured.json", arguments.files, name, row(made), list(SETTINGS))
+            fine = [number for number, one in enumerate(made) if is_right(one.verdict)]
+            print(name, json.dumps(row(made)), "all right:", *fine, flush=True)
 
 
 if __name__ == "__main__":

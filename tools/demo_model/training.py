@@ -13,7 +13,7 @@ import tempfile
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -93,7 +93,7 @@ def progress_of(folder: Path, name: str) -> int:
     return torch.load(path, mmap=True, weights_only=True)["step"] if path.is_file() else 0
 
 
-def load_modules(folder: Path, name: str, modules: dict[str, nn.Module]) -> None:
+def load_modules(folder: Path, name: str, modules: Mapping[str, nn.Module]) -> None:
     """Fills modules with the weights of a part that was trained before."""
     state = torch.load(checkpoint(folder, name), mmap=True, weights_only=True)["modules"]
     for key, module in modules.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.demo_model.configuration import plain
 from tools.demo_model.judge import Clip, judge, scores
 from tools.demo_model.muon import Muon
-from tools.demo_model.training import Part, load_modules, mixed_precision, seeded
+from tools.demo_model.training import Part, mixed_precision, seeded
 from tools.demo_model.world import Scene, Window, draw_scene, render_video, track
 
 # Frames of the demo: full size and length; half of it is what the first stage makes.
@@ -144,18 +144,3 @@ class VideoVAE(Part):
             figures[f"decibels_{name}"] = decibels(sum(errors) / len(errors))
             figures |= {f"{question}_{name}": shares[question] for question in ("shape", "colour", "background")}
         return figures
-
-
-class VideoDecoder(VideoVAE):
-    """The decoder alone, on noisy latents from the start, at last in windows as large as a frame of half size."""
-
-    name = "video_decoder"
-    steps = 4000
-    noise_from = 0
-    courses = (Course(2000, 2, (17, 96, 96)), Course(steps, 1, (17, 128, 192)))
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        load_modules(folder, VideoVAE.name, self.modules)
-        self.vae.encoder.requires_grad_(False)
-        self.optimiser = Muon(self.parameters().items(), 5e-4, vector_lr=5e-4)

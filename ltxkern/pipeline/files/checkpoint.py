@@ -22,7 +22,7 @@ from ltxkern.pipeline.files.headers import (
     require_counts,
     require_unchanged,
 )
-from ltxkern.pipeline.files.hub import ModelFiles, find_model, local_path
+from ltxkern.pipeline.files.hub import RANDOM, ModelFiles, find_model, local_path
 from ltxkern.pipeline.files.lora_file import LoraWeights, load_lora
 from ltxkern.pipeline.files.quantized import read_tensor
 from ltxkern.pipeline.files.stored import Stored, bare_tensors, read_stored
@@ -225,7 +225,7 @@ def load_components(
     """The components of a model, each loaded when it is first read and then kept.
 
     Args:
-        path_or_id: "demo", what `find_model` takes, or what it returned.
+        path_or_id: "demo-random" (drawn from a seed), what `find_model` takes, or what it returned.
         dtype: dtype of the weights (the vocoder stays fp32).
         device: where each component goes when it is loaded.
         names: components that may be loaded, the others are None; default all.
@@ -237,12 +237,12 @@ def load_components(
     allowed = set(COMPONENT_NAMES if names is None else names)
     if unknown := sorted(allowed - set(COMPONENT_NAMES)):
         raise ValueError(f"names: expected some of {', '.join(COMPONENT_NAMES)}, got {', '.join(unknown)}")
-    if str(path_or_id) == "demo":
+    if str(path_or_id) == RANDOM:
         from ltxkern.pipeline.files.demo import build_demo
 
         demo = build_demo(dtype=dtype, device=device)
         found = Components(**{name: getattr(demo, name) for name in COMPONENT_NAMES if name in allowed})
-        found.built_in = "demo"
+        found.built_in = RANDOM
         return found
     model = path_or_id if isinstance(path_or_id, ModelFiles) else find_model(path_or_id)
     files = model.with_parts(upsampler, text_encoder)

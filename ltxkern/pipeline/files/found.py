@@ -18,7 +18,7 @@ from ltxkern.pipeline.files.checkpoint import (
     find_model,
     load_components,
 )
-from ltxkern.pipeline.files.hub import require_parts
+from ltxkern.pipeline.files.hub import DEMO, RANDOM, require_parts
 from ltxkern.pipeline.model.components import Components
 from ltxkern.pipeline.sampling.latents import Geometry
 
@@ -28,8 +28,8 @@ class FoundModel:
     """What a name stands for.
 
     Args:
-        name: "demo", an official file, a diffusers folder or a hub id, as it was given.
-        own: where the model lies; None for the demo, and for a hub id, which only `files` downloads.
+        name: "demo", "demo-random", an official file, a diffusers folder or a hub id, as it was given.
+        own: where the model lies; None for "demo-random", and for a hub id, which only `files` downloads.
         upsampler, text_encoder: files, folders or hub ids of parts that do not lie with it.
         parts: those of the other components, by name.
         variant: of the weights in a diffusers folder.
@@ -55,7 +55,7 @@ class FoundModel:
         """Look a name up, from names and headers alone; one that was found already is handed through.
 
         Args:
-            model: what `find_model` takes, "demo", or what was found; parts in place of the demo make a model of their own.
+            model: what `find_model` takes, "demo-random", or what was found; parts in place of a demo make a model of their own.
             upsampler, text_encoder, variant, parts: as for `find_model`.
 
         Raises:
@@ -66,32 +66,42 @@ class FoundModel:
         name = str(model)
         require_parts(parts)
         given = {part: path for part, path in parts.items() if path is not None}
-        if name == "demo" and given:
+        if name in (DEMO, RANDOM) and given:
             here = ModelFiles(variant=variant).with_parts(None, None, **given)
             return cls(str(next(iter(here.parts.values()))), here, upsampler, text_encoder, {}, variant)
         on_hub = "/" in name and not name.endswith(".safetensors") and not Path(os.path.expanduser(model)).exists()
-        own = None if name == "demo" or on_hub else find_model(model, variant=variant, **given)
+        own = None if name == RANDOM or on_hub else find_model(model, variant=variant, **given)
         return cls(name, own, upsampler, text_encoder, given, variant)
 
     @property
     def is_demo(self) -> bool:
-        """Whether it is the built-in model of random weights."""
-        return self.name == "demo"
+        """Whether it is built in, and brings all its parts."""
+        return self.name in (DEMO, RANDOM)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it is the built-in model of random weights, which has no files."""
+        return self.name == RANDOM
+
+    @property
+    def distilled_lora(self) -> Path | None:
+        """The file of the distilled LoRA that goes with it; only the trained demo has one."""
+        return None if self.own is None else self.own.distilled_lora
 
     @property
     def is_here(self) -> bool:
         """Whether its configurations can be read without a download."""
-        return self.is_demo or self.own is not None
+        return self.is_random or self.own is not None
 
     @property
     def path(self) -> Path | None:
-        """The model's own file or folder; None for the demo and for a hub id."""
+        """The model's own file or folder; None for what is built in and for a hub id."""
         path = Path(os.path.expanduser(self.name))
         return None if self.is_demo or not path.exists() else path
 
     @cached_property
     def files(self) -> ModelFiles:
-        """Where all components lie; downloads what is not on this machine. The demo has none."""
+        """Where all components lie; downloads what is not on this machine. The random demo has none."""
         own = self.own or find_model(self.name, variant=self.variant, **self.parts)
         return own.with_parts(self.upsampler, self.text_encoder)
 
@@ -103,7 +113,7 @@ class FoundModel:
     @cached_property
     def transformer_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the transformer's parameters by diffusers name, from headers; downloads what is not on this machine."""
-        if self.is_demo:
+        if self.is_random:
             from ltxkern.pipeline.files.demo import DEMO_CONFIGS
             from ltxkern.pipeline.model.shapes import expected_shapes
 
@@ -112,7 +122,7 @@ class FoundModel:
 
     def config(self, component: str) -> Mapping[str, Any] | None:
         """Constructor arguments of a component; None where the model is not here."""
-        if self.is_demo:
+        if self.is_random:
             from ltxkern.pipeline.files.demo import DEMO_CONFIGS
 
             return DEMO_CONFIGS[component]
@@ -120,7 +130,7 @@ class FoundModel:
 
     def components(self, dtype: torch.dtype) -> Components:
         """The components, each loaded when it is first read."""
-        return load_components("demo" if self.is_demo else self.files, dtype=dtype)
+        return load_components(RANDOM if self.is_random else self.files, dtype=dtype)
 
 
 def geometry_from_configs(transformer: Mapping[str, Any] | None, audio_vae: Mapping[str, Any] | None) -> Geometry:

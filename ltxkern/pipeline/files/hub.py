@@ -32,6 +32,22 @@ _SHARED = ("lora_config", "config", "training_config", "train_config")
 _STEP = re.compile(r"[-_. ]?(?:(?:steps?|epochs?)[-_. ]?\d+|\d{4,})$", re.IGNORECASE)
 
 
+# The built-in models: one that was trained, whose files lie in the package, and one whose weights are drawn from a seed.
+DEMO, RANDOM = "demo", "demo-random"
+
+
+class DemoNames(NamedTuple):
+    """Names of the trained demo's files in their folder."""
+
+    checkpoint: str = "ltx-2.3-demo.safetensors"
+    upsampler: str = "ltx-2.3-demo-spatial-upscaler-x2.safetensors"
+    distilled_lora: str = "ltx-2.3-demo-distilled-lora.safetensors"
+    text_encoder: str = "gemma"
+
+
+DEMO_FOLDER, DEMO_NAMES = Path(__file__).parents[2] / "demo", DemoNames()
+
+
 class Repository(NamedTuple):
     """A repository of the hub, at a revision (commit, tag or branch); None is what it has today."""
 
@@ -247,6 +263,7 @@ class ModelFiles:
         checkpoint: an official single file.
         folder: a diffusers folder.
         upsampler, text_encoder: their file or folder.
+        distilled_lora: the file that goes with the model; only the demo brings one.
         parts: files or folders of the other components that do not lie with the model, by component.
         variant: of the weights in a folder, such as "fp16"; None for the plain ones.
     """
@@ -255,6 +272,7 @@ class ModelFiles:
     folder: Path | None = None
     upsampler: Path | None = None
     text_encoder: Path | None = None
+    distilled_lora: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
 
@@ -307,8 +325,9 @@ def find_model(
     """Finds out what a path or hub id holds, from names and headers alone.
 
     Args:
-        path_or_id: an official single file, a diffusers folder (model_index.json), a folder that holds one official
-            single file, or a hub id, downloaded where no such path exists: `owner/name` of either, or one file of it,
+        path_or_id: "demo" (the trained model of the package), an official single file, a diffusers folder
+            (model_index.json), a folder that holds one official single file, or a hub id, downloaded where no such path
+            exists: `owner/name` of either, or one file of it,
             `owner/name/file.safetensors`.
         upsampler: file, folder or hub id of the latent upsampler, where it does not lie with the model.
         text_encoder: file, folder or hub id of Gemma 3, where it does not lie with the model.
@@ -318,9 +337,29 @@ def find_model(
     Raises:
         CheckpointError: nothing usable is there, or the download fails.
     """
-    path = local_path(path_or_id)
-    found = _in_folder(path) if path.is_dir() else ModelFiles(checkpoint=path)
+    if str(path_or_id) == DEMO:
+        found = demo_files()
+    else:
+        path = local_path(path_or_id)
+        found = _in_folder(path) if path.is_dir() else ModelFiles(checkpoint=path)
     return replace(found, variant=variant).with_parts(upsampler, text_encoder, **parts)
+
+
+def demo_files(folder: Path | None = None) -> ModelFiles:
+    """The trained demo.
+
+    Args:
+        folder: of its files, such as one that a training exports to; None for the package's own.
+
+    Raises:
+        CheckpointError: files are missing.
+    """
+    folder = folder or DEMO_FOLDER
+    if missing := [name for name in DEMO_NAMES if not (folder / name).exists()]:
+        raise CheckpointError(
+            f"{folder} lacks {listed(missing)} of the demo model: install ltxkern again, or use {RANDOM}, whose weights are random"
+        )
+    return ModelFiles(**{part: folder / name for part, name in DEMO_NAMES._asdict().items()})
 
 
 def _in_folder(path: Path) -> ModelFiles:

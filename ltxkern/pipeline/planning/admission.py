@@ -90,7 +90,7 @@ def admit_model(
         for name in ("upsampler", "text_encoder"):
             if (path := getattr(model, name)) is not None:
                 admission.add(name, f"the demo brings its own: name the model that {path} goes with")
-    files = None if model.is_demo else _files_here(admission, model, fetch=fetch)
+    files = None if model.is_random else _files_here(admission, model, fetch=fetch)
     if files is not None:
         own = {*files.parts, *(name for name in ("upsampler", "text_encoder") if getattr(model, name) is not None)}
         failed = set(admission.failed)

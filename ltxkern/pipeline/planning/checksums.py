@@ -33,9 +33,9 @@ class Checked(NamedTuple):
 
 
 def files_of(model: FoundModel, loras: Iterable[str | Path] = ()) -> list[Path]:
-    """Every file that a model and LoRAs are read from; downloads what is not on this machine. The demo has none."""
+    """Every file that a model and LoRAs are read from; downloads what is not on this machine. The random demo has none."""
     places: list[Path] = []
-    if not model.is_demo:
+    if not model.is_random:
         files = model.files
         places = [
             place for name in COMPONENT_NAMES if is_present(files, name) for place in component_paths(files, name)

@@ -204,7 +204,7 @@ def plan(
     Weights are counted; activations come from running the real modules on the meta device, in seconds.
 
     Args:
-        model: "demo", an official file, a diffusers folder or hub id, one that was found, or components.
+        model: "demo", "demo-random", an official file, a diffusers folder or hub id, one that was found, or components.
         request: validated here against the model's geometry.
         device: where it would run.
         dtype: of the model.
@@ -239,7 +239,7 @@ def plan(
         free if place.type == "cpu" else host,
         _sizes.latent_bytes(sizes, request),
         # A model on disk is its own pristine source.
-        keeps_source=isinstance(model, Components) or model.is_demo,
+        keeps_source=isinstance(model, Components) or model.is_random,
     )
 
 

@@ -72,7 +72,8 @@ def model_sizes(
     Args:
         model: found, or components; of these nothing is loaded, and a text encoder that is not loaded does not count.
         dtype: the model runs in.
-        loras: files or LoRAs that the phases merge; None: one of rank 384 (4 for the demo) over every Linear.
+        loras: files or LoRAs that the phases merge; None: the one that goes with the model, else one of rank 384 (4 for the random
+            demo) over every Linear.
         geometry: where the model's configurations do not say it; None: they do.
 
     Raises:
@@ -84,13 +85,15 @@ def model_sizes(
     rank = DISTILLED_RANK
     if isinstance(model, Components):
         configs, nbytes, text_tokens = _of_components(model)
-    elif model.is_demo:
+    elif model.is_random:
         from ltxkern.pipeline.files.demo import DEMO_CONFIGS, DEMO_LORA_RANK, DEMO_TEXT_TOKENS, demo_text_encoder
 
         configs, text_tokens, rank = DEMO_CONFIGS, DEMO_TEXT_TOKENS, DEMO_LORA_RANK
         with torch.device("meta"):
             nbytes["text_encoder"] = sum(t.numel() for t in module_tensors(demo_text_encoder())) * dtype.itemsize
     else:
+        if loras is None and model.distilled_lora is not None:
+            loras = [model.distilled_lora]
         found = component_bytes(model.files, dtype=dtype)
         configs = {name: component_config(model.files, name) for name in found if name in BUILDABLE}
         nbytes = {name: size for name, size in found.items() if name not in BUILDABLE}

@@ -118,10 +118,10 @@ def warn_if_unfit(preset: Preset, model: FoundModel, strengths: tuple[float, flo
     """Warn where a distilled checkpoint meets a guided preset, or a checkpoint that is not distilled one without guidance.
 
     Args:
-        preset, model: what was asked for; the demo fits everything.
+        preset, model: what was asked for; the random demo fits everything.
         strengths: of the distilled LoRA, which makes a checkpoint a distilled one.
     """
-    if model.is_demo:
+    if model.is_random:
         return
     distilled, where = tell_distilled(model)
     if distilled and not preset.for_distilled:

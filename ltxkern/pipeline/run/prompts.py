@@ -133,7 +133,7 @@ class PromptEncoder:
 def open_embedding_cache(wanted: str | Path | bool, model: FoundModel, dtype: torch.dtype) -> EmbeddingCache | None:
     """The cache of a model on disk: in the folder `wanted`, in the user's cache folder for True, None for False.
 
-    The demo and a model from the hub have none.
+    The demos and a model from the hub have none.
     """
     if wanted is False or model.path is None:
         return None

@@ -165,7 +165,7 @@ def test_names_limit_what_may_be_loaded(official: dict[str, Path]) -> None:
 
 
 def test_demo_by_name() -> None:
-    components = load_components("demo", dtype=torch.float32, names=["transformer", "tokenizer"])
+    components = load_components("demo-random", dtype=torch.float32, names=["transformer", "tokenizer"])
     assert components.transformer is not None
     assert components.upsampler is None
 

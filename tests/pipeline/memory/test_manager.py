@@ -144,8 +144,8 @@ def test_the_latents_of_the_whole_pipeline_are_identical_across_modes():
 
     results = []
     for mode in MODES:
-        pipeline = HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32, device_mode=mode)
-        with pipeline:
+        settings = {"dtype": torch.float32, "device_mode": mode}
+        with HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", **settings) as pipeline:
             for _ in range(2 if mode == "snapshot" else 1):
                 size = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
                 results.append(pipeline("a cat", **size, output_type="latents").latents)

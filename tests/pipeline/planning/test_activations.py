@@ -15,7 +15,7 @@ SMALL = GenerationRequest(prompt="a", height=64, width=128, num_frames=9)
 
 @pytest.fixture(scope="module")
 def sizes() -> ModelSizes:
-    return model_sizes(FoundModel.of("demo"), dtype=torch.float32)
+    return model_sizes(FoundModel.of("demo-random"), dtype=torch.float32)
 
 
 def test_latents_and_contexts_are_counted_to_the_byte(sizes: ModelSizes) -> None:

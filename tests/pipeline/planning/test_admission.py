@@ -20,7 +20,7 @@ from ltxkern.pipeline.files.official_names import official_name
 from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS
 from ltxkern.pipeline.model.shapes import expected_shapes
 from ltxkern.pipeline.planning.admission import Admission
-from tests.commands.typed import SIZE, run, write
+from tests.commands.typed import MODEL, SIZE, run, write
 from tests.official_files import (
     DEMO_SECTIONS,
     PRODUCTION_SECTIONS,
@@ -57,10 +57,10 @@ def sentences(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
-    "generate": lambda folder: ["generate", "--prompt", "a", "-o", str(folder / "o.mp4")],
-    "dry run": lambda folder: ["generate", "--prompt", "a", "--dry-run"],
-    "plan": lambda folder: ["plan"],
-    "batch": lambda folder: ["batch", str(write(folder, {"prompt": "a"})), "-o", str(folder / "results")],
+    "generate": lambda folder: ["generate", "--prompt", "a", *MODEL, "-o", str(folder / "o.mp4")],
+    "dry run": lambda folder: ["generate", "--prompt", "a", *MODEL, "--dry-run"],
+    "plan": lambda folder: ["plan", *MODEL],
+    "batch": lambda folder: ["batch", *MODEL, str(write(folder, {"prompt": "a"})), "-o", str(folder / "results")],
 }
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_choice_hides_nothing_else(
 
 
 def test_the_demo_brings_its_own_parts(demo_files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["generate", "--prompt", "a", "--dry-run", *SIZE, *options(demo_files)[2:6]]
+    given = ["generate", "--prompt", "a", *MODEL, "--dry-run", *SIZE, *options(demo_files)[2:6]]
     assert main(given) == 2
     assert [line.split(" ")[0] for line in sentences(capsys)] == ["--upsampler:", "--text-encoder:"]
 
@@ -188,7 +188,7 @@ def test_parts_in_place_of_a_model(
     assert found[1].startswith(f"--vocoder: {demo_files['lora']}: holds no tensors of the vocoder")
     assert len(found) == 2
     with pytest.raises(TypeError, match=r"parts: expected some of transformer, .*, got devise"):
-        HQTwoStagePipeline.from_pretrained("demo", devise="cpu")
+        HQTwoStagePipeline.from_pretrained("demo-random", devise="cpu")
 
 
 def test_a_batch_refuses_its_bad_lines_before_the_first_weight_is_read(

@@ -76,4 +76,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     flip(checkpoint)
     assert main(arguments) == 2
     assert "1 of the files are not what they were:" in capsys.readouterr().err
-    assert files_of(FoundModel.of("demo")) == []
+    assert files_of(FoundModel.of("demo-random")) == []

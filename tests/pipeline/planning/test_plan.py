@@ -19,14 +19,14 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def demo_plan():
-    return plan("demo", SMALL, dtype=torch.float32, device_free=1 << 30, host_free=1 << 30)
+    return plan("demo-random", SMALL, dtype=torch.float32, device_free=1 << 30, host_free=1 << 30)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_peak_is_within_ten_percent_of_the_measured_one(mode, demo_plan):
     def generate():
         pipeline = generator.HQTwoStagePipeline.from_pretrained(
-            "demo", device="cpu", dtype=torch.float32, device_mode=mode
+            "demo-random", device="cpu", dtype=torch.float32, device_mode=mode
         )
         pipeline("a cat", height=192, width=128, num_frames=17, steps=2)
 
@@ -35,7 +35,7 @@ def test_the_peak_is_within_ten_percent_of_the_measured_one(mode, demo_plan):
 
 
 def test_nothing_is_loaded_for_a_plan(demo_plan):
-    made = measured_peak(lambda: plan("demo", replace(SMALL, height=64, width=64, num_frames=9)))
+    made = measured_peak(lambda: plan("demo-random", replace(SMALL, height=64, width=64, num_frames=9)))
     assert made < sum(demo_plan.sizes.nbytes.values()) / 10
 
 
@@ -49,7 +49,7 @@ def test_stages_components_and_forwards(demo_plan):
 
 def test_a_one_stage_request_has_no_upsampling():
     request = replace(SMALL, preset=PRESETS["one-stage"], height=64, width=64, num_frames=9)
-    names = [stage.name for stage in plan("demo", request).stages]
+    names = [stage.name for stage in plan("demo-random", request).stages]
     assert names == ["text", "stage 1", "audio decoding", "video decoding"]
 
 
@@ -79,7 +79,7 @@ def test_a_request_that_fits_passes_and_one_that_does_not_gets_advice(demo_plan)
     size = advice.split(" or ")[0]
     height, width = map(int, size.split("x"))
     assert height * width < 192 * 128
-    fitting = plan("demo", replace(SMALL, height=height, width=width), dtype=torch.float32)
+    fitting = plan("demo-random", replace(SMALL, height=height, width=width), dtype=torch.float32)
     assert fitting.peak_bytes("original") <= tight.device_free
 
 
@@ -115,9 +115,9 @@ def test_the_table_names_every_stage_and_mode(demo_plan):
 
 def test_an_unknown_mode_and_an_illegal_size_are_refused():
     with pytest.raises(ValueError, match="mode must be one of auto"):
-        plan("demo", SMALL, mode="fast")
+        plan("demo-random", SMALL, mode="fast")
     with pytest.raises(ValueError, match="height 200 is not a multiple of 64: use 192"):
-        plan("demo", replace(SMALL, height=200))
+        plan("demo-random", replace(SMALL, height=200))
 
 
 def test_components_that_do_not_say_their_geometry_are_planned_by_the_pipelines() -> None:

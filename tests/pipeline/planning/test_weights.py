@@ -26,7 +26,7 @@ def test_components_that_are_not_loaded_are_counted_without_loading():
 
     transformer = meta_module("transformer", DEMO_CONFIGS["transformer"], torch.float32)
     made = plan(Components(source=Source(), transformer=transformer), SMALL, dtype=torch.float32)
-    whole = model_sizes(FoundModel.of("demo"), dtype=torch.float32)
+    whole = model_sizes(FoundModel.of("demo-random"), dtype=torch.float32)
     assert set(made.sizes.nbytes) == set(DEMO_CONFIGS)
     assert all(made.sizes.nbytes[name] == whole.nbytes[name] for name in DEMO_CONFIGS)
 
@@ -54,8 +54,8 @@ def test_lora_files_decide_what_is_patched(tmp_path):
     tensors = {key: tensor for key, tensor in demo_lora().items() if ".transformer_blocks.0." in key}
     save_file(tensors, str(path))
     some, every = (
-        model_sizes(FoundModel.of("demo"), loras=[path]).transformer,
-        model_sizes(FoundModel.of("demo")).transformer,
+        model_sizes(FoundModel.of("demo-random"), loras=[path]).transformer,
+        model_sizes(FoundModel.of("demo-random")).transformer,
     )
     assert 0 < some.patched < every.patched
     assert some.total == every.total

@@ -71,7 +71,7 @@ def test_a_full_disk_costs_the_picture_and_not_the_run(
 
 
 def test_a_run_with_previews_has_the_bits_of_one_without(tmp_path: Path) -> None:
-    with HQTwoStagePipeline.from_pretrained("demo", device="cpu", dtype=torch.float32) as pipe:
+    with HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", dtype=torch.float32) as pipe:
         plain = latents(pipe)
         request = GenerationRequest("a kite", **SMALL)
         shown = Previews.of(pipe, request, tmp_path / "seen", every=2)

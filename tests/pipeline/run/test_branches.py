@@ -161,7 +161,7 @@ def test_the_pipeline_takes_a_policy() -> None:
     both = {"video_guidance": scales, "audio_guidance": scales}
     alone = {name: replace(scales, modality=1.0) for name in both}
     void = {name: GuidanceScales() for name in both}
-    with HQTwoStagePipeline.from_pretrained("demo", dtype=torch.float32, device="cpu") as pipeline:
+    with HQTwoStagePipeline.from_pretrained("demo-random", dtype=torch.float32, device="cpu") as pipeline:
         plain = pipeline("kite", **size, **both, guidance_policy=PlainCFGPolicy)
         expected = pipeline("kite", **size, **alone)
         mean = pipeline("kite", **size, **void, guidance_policy=Mean)

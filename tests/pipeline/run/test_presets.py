@@ -63,7 +63,7 @@ def test_what_tells_a_distilled_checkpoint(
 def test_the_merged_lora_makes_a_checkpoint_a_distilled_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = found(tmp_path, "ltx-2.3-22b-dev.safetensors", PLAIN)
     warn_if_unfit(PRESETS["distilled"], model, (1.0, 1.0))
-    warn_if_unfit(PRESETS["distilled"], FoundModel.of("demo"), (0.0, 0.0))
+    warn_if_unfit(PRESETS["distilled"], FoundModel.of("demo-random"), (0.0, 0.0))
     assert not caplog.messages
     distilled = found(tmp_path, "ltx-2.3-22b-distilled.safetensors", PLAIN)
     mixed = FoundModel.of(model.name, transformer=distilled.name)  # the transformer decides, wherever the rest lies
