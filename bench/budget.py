@@ -204,11 +204,7 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     near_again = sum(size for index, size in more.items() if index not in far and index not in kernel.indices)
     if kernel.indices:
         near_again = int(near_again * CHANGING_ROWS)
-    window = 0
-    if again and "kept" in kernel.numbers:
-        window = 2 * again // -(-kernel.numbers["groups"] * kernel.numbers["blocks"] // blocks)
-    elif again and "kept_rows" in kernel.numbers:
-        window = again
+    window = again if "kept_rows" in kernel.numbers else 0
     typical = counted.typical
     return Row(
         *(tier, case, kernel.name, blocks, kernel.threads, function.registers, shared),
@@ -258,7 +254,8 @@ def launches_of(architecture: str, tiers: Sequence[str], dtypes: Sequence[str], 
                 result.found.extend((tier, name, kernel) for kernel in make(prepared.call, card))
             except BackendError:
                 continue
-        if "cuda" in tiers and dtype in suite.dtypes and suite.op == "group_norm_silu":
+        choice = suite.op == "group_norm_silu" and case.options.get("channels_last")
+        if choice and "cuda" in tiers and dtype in suite.dtypes:
             # What the choice between the kernels passed over.
             forced = f"{suite.op} {case.name}_two_pass {dtype}"
             result.floors[forced] = result.floors[name]

@@ -33,7 +33,6 @@ class Card:
     name: str
     title: str
     architecture: str
-    capability: tuple[int, int]
     multiprocessors: int
     clock_ghz: float
     bandwidth: float
@@ -54,11 +53,11 @@ class Card:
     @property
     def limits(self) -> DeviceLimits:
         """What the launch heuristics ask of it."""
-        return DeviceLimits(self.capability, self.multiprocessors, self.shared_bytes - 1024, self.l2_bytes)
+        return DeviceLimits(self.multiprocessors, self.shared_bytes - 1024)
 
 
 _H100 = Card(
-    *("h100", "H100", "sm_90", (9, 0), 132, 1.755, 3.35e12, 0.90, 50 * MIB, 64, 228 << 10, 64, 600, 790e12),
+    *("h100", "H100", "sm_90", 132, 1.755, 3.35e12, 0.90, 50 * MIB, 64, 228 << 10, 64, 600, 790e12),
     "NVIDIA H100 and H200 data sheets; clock and cache: table 3 of PMC10448217; "
     "copy share: an earlier review's roofs of 3.0 and 4.2 TB/s",
 )
@@ -68,17 +67,17 @@ CARDS = {
         _H100,
         replace(_H100, name="h200", title="H200", bandwidth=4.8e12, copy_share=0.875),
         Card(
-            *("b200", "B200", "sm_100", (10, 0), 148, 1.755, 8.0e12, 0.875, 126 * MIB, 64, 228 << 10, 64, 700, 1700e12),
+            *("b200", "B200", "sm_100", 148, 1.755, 8.0e12, 0.875, 126 * MIB, 64, 228 << 10, 64, 700, 1700e12),
             "NVIDIA HGX B200 data sheet; multiprocessors, and a clock like an H100's: Chips and Cheese on the B200; "
             "copy share as an H200's",
         ),
         Card(
-            *("rtx4090", "RTX 4090", "sm_80", (8, 9)),
+            *("rtx4090", "RTX 4090", "sm_80"),
             *(128, 2.52, 1.008e12, 0.92, 72 * MIB, 48, 100 << 10, 2, 450, 150e12),
             "NVIDIA Ada architecture white paper; it runs the code of sm_80; copy share assumed",
         ),
         Card(
-            *("rtx5090", "RTX 5090", "sm_120", (12, 0)),
+            *("rtx5090", "RTX 5090", "sm_120"),
             *(170, 2.407, 1.792e12, 0.90, 96 * MIB, 48, 100 << 10, 2, 450, 190e12),
             "NVIDIA RTX Blackwell architecture white paper; copy share assumed",
         ),

@@ -1,7 +1,7 @@
 """Measurements that decide something, on a GPU: `python bench/deciding.py group-norm-kernels|attention|block|vae-tile`.
 
-Which kernel of GroupNorm a shape takes, which attention serves which number of queries, where the time of a block goes, and in
-which layout the video decoder is quicker.
+Whether channels-last GroupNorm is quicker in one launch or in two passes, which attention serves which number of queries, where the
+time of a block goes, and in which layout the video decoder is quicker.
 """
 
 from __future__ import annotations
@@ -92,30 +92,18 @@ def forced(**changed: Any) -> Iterator[None]:
         yield
 
 
-def _never(*_: Any) -> None:
-    return None
-
-
 # What of the choice is changed, so that it falls on each kernel.
-KERNELS: dict[str, dict[str, Any]] = {
-    "as dispatch has it": {},
-    "two passes": {"_cluster_size": _never, "_pipeline_units": lambda *_: float("inf")},
-    "pipeline": {"_cluster_size": _never, "_two_pass_units": lambda *_: float("inf")},
-    **{
-        f"on chip, {n} blocks": {"_cluster_size": lambda *_, n=n: (n, 1), "_worth_its_waves": lambda *_: True}
-        for n in (1, 2, 4, 8)
-    },
-}
+KERNELS: dict[str, dict[str, Any]] = {"one launch": {}, "two passes": {"waits_on_chip": lambda case: False}}
 
 
 def group_norm_kernels(run: Run) -> None:
-    """Each kernel at each contiguous production shape that it can serve."""
+    """Both forms of a channels-last call, at each such production shape; contiguous ones have two passes alone."""
     if "cuda" not in ltxkern.backends():
         run.skip("group_norm_silu", "all cases", "", str(ltxkern.capabilities()["group_norm_silu"]["cuda"]))
         return
     suite = bench_group_norm_silu.SUITE
     for case in suite.cases:
-        if case.options.get("channels_last") or case.options.get("out"):
+        if not case.options.get("channels_last"):
             continue
         generator = torch.Generator(run.device).manual_seed(0)
         call = suite.prepare(case, DTYPES["bf16"], run.device, generator)

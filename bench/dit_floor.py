@@ -54,7 +54,13 @@ class Layout(NamedTuple):
 
 def floor_calls(log: ContractionLog, device: torch.device) -> Callable[[], None]:
     """All logged calls one after another, on the weights, and for each layout on one tensor of random data."""
-    random = functools.cache(lambda layout: torch.empty_strided(*layout[:2], dtype=layout[2], device=device).normal_())
+
+    @functools.cache
+    def random(layout: tuple[Any, ...]) -> Tensor:
+        shape, stride, dtype, _ = layout
+        # Of an expanded tensor several elements are one.
+        elements = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        return torch.randn(elements, dtype=dtype, device=device).as_strided(shape, stride)
 
     def filled(part: Any, place: int) -> Any:
         return random((*part, place)) if isinstance(part, Layout) else part

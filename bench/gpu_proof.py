@@ -138,10 +138,12 @@ def stages(capability: str) -> tuple[Stage, ...]:
 @contextlib.contextmanager
 def process(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A command with a process group of its own, none of which outlives the block."""
+    # What the caller has on it stays: packages may lie there.
+    path = str(machine.ROOT), os.environ.get("PYTHONPATH")
     running = subprocess.Popen(
         command,
         cwd=machine.ROOT,
-        env={**os.environ, "PYTHONPATH": str(machine.ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -85,8 +85,24 @@ RUNGS = (
     Rung("ltxkern triton", 3, 4, "the same two passes, chunks that keep the whole chip busy"),
     Rung("ltxkern cpu", 2, 3, "chunk statistics and application while a group lies in cache"),
     Rung("ltxkern nvrtc", 3, 4, "the CUDA source compiled on the user's machine"),
-    Rung("ltxkern cuda", 3, 4, "the CUDA source; two units where a group stays on the chip"),
+    Rung(
+        "ltxkern cuda",
+        3,
+        4,
+        "the CUDA source: two passes; contiguous at revision df8da9e3f6 the pipeline, since deleted",
+    ),
+    Rung("two passes", 3, 4, "CUDA: statistics, then apply; what is left"),
+    Rung(
+        "pipeline",
+        2,
+        3,
+        "CUDA, deleted: all blocks at once, teams with two groups in flight, of which they keep what fits",
+    ),
+    Rung("on chip, 4 blocks", 2, 3, "CUDA, deleted: a cluster of four blocks holds a group"),
+    Rung("on chip, 8 blocks", 2, 3, "CUDA, deleted: a cluster of eight blocks holds a group"),
 )
+# What the others are held against: the first of these that a run has.
+BASES = ("torch eager", "two passes")
 
 
 def ladder_section(all_results: dict[str, Results]) -> str:
@@ -110,15 +126,12 @@ def ladder_section(all_results: dict[str, Results]) -> str:
 def _table(records: list[Record]) -> str:
     by_provider = {record.provider: record for record in records}
     residual = "residual" in records[0].case
-    base = by_provider.get("torch eager")
+    rungs = {rung.provider: rung for rung in RUNGS if rung.provider in by_provider}
+    name = next((name for name in BASES if name in rungs), None)
     lines = []
-    for rung in RUNGS:
-        record = by_provider.get(rung.provider)
-        if record is None or base is None:
-            continue
-        first, units = (
-            (RUNGS[0].units_with_residual, rung.units_with_residual) if residual else (RUNGS[0].units, rung.units)
-        )
+    for rung in rungs.values() if name is not None else ():
+        record, base, held = by_provider[rung.provider], by_provider[name], rungs[name]
+        first, units = (held.units_with_residual, rung.units_with_residual) if residual else (held.units, rung.units)
         lines.append(
             [
                 rung.provider,

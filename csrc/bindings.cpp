@@ -91,11 +91,10 @@ const ltxk::KernelEntry& kernel_named(const std::string& kernel) {
 }
 
 void add_launch(DeviceProgram& program, const std::string& kernel, std::tuple<unsigned, unsigned, unsigned> grid, unsigned block,
-                unsigned shared_bytes, unsigned cluster, bool cooperative, const py::bytes& parameters,
-                const Relocations& relocations) {
+                unsigned shared_bytes, bool cooperative, const py::bytes& parameters, const Relocations& relocations) {
     ltxk::Step step;
     step.kernel = &kernel_named(kernel);
-    step.shape = {{std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}, block, shared_bytes, cluster, cooperative};
+    step.shape = {{std::get<0>(grid), std::get<1>(grid), std::get<2>(grid)}, block, shared_bytes, cooperative};
     unpack(step, parameters, relocations);
     program.add(std::move(step));
 }
@@ -133,11 +132,11 @@ void call_device(DeviceProgram& program, const py::args& tensors) {
     program.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
 }
 
-std::size_t held(const std::string& kernel, unsigned block, unsigned shared_bytes, unsigned cluster, bool cooperative, int device) {
+std::size_t held(const std::string& kernel, unsigned block, unsigned shared_bytes, bool cooperative, int device) {
     const ltxk::KernelEntry& entry = kernel_named(kernel);
     py::gil_scoped_release release;
     ltxk::runtime::Current current(device);
-    return ltxk::runtime::held(entry, {{cluster, 1, 1}, block, shared_bytes, cluster, cooperative});
+    return ltxk::runtime::held(entry, {{1, 1, 1}, block, shared_bytes, cooperative});
 }
 
 std::optional<std::string> reason(const std::string& text) { return text.empty() ? std::nullopt : std::optional(text); }
@@ -166,7 +165,7 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
                "Why no CUDA kernel can run in this process as it is now, or None.");
     module.def("cuda_unserved", [](int device) { return reason(ltxk::runtime::unserved(device)); },
                py::call_guard<py::gil_scoped_release>(), "Why this build has no code for a device, or None.");
-    module.def("held", &held, "Clusters of a launch (blocks, without clusters) that a device holds at once; 0 where it cannot run it.");
+    module.def("held", &held, "Blocks of a launch that a device holds at once; 0 where it cannot run it.");
     module.def("isa", [] { return std::string(ltxk::isa_name(ltxk::best_isa())); }, "Instruction set of the CPU kernels.");
     module.def("kernels", [] {
         std::vector<std::string> names;

@@ -12,7 +12,6 @@ struct LaunchShape {
     unsigned grid[3];
     unsigned block;
     unsigned shared_bytes;
-    unsigned cluster;  // blocks per cluster along x; 1 for none
     bool cooperative;  // all blocks resident at once
 };
 
@@ -29,7 +28,7 @@ void zero(void* address, std::size_t bytes, void* stream);
 void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void* stream);
 // Once per kernel, device and size: loads the kernel and allows more dynamic shared memory than the default. Legal during a capture.
 void prepare(const KernelEntry& kernel, const LaunchShape& shape);
-// Clusters of a launch (blocks, where it has none) that the current device holds at once; 0 where it cannot run the launch.
+// Blocks of a launch that the current device holds at once; 0 where it cannot run the launch.
 std::size_t held(const KernelEntry& kernel, const LaunchShape& shape);
 
 // A device is current for as long as this lives.

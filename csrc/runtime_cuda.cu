@@ -89,25 +89,6 @@ void prepare(const KernelEntry& kernel, const LaunchShape& shape) {
           "cudaFuncSetAttribute");
 }
 
-static cudaLaunchConfig_t configured(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2]) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(shape.grid[0], shape.grid[1], shape.grid[2]);
-    config.blockDim = dim3(shape.block);
-    config.dynamicSmemBytes = shape.shared_bytes;
-    config.attrs = attributes;
-    if (shape.cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim = {shape.cluster, 1, 1};
-        ++config.numAttrs;
-    }
-    if (shape.cooperative) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
-        attributes[config.numAttrs].val.cooperative = 1;
-        ++config.numAttrs;
-    }
-    return config;
-}
-
 static int attribute(cudaDeviceAttr wanted) {
     int device = 0, value = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
@@ -120,26 +101,29 @@ std::size_t held(const KernelEntry& kernel, const LaunchShape& shape) {
     cudaFuncAttributes fixed;
     check(cudaFuncGetAttributes(&fixed, kernel.function), "cudaFuncGetAttributes");
     if (shape.shared_bytes + fixed.sharedSizeBytes > static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) ||
-        shape.block > static_cast<unsigned>(fixed.maxThreadsPerBlock) || (shape.cluster > 1 && !attribute(cudaDevAttrClusterLaunch)) ||
+        shape.block > static_cast<unsigned>(fixed.maxThreadsPerBlock) ||
         (shape.cooperative && !attribute(cudaDevAttrCooperativeLaunch)))
         return 0;
     prepare(kernel, shape);
     int count = 0;
-    if (shape.cluster > 1) {
-        cudaLaunchAttribute attributes[2];
-        cudaLaunchConfig_t config = configured(shape, attributes);
-        check(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config), "cudaOccupancyMaxActiveClusters");
-        return count;
-    }
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel.function, shape.block, shape.shared_bytes),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return static_cast<std::size_t>(count) * attribute(cudaDevAttrMultiProcessorCount);
 }
 
 void launch(const KernelEntry& kernel, const LaunchShape& shape, const void* parameters, void* stream) {
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = configured(shape, attributes);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(shape.grid[0], shape.grid[1], shape.grid[2]);
+    config.blockDim = dim3(shape.block);
+    config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute together;
+    if (shape.cooperative) {
+        together.id = cudaLaunchAttributeCooperative;
+        together.val.cooperative = 1;
+        config.attrs = &together;
+        config.numAttrs = 1;
+    }
     void* arguments[] = {const_cast<void*>(parameters)};
     check(cudaLaunchKernelExC(&config, kernel.function, arguments), "kernel launch");
 }

@@ -167,9 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; exit with 1 where README.md is out of date"
     )
     only_check = parser.parse_args(arguments).check
-    hopper = mock.Mock(
-        major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20
-    )
+    hopper = mock.Mock(multi_processor_count=132, shared_memory_per_block_optin=232448)
     with (
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.get_device_properties", return_value=hopper),

@@ -52,9 +52,9 @@ def patch(
 
     Contract: that of each op. A norm that has hooks, a forward of its own, parametrised weights or none in memory is left alone,
         and so is one whose result something other than SiLU takes. Hooks of offloading that come later are fine; any other hook
-        on a fused norm or its activation gives both their classes back first, and so does a forward that is put in. Whatever else
-        changes what a model does (a layer replaced or taken out of a sequence, a flag that its code asks for) comes before the
-        patch, or after `undo`.
+        on a fused norm or its activation gives both their classes back first, and so does whatever else changes what was read: a
+        forward that is put in, a layer replaced or taken out, a flag that the model's code asks for. Taken out and called by
+        itself a fused norm includes its activation.
     Calls within a graph of `torch.compile` are served and not counted.
 
     Example:

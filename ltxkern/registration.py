@@ -23,6 +23,22 @@ _increment_version = torch._C._increment_version
 _library = torch.library.Library("ltxkern", "DEF")
 
 
+# c10::ScalarType by its number: what torch 2.11 hands to an implementation in Python, later ones the dtype itself.
+_DTYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16}
+
+
+def typed(arguments: type[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What makes dtypes of the numbers among an op's positional arguments."""
+    places = {place for place, kind in enumerate(schema.kinds(arguments).values()) if kind == "ScalarType"}
+    if not places:
+        return lambda args: args
+
+    def given(args: Sequence[Any]) -> Sequence[Any]:
+        return [_DTYPES[v] if place in places and type(v) is int else v for place, v in enumerate(args)]
+
+    return given
+
+
 class Registered(NamedTuple):
     """The opaque torch ops of one op."""
 
@@ -69,18 +85,20 @@ def register(
     outputs = ", ".join(f"Tensor({chr(ord('a') + i)}!) out{i}" for i in range(count)) or "Tensor(a!)[] out"
     given = max(1, count)
 
+    with_dtypes = typed(arguments)
+
     def run_out(*args: Any) -> None:
-        run_into(args[-1] if given == 1 else args[-given:], arguments(*args[:-given]))
+        run_into(args[-1] if given == 1 else args[-given:], arguments(*with_dtypes(args[:-given])))
 
     def call(*args: Any) -> Any:
-        return run(arguments(*args))
+        return run(arguments(*with_dtypes(args)))
 
     def allocate(*args: Any) -> Any:
-        return fake(arguments(*args))
+        return fake(arguments(*with_dtypes(args)))
 
     parameters = schema.text(arguments, in_place=False)
     op = _define(name, f"({parameters}) -> {result}", call, allocate)
-    _library.impl(name, _differentiated(op, reference), "Autograd", with_keyset=True)
+    _library.impl(name, _differentiated(op, reference, with_dtypes), "Autograd", with_keyset=True)
     into = _define(f"{name}_out", f"({parameters}, {outputs}) -> ()", run_out, lambda *args: None)
     _library.impl(f"{name}_out", _refusing(name, into), "Autograd", with_keyset=True)
     return Registered(op, into, count)
@@ -173,7 +191,9 @@ def _refusing(name: str, op: Any) -> Callable[..., Any]:
     return refuse
 
 
-def _differentiated(op: Any, reference: Callable[..., Any]) -> Callable[..., Any]:
+def _differentiated(
+    op: Any, reference: Callable[..., Any], with_dtypes: Callable[[Sequence[Any]], Sequence[Any]]
+) -> Callable[..., Any]:
     """The op under autograd: the reference under a transform, else with a backward through the reference.
 
     Not `torch.library.register_autograd`: it loses the gradients of a list in which an entry is None.
@@ -220,7 +240,8 @@ def _differentiated(op: Any, reference: Callable[..., Any]) -> Callable[..., Any
 
     listed = str(op._schema.returns[0].type) == "List[Tensor]"
 
-    def differentiated(keyset: Any, *args: Any) -> Any:
+    def differentiated(keyset: Any, *given: Any) -> Any:
+        args = with_dtypes(given)
         if transforming():
             return composed(reference, args)
         below = keyset & torch._C._after_autograd_keyset

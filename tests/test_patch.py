@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ltxkern
 from ltxkern.ops.group_norm_silu import apply_group_norm_silu
 from ltxkern.patch import patch
+from ltxkern.patching.watch import own_class
 from tests.patching.models import CASES, built, call
 
 
@@ -139,6 +142,62 @@ def test_moves_and_copies() -> None:
     assert (own.sites, [row.calls for row in own.rows], report.sites) == (["1"], [1], [])
     own.undo()
     assert type(copied[1]) is nn.GroupNorm
+
+
+def test_what_the_class_of_a_patched_module_makes_is_plain() -> None:
+    """As `type(vae).from_config(vae.config)` makes another VAE."""
+    model = built(CASES["Stable Diffusion VAE"])
+    report = patch(model)
+    kinds = {type(module): own_class(module) for module in model.modules() if type(module) is not own_class(module)}
+    assert all(inspect.signature(kind) == inspect.signature(own) for kind, own in kinds.items())
+    arguments = {"GroupNorm": {"num_groups": 2, "num_channels": 8}, "ResnetBlock2D": {"in_channels": 32}, "SiLU": {}}
+    made = {kind: kind(**arguments[kind.__name__]) for kind in kinds if kind.__name__ in arguments}
+    made[type(model)] = type(model).from_config(model.config)
+    assert len(made) >= 4
+    assert all(type(module) is kinds[kind] for kind, module in made.items())
+    assert patch(made[type(model)]).sites == report.sites
+
+
+def by_jit_trace(model: nn.Module, x: Tensor) -> Tensor:
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert "ltxkern::group_norm_silu" in str(traced.inlined_graph)
+    return traced(x)
+
+
+def by_make_fx(model: nn.Module, x: Tensor) -> Tensor:
+    traced = make_fx(model)(x)
+    assert traced.code.count("ltxkern.group_norm_silu") == 1
+    return traced(x)
+
+
+def by_export(model: nn.Module, x: Tensor) -> Tensor:
+    exported = torch.export.export(model, (x,))
+    assert "ltxkern.group_norm_silu" in str(exported.graph)
+    return exported.module()(x)
+
+
+def by_vmap(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(lambda one: model(one[None])[0])(x)
+
+
+def by_functional_call(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.functional_call(model, {name: weight.clone() for name, weight in model.named_parameters()}, (x,))
+
+
+def by_jvp(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack(torch.func.jvp(model, (x,), (x,)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", [by_jit_trace, by_make_fx, by_export, by_vmap, by_functional_call, by_jvp])
+def test_the_first_call_is_a_tracers(way: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Nobody has called the site before: what the report wants to know of it must not come into the graph."""
+    model, x = sequential(), torch.randn(2, 3, 4, 4)
+    wanted = torch.stack(torch.func.jvp(model, (x,), (x,))) if way is by_jvp else model(x)
+    report = patch(model)
+    torch.testing.assert_close(way(model, x), wanted, rtol=1e-5, atol=1e-5)
+    model(x)
+    assert report.rows[0].backend == "cpu"
 
 
 def _own_forward(norm: nn.Module) -> None:
@@ -291,11 +350,11 @@ def test_offloading(name: str, offload: Callable[[nn.Module], None]) -> None:
 def test_a_changed_class_is_not_given_back_in_silence() -> None:
     model = sequential()
     report = patch(model)
-    nn.utils.parametrizations.weight_norm(model[1], dim=None)
-    model(torch.randn(1, 3, 4, 4))
-    with pytest.raises(RuntimeError, match="has become a ParametrizedGroupNorm since it was patched"):
+    fused = type(model[1])
+    object.__setattr__(model[1], "__class__", type("Changed", (fused,), {}))
+    with pytest.raises(RuntimeError, match="has become a Changed since it was patched"):
         report.undo()
-    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    object.__setattr__(model[1], "__class__", fused)
     report.undo()
     assert type(model[1]) is nn.GroupNorm
 

@@ -2,7 +2,6 @@
 #include "ltxkern/group_norm_silu.cuh"
 #include "ltxkern/group_norm_silu_channels_last.cuh"
 #include "ltxkern/group_norm_silu_columns.cuh"
-#include "ltxkern/group_norm_silu_on_chip.cuh"
 #include "registry.h"
 
 LTXK_KERNEL(ltxk::group_norm_finalize)
@@ -11,8 +10,7 @@ LTXK_KERNEL(ltxk::group_norm_finalize)
     LTXK_KERNEL(ltxk::group_norm_stats<T, V>) \
     LTXK_KERNEL(ltxk::group_norm_apply<T, V>) \
     LTXK_KERNEL(ltxk::group_norm_stats_columns<T, V>) \
-    LTXK_KERNEL(ltxk::group_norm_apply_columns<T, V>) \
-    LTXK_KERNEL(ltxk::group_norm_resident<T, V>)
+    LTXK_KERNEL(ltxk::group_norm_apply_columns<T, V>)
 
 FOR_TYPE_AND_VECTOR(float, 4)
 FOR_TYPE_AND_VECTOR(float, 1)
@@ -20,10 +18,6 @@ FOR_TYPE_AND_VECTOR(ltxk::f16, 8)
 FOR_TYPE_AND_VECTOR(ltxk::f16, 1)
 FOR_TYPE_AND_VECTOR(ltxk::bf16, 8)
 FOR_TYPE_AND_VECTOR(ltxk::bf16, 1)
-
-LTXK_KERNEL(ltxk::group_norm_pipeline<float, 4>)
-LTXK_KERNEL(ltxk::group_norm_pipeline<ltxk::f16, 8>)
-LTXK_KERNEL(ltxk::group_norm_pipeline<ltxk::bf16, 8>)
 
 LTXK_KERNEL(ltxk::group_norm_columns<float, 4>)
 LTXK_KERNEL(ltxk::group_norm_columns<ltxk::f16, 8>)

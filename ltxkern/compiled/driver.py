@@ -15,8 +15,8 @@ from ltxkern.compiled.steps import Launch, Zero, grid3, pack
 
 # Numbers of the driver's function, device and launch attributes, and of a capture mode.
 _MAX_THREADS, _STATIC_SHARED, _MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 0, 1, 8, 9
-_MULTIPROCESSORS, _COOPERATIVE_LAUNCH, _SHARED_OPTIN, _CLUSTER_LAUNCH = 16, 95, 97, 120
-_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4
+_MULTIPROCESSORS, _COOPERATIVE_LAUNCH, _SHARED_OPTIN = 16, 95, 97
+_COOPERATIVE = 2
 _RELAXED = 2
 # The oldest drivers that a major version of the CUDA runtime works with.
 LEAST_DRIVER = {12: 525, 13: 580}
@@ -173,36 +173,16 @@ def allow_shared(function: ctypes.c_void_p, wanted: int) -> None:
                 check(library().cuFuncSetAttribute(function, attribute, value), "cuFuncSetAttribute")
 
 
-def _attributes(cluster: int, cooperative: bool) -> tuple[ctypes.Array[_Attribute], int]:
-    attributes, count = (_Attribute * 2)(), 0
-    if cluster > 1:
-        attributes[count].id = _CLUSTER_DIMENSION
-        attributes[count].value[:3] = (cluster, 1, 1)
-        count += 1
-    if cooperative:
-        attributes[count].id = _COOPERATIVE
-        attributes[count].value[0] = 1
-        count += 1
-    return attributes, count
-
-
-def held(function: ctypes.c_void_p, block: int, shared: int, cluster: int, cooperative: bool, device: int) -> int:
-    """Clusters of a launch (blocks, without clusters) that the current device holds at once; 0 where it cannot run it."""
+def held(function: ctypes.c_void_p, block: int, shared: int, cooperative: bool, device: int) -> int:
+    """Blocks of a launch that the current device holds at once; 0 where it cannot run it."""
     if (
         shared + _of_function(_STATIC_SHARED, function) > _of_device(_SHARED_OPTIN, device)
         or block > _of_function(_MAX_THREADS, function)
-        or (cluster > 1 and not _of_device(_CLUSTER_LAUNCH, device))
         or (cooperative and not _of_device(_COOPERATIVE_LAUNCH, device))
     ):
         return 0
     allow_shared(function, shared)
     found = ctypes.c_int()
-    if cluster > 1:
-        grid, threads = (ctypes.c_uint * 3)(cluster, 1, 1), (ctypes.c_uint * 3)(block, 1, 1)
-        config = _Config(grid, threads, shared, None, *_attributes(cluster, cooperative))
-        status = library().cuOccupancyMaxActiveClusters(ctypes.byref(found), function, ctypes.byref(config))
-        check(status, "cuOccupancyMaxActiveClusters")
-        return found.value
     status = library().cuOccupancyMaxActiveBlocksPerMultiprocessor(
         ctypes.byref(found), function, block, ctypes.c_size_t(shared)
     )
@@ -225,7 +205,9 @@ def zeroing(step: Zero) -> Runner:
 def launching(step: Launch) -> Runner:
     """What runs a `Launch`."""
     template, relocations = pack(step.parameters)
-    attributes, count = _attributes(step.cluster, step.cooperative)
+    together = _Attribute(_COOPERATIVE)
+    together.value[0] = 1
+    attributes = ctypes.pointer(together)
     grid, block = (ctypes.c_uint * 3)(*grid3(step.grid)), (ctypes.c_uint * 3)(step.block, 1, 1)
 
     def run(function: ctypes.c_void_p | None, addresses: list[int], stream: int) -> None:
@@ -235,7 +217,7 @@ def launching(step: Launch) -> Runner:
             parameters[8 * slot : 8 * slot + 8] = (address + offset if address else 0).to_bytes(8, "little")
         buffer = (ctypes.c_char * len(parameters)).from_buffer(parameters)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        config = _Config(grid, block, step.shared_bytes, stream, attributes, count)
+        config = _Config(grid, block, step.shared_bytes, stream, attributes, step.cooperative)
         check(library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), f"launch of {step.kernel}")
 
     return run

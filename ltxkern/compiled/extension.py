@@ -32,11 +32,8 @@ def device_program(binding: ModuleType, steps: Sequence[Step], arguments: int) -
         if isinstance(step, Zero):
             program.add_zero(step.target.index, step.target.offset, step.bytes)
         else:
-            parameters, relocations = pack(step.parameters)
-            program.add_launch(
-                *(step.kernel, grid3(step.grid), step.block, step.shared_bytes, step.cluster, step.cooperative),
-                *(parameters, relocations),
-            )
+            shape = step.block, step.shared_bytes, step.cooperative
+            program.add_launch(step.kernel, grid3(step.grid), *shape, *pack(step.parameters))
     return program
 
 
@@ -78,13 +75,13 @@ def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
 
 
 @functools.cache
-def held(tier: str, device: int, kernel: str, block: int, shared_bytes: int, cluster: int, cooperative: bool) -> int:
-    """Clusters of a launch (blocks, without clusters) that a device holds at once, as its driver says; 0: it cannot run it."""
+def held(tier: str, device: int, kernel: str, block: int, shared_bytes: int, cooperative: bool) -> int:
+    """Blocks of a launch that a device holds at once, as its driver says; 0: it cannot run it."""
     if tier == "nvrtc":
         from ltxkern.compiled import nvrtc
 
-        return nvrtc.held(kernel, block, shared_bytes, cluster, cooperative, device)
-    found: int = module().held(kernel, block, shared_bytes, cluster, cooperative, device)
+        return nvrtc.held(kernel, block, shared_bytes, cooperative, device)
+    found: int = module().held(kernel, block, shared_bytes, cooperative, device)
     return found
 
 

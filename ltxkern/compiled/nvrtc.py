@@ -157,10 +157,10 @@ def _function(kernel: str, device: int) -> ctypes.c_void_p:
     return found
 
 
-def held(kernel: str, block: int, shared_bytes: int, cluster: int, cooperative: bool, device: int) -> int:
-    """Clusters of a launch (blocks, without clusters) that a device holds at once; 0 where it cannot run it."""
+def held(kernel: str, block: int, shared_bytes: int, cooperative: bool, device: int) -> int:
+    """Blocks of a launch that a device holds at once; 0 where it cannot run it."""
     with driver.on_device(device):
-        return driver.held(_function(kernel, device), block, shared_bytes, cluster, cooperative, device)
+        return driver.held(_function(kernel, device), block, shared_bytes, cooperative, device)
 
 
 def program(steps: Sequence[Step], arguments: int) -> Callable[..., None]:

@@ -36,8 +36,7 @@ def workspace(tier: str, case: Any, x: Tensor) -> Tensor | None:
 @functools.cache
 def _limits(tier: str, device: int) -> DeviceLimits:
     def held(launch: Launch) -> int:
-        shape = launch.block, launch.shared_bytes, launch.cluster, launch.cooperative
-        return extension.held(tier, device, launch.kernel, *shape)
+        return extension.held(tier, device, launch.kernel, launch.block, launch.shared_bytes, launch.cooperative)
 
     return device_limits(device)._replace(held=held)
 

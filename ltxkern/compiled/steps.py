@@ -33,7 +33,6 @@ class Launch:
         parameters: the fields of the kernel's parameter struct by name, in its order, 8 bytes each: int as i64, float as double,
             None as a null pointer.
         shared_bytes: dynamic shared memory.
-        cluster: blocks per thread-block cluster (compute capability 9.0 and newer); 1 for none.
         cooperative: all blocks are resident at once.
     """
 
@@ -42,11 +41,10 @@ class Launch:
     block: int
     parameters: Mapping[str, Parameter]
     shared_bytes: int = 0
-    cluster: int = 1
     cooperative: bool = False
 
     def __str__(self) -> str:
-        more = f", cluster {self.cluster}" * (self.cluster > 1) + ", cooperative" * self.cooperative
+        more = ", cooperative" * self.cooperative
         return f"{self.kernel}, grid {'x'.join(map(str, self.grid))}, block {self.block}, shared {self.shared_bytes} bytes{more}"
 
 

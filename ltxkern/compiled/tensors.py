@@ -47,17 +47,10 @@ def matched(x: Tensor, channels_last: bool) -> Tensor:
 class DeviceLimits(NamedTuple):
     """What the launch heuristics ask of a device."""
 
-    capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
-    l2_bytes: int
-    # Clusters of a launch (blocks, without clusters) that it holds at once; None: as counted from the limits.
+    # Blocks of a launch that it holds at once; None: as counted from the limits.
     held: Callable[[Launch], int] | None = None
-
-    @property
-    def cluster_blocks(self) -> int:
-        """Largest portable thread-block cluster; 1 where clusters are not used."""
-        return 8 if self.capability[0] in (9, 10) else 1
 
 
 @functools.cache
@@ -65,9 +58,7 @@ def device_limits(index: int) -> DeviceLimits:
     """Limits of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-    return DeviceLimits(
-        (properties.major, properties.minor), properties.multi_processor_count, shared, properties.L2_cache_size
-    )
+    return DeviceLimits(properties.multi_processor_count, shared)
 
 
 def refuse_device(tier: str, x: Tensor) -> str | None:

@@ -20,9 +20,10 @@ from ltxkern.integrations.routes import Left
 from ltxkern.ops.group_norm_silu import group_norm_silu
 from ltxkern.ops.merge_lora import WEIGHT_DTYPES, merge_lora_
 from ltxkern.patch import fuse
-from ltxkern.patching.norms import KINDS, FusedGroupNorm, FusedLengthNorm, stands, takes
+from ltxkern.patching.norms import KINDS, FusedGroupNorm, FusedLengthNorm, takes
 from ltxkern.patching.report import Report
 from ltxkern.patching.rules import Rules, chosen_policy
+from ltxkern.patching.watch import stands
 
 # Under which a patcher keeps what is ours.
 KEY = "ltxkern"
@@ -30,6 +31,8 @@ KEY = "ltxkern"
 
 class CastGroupNorm(FusedGroupNorm):
     """A GroupNorm of comfy.ops: its weights may lie elsewhere, in another dtype, or wait for a LoRA."""
+
+    LIVE = FusedGroupNorm.LIVE | {"comfy_cast_weights", "weight_function", "bias_function"}
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`silu(gn(x) [+ residual])`."""

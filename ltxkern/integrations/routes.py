@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -29,14 +30,23 @@ class Routes:
         self.places: dict[str, str] = {}
         self.left: list[Left] = []
         self._before: list[tuple[Any, str, Any]] = []
+        self._everywhere: list[tuple[str, Any, Any]] = []
 
     def put(self, owner: Any, name: str, new: Any) -> None:
         """Replace one attribute."""
         self._before.append((owner, name, getattr(owner, name)))
         setattr(owner, name, new)
 
+    def put_everywhere(self, package: str, before: Any, new: Any) -> None:
+        """Replace a function in every loaded module of a package, under whatever name; `undo` also in those loaded since."""
+        self._everywhere.append((package, before, new))
+        _swap(package, before, new)
+
     def undo(self) -> None:
         """Put back what was there, the last replaced first; nothing is left to do the second time."""
+        while self._everywhere:
+            package, before, new = self._everywhere.pop()
+            _swap(package, new, before)
         while self._before:
             owner, name, before = self._before.pop()
             setattr(owner, name, before)
@@ -52,6 +62,14 @@ class Routes:
     def __str__(self) -> str:
         rows = [f"{place}: ltxkern.{op}" for place, op in self.places.items()]
         return "\n".join(rows + [f"{place}: left, {reason}" for place, reason in self.left])
+
+
+def _swap(package: str, old: Any, new: Any) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == package and module is not None:
+            for held, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, held, new)
 
 
 def same_kind(x: Any, *others: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,10 @@ from ltxkern.ops.rms_norm_modulate import gated_residual_rms_norm_modulate, rms_
 
 Theirs = Callable[..., Any]
 _HOME = "sglang.jit_kernel.diffusion"
+# Where they are from 0.5.23 on; models take them from the first one, which hands out what the others have.
+_FACADE = "sglang.kernels.ops.diffusion"
+_MADE = "sglang.kernels.kda_kernels"
+_ROPE = "ltx2_qknorm_split_rope"
 
 
 def _group_norm_silu(theirs: Theirs) -> Theirs:
@@ -71,6 +74,32 @@ def _qk_norm_rope_pair(theirs: Theirs) -> Theirs:
         return theirs(q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
     return routed
+
+
+def _can_qk_norm_rope(theirs: Theirs) -> Theirs:
+    def routed(*args: Tensor, **options: Any) -> bool:
+        return _rotates(*args, **options) or theirs(*args, **options)
+
+    return routed
+
+
+def _qk_norm_rope(theirs: Theirs) -> Theirs:
+    def routed(*args: Tensor, eps: float, **options: Any) -> Any:
+        if _rotates(*args, **options):
+            q, q_cos, q_sin, q_weight, k, k_cos, k_sin, k_weight = args
+            return qk_norm_rope(q, k, q_weight, k_weight, q_cos, q_sin, eps=float(eps), k_cos=k_cos, k_sin=k_sin)
+        return theirs(*args, eps=eps, **options)
+
+    return routed
+
+
+def _rotates(*args: Any, num_heads: int, head_dim: int, allow_sm90: bool = False) -> bool:
+    """Whether ours take what sglang's later functions are given: x, cos, sin and weight of queries, then of keys."""
+    if len(args) != 8 or not all(isinstance(one, Tensor) for one in args):
+        return False
+    q, q_cos, q_sin, q_weight, k, k_cos, k_sin, k_weight = args
+    fits = rotates((q, q_weight, q_cos, q_sin), (k, k_weight, k_cos, k_sin))
+    return fits and (q_cos.shape[1], 2 * q_cos.shape[3]) == (num_heads, head_dim)
 
 
 def _modulates(x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: tuple[Any, ...], norm_type: str) -> bool:
@@ -129,20 +158,39 @@ class _Site(NamedTuple):
     op: str
 
 
+def _norms(module: str) -> tuple[_Site, _Site]:
+    return (
+        _Site(module, "fused_norm_scale_shift", _norm_scale_shift, "rms_norm_modulate"),
+        _Site(
+            *(module, "fused_scale_residual_norm_scale_shift"),
+            *(_residual_norm_scale_shift, "gated_residual_rms_norm_modulate"),
+        ),
+    )
+
+
 _SITES = (
-    _Site("group_norm_silu", "apply_group_norm_silu", _group_norm_silu, "group_norm_silu"),
-    _Site("residual_gate_add", "can_use_residual_gate_add_cuda", _can_gate, "gated_residual"),
-    _Site("residual_gate_add", "residual_gate_add_cuda", _gate, "gated_residual"),
-    _Site("triton.ltx2_qknorm", "ltx2_qknorm_split_rope_pair", _qk_norm_rope_pair, "qk_norm_rope"),
-    _Site(
-        *("cutedsl.scale_residual_norm_scale_shift", "fused_norm_scale_shift"),
-        *(_norm_scale_shift, "rms_norm_modulate"),
-    ),
-    _Site(
-        *("cutedsl.scale_residual_norm_scale_shift", "fused_scale_residual_norm_scale_shift"),
-        *(_residual_norm_scale_shift, "gated_residual_rms_norm_modulate"),
-    ),
+    _Site(f"{_HOME}.group_norm_silu", "apply_group_norm_silu", _group_norm_silu, "group_norm_silu"),
+    _Site(f"{_HOME}.residual_gate_add", "can_use_residual_gate_add_cuda", _can_gate, "gated_residual"),
+    _Site(f"{_HOME}.residual_gate_add", "residual_gate_add_cuda", _gate, "gated_residual"),
+    _Site(f"{_HOME}.triton.ltx2_qknorm", "ltx2_qknorm_split_rope_pair", _qk_norm_rope_pair, "qk_norm_rope"),
+    *_norms(f"{_HOME}.cutedsl.scale_residual_norm_scale_shift"),
 )
+_SITES_NOW = (
+    _Site(f"{_FACADE}.norm.group_norm_silu", "apply_group_norm_silu", _group_norm_silu, "group_norm_silu"),
+    _Site(f"{_MADE}.residual_gate_add_jit", "can_use_residual_gate_add_cuda", _can_gate, "gated_residual"),
+    _Site(f"{_MADE}.residual_gate_add_jit", "residual_gate_add_cuda", _gate, "gated_residual"),
+    _Site(f"{_MADE}.residual_gate_add_jit", "residual_gate_add", _gate, "gated_residual"),
+    _Site(f"{_MADE}.{_ROPE}_jit", f"can_use_{_ROPE}_cuda", _can_qk_norm_rope, "qk_norm_rope"),
+    _Site(f"{_MADE}.{_ROPE}_jit", f"{_ROPE}_cuda", _qk_norm_rope, "qk_norm_rope"),
+    *_norms(f"{_FACADE}.norm.scale_residual_norm_cutedsl"),
+)
+
+
+def _sites() -> tuple[_Site, ...]:
+    try:
+        return _SITES_NOW if importlib.util.find_spec("sglang.kernels") else _SITES
+    except ImportError:  # of sglang itself: each place tells of it
+        return _SITES_NOW
 
 
 def install() -> Routes:
@@ -161,10 +209,10 @@ def install() -> Routes:
     if importlib.util.find_spec("sglang") is None:
         raise ImportError("sglang is not installed: pip install sglang")
     routes = Routes()
-    for site in _SITES:
-        place = f"{_HOME}.{site.module}.{site.name}"
+    for site in _sites():
+        place = f"{site.module}.{site.name}"
         try:
-            home = importlib.import_module(f"{_HOME}.{site.module}")
+            home = importlib.import_module(site.module)
         except ImportError as missing:
             routes.left.append(Left(place, f"its module does not load: {missing}"))
             continue
@@ -178,15 +226,6 @@ def install() -> Routes:
             for name in ("__name__", "__doc__", "__module__"):
                 setattr(routed, name, getattr(theirs, name, getattr(routed, name)))
             routed.ltxkern_op = site.op
-            _put_everywhere(routes, theirs, routed)
+            routes.put_everywhere("sglang", theirs, routed)
             routes.places[place] = site.op
     return routes
-
-
-def _put_everywhere(routes: Routes, theirs: Any, routed: Any) -> None:
-    """In every loaded module of sglang that holds the function, under whatever name."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "sglang" and module is not None:
-            for held, value in list(vars(module).items()):
-                if value is theirs:
-                    routes.put(module, held, routed)

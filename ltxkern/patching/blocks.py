@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.patching.flow import Flow, Node, Value
-from ltxkern.patching.norms import Fused, stands
+from ltxkern.patching.watch import Fused, stands
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ltxkern.patching import source
-from ltxkern.patching.flow import UnreadableError, changing, known
+from ltxkern.patching.flow import Asked, UnreadableError, asked_by, changing, known
 from ltxkern.patching.reach import LOOKING, WALKS
+from ltxkern.patching.watch import own_class
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -29,32 +30,33 @@ class _Use(NamedTuple):
     elements: bool
 
 
-def taken_apart(model: nn.Module, path: str, around: frozenset[str]) -> str | None:
+def taken_apart(model: nn.Module, path: str, around: frozenset[str], asked: Asked) -> str | None:
     """Why the layers of a sequence may run one by one, or None where its holders call it as a whole.
 
     Args:
         path: of the sequence in the model, "" for the model itself.
         around: attributes that some code of the model sets.
+        asked: takes what the answer depends on.
     """
     names = path.split(".") if path else []
     holders = [model]
     for name in names[:-1]:
         holders.append(getattr(holders[-1], name))
     within = False  # another container
-    while holders and type(holders[-1]) in _CONTAINERS:
+    while holders and own_class(holders[-1]) in _CONTAINERS:
         holders.pop()
         within = True
     if path:
-        own = type(model.get_submodule(path))
+        own = own_class(model.get_submodule(path))
         if own is not nn.Sequential and any(inspect.isfunction(v) for n, v in vars(own).items() if n != "__init__"):
             return f"{own.__name__} is a sequence with methods of its own"
     if not holders or not names:
         return None
     name = names[len(holders) - 1]
     for holder in holders:
-        kind: Any = type(holder)
+        kind = own_class(holder)
         try:
-            uses = list(_uses(holder, around))
+            uses = list(_uses(holder, around, asked))
         except UnreadableError:
             if holder is holders[-1]:
                 return f"the source of {kind.__name__}, which holds it, cannot be read"
@@ -68,12 +70,12 @@ def taken_apart(model: nn.Module, path: str, around: frozenset[str]) -> str | No
 _Parents = dict[ast.AST, ast.AST]
 
 
-def _uses(holder: Any, around: frozenset[str]) -> Iterator[_Use]:
+def _uses(holder: Any, around: frozenset[str], asked: Asked) -> Iterator[_Use]:
     """What the methods of a module take apart, on the branches that this module can take."""
-    kind: Any = type(holder)
+    kind = own_class(holder)
     for parents, found in _methods(kind):
         for node, use in found:
-            if _reached(node, parents, holder, around | changing(kind)):
+            if _reached(node, parents, holder, around | changing(kind), asked):
                 yield use
 
 
@@ -101,7 +103,7 @@ def _opened(tree: ast.AST, parents: _Parents) -> Iterator[tuple[ast.AST, _Use]]:
             yield node, _Use(node.attr, of_self, elements=True)
 
 
-def _reached(node: ast.AST, parents: _Parents, holder: Any, may_change: frozenset[str]) -> bool:
+def _reached(node: ast.AST, parents: _Parents, holder: Any, may_change: frozenset[str], asked: Asked) -> bool:
     """Whether no test on what the holder has keeps a piece of code from running."""
     while node in parents:
         parent = parents[node]
@@ -109,6 +111,7 @@ def _reached(node: ast.AST, parents: _Parents, holder: Any, may_change: frozense
             value = known(holder, parent.test, "self", may_change)
             body = node in parent.body if isinstance(parent, ast.If) else node is parent.body
             if value is not None and value != body:
+                asked.update(asked_by(holder, parent.test))
                 return False
         node = parent
     return True

@@ -57,9 +57,11 @@ def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: 
 
 def is_plain(network: Any, dtype: torch.dtype) -> bool:
     """Whether a FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
+    if type(network).__name__ != "FeedForward" or len(network.net) != 3:
+        return False
     parts = [*network.net]
     layer: Any = getattr(parts[0], "proj", None)
-    if type(layer) is not nn.Linear or getattr(parts[0], "approximate", None) != "tanh" or len(parts) != 3:
+    if type(layer) is not nn.Linear or type(parts[0]).__name__ != "GELU" or parts[0].approximate != "tanh":
         return False
     weight, bias = layer.weight, layer.bias
     # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from ltxkern.patching.source import methods, parsed
+from ltxkern.patching.watch import own_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Node:
 
 # What an expression may be: one node, or several where branches meet.
 Value = frozenset[Node]
+# Modules, each with an attribute on which it depends what was read.
+Asked = set[tuple[nn.Module, str]]
 
 SILU = "torch.nn.functional.silu"
 _VIEWS = {
@@ -78,6 +81,16 @@ def known(module: Any, test: ast.expr, me: str, changing: frozenset[str] | set[s
         return None
 
 
+def asked_by(module: Any, test: ast.expr) -> Iterator[tuple[nn.Module, str]]:
+    """What a test whose result is known asks the module and its children for."""
+    for part in ast.walk(test):
+        if isinstance(part, ast.Attribute):
+            _, *way, name = ast.unparse(part).split(".")
+            owner = functools.reduce(lambda owner, step: getattr(owner, step, None), way, module)
+            if isinstance(owner, nn.Module):
+                yield owner, name
+
+
 def changing(kind: type) -> frozenset[str]:
     """Attributes that may be others at a later call."""
     return _CHANGING | beside_forward(kind)[1]
@@ -92,12 +105,14 @@ class Flow:
         uses: of each node, what takes it; None where that is not a child, SiLU or arithmetic.
         returned: what forward returns.
         mentioned: children that are used otherwise than by calling them.
+        asked: what the branches depend on that were taken.
     """
 
     calls: list[Node] = field(default_factory=list)
     uses: dict[Node, list[Node | None]] = field(default_factory=dict)
     returned: Value = frozenset()
     mentioned: set[str] = field(default_factory=set)
+    asked: Asked = field(default_factory=set)
 
 
 class UnreadableError(Exception):
@@ -120,7 +135,7 @@ def read(module: nn.Module, one_argument: Callable[[str], bool], around: frozens
         UnreadableError: no source, or none that is a function of `self`.
     """
     reader = _Reader(module, one_argument, around)
-    return reader.run(_tree(inspect.unwrap(type(module).forward)))
+    return reader.run(_tree(inspect.unwrap(own_class(module).forward)))
 
 
 def _tree(forward: Any) -> ast.FunctionDef:
@@ -159,8 +174,7 @@ class _Reader:
         self.module = module
         self.one_argument = one_argument
         self.children = {name for name, child in module.named_children()}
-        kind: Any = module.__class__
-        self.changing = around | changing(kind)
+        self.changing = around | changing(own_class(module))
         self.flow = Flow()
         self.names: dict[str, Value] = {}
         self.me = "self"
@@ -266,7 +280,10 @@ class _Reader:
                 self._used(self.names.get(name.id, frozenset()))
 
     def _known(self, test: ast.expr) -> bool | None:
-        return known(self.module, test, self.me, self.changing)
+        value = known(self.module, test, self.me, self.changing)
+        if value is not None:
+            self.flow.asked.update(asked_by(self.module, test))
+        return value
 
     def _test(self, test: ast.expr) -> None:
         """A comparison with None looks at no value."""

@@ -21,8 +21,8 @@ from ltxkern.ops.rms_norm_modulate import (
 )
 from ltxkern.patching import separate
 from ltxkern.patching.feed_forward import is_plain, joins, product_gelu
-from ltxkern.patching.norms import Fused, stands
-from ltxkern.patching.report import Group, Site
+from ltxkern.patching.report import Site
+from ltxkern.patching.watch import Fused, Group, stands
 
 
 class Modulation(NamedTuple):

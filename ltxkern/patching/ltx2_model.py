@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ltxkern.ops.checks import unplain
 from ltxkern.patching.ltx2_block import FusedAttention, FusedBlock, Held, Modulation
-from ltxkern.patching.norms import Fused, Watched, mix, stands
-from ltxkern.patching.report import Group, Left, Report, Site
+from ltxkern.patching.report import Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
+from ltxkern.patching.watch import Fused, Group, Part, mix, own_class, stands
 
 # Those of the stock forward that are read below; one that is not known would be dropped.
 _MODEL_PARAMETERS = """
@@ -54,7 +54,13 @@ def _by_levels(model: Any, timestep: Any) -> bool:
         return False
     if timestep.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return model._parallel_config is None and all(isinstance(block, FusedBlock) for block in model.transformer_blocks)
+    return model._parallel_config is None and all(map(_takes_rows, model.transformer_blocks))
+
+
+def _takes_rows(block: Any) -> bool:
+    """Whether a block knows modulation by rows, and nobody looks at what it is given."""
+    hooked = block._forward_pre_hooks or block._forward_hooks or block._backward_pre_hooks or block._backward_hooks
+    return isinstance(block, FusedBlock) and not hooked
 
 
 def _levels(timestep: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -193,12 +199,16 @@ _NORMS = (
 
 def is_ltx2(module: nn.Module) -> bool:
     """Whether `fuse_module` knows the very class."""
-    return type(module) in (stock.LTX2VideoTransformer3DModel, stock.LTX2VideoTransformerBlock, stock.LTX2Attention)
+    return own_class(module) in (
+        stock.LTX2VideoTransformer3DModel,
+        stock.LTX2VideoTransformerBlock,
+        stock.LTX2Attention,
+    )
 
 
 def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
     """Fuse a transformer, a block or an attention of LTX-2, or say why not."""
-    kind = type(module)
+    kind = own_class(module)
     group = Group()
     if (reason := _against(module, rules)) is not None:
         report.left.append(Left(path, f"{kind.__name__} {reason}"))
@@ -218,7 +228,8 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
         held = Held(sites, group)
         mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, held, group)
         for name in ("norm_q", "norm_k") if kind is stock.LTX2Attention else _NORMS:
-            mix(getattr(module, name), Watched, held, group)
+            mix(getattr(module, name), Part, held, group)
+        report.watch(module, group, ("forward",))
         report.add(group)
 
 

@@ -11,88 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxkern.nn import pixel_norm_silu_with_frames
-from ltxkern.ops.checks import ACTIVATION_DTYPES, FOREIGN_HOOKS
+from ltxkern.ops.checks import ACTIVATION_DTYPES
 from ltxkern.ops.group_norm_silu import fuses, group_norm_silu
 from ltxkern.ops.pixel_norm_silu import pixel_norm_silu
-from ltxkern.patching.report import Group, Member, Site
+from ltxkern.patching.report import Site
+from ltxkern.patching.watch import Fused, Part, stands
 
 # Under x / max(|x|, this) a norm by length is one by root mean square with this squared, over the channels, added to the mean.
 _SHORTEST = 1e-12
 
 
-class Fused(nn.Module):
-    """Mixed in front of the class of a module that a patch changed; goes when the class is given back."""
-
-    _ltxkern: Any
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made anew from the module's own one: no name leads to it."""
-        kinds = type(self).__bases__
-        return _empty, kinds, self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
-
-
-def _empty(mixin: Any, kind: Any) -> nn.Module:
-    made = fused(mixin, kind)
-    return made.__new__(made)
-
-
-def stands(module: Any) -> bool:
-    """Whether a module is patched."""
-    return isinstance(module, Fused)
-
-
-class Watched(Fused):
-    """A module whose own call a patch has taken over or passes.
-
-    A hook that is registered on it, or a forward that is put in, has to see what its class gives and takes: its group is released
-    first. The forwards that hooks of offloading put in only move weights.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward" and not FOREIGN_HOOKS.keys() & vars(self).keys():
-            self._ltxkern.group.release("a forward was put into it or beside it")
-            setattr(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-
-def _releasing(name: str) -> Callable[..., Any]:
-    def register(self: Any, *args: Any, **keywords: Any) -> Any:
-        self._ltxkern.group.release("a hook was registered on it or beside it")
-        return getattr(self, name)(*args, **keywords)
-
-    return register
-
-
-for _name in (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_backward_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-):
-    setattr(Watched, _name, _releasing(_name))
-
-
-class Including(Watched):
+class Including(Part):
     """A norm that includes its activation, or that activation."""
 
     _ltxkern: Site
-
-
-@functools.cache
-def fused(mixin: Any, kind: Any) -> Any:
-    """`kind` with the forward of `mixin`, under the name of `kind`."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), names)
-
-
-def mix(module: Any, mixin: Any, held: Any, group: Group) -> None:
-    """Give a module of a group the forward of `mixin`, and what that reads."""
-    kind: Any = module.__class__
-    group.members.append(Member(module, kind))
-    vars(module)["_ltxkern"] = held
-    module.__class__ = fused(mixin, kind)
 
 
 def takes(x: Tensor, weight: Tensor | None) -> bool:
@@ -107,6 +39,8 @@ def takes(x: Tensor, weight: Tensor | None) -> bool:
 # A hook that was put in since the patch keeps a forward below, bound to a module that has its class back: the first line of each.
 class FusedGroupNorm(Including):
     """nn.GroupNorm, SiLU included."""
+
+    LIVE = frozenset({"eps", "num_groups"})
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`silu(gn(x) [+ residual])`."""

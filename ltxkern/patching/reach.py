@@ -16,6 +16,7 @@ from torch import nn
 
 from ltxkern.ops.checks import FOREIGN_HOOKS
 from ltxkern.patching import source
+from ltxkern.patching.watch import own_class
 
 _ENTRIES = ("forward", "__call__", "encode", "decode")
 # Of a module: they hand out what it holds.
@@ -67,8 +68,7 @@ def reached(model: nn.Module, path: str, layer: str) -> str | None:
         name = type(holder).__name__
         if "forward" in vars(holder) and not FOREIGN_HOOKS.keys() & vars(holder).keys():
             return f"{name}, of which it is a part, has a forward of its own"
-        described: Any = type(holder)
-        reach = _reach(described)
+        reach = _reach(own_class(holder))
         if layer in reach.attributes:
             return f"{layer} is used in {name}, outside of the block that holds it"
         if reach.walk:

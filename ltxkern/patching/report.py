@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ltxkern.dispatch import handed, registered
+from ltxkern.patching.watch import Group, Patched, settle, watch
+from ltxkern.registration import needs_dispatcher
 
 
 @dataclass(eq=False)
@@ -37,15 +39,15 @@ class Site:
     _seen: Any = field(default=None, repr=False)
 
     def count(self, x: torch.Tensor, call: Callable[[torch.Tensor], Any] | None) -> None:
-        """Note a call of the op on x, and who serves it where dtype or device are new; nothing where something traces.
+        """Note a call of the op on x, and who serves it where dtype or device are new.
 
-        `call` is None where torch itself has the op.
+        `call` is None where torch itself has the op. Where something traces or transforms nobody is asked: a tracer would see it.
         """
         if torch.compiler.is_compiling():
             return
         self.calls += 1
         seen = (x.dtype, x.device)
-        if seen != self._seen:
+        if seen != self._seen and not needs_dispatcher(()):
             self._seen = seen
             self.backend = "torch" if call is None else self._serving(x, call)
 
@@ -82,56 +84,6 @@ class Left(NamedTuple):
     already: bool = False  # fused, by an earlier patch
 
 
-class Member(NamedTuple):
-    """A module of a group and the class that it had."""
-
-    module: nn.Module
-    kind: type
-
-
-@dataclass(eq=False)
-class Group:
-    """Modules that are fused together or not at all: a block's norms and the activation after them.
-
-    Attributes:
-        owned: whether a report speaks for them; one of a copy does not.
-        released: why they are no longer fused, "" while they are.
-    """
-
-    members: list[Member] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    owned: bool = True
-    released: str = ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """No report speaks for a copy."""
-        return {**vars(self), "owned": False}
-
-    def give_back(self, module: nn.Module) -> None:
-        """Take one module out again."""
-        member = next(member for member in self.members if member.module is module)
-        _restore(*member)
-        self.members.remove(member)
-
-    def release(self, reason: str) -> None:
-        """Give every module its class back."""
-        for module, kind in self.members:
-            _restore(module, kind)
-        self.released = reason
-
-
-def _restore(module: nn.Module, kind: type) -> None:
-    if "_ltxkern" not in vars(module):
-        return
-    if type(module).__bases__[-1] is not kind:
-        raise RuntimeError(
-            f"a {kind.__name__} cannot be given its class back: it has become a {type(module).__name__} since it was patched; "
-            "take that back first"
-        )
-    module.__class__ = kind
-    del vars(module)["_ltxkern"]
-
-
 @dataclass
 class Report:
     """What `patch` did; a context manager that undoes it at its end.
@@ -144,6 +96,7 @@ class Report:
     rows: list[Site] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     _groups: list[Group] = field(default_factory=list, repr=False)
+    _watching: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
     def sites(self) -> list[str]:
@@ -156,6 +109,15 @@ class Report:
         self._groups.append(group)
         self.rows += group.sites
 
+    def watch(self, module: nn.Module, group: Group, names: Iterable[str]) -> None:
+        """Release a group once one of these attributes of a module is another."""
+        watch(module, group, names)
+        self._watching.append(module)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Settle also what an earlier patch, or that of what this is a copy of, watches for."""
+        self._watching += [module for module in model.modules() if isinstance(module, Patched)]
+
     def holds(self, group: Group) -> bool:
         """Whether this report speaks for a group."""
         return any(own is group for own in self._groups)
@@ -165,6 +127,8 @@ class Report:
         for group in reversed(self._groups):
             if not group.released:
                 group.release("undone")
+        for module in self._watching:
+            settle(module)
 
     def __enter__(self) -> Report:
         return self

@@ -17,10 +17,11 @@ from ltxkern.patching import video_vae
 from ltxkern.patching.blocks import Activated, ActivatedBefore, ResidualBlock, ResidualNames, residual_names
 from ltxkern.patching.containers import taken_apart
 from ltxkern.patching.flow import Flow, Node, UnreadableError
-from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of, mix, stands
+from ltxkern.patching.norms import FusedGroupNorm, Including, Passed, kind_of
 from ltxkern.patching.reach import aliased, reached
-from ltxkern.patching.report import Group, Left, Report, Site
+from ltxkern.patching.report import Left, Report, Site
 from ltxkern.patching.rules import CONTRACT, Rules, joined
+from ltxkern.patching.watch import Group, mix, own_class, stands
 
 _BETWEEN = (
     "something stands between it and the activation: a scale and shift, which no op takes, "
@@ -39,11 +40,13 @@ class Found:
 
 
 class Place(NamedTuple):
-    """A block, its name in the model, and its children."""
+    """A block, its name in the report and in the model, its children, and what it depends on that they may be fused."""
 
     path: str
+    at: str
     block: nn.Module
     children: dict[str, nn.Module]
+    asked: flows.Asked
 
 
 class Finder:
@@ -58,21 +61,23 @@ class Finder:
             id(child) for module in model.modules() for child in module._modules.values() if child is not None
         )
         self.parents.update(aliased(model))
-        kinds: set[Any] = {type(module) for module in model.modules()}
+        kinds = {own_class(module) for module in model.modules()}
         self.changing = frozenset[str]().union(*(flows.beside_forward(kind)[1] for kind in kinds))
+        report.adopt(model)
 
     def run(self) -> None:
         """Every module that holds a norm."""
         for name, block in list(self.model.named_modules()):
-            place = Place(joined(self.prefix, name) if name else self.prefix, block, dict(block.named_children()))
+            path = joined(self.prefix, name) if name else self.prefix
+            place = Place(path, name, block, dict(block.named_children()), set())
             if type(block).__module__ == _LTX2 and (stands(block) or _ltx2().is_ltx2(block)):
                 self._ltx2(place)
             elif video_vae.upsampler(block, self.report):
                 continue
             elif type(block).forward is nn.Sequential.forward:
-                self._sequential(place, name)
+                self._sequential(place)
             elif any(_may_be_norm(child) for child in place.children.values()):
-                self._block(place, name)
+                self._block(place)
 
     def _ltx2(self, place: Place) -> None:
         if not stands(place.block):
@@ -81,7 +86,7 @@ class Finder:
         held: Any = place.block._ltxkern
         self._again(place.path, held if isinstance(held, Group) else held.group)
 
-    def _sequential(self, place: Place, path: str) -> None:
+    def _sequential(self, place: Place) -> None:
         for (name, norm), (behind, activation) in pairwise(place.children.items()):
             if self._fused_already(place.path, {name: norm}) or type(activation) is not nn.SiLU:
                 continue
@@ -90,11 +95,11 @@ class Finder:
                     self.report.left.append(Left(joined(place.path, name), _unserved(norm)))
             else:
                 found = self._found({name: norm}, activation)
-                apart = taken_apart(self.model, path, self.changing)
-                _add(found, [apart] if apart else self._reached(path, name, behind))
+                apart = taken_apart(self.model, place.at, self.changing, place.asked)
+                _add(found, [apart] if apart else self._reached(place, name, behind))
                 self._settle(place, found, activation)
 
-    def _block(self, place: Place, path: str) -> None:
+    def _block(self, place: Place) -> None:
         norms = {name: child for name, child in place.children.items() if kind_of(child) is not None}
         if self._fused_already(place.path, norms):
             return
@@ -106,11 +111,12 @@ class Finder:
                 reason = f"{type(place.block).__name__}: {error}"
                 self.report.left += [Left(joined(place.path, name), reason) for name in norms]
             return
+        place.asked.update(flow.asked)
         for name in dict.fromkeys(call.name for call in flow.calls):
             if name == flows.SILU or type(place.children[name]) is nn.SiLU:
-                self._activation(place, path, flow, name, norms)
+                self._activation(place, flow, name, norms)
 
-    def _activation(self, place: Place, path: str, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
+    def _activation(self, place: Place, flow: Flow, name: str, norms: dict[str, nn.Module]) -> None:
         """One activation of a block, and all that goes into it."""
         sources = {node for call in flow.calls if call.name == name and call.inputs for node in call.inputs[0]}
         plainly = {node.name for node in sources if node.kind == "call"}
@@ -120,7 +126,7 @@ class Finder:
                 self.report.left.append(Left(joined(place.path, other), _unserved(place.children[other])))
         activation = None if name == flows.SILU else place.children[name]
         residual = residual_names(flow, place.block)
-        if residual is not None and activation is not None and self._residual(place, path, residual, norms):
+        if residual is not None and activation is not None and self._residual(place, residual, norms):
             return
         taken = [other for other in norms if other in plainly | beyond]
         if not taken:
@@ -132,12 +138,12 @@ class Finder:
         parameters = sorted({node.name for node in sources if node.kind == "parameter"})
         _add(found, _against_activation(place, flow, name, sources, set(taken)))
         _add(found, self._against_block(place, parameters))
-        _add(found, self._reached(path, *taken, *([] if activation is None else [name])))
+        _add(found, self._reached(place, *taken, *([] if activation is None else [name])))
         for item in found:
             item.reasons += _against_calls(flow, name, item.name)
         self._settle(place, found, activation, _positions(place.block, parameters))
 
-    def _residual(self, place: Place, path: str, names: ResidualNames, norms: dict[str, nn.Module]) -> bool:
+    def _residual(self, place: Place, names: ResidualNames, norms: dict[str, nn.Module]) -> bool:
         """Whether a block with a residual inside its last activation is one for GroupNorm's op; then it is dealt with."""
         chosen = {name: norms[name] for name in (names.first_norm, names.second_norm) if name in norms}
         kinds = [kind_of(norm) for norm in chosen.values()]
@@ -146,7 +152,7 @@ class Finder:
         activation = place.children[names.activation]
         found = self._found(chosen, activation)
         _add(found, self._against_block(place, ["x"]))
-        _add(found, self._reached(path, *chosen, names.activation))
+        _add(found, self._reached(place, *chosen, names.activation))
         self._settle(place, found, activation, names)
         return True
 
@@ -166,9 +172,9 @@ class Finder:
             _add(found, ["its activation is held in several places"] if shared else [])
         return found
 
-    def _reached(self, path: str, *layers: str) -> list[str]:
+    def _reached(self, place: Place, *layers: str) -> list[str]:
         """Why other code may run one of these layers of a block."""
-        return [reason for layer in layers if (reason := reached(self.model, path, layer))]
+        return [reason for layer in layers if (reason := reached(self.model, place.at, layer))]
 
     def _unplain(self, module: nn.Module) -> str | None:
         return next(filter(None, (unplain(part, meta=self.rules.meta) for part in module.modules())), None)
@@ -205,14 +211,26 @@ class Finder:
             mix(item.norm, kind.mixin, site, group)
             if kind.inner:
                 mix(getattr(item.norm, kind.inner), FusedGroupNorm, site, group)
+        mix(activation, Passed, group, group)
         if isinstance(around, ResidualNames):
             mix(place.block, ResidualBlock, around, group)
         else:
-            mix(activation, Passed, Site("", "", CONTRACT, group), group)
-            video_vae.extend(place.block, [item.norm for item in found], group)
+            video_vae.extend(place.block, [item.norm for item in found], group, self.report)
             if around:
                 mix(place.block, ActivatedBefore, Activated(around, bool(getattr(activation, "inplace", False))), group)
+        self._watch(place, group)
         self.report.add(group)
+
+    def _watch(self, place: Place, group: Group) -> None:
+        """Have the group released where the code around it comes to be another."""
+        holders = [self.model]
+        for name in place.at.split(".") if place.at else ():
+            holders.append(getattr(holders[-1], name))
+        for holder in holders:
+            if own_class(holder) not in (nn.ModuleList, nn.ModuleDict):
+                self.report.watch(holder, group, ("forward",))
+        for module, name in place.asked:
+            self.report.watch(module, group, (name,))
 
     def _fused_already(self, path: str, norms: dict[str, nn.Module]) -> bool:
         already = {name: norm for name, norm in norms.items() if isinstance(norm, Including)}
@@ -246,7 +264,7 @@ def _against_activation(place: Place, flow: Flow, name: str, sources: set[Node],
 
 
 def _mentioned(place: Place, flow: Flow, child: str) -> list[str]:
-    kind: Any = type(place.block)
+    kind = own_class(place.block)
     if child in flow.mentioned or child in flows.beside_forward(kind)[0]:
         return [f"{child} is used otherwise than by a call in forward"]
     return []
@@ -264,7 +282,7 @@ def _against_calls(flow: Flow, activation: str, norm: str) -> Iterator[str]:
 
 def _positions(block: nn.Module, parameters: list[str]) -> tuple[tuple[str, int], ...]:
     """Parameters of a block's forward with their places behind self."""
-    names = list(inspect.signature(type(block).forward).parameters)
+    names = list(inspect.signature(own_class(block).forward).parameters)
     return tuple((name, names.index(name) - 1) for name in parameters)
 
 

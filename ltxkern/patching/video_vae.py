@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from ltxkern.compiled.tensors import is_channels_last
 from ltxkern.ops.checks import ACTIVATION_DTYPES, is_plain
-from ltxkern.patching.norms import Fused, FusedPixelNorm, mix, stands
-from ltxkern.patching.report import Group, Report
+from ltxkern.patching.norms import FusedPixelNorm
+from ltxkern.patching.report import Report
+from ltxkern.patching.watch import Fused, Group, Part, mix, own_class, stands
 
 _VAE = "diffusers.models.autoencoders.autoencoder_kl_ltx2"
 _HALVES = ("LTX2VideoEncoder3d", "LTX2VideoDecoder3d")
+# What a residual block may hold beside norms and convolutions.
+_EXTRA = ("conv_shortcut", "per_channel_scale1", "per_channel_scale2", "scale_shift_table")
 
 
 def _padded(norm: Any, convolution: Any, x: Tensor, causal: bool) -> Tensor:
@@ -69,11 +72,13 @@ class NormBefore:
     """The norm that a convolution applies first."""
 
     norm: Any
+    group: Group
 
 
-class NormedConvolution(Fused):
+class NormedConvolution(Part):
     """LTX2VideoCausalConv3d behind a norm that it applies itself."""
 
+    LIVE = frozenset({"conv", "kernel_size"})
     _ltxkern: NormBefore
 
     def forward(self: Any, x: Tensor, causal: bool = True) -> Tensor:
@@ -114,33 +119,35 @@ def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return out
 
 
-def extend(block: Any, norms: list[nn.Module], group: Group) -> None:
+def extend(block: Any, norms: list[nn.Module], group: Group, report: Report) -> None:
     """Of a block of the video VAE whose norms have just been fused, the convolutions as well."""
-    kind = type(block)
+    kind = own_class(block)
     if kind.__module__ != _VAE or not all(isinstance(norm, FusedPixelNorm) for norm in norms):
         return
     if kind.__name__ == "LTX2VideoResnetBlock3d" and _is_plain_resnet(block):
         mix(block, PaddingBlock, group, group)
+        report.watch(block, group, ("conv1", "conv2", "dropout", *_EXTRA))
+        report.watch(block.dropout, group, ("p",))
     elif kind.__name__ in _HALVES and norms == [block.norm_out] and is_plain(block.conv_out):
         site = block.norm_out._ltxkern
         group.give_back(block.norm_out)
         mix(block.norm_out, DeferredNorm, site, group)
-        mix(block.conv_out, NormedConvolution, NormBefore(block.norm_out), group)
+        mix(block.conv_out, NormedConvolution, NormBefore(block.norm_out, group), group)
 
 
 def _is_plain_resnet(block: Any) -> bool:
     """Whether a block is norm, convolution, norm, convolution and sum."""
-    extra = ("conv_shortcut", "per_channel_scale1", "per_channel_scale2", "scale_shift_table")
-    return is_plain(block) and block.dropout.p == 0 and all(getattr(block, name) is None for name in extra)
+    return is_plain(block) and block.dropout.p == 0 and all(getattr(block, name) is None for name in _EXTRA)
 
 
 def upsampler(block: Any, report: Report) -> bool:
     """Whether a module is an upsampler of the video VAE; then it takes the dense way where that is the same."""
-    kind = type(block)
+    kind = own_class(block)
     if kind.__module__ != _VAE or kind.__name__ != "LTX2VideoUpsampler3d":
         return False
     if not block.residual and is_plain(block) and not stands(block):
         group = Group()
         mix(block, DenseDepthToSpace, group, group)
+        report.watch(block, group, ("forward", "residual"))
         report.add(group)
     return True

@@ -366,7 +366,7 @@ class HQTwoStagePipeline:
             # "auto" leaves room for what a run needs beside the transformer's weights.
             from ltxkern.pipeline.planning.plan import plan
 
-            beside = plan(self.components, request, device=self.device).beside_transformer
+            beside = plan(self.components, request, device=self.device, geometry=self.geometry).beside_transformer
         self.manager.prepare(*phases, activation_bytes=beside)
 
     def close(self) -> None:

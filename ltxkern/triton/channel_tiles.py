@@ -26,16 +26,13 @@ def channels_of(group_block, channel_block, G, D: tl.constexpr, BG: tl.constexpr
 def tiles_of(
     ptr, place, stride_n, stride_c, stride_s, D: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr
 ):
-    """(where a chunk begins in a tensor, where a tile's elements lie behind its first, how far apart tiles lie), or None."""
-    if ptr is None:
-        return None
-    else:
-        batch, group_block, channel_block, first = place
-        start = group_block * (BG * D) + channel_block * BD
-        channel = tl.arange(0, BG)[None, :, None] * D + tl.arange(0, BD)[None, None, :]
-        inside = tl.arange(0, BS)[:, None, None].to(tl.int64) * stride_s + channel.to(tl.int64) * stride_c
-        step = tl.full([], BS, tl.int64) * stride_s
-        return ptr + batch * stride_n + start.to(tl.int64) * stride_c + first * stride_s, inside, step
+    """(where a chunk begins in a tensor, where a tile's elements lie behind its first, how far apart tiles lie)."""
+    batch, group_block, channel_block, first = place
+    start = group_block * (BG * D) + channel_block * BD
+    channel = tl.arange(0, BG)[None, :, None] * D + tl.arange(0, BD)[None, None, :]
+    inside = tl.arange(0, BS)[:, None, None].to(tl.int64) * stride_s + channel.to(tl.int64) * stride_c
+    step = tl.full([], BS, tl.int64) * stride_s
+    return ptr + batch * stride_n + start.to(tl.int64) * stride_c + first * stride_s, inside, step
 
 
 @triton.jit
@@ -58,11 +55,8 @@ def load_two(tiles, i, mask, left, slot, WHOLE: tl.constexpr):
 
 @triton.jit
 def shift_of(conv_bias_ptr, channel, exists):
-    """The convolution's bias of every channel, or None."""
-    if conv_bias_ptr is None:
-        return None
-    else:
-        return tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    """The convolution's bias of every channel."""
+    return tl.load(conv_bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ltxkern.layout import ceil_div, dense, hand_back, power_of_two, rows_of
+from ltxkern.triton.numerics import exp_accurate
 
 if TYPE_CHECKING:
     from ltxkern.ops.gated_residual import HeadGateArguments, ResidualArguments
@@ -64,7 +65,9 @@ def _gate_kernel(
         x += y * gate
     else:
         gate = tl.load(gate_ptr + b * gate_b + t * gate_t, mask=row < rows, other=0.0).to(tl.float32)
-        x *= tl.div_rn(2.0, 1.0 + tl.exp(-gate))
+        # A large x makes the sigmoid's last digits count, however small it is.
+        power = exp_accurate(-gate) if x_ptr.dtype.element_ty == tl.float32 else tl.exp(-gate)
+        x *= tl.div_rn(2.0, 1.0 + power)
     tl.store(out_ptr + row * D + column, x.to(out_ptr.dtype.element_ty), mask=valid)
 
 

@@ -133,7 +133,9 @@ def _stats_kernel(
     left = tl.minimum(S - first, span_length).to(tl.int32)
     slot = tl.arange(0, BS)[:, None, None]
     tiles = tiles_of(x_ptr, (batch, group_block, channel_block, first), stride_n, stride_c, stride_s, D, BS, BG, BD)
-    shift = shift_of(conv_bias_ptr, channel, exists)
+    shift = None
+    if conv_bias_ptr is not None:
+        shift = shift_of(conv_bias_ptr, channel, exists)
     mean = tl.zeros([BS, BG, BD], tl.float32)
     m2 = tl.zeros([BS, BG, BD], tl.float32)
     whole = left // (4 * BS) * 4 if EVEN else 0
@@ -243,7 +245,9 @@ def _apply_kernel(
         partial_ptr, plane, batch * G + group, group < G, S, spans, partials, total, eps, span_length,
         D, BD, PARTIALS, dtype,
     )  # fmt: skip
-    shift = shift_of(conv_bias_ptr, channel, exists)
+    shift = None
+    if conv_bias_ptr is not None:
+        shift = shift_of(conv_bias_ptr, channel, exists)
     affine = channel_affine(pivot, mean, rstd, channel, exists, weight_ptr, bias_ptr, shift, dtype)
     first = span * span_length
     left = tl.minimum(S - first, span_length).to(tl.int32)
@@ -251,7 +255,9 @@ def _apply_kernel(
     place = (batch, group_block, channel_block, first)
     out = tiles_of(out_ptr, place, out_n, out_c, out_s, D, BS, BG, BD)
     x = tiles_of(x_ptr, place, stride_n, stride_c, stride_s, D, BS, BG, BD)
-    residual = tiles_of(residual_ptr, place, residual_n, residual_c, residual_s, D, BS, BG, BD)
+    residual = None
+    if residual_ptr is not None:
+        residual = tiles_of(residual_ptr, place, residual_n, residual_c, residual_s, D, BS, BG, BD)
     whole = left // (4 * BS) * 4 if EVEN else 0
     for i in range(whole, tl.cdiv(left, BS)):
         apply_one(out, x, residual, i, shift, affine, exists, left - i * BS, slot, dtype)
@@ -293,7 +299,10 @@ def _single_kernel(
     position = tl.arange(0, BS)[:, None, None].to(tl.int64)
     valid = exists & (position < S)
     tile = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
-    value = shifted(tile, shift_of(conv_bias_ptr, channel, exists))
+    shift = None
+    if conv_bias_ptr is not None:
+        shift = shift_of(conv_bias_ptr, channel, exists)
+    value = shifted(tile, shift)
     pivot = sum_group(tl.where(valid, value, 0.0)) / total
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
     mean = sum_group(offset) / total

@@ -84,6 +84,15 @@ else:
         )  # fmt: skip
 
 
+@triton.jit
+def exp_accurate(value):
+    """`exp` in fp32 to two units in the last place: what the rounded product with log2(e) lacks is made up for."""
+    scaled = value * 1.4426950216293335
+    rest = tl.fma(value, 1.4426950216293335, -scaled) + value * 1.9259629911e-8
+    # Of an infinite product nothing is lacking.
+    return tl.exp2(scaled) * tl.where(tl.abs(scaled) < 1e4, 1.0 + rest * 0.6931471805599453, 1.0)
+
+
 @triton.constexpr_function
 def silu_factor(dtype):
     """What a value is multiplied by before `silu_scaled`, so that kernels fold it into a scale of their own."""

@@ -155,6 +155,10 @@ def test_the_committed_page_is_what_the_budget_gives(by_card) -> None:
             "before the first result; besides 1.0 us of issue (9.0) that bytes do not hide",
         ),
         (
+            {"op": "group_norm_silu", "launches": 3, "launched_percent": 90.0, "bytes": 2_000_000, "moved": 3_000_000},
+            "x is read again after its statistics, 1 MB of it from memory",
+        ),
+        (
             {"op": "group_norm_silu", "case": "ltx2_upsampler_post_720p_channels_last", "bytes": 2 * 943718400}
             | {"moved": 3 * 943718400 - 55_000_000},
             "of 944 MB between statistics and result the chip keeps 55. A group alone, 29 MB, lies in pieces of 32 bytes, "
@@ -244,10 +248,34 @@ def test_a_merge_is_listed_on_the_tier_that_serves_it(by_card) -> None:
     assert other == ("triton", "; the CUDA tier, which serves until Triton's was measured faster, is predicted at 14")
 
 
-def test_tritons_group_norm_is_said_to_take_two_launches(by_card) -> None:
-    ours = [one for one in by_card["h200"] if one.op == "group_norm_silu" and one.tier == "triton"]
-    assert {one.launches for one in ours} == {2}
-    assert "47 to 75 % are predicted" in predicted_page.two_passes(by_card)
+def test_group_norm_is_said_to_take_two_passes(by_card) -> None:
+    ours = [one for one in by_card["h200"] if one.op == "group_norm_silu" and "channels_last" not in one.case]
+    assert {(one.tier, one.launches) for one in ours} == {("cuda", 3), ("triton", 2)}
+    figures = measured.read(ROOT / "bench" / "results")
+    said = predicted_page.two_passes(by_card, figures)
+    assert "43 to 66 % are predicted on the CUDA tier and 47 to 75 % on Triton's" in said
+    # Of two passes alone: the pipeline reached 41 to 56 % of these.
+    assert "measured at 41 to 64 %, each case within 8 points of its prediction" in said
+    assert [*figures["group_norm_silu", "hunyuan_vae", "bf16", "cuda"]["H200"]] == [pytest.approx(60.5, abs=0.1)]
+    assert "measured at" not in predicted_page.two_passes(by_card, {})
+
+
+@pytest.mark.parametrize(
+    ("provider", "case", "tier"),
+    [
+        ("two passes", "hunyuan_vae", "cuda"),
+        ("two passes", "ltx2_upsampler_post_720p_channels_last", None),
+        ("one launch", "ltx2_upsampler_post_720p_channels_last", "cuda"),
+        ("pipeline", "hunyuan_vae", None),
+        ("ltxkern triton", "hunyuan_vae", "triton"),
+        ("torch eager", "hunyuan_vae", None),
+    ],
+)
+def test_a_forced_kernel_counts_as_its_tier_where_that_has_it_for_its_own(provider, case, tier, tmp_path) -> None:
+    row = dataclasses.replace(record(provider, 40.0, percent_of_roof=60.0), op="group_norm_silu", case=case)
+    write_json(dataclasses.replace(results(row), machine={**FACTS, "gpu": "NVIDIA H200"}), tmp_path / "m.json")
+    found = measured.read(tmp_path)
+    assert found == ({("group_norm_silu", case, row.dtype, tier): {"H200": [60.0]}} if tier else {})
 
 
 def measured_at(by_card, folder, points: float) -> Prediction:

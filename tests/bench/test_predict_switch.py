@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import budget
 import launches
@@ -35,8 +36,8 @@ def test_the_weights_are_those_of_the_transformer_and_fill_the_kernels_tiles(mon
     assert sum(math.prod(shape) * count for shape, count in shapes.items()) == 18_977_652_736
     assert all(math.prod(shape) % merge_lora.SWITCH_TILE == 0 for shape in shapes)
     card = CARDS["h200"]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card.limits._replace())
-    monkeypatch.setattr(type(card.limits), "L2_cache_size", property(lambda limits: limits.l2_bytes), raising=False)
+    properties = SimpleNamespace(L2_cache_size=card.l2_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert merge.near_bytes.__wrapped__(torch.device("cuda")) == predict_switch.near_bytes(card) == 8 << 20
 
 

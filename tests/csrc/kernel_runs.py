@@ -23,14 +23,6 @@ CONTIGUOUS: dict[str, Planner] = {
     "two_pass": lambda case: group_norm.two_pass(case, chunk_bytes=256, threads=64),
     "two_pass_one_warp": lambda case: group_norm.two_pass(case, chunk_bytes=1000, threads=32),
     "two_pass_256": lambda case: group_norm.two_pass(case, threads=256),
-    "resident": lambda case: group_norm.resident(case, 1, threads=64),
-    "resident_cluster_2": lambda case: group_norm.resident(case, 2, threads=32),
-    "resident_cluster_8": lambda case: group_norm.resident(case, 8, threads=64),
-}
-PIPELINES: dict[str, Planner] = {
-    "pipeline": lambda case: group_norm.pipeline(case, 2, 2, kept_bytes=1 << 16, threads=64),
-    "pipeline_partly_kept": lambda case: group_norm.pipeline(case, 3, 1, kept_bytes=64, threads=32),
-    "pipeline_nothing_kept": lambda case: group_norm.pipeline(case, 2, 3, kept_bytes=0, threads=64),
 }
 CHANNELS_LAST: dict[str, Planner] = {
     "columns": lambda case: group_norm.columns(case, blocks=3, threads=64),
@@ -43,15 +35,14 @@ COLUMNS_ON_CHIP: dict[str, Planner] = {
     "columns_partly_kept": lambda case: group_norm.columns_on_chip(case, 4, 6 << 10, threads=32),
     "columns_nothing_kept": lambda case: group_norm.columns_on_chip(case, 64, 0, threads=128),
 }
-PLANNERS = CONTIGUOUS | PIPELINES | CHANNELS_LAST | COLUMNS_ON_CHIP
+PLANNERS = CONTIGUOUS | CHANNELS_LAST | COLUMNS_ON_CHIP
 
 
-def planners_of(shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+def planners_of(shape: tuple[int, ...]) -> list[str]:
     """Those that serve a shape."""
-    vectors = torch.Size(shape[2:]).numel() % (16 // dtype.itemsize) == 0
     if shape[1] % 256 == 0:
         return [*CHANNELS_LAST, *COLUMNS_ON_CHIP]
-    return [*CONTIGUOUS, *(PIPELINES if vectors else ()), *(CHANNELS_LAST if len(shape) > 2 else ())]
+    return [*CONTIGUOUS, *(CHANNELS_LAST if len(shape) > 2 else ())]
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from ltxkern.compiled.steps import Launch, Step
 from ltxkern.compiled.tensors import DeviceLimits
 from tests.csrc.shim_build import shim
 
-H200 = DeviceLimits((9, 0), 132, 232448, 50 << 20)
-# Blocks hold small groups alone, teams of them larger ones in part.
-FEW_PROCESSORS = DeviceLimits((8, 0), 4, 4 << 10, 8 << 10)
-# Holds nothing on chip: two passes.
-NO_SHARED_MEMORY = DeviceLimits((8, 0), 4, 2 << 10, 1 << 20)
+H200 = DeviceLimits(132, 232448)
+# Few blocks, with no room to keep anything.
+FEW_PROCESSORS = DeviceLimits(4, 4 << 10)
+# Holds no blocks that wait for one another: two passes.
+HOLDS_NONE = DeviceLimits(4, 232448, held=lambda launch: 0)
 # So that small tensors have several chunks, and more of them than one block merges.
 SMALL_CHUNKS = {
     normalize_noise: {"CHUNK": 256, "PARTIALS": 8, "FLAGS": 3, "SINGLE": 320},

@@ -14,7 +14,7 @@ import torch
 
 import ltxkern
 from ltxkern import dispatch
-from tests.csrc.on_shim import FEW_PROCESSORS, H200, NO_SHARED_MEMORY, on_shim
+from tests.csrc.on_shim import FEW_PROCESSORS, H200, HOLDS_NONE, on_shim
 from tests.csrc.shim_build import ROOT
 from tests.ops import test_qk_norm_rope, test_row_index
 
@@ -24,7 +24,7 @@ ELSEWHERE = ("compile", "opcheck", "gradient", "error", "wrong", "threads", "pas
 DEVICES = {
     "32threads": (32, 1, H200, 0),
     "96threads": (96, 2, FEW_PROCESSORS, 1 << 20),
-    "256threads": (256, 3, NO_SHARED_MEMORY, None),
+    "256threads": (256, 3, HOLDS_NONE, None),
 }
 
 

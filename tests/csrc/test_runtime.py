@@ -43,9 +43,6 @@ HELD = [
     ({"blocks": 1}, ("held", 100 * KIB), 132),
     ({"blocks": 0}, ("held", 0), 0),
     ({}, ("held", 227 * KIB), 0),
-    ({}, ("clusters", 200 * KIB), 16),
-    ({"clusters": 0}, ("clusters", 200 * KIB), 0),
-    ({"sees_clusters": 0}, ("clusters", 0), 0),
     ({}, ("cooperative", 100 * KIB), 2 * 132),
     ({"sees_cooperative": 0}, ("cooperative", 0), 0),
 ]
@@ -89,6 +86,13 @@ def test_prebuilt(program: Path, static: int, programs: list[int]) -> None:
 
 def test_the_stand_in_refuses_what_was_not_asked_for(program: Path) -> None:
     assert told(program, "launch", 48 * KIB, static=8192) == ["kernel launch: invalid argument"]
+
+
+def test_prebuilt_launches_together_what_waits_for_one_another(program: Path) -> None:
+    plain, together = ("launch", 0), ("plant:asks_cooperative", 1, "together", 0)
+    assert told(program, *plain, *together) == ["ok"]
+    for wrong in (("together", 0), ("plant:asks_cooperative", 1, "launch", 0)):
+        assert told(program, *wrong) == ["kernel launch: invalid argument"]
 
 
 @over_held
@@ -135,14 +139,8 @@ class Driver:
 
     def __init__(self, static: int, **planted: int) -> None:
         self.static, self.dynamic, self.mode = static, 48 * KIB - static, 0
-        self.planted = {
-            "blocks": 2,
-            "clusters": 16,
-            "sees_clusters": 1,
-            "sees_cooperative": 1,
-            "version": 13000,
-        } | planted
-        self.loads = self.launches = 0
+        self.planted = {"blocks": 2, "sees_cooperative": 1, "version": 13000} | planted
+        self.loads = self.launches = self.together = 0
 
     def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:  # noqa: N802
         value._obj.value = {0: 512, 1: self.static, 8: self.dynamic}[attribute]
@@ -155,15 +153,7 @@ class Driver:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
-        clusters, cooperative = self.planted["sees_clusters"], self.planted["sees_cooperative"]
-        value._obj.value = {16: 132, 95: cooperative, 97: 227 * KIB, 120: clusters}[attribute]
-        return 0
-
-    def cuOccupancyMaxActiveClusters(self, found: Any, function: Any, config: Any) -> int:  # noqa: N802
-        given = config._obj
-        assert (given.attribute_count, given.attributes[0].id) == (1, 4)
-        assert given.grid[0] % given.attributes[0].value[0] == 0
-        found._obj.value = self.planted["clusters"] if given.shared_bytes <= self.dynamic else 0
+        value._obj.value = {16: 132, 95: self.planted["sees_cooperative"], 97: 227 * KIB}[attribute]
         return 0
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(  # noqa: N802
@@ -187,8 +177,10 @@ class Driver:
 
     def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: Any) -> int:  # noqa: N802
         assert function.value
-        assert config._obj.shared_bytes <= self.dynamic
+        given = config._obj
+        assert given.shared_bytes <= self.dynamic
         self.launches += 1
+        self.together += given.attribute_count and (given.attributes[0].id, given.attributes[0].value[0]) == (2, 1)
         return 0
 
     def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
@@ -229,14 +221,14 @@ def test_nvrtc_asks_what_the_device_holds(
 ) -> None:
     fake, (word, size) = plant(**planted), asked
     for _ in range(2):
-        assert nvrtc.held("kernel", 256, size, 8 if word == "clusters" else 1, word == "cooperative", 0) == wanted
+        assert nvrtc.held("kernel", 256, size, word == "cooperative", 0) == wanted
     assert fake.loads == 1
 
 
 def test_the_device_is_asked_once_for_a_kernel_and_configuration(plant: Any) -> None:
     fake = plant()
     for size in (0, 1000, 0, 1000):
-        assert extension.held("nvrtc", 0, "a kernel asked for here", 256, size, 1, False) == 2 * 132
+        assert extension.held("nvrtc", 0, "a kernel asked for here", 256, size, False) == 2 * 132
         fake.planted["blocks"] = 2 if size == 0 else 7
     extension.held.cache_clear()
 
@@ -254,14 +246,17 @@ def test_nvrtc_refuses_to_load_within_a_capture(plant: Any, monkeypatch: pytest.
     """Before a step is launched; a program whose kernels are loaded is captured without a further look."""
     fake, capturing = plant(), True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    first, second = (Launch(name, (1,), 32, {"size": 1}, shared_bytes=60 * KIB) for name in ("first", "second"))
+    first, second = (
+        Launch(name, (1,), 32, {"size": 1}, shared_bytes=60 * KIB, cooperative=name == "second")
+        for name in ("first", "second")
+    )
     given: Any = OnDevice()
     both, one = nvrtc.program([first, second], 1), nvrtc.program([first], 1)
     words = "is not loaded yet, and a CUDA graph capture is no time .*: make the same call once before the capture"
     with pytest.raises(RuntimeError, match=f"^first {words}"):
         both(given)
     with pytest.raises(RuntimeError, match=f"^first {words}"):
-        nvrtc.held("first", 256, 0, 1, False, 0)
+        nvrtc.held("first", 256, 0, False, 0)
     capturing = False
     one(given)
     capturing = True
@@ -272,7 +267,7 @@ def test_nvrtc_refuses_to_load_within_a_capture(plant: Any, monkeypatch: pytest.
     both(given)
     capturing = True
     both(given)
-    assert (fake.launches, fake.loads) == (5, 2)
+    assert (fake.launches, fake.loads, fake.together) == (5, 2, 2)
 
 
 @pytest.mark.parametrize(

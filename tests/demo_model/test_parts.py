@@ -1,6 +1,7 @@
 """The parts of the demo's training: each takes a step that its checkpoint can hold, and the files load as the real model's."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -104,6 +105,23 @@ def test_normalised_latents_have_the_spread(folder: Path) -> None:
     some = values.video(latents.load(folder, 1).half)
     assert abs(float(some.std()) - latents.SPREAD) < 0.1
     assert abs(float(some.mean())) < 0.1
+
+
+def test_a_scene_of_a_batch_has_its_own_prompt_and_noise_level(folder: Path) -> None:
+    model = transformer.Model()
+    for projection in (model.transformer.proj_out, model.transformer.audio_proj_out):
+        torch.nn.init.normal_(projection.weight)
+    clean = transformer.LatentScenes(folder, test=True).batch([0, 1])
+    hidden, mask = text.Encoder()(["a red circle moves left", "a blue ring grows on a white background"])
+    sigma = torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        together = model((clean.video, clean.audio), sigma, clean.grid, model.contexts(hidden, mask))
+        for index in range(2):
+            own = slice(index, index + 1)
+            tokens, grid = (clean.video[own], clean.audio[own]), replace(clean.grid, batch=1)
+            alone = model(tokens, sigma[own], grid, model.contexts(hidden[own], mask[own]))
+            for one, two in zip(together, alone, strict=True):
+                torch.testing.assert_close(one[own], two, rtol=1e-4, atol=1e-4)
 
 
 def test_a_first_frame_that_is_given_is_not_noise(folder: Path) -> None:

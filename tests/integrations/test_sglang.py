@@ -46,18 +46,55 @@ from sglang.jit_kernel.diffusion.group_norm_silu import apply_group_norm_silu
 from sglang.jit_kernel.diffusion.residual_gate_add import residual_gate_add_cuda as gate_add
 """
 HOME = "sglang.jit_kernel.diffusion"
+# The same functions where sglang 0.5.23 has them, behind a package that hands them out by name and keeps what it handed out.
+NOW = {
+    "ops/diffusion/norm/group_norm_silu": SOURCES["group_norm_silu"],
+    "ops/diffusion/norm/scale_residual_norm_cutedsl": SOURCES["cutedsl/scale_residual_norm_scale_shift"],
+    "kda_kernels/residual_gate_add_jit": SOURCES["residual_gate_add"]
+    + """
+def residual_gate_add(residual, update, gate):
+    return "theirs"
+""",
+    "kda_kernels/ltx2_qknorm_split_rope_jit": """
+def can_use_ltx2_qknorm_split_rope_cuda(
+    q, q_cos, q_sin, q_weight, k, k_cos, k_sin, k_weight, *, num_heads, head_dim, allow_sm90=False
+):
+    return False
+
+def ltx2_qknorm_split_rope_cuda(
+    q, q_cos, q_sin, q_weight, k, k_cos, k_sin, k_weight, *, eps, num_heads, head_dim, allow_sm90=False
+):
+    return "theirs"
+""",
+}
+FACADE = """
+from importlib import import_module
+
+HOMES = ("ops.diffusion.norm.group_norm_silu", "ops.diffusion.norm.scale_residual_norm_cutedsl",
+         "kda_kernels.residual_gate_add_jit", "kda_kernels.ltx2_qknorm_split_rope_jit")
+
+def __getattr__(name):
+    for home in HOMES:
+        module = vars(import_module("sglang.kernels." + home))
+        if not name.startswith("__") and name in module:
+            globals()[name] = module[name]
+            return module[name]
+    raise AttributeError(name)
+"""
+
+
+def _write(root: Path, sources: dict[str, str]) -> None:
+    for name, text in sources.items():
+        path = root / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 @contextmanager
 def package(folder: Path) -> Iterator[ModuleType]:
     """The package in sys.path for a time, its model loaded."""
-    root = folder / "sglang" / "jit_kernel" / "diffusion"
-    for inner in (root.parent.parent, root.parent, root, root / "triton", root / "cutedsl"):
-        inner.mkdir(parents=True, exist_ok=True)
-        (inner / "__init__.py").write_text("")
-    for name, text in SOURCES.items():
-        (root / f"{name}.py").write_text(text)
-    (root.parent.parent / "model.py").write_text(MODEL)
+    _write(folder / "sglang" / "jit_kernel" / "diffusion", SOURCES)
+    (folder / "sglang" / "model.py").write_text(MODEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield importlib.import_module("sglang.model")
@@ -119,6 +156,36 @@ def test_norms_and_rotation(model: ModuleType) -> None:
         torch.testing.assert_close(rotate(x, k, weight, weight, *tables, 1e-6), wanted)
         assert rotate(x, k, weight.double(), weight, *tables, 1e-6) == "theirs"
         assert rotate(x, k, weight, weight, tables[2], tables[3], *tables[2:], 1e-6) == "theirs"
+
+
+def test_where_functions_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken through the package in front of them, before and after `install`, they are ours, and theirs again behind it."""
+    _write(tmp_path / "sglang" / "kernels", {**NOW, "ops/diffusion/__init__": FACADE})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    front: Any = importlib.import_module("sglang.kernels.ops.diffusion")
+    before = front.residual_gate_add
+    x, y, k, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.rand(8)
+    cos, sin, k_cos, k_sin = (torch.randn(2, 2, tokens, 2) for tokens in (5, 5, 7, 7))
+    sides, heads = (x, cos, sin, weight, k, k_cos, k_sin, weight), {"num_heads": 2, "head_dim": 4}
+    with sglang.install() as routes:
+        assert (len(routes.places), routes.left) == (8, [])
+        torch.testing.assert_close(front.residual_gate_add(x, y, weight), x + y * weight)
+        assert front.residual_gate_add(x, y, weight.double()) == "theirs"
+        assert front.can_use_residual_gate_add_cuda(x, y, weight)
+        norm = nn.GroupNorm(2, 8)
+        torch.testing.assert_close(front.apply_group_norm_silu(k.mT, norm, nn.SiLU()), F.silu(norm(k.mT)))
+        normed = F.rms_norm(x, (8,), weight, 1e-6) * (1 + y) + y
+        torch.testing.assert_close(front.fused_norm_scale_shift(x, weight, None, y, y, "rms", 1e-6), normed)
+        wanted = ltxkern.qk_norm_rope(x, k, weight, weight, cos, sin, k_cos=k_cos, k_sin=k_sin)
+        assert front.can_use_ltx2_qknorm_split_rope_cuda(*sides, **heads)
+        torch.testing.assert_close(front.ltx2_qknorm_split_rope_cuda(*sides, eps=1e-6, **heads), wanted)
+        for other in ((*sides[:3], weight.double(), *sides[4:]), (*sides[:-1], None)):
+            assert not front.can_use_ltx2_qknorm_split_rope_cuda(*other, **heads)
+            assert front.ltx2_qknorm_split_rope_cuda(*other, eps=1e-6, **heads) == "theirs"
+    assert front.residual_gate_add is before
+    assert front.ltx2_qknorm_split_rope_cuda(*sides, eps=1e-6, **heads) == "theirs"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+        del sys.modules[name]
 
 
 def test_other_versions_are_told(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

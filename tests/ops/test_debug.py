@@ -113,7 +113,7 @@ def test_triton_launches_note_themselves() -> None:
 def test_steps_in_words() -> None:
     launch = Launch("ltxk::kernel<float, 4>", (7, 2), 256, {}, 1024)
     assert str(launch) == "ltxk::kernel<float, 4>, grid 7x2, block 256, shared 1024 bytes"
-    assert str(Launch("k", (1,), 32, {}, cluster=4, cooperative=True)).endswith("bytes, cluster 4, cooperative")
+    assert str(Launch("k", (1,), 32, {}, cooperative=True)).endswith("bytes, cooperative")
     assert str(Zero(Argument(0), 24)) == "zero 24 bytes"
     assert str(Call("kernel<f32>", {})) == "kernel<f32>"
 

@@ -18,12 +18,7 @@ from tests.csrc.registered import Field
 from tests.ops.contract import misaligned
 from tests.serving import needs_cpu_kernels
 
-ROOMY = {"major": 9, "minor": 0, "multi_processor_count": 132}
-# No group of the larger norm cases fits one block or cluster of the other two: then it is the second-level cache that decides.
-DEVICES = [
-    SimpleNamespace(**ROOMY, shared_memory_per_block_optin=shared << 10, L2_cache_size=l2)
-    for shared, l2 in ((227, 50 << 20), (6, 50 << 20), (6, 4))
-]
+DEVICE = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
 # With whole vectors in every row, and without; with rows of whole warps, and with tokens of them.
 SIZES = (Size(1, 16, 64), Size(2, 16, 64), Size(1, 3, 7), Size(1, 2, 1024), Size(1, 2, 256), Size(1, 2, 128))
 Steps = dict[str, list[Launch | Call]]
@@ -49,25 +44,22 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Steps]
 
     def all_of(tier: str) -> Steps:
         found: Steps = {}
-        for device in DEVICES if tier == "cuda" else DEVICES[:1]:
-            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, of=device: of)
-            forget()
-            for case in CASES:
-                op = dispatch._registry[case.op]
-                if tier not in op._backends:
-                    continue
-                # On CPU tensors, so in the CPU tier's name.
-                monkeypatch.setitem(op._kernels, "cpu", op._backends[tier].load())
-                for dtype in case.dtypes:
-                    for tensors in (case.tensors(dtype, size) for size in SIZES):
-                        given = (
-                            tensors if case.last else {name: misaligned(value, 1) for name, value in tensors.items()}
-                        )
-                        with use_backend("cpu"):
-                            case.run(tensors)
-                            case.run(given)
-                found.setdefault(case.op, []).extend(step for step in made if isinstance(step, (Launch, Call)))
-                made.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: DEVICE)
+        forget()
+        for case in CASES:
+            op = dispatch._registry[case.op]
+            if tier not in op._backends:
+                continue
+            # On CPU tensors, so in the CPU tier's name.
+            monkeypatch.setitem(op._kernels, "cpu", op._backends[tier].load())
+            for dtype in case.dtypes:
+                for tensors in (case.tensors(dtype, size) for size in SIZES):
+                    given = tensors if case.last else {name: misaligned(value, 1) for name, value in tensors.items()}
+                    with use_backend("cpu"):
+                        case.run(tensors)
+                        case.run(given)
+            found.setdefault(case.op, []).extend(step for step in made if isinstance(step, (Launch, Call)))
+            made.clear()
         # What moves weights between LoRA phases is chosen with the merge, and called by the pipeline alone.
         switches = [merge_lora.Switch(half, 4096, 1, 0.25, 0.5) for half in merge_lora.HALVES] if tier == "cuda" else ()
         found.setdefault("merge_lora_", []).extend(step for case in switches for step in merge_lora.switch_steps(case))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltxkern import schema
+from ltxkern import registration, schema
 
 
 class Arguments(NamedTuple):
@@ -38,3 +38,12 @@ def test_schema() -> None:
 def test_a_type_without_a_schema_is_refused_in_words(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"has no torch schema type: use one of Tensor, int, float"):
         schema.kinds(NamedTuple("Listed", [("x", Tensor), ("options", kind)]))
+
+
+def test_numbers_of_dtypes_are_read_as_dtypes() -> None:
+    """torch 2.11 hands them to implementations in Python."""
+    read = registration.typed(Arguments)
+    for number, dtype in ((5, torch.float16), (6, torch.float32), (7, torch.float64), (15, torch.bfloat16)):
+        given = (None, None, [], [], [], number, "split", True, 5)
+        assert read(given) == [None, None, [], [], [], dtype, "split", True, 5]
+    assert read((None, None, [], [], [], torch.float16)) == [None, None, [], [], [], torch.float16]

@@ -25,6 +25,7 @@ class Case(NamedTuple):
     sites: int
     left: int = 0
     run: Callable[[Any, Tensor], Any] = lambda model, x: model(x)
+    seed: int = 1
 
 
 def _ltx(kind: Any, **settings: Any) -> Callable[[], nn.Module]:
@@ -150,8 +151,8 @@ CASES: dict[str, Case] = {
         (1, 3, 7, 32, 32),
         21,
     ),
-    "Wan": Case(_wan(diffusers.AutoencoderKLWan, 3), (1, 3, 1, 16, 16), 34),
-    "QwenImage": Case(_wan(diffusers.AutoencoderKLQwenImage, 6), (1, 3, 1, 16, 16), 34),
+    "Wan": Case(_wan(diffusers.AutoencoderKLWan, 3), (1, 3, 5, 16, 16), 34),
+    "QwenImage": Case(_wan(diffusers.AutoencoderKLQwenImage, 6), (1, 3, 5, 16, 16), 34),
     "HunyuanVideo": Case(_hunyuan_video(16), (1, 3, 5, 32, 32), 34),
     "HunyuanVideo-1.5": Case(
         lambda: diffusers.AutoencoderKLHunyuanVideo15(
@@ -195,7 +196,7 @@ def built(case: Case) -> nn.Module:
 
 def call(case: Case, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same numbers in every dtype."""
-    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(case.shape, generator=torch.Generator().manual_seed(case.seed)).to(dtype)
     result = case.run(model, x)
     return result.sample if hasattr(result, "sample") else result
 

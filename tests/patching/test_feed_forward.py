@@ -50,3 +50,5 @@ def test_layers_with_something_around_them_are_called() -> None:
     assert not is_plain(other, x.dtype)
     assert torch.equal(feed_forward(other, x), other(x))
     assert not is_plain(FeedForward(WIDTH, activation_fn="gelu").eval(), x.dtype)
+    network.__class__ = type("Own", (FeedForward,), {})
+    assert not any(is_plain(each, x.dtype) for each in (network, nn.Linear(WIDTH, WIDTH)))

@@ -19,8 +19,8 @@ from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
 from tools.demo_model.world import Scene, draw_scene, render_video
 
 FILES, FEWEST_FILES, SCENES = 160, 5, 50
-# One file in four holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
-FULL_EVERY = 4
+# One file in eight holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
+FULL_EVERY = 8
 # Of normalised latents. At 1 the second stage's first sigma, 0.91, leaves nothing of what the first one made.
 SPREAD = 2.5
 

@@ -64,7 +64,7 @@ class DistilledLora(Part):
     """Full size from what stage 1 makes and the upsampler enlarges; half size as before, so that stage 1 stays what it is."""
 
     name = "lora"
-    steps = 2000
+    steps = 1200
     batch, half_batch = 4, 12
 
     def __init__(self, folder: Path) -> None:

@@ -125,8 +125,8 @@ class Model(nn.Module):
             rows = rows + 2 * torch.arange(len(sigma))[:, None]
         sound = AudioLatentShape(audio.shape[1], 1, audio.shape[2], len(sigma))
         return self.transformer(
-            ModalityTensors(video, timestep, scaled, video_positions(grid, FRAME_RATE), contexts[0], rows),
-            ModalityTensors(audio, scaled[:, None], scaled, audio_positions(sound), contexts[1]),
+            ModalityTensors(video, timestep, scaled, video_positions(grid, FRAME_RATE), (contexts[0],), rows),
+            ModalityTensors(audio, scaled[:, None], scaled, audio_positions(sound), (contexts[1],)),
             (Batch((perturbation,)),),
         )
 
@@ -146,7 +146,7 @@ class Transformer(Part):
     """Transformer and connectors together."""
 
     name = "transformer"
-    steps = 8000
+    steps = 7000
     decay_share = 0.5
     batch, full_batch = 16, 4
     full_every = 3
@@ -190,9 +190,14 @@ class Transformer(Part):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean squared errors of clean latents as predicted at some sigmas; a latent's variance is the square of `SPREAD`."""
+        """Mean squared errors of clean latents as predicted at some sigmas; a latent's variance is the square of `SPREAD`.
+
+        "another" is with the prompts of other scenes: as much greater as the prompt counts.
+        """
         figures = {}
         for name, full, level in (
+            ("half", False, 1.0),
+            ("another", False, 1.0),
             ("half", False, 0.95),
             ("half", False, 0.7),
             ("half", False, 0.3),
@@ -200,7 +205,8 @@ class Transformer(Part):
             ("full", True, 0.421875),
         ):
             clean = self.test.batch(list(range(24)), full=full)
-            contexts = self.model.contexts(*self.encoder([plain_prompt(scene) for scene in clean.scenes]))
+            prompts = [plain_prompt(scene) for scene in clean.scenes]
+            contexts = self.model.contexts(*self.encoder(prompts[::-1] if name == "another" else prompts))
             sigma = torch.full((24,), level)
             noisy = tuple(mix(part, torch.randn_like(part), sigma) for part in (clean.video, clean.audio))
             made = self.model((noisy[0], noisy[1]), sigma, clean.grid, contexts)

@@ -18,7 +18,7 @@ class Upsampler(Part):
     """From half to full size in latents as they are encoded; errors are counted in units of each channel's spread."""
 
     name = "upsampler"
-    steps = 4000
+    steps = 3000
     batch = 8
     noise = 0.1
 

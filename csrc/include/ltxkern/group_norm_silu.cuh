@@ -85,12 +85,6 @@ constexpr int kResidualBatch = kWide<T> ? kBatch : 2;
 template <class T>
 constexpr int kResidualBatch = kBatch;
 #endif
-// From shared memory: on sm_120 they spill four of these.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
-constexpr int kKeptBatch = 2;
-#else
-constexpr int kKeptBatch = kBatch;
-#endif
 template <int V>
 constexpr u32 kApart = 32 * V;
 
@@ -100,8 +94,7 @@ struct Count {
 };
 
 // All packs of `count` elements, a multiple of V, by the threads of the block: every warp has a range of its own, of as many elements.
-// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one. A thread meets the
-// same elements in every call with this range.
+// `batch` takes the first element of so many packs, B of them and at the end perhaps one less, `single` that of one.
 template <int V, int B = kBatch, class Batch, class Single>
 LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     u32 begin = threadIdx.x / 32 * static_cast<u32>(range), end = begin + static_cast<u32>(range);
@@ -118,87 +111,61 @@ LTXK_DEVICE void each_pack(u32 count, i64 range, Batch batch, Single single) {
     for (; i < end; i += kApart<V>) single(i);
 }
 
-// The numbers of all elements, which are of one channel.
-struct OneChannel {
-    ChannelAffine scaled;
-    LTXK_DEVICE bool same(u32, u32) const { return true; }
-    LTXK_DEVICE const ChannelAffine& at(u32) const { return scaled; }
-};
-
-// Those of elements of a group, the first of which is number `first` in it.
-struct ChannelsOfGroup {
-    const ChannelAffine* affine;
-    u32 first;
-    i64 by_positions;
-    LTXK_DEVICE bool same(u32 i, u32 j) const { return divide(first + i, by_positions) == divide(first + j, by_positions); }
-    LTXK_DEVICE ChannelAffine at(u32 i) const { return affine[divide(first + i, by_positions)]; }
-};
-
-// Normalises `count` elements of x, or where they are KEPT of shared memory; `channels` gives the numbers of an element's channel.
-template <class T, int V, bool KEPT, bool RESIDUAL, class Channels>
-LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const Channels& channels) {
-    auto read = [](const T* from) {
-        if constexpr (KEPT) return load<T, V>(from);
-        else return load_streaming<T, V>(from);
-    };
+// Normalises `count` elements of x, which are of one channel.
+template <class T, int V, bool RESIDUAL>
+LTXK_DEVICE void apply_all(T* out, const T* x, const T* residual, u32 count, i64 range, const ChannelAffine& scaled) {
     // Of single elements as well.
-    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : KEPT ? kKeptBatch : kBatch;
-    auto single = [&](u32 i) {
-        Pack<T, V> added;
-        if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
-        store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(read(x + i), added, channels.at(i)));
-    };
+    constexpr int kLoads = V == 1 ? 2 : RESIDUAL ? kResidualBatch<T> : kBatch;
     each_pack<V, kLoads>(
         count, range,
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;
-            // Seldom; in line it costs registers that the others need.
-            if (!channels.same(i, i + (B - 1) * kApart<V>)) {
-#pragma unroll 1
-                for (int b = 0; b < B; ++b) single(i + b * kApart<V>);
-                return;
-            }
             const T* from = x + i;
             T* to = out + i;
             Pack<T, V> packs[B], added[RESIDUAL ? B : 1];
 #pragma unroll
-            for (int b = 0; b < B; ++b) packs[b] = read(from + b * kApart<V>);
+            for (int b = 0; b < B; ++b) packs[b] = load_streaming<T, V>(from + b * kApart<V>);
             if constexpr (RESIDUAL) {
                 const T* more = residual + i;
 #pragma unroll
                 for (int b = 0; b < B; ++b) added[b] = load_streaming<T, V>(more + b * kApart<V>);
             }
-            ChannelAffine all = channels.at(i);
 #pragma unroll
             for (int b = 0; b < B; ++b)
-                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], all));
+                store_streaming<T, V>(to + b * kApart<V>, normalised<T, RESIDUAL>(packs[b], added[RESIDUAL ? b : 0], scaled));
         },
-        single);
+        [&](u32 i) {
+            Pack<T, V> added;
+            if constexpr (RESIDUAL) added = load_streaming<T, V>(residual + i);
+            store_streaming<T, V>(out + i, normalised<T, RESIDUAL>(load_streaming<T, V>(x + i), added, scaled));
+        });
 }
 
-// An interval of elements split into a 16-byte aligned body and its two ragged ends.
-struct Span {
-    i64 begin, body_begin, body_end, end;
+// A tile, one chunk of one channel of one sample: a body that begins at 16 bytes and is whole accesses, and its two ragged ends.
+struct Tile {
+    i64 first;               // element
+    u32 head, body, ragged;  // elements of the end before the body, of the body, and of both ends
 
-    LTXK_DEVICE Span(i64 first, i64 last, int vector) : begin(first), end(last) {
-        body_begin = (first + vector - 1) / vector * vector;
-        body_end = last / vector * vector;
-        if (body_begin >= body_end) body_begin = body_end = last;
+    LTXK_DEVICE Tile(const GroupNormTwoPass& p, u32 row, u32 chunk, u32 vector) {
+        u32 most = static_cast<u32>(p.chunk);
+        first = row * p.positions + static_cast<i64>(chunk) * most;
+        // What is left for the last chunk is less than 2^31, whatever the others have.
+        u32 count = chunk + 1 == static_cast<u32>(p.chunks) ? static_cast<u32>(p.positions) - chunk * most : most;
+        head = (0u - static_cast<u32>(first)) % vector;
+        if (head > count) head = count;
+        body = (count - head) / vector * vector;
+        ragged = count - body;
     }
-    LTXK_DEVICE i64 ragged() const { return (body_begin - begin) + (end - body_end); }
-    LTXK_DEVICE i64 ragged_index(i64 i) const {
-        i64 head = body_begin - begin;
-        return i < head ? begin + i : body_end + (i - head);
-    }
+    LTXK_DEVICE i64 ragged_element(u32 i) const { return first + (i < head ? i : i + body); }
 };
 
-// Moments of elements [span.begin, span.end) as seen by this thread.
+// Moments of a tile's elements as seen by this thread.
 template <class T, int V>
-LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span, i64 range) {
+LTXK_DEVICE PairMoments thread_moments(const T* x, const Tile& tile, i64 range) {
     PairMoments moments;
-    const T* body = x + span.body_begin;
+    const T* body = x + (tile.first + tile.head);
     each_pack<V>(
-        static_cast<u32>(span.body_end - span.body_begin), range,
+        tile.body, range,
         [&](auto batch, u32 i) {
             constexpr int B = decltype(batch)::value;
             const T* from = body + i;
@@ -215,25 +182,19 @@ LTXK_DEVICE PairMoments thread_moments(const T* x, const Span& span, i64 range) 
             unpack(load<T, V>(body + i), values);
             moments.add<kWide<T>>(values);
         });
-    for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x)
-        moments.merge<kWide<T>>(1.0f, to_float(x[span.ragged_index(k)]), 0.0f, 0.0f);
+    for (u32 k = threadIdx.x; k < tile.ragged; k += blockDim.x)
+        moments.merge<kWide<T>>(1.0f, to_float(x[tile.ragged_element(k)]), 0.0f, 0.0f);
     return moments;
-}
-
-// Elements of a tile: one chunk of one channel of one sample.
-LTXK_DEVICE Span tile_span(const GroupNormTwoPass& p, u32 row, u32 chunk, int vector) {
-    i64 first = chunk * p.chunk, last = first + p.chunk < p.positions ? first + p.chunk : p.positions;
-    return Span(row * p.positions + first, row * p.positions + last, vector);
 }
 
 // Contiguous layout; block = one tile.
 template <class T, int V>
 __global__ void __launch_bounds__(256) group_norm_stats(GroupNormTwoPass p) {
     LTXK_SHARED(WarpMoments, scratch);
-    u32 tile = blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
-    Span span = tile_span(p, row, chunk, V);
-    PairMoments all = merge_to_first_warp<kWide<T>>(thread_moments<T, V>(static_cast<const T*>(p.x), span, p.range), scratch);
-    if (threadIdx.x == 0) p.partials[tile] = {all.mean, all.m2};
+    u32 row = divide(blockIdx.x, p.by_chunks), chunk = blockIdx.x - row * static_cast<u32>(p.chunks);
+    Tile tile(p, row, chunk, V);
+    PairMoments all = merge_to_first_warp<kWide<T>>(thread_moments<T, V>(static_cast<const T*>(p.x), tile, p.range), scratch);
+    if (threadIdx.x == 0) p.partials[blockIdx.x] = {all.mean, all.m2};
 }
 
 // Block = one group of one sample: its mean and deviation from its partials, then what each of its channels does.
@@ -267,15 +228,14 @@ __global__ void __launch_bounds__(512, 2) group_norm_finalize(GroupNormTwoPass p
 }
 
 template <class T, int V, bool RESIDUAL>
-LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const ChannelAffine& scaled) {
+LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Tile& tile, const ChannelAffine& scaled) {
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
-    apply_all<T, V, false, RESIDUAL>(
-        out + span.body_begin, x + span.body_begin, RESIDUAL ? residual + span.body_begin : nullptr,
-        static_cast<u32>(span.body_end - span.body_begin), p.range, OneChannel{scaled});
-    for (u32 k = threadIdx.x; k < span.ragged(); k += blockDim.x) {
-        i64 at = span.ragged_index(k);
+    i64 body = tile.first + tile.head;
+    apply_all<T, V, RESIDUAL>(out + body, x + body, RESIDUAL ? residual + body : nullptr, tile.body, p.range, scaled);
+    for (u32 k = threadIdx.x; k < tile.ragged; k += blockDim.x) {
+        i64 at = tile.ragged_element(k);
         Pack<T, 1> added = {};
         if constexpr (RESIDUAL) added = load<T, 1>(residual + at);
         store<T, 1>(out + at, normalised<T, RESIDUAL>(load<T, 1>(x + at), added, scaled));
@@ -285,11 +245,11 @@ LTXK_DEVICE void apply_tile(const GroupNormTwoPass& p, const Span& span, const C
 // Contiguous layout; blocks walk the activation backwards, so that they meet its tail while it is still in the L2 cache.
 template <class T, int V>
 __global__ void __launch_bounds__(256, 4) group_norm_apply(GroupNormTwoPass p) {
-    u32 tile = gridDim.x - 1 - blockIdx.x, row = divide(tile, p.by_chunks), chunk = tile - row * static_cast<u32>(p.chunks);
+    u32 place = gridDim.x - 1 - blockIdx.x, row = divide(place, p.by_chunks), chunk = place - row * static_cast<u32>(p.chunks);
     ChannelAffine scaled = p.affine[row].scaled<T>();
-    Span span = tile_span(p, row, chunk, V);
-    if (p.residual) apply_tile<T, V, true>(p, span, scaled);
-    else apply_tile<T, V, false>(p, span, scaled);
+    Tile tile(p, row, chunk, V);
+    if (p.residual) apply_tile<T, V, true>(p, tile, scaled);
+    else apply_tile<T, V, false>(p, tile, scaled);
 }
 
 }  // namespace ltxk

@@ -1,6 +1,6 @@
 // What device code may use, so that one kernel source compiles under nvcc, NVRTC and the CPU shim of the tests.
 //
-// No standard header is included: NVRTC has none. Shared memory, cluster and grid primitives go through the names below because
+// No standard header is included: NVRTC has none. Shared memory and what blocks tell one another go through the names below because
 // the shim gives them another meaning (every CUDA thread is a fiber, every block has its own shared memory). So do the tensor cores
 // and the asynchronous copies.
 #pragma once
@@ -41,27 +41,6 @@ struct bf16;
     type* name = reinterpret_cast<type*>(ltxk_dynamic_shared)
 
 namespace ltxk {
-
-// Barrier over all threads of the cluster, ordering shared memory of its blocks.
-LTXK_DEVICE void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-// The same shared-memory object in the block of the given rank of this cluster.
-template <class T>
-LTXK_DEVICE T* cluster_peer(T* local, u32 rank) {
-#if __CUDA_ARCH__ >= 900
-    u64 address = reinterpret_cast<u64>(local), peer;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(address), "r"(rank));
-    return reinterpret_cast<T*>(peer);
-#else
-    return local;
-#endif
-}
 
 // Write to global memory that another block sees once it acquires the flag.
 LTXK_DEVICE void signal_add(u32* flag) {

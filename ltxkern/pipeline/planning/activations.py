@@ -108,9 +108,14 @@ def stage_activations(sizes: ModelSizes, request: GenerationRequest, stage: Stag
 
 def upsample_activations(sizes: ModelSizes, stage: Stage, *, unified: bool) -> Activations:
     """The latent upsampler."""
-    upsampler, vae = sizes.module("upsampler"), sizes.module("video_vae")
-    latent = _meta(*stage.video.dims(), dtype=sizes.dtype)
-    return Activations(peak_bytes(lambda: upsample_latent(upsampler, vae, latent), cpu_kernels=unified))
+    upsampler, latent = sizes.module("upsampler"), _meta(*stage.video.dims(), dtype=sizes.dtype)
+    # Without a VAE latents are taken as they are.
+    vae = sizes.module("video_vae") if "video_vae" in sizes.configs else None
+    return Activations(
+        peak_bytes(
+            lambda: upsampler(latent) if vae is None else upsample_latent(upsampler, vae, latent), cpu_kernels=unified
+        )
+    )
 
 
 def audio_activations(sizes: ModelSizes, stage: Stage, *, unified: bool) -> Activations:

@@ -19,6 +19,7 @@ from ltxkern.pipeline.planning import activations as _sizes
 from ltxkern.pipeline.planning.activations import Activations
 from ltxkern.pipeline.planning.weights import ModelSizes, model_sizes
 from ltxkern.pipeline.run.request import GenerationRequest
+from ltxkern.pipeline.sampling.latents import Geometry
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def plan(
     loras: Sequence[str | Path | LoRA] | None = None,
     upsampler: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    geometry: Geometry | None = None,
 ) -> Plan:
     """What a request needs, from configurations and headers alone.
 
@@ -210,6 +212,7 @@ def plan(
         device_free, host_free: bytes that can be taken; measured where None.
         loras: files or LoRAs of the phases; None: one of rank 384 over every Linear.
         upsampler, text_encoder: of a model that is named; as for `find_model`.
+        geometry: of components whose configurations do not say it.
 
     Raises:
         ValueError: the request or the mode is not legal. That it does not fit is said by `Plan.check`.
@@ -222,7 +225,7 @@ def plan(
     place = torch.device(device)
     if not isinstance(model, Components):
         model = FoundModel.of(model, upsampler=upsampler, text_encoder=text_encoder)
-    sizes = model_sizes(model, dtype=dtype, loras=loras)
+    sizes = model_sizes(model, dtype=dtype, loras=loras, geometry=geometry)
     request.validate(sizes.geometry, check_files=False)
     host = host_available() if host_free is None else host_free
     free = (host if place.type == "cpu" else device_available(place)) if device_free is None else device_free

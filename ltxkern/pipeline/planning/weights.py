@@ -34,6 +34,7 @@ class ModelSizes:
         transformer: sizes that decide the device mode.
         text_tokens: rows of a prompt's context.
         dtype: of the model.
+        geometry: how latents relate to pixels.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
@@ -41,12 +42,8 @@ class ModelSizes:
     transformer: WeightSizes
     text_tokens: int
     dtype: torch.dtype
+    geometry: Geometry
     _modules: dict[tuple[Any, ...], nn.Module] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def geometry(self) -> Geometry:
-        """How latents relate to pixels."""
-        return geometry_from_configs(self.configs.get("transformer"), self.configs.get("audio_vae"))
 
     def module(self, component: str, **changes: Any) -> Any:
         """The component on the meta device, in the dtype it runs in; built once, which takes longer than to run it."""
@@ -68,6 +65,7 @@ def model_sizes(
     *,
     dtype: torch.dtype = torch.bfloat16,
     loras: Sequence[str | Path | LoRA] | None = None,
+    geometry: Geometry | None = None,
 ) -> ModelSizes:
     """Reads configurations and headers; no weights.
 
@@ -75,6 +73,7 @@ def model_sizes(
         model: found, or components; of these nothing is loaded, and a text encoder that is not loaded does not count.
         dtype: the model runs in.
         loras: files or LoRAs that the phases merge; None: one of rank 384 (4 for the demo) over every Linear.
+        geometry: where the model's configurations do not say it; None: they do.
 
     Raises:
         CheckpointError: nothing usable is there.
@@ -101,7 +100,10 @@ def model_sizes(
     sizes = WeightSizes(0, 0, 0, ())
     if "transformer" in modules:
         sizes = _transformer_sizes(modules["transformer"], loras, rank)
-    return ModelSizes(configs, nbytes, sizes, text_tokens, dtype, {(name,): module for name, module in modules.items()})
+    geometry = geometry or geometry_from_configs(configs.get("transformer"), configs.get("audio_vae"))
+    return ModelSizes(
+        configs, nbytes, sizes, text_tokens, dtype, geometry, {(name,): module for name, module in modules.items()}
+    )
 
 
 def _of_components(components: Components) -> tuple[dict[str, Mapping[str, Any]], dict[str, int], int]:

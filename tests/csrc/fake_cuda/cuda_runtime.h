@@ -18,23 +18,22 @@ enum cudaError_t {
 using cudaStream_t = void*;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
-enum { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4 };
+enum { cudaLaunchAttributeCooperative = 2 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,
     cudaDevAttrCooperativeLaunch = 95,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-    cudaDevAttrClusterLaunch = 120
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 #ifndef CUDART_VERSION
 #define CUDART_VERSION 13000
 #endif
 
 // What a test may plant: the driver's version, the devices, what one of them holds, the status of loading a kernel.
-inline std::map<std::string, int> planted = {{"driver", 13000}, {"devices", 1}, {"clusters", 16}, {"blocks", 2}, {"load", 0},
-                                             {"sees_clusters", 1}, {"sees_cooperative", 1}};
+inline std::map<std::string, int> planted = {{"driver", 13000}, {"devices", 1}, {"blocks", 2}, {"load", 0},
+                                             {"sees_cooperative", 1}, {"asks_cooperative", 0}};
 inline cudaStreamCaptureMode fake_mode = cudaStreamCaptureModeGlobal;
 
 struct dim3 {
@@ -49,9 +48,6 @@ struct cudaFuncAttributes {
 struct cudaLaunchAttribute {
     int id;
     struct {
-        struct {
-            unsigned x, y, z;
-        } clusterDim;
         int cooperative;
     } val;
 };
@@ -86,21 +82,16 @@ inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     return cudaSuccess;
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void**) {
+    bool together = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeCooperative && config->attrs[0].val.cooperative;
+    if (together != (planted["asks_cooperative"] != 0)) return cudaErrorInvalidValue;
     return static_cast<int>(config->dynamicSmemBytes) > fake(function)->dynamic_bytes ? cudaErrorInvalidValue : cudaSuccess;
-}
-inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* function, const cudaLaunchConfig_t* config) {
-    bool cluster = config->numAttrs && config->attrs[0].id == cudaLaunchAttributeClusterDimension;
-    if (!cluster || config->gridDim.x % config->attrs[0].val.clusterDim.x) return cudaErrorInvalidValue;
-    *count = static_cast<int>(config->dynamicSmemBytes) > fake(function)->dynamic_bytes ? 0 : planted["clusters"];
-    return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void* function, int, std::size_t bytes) {
     *count = static_cast<int>(bytes) > fake(function)->dynamic_bytes ? 0 : planted["blocks"];
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = std::map<int, int>{{16, 132}, {75, 11}, {76, 0}, {95, planted["sees_cooperative"]}, {97, 227 * 1024},
-                                {120, planted["sees_clusters"]}}.at(attribute);
+    *value = std::map<int, int>{{16, 132}, {75, 11}, {76, 0}, {95, planted["sees_cooperative"]}, {97, 227 * 1024}}.at(attribute);
     return cudaSuccess;
 }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {

@@ -1,4 +1,4 @@
-// The scheduler of the CPU shim: runs the fibers of a block, a cluster or a cooperative grid, and checks what they wait for.
+// The scheduler of the CPU shim: runs the fibers of a block or a cooperative grid, and checks what they wait for.
 //
 // An error is raised where threads of a block wait at different barriers, where a thread leaves while others wait for it, where a
 // shuffle names lanes that never come, and where nothing can go on. Fiber order is random and seeded, so that a missing barrier
@@ -27,7 +27,7 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace ltxk::shim {
 
 constexpr std::size_t kStackBytes = 64 << 10;
-enum class State { kReady, kBlock, kCluster, kWarp, kDone };
+enum class State { kReady, kBlock, kWarp, kDone };
 
 struct Block;
 
@@ -51,7 +51,6 @@ struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::map<const void*, std::vector<unsigned char>> shared;
     std::vector<unsigned char> dynamic;
-    std::vector<Block*>* cluster = nullptr;
 };
 
 static std::mt19937 random_engine(0);
@@ -129,7 +128,6 @@ static std::string failure;
 }
 
 void sync_block(const void* site) { wait_at(State::kBlock, site); }
-void sync_cluster(const void* site) { wait_at(State::kCluster, site); }
 void yield() { leave(false); }
 unsigned lane() { return current->thread % 32; }
 
@@ -167,22 +165,6 @@ void* shared_memory(const void* site, std::size_t bytes) {
 
 void* dynamic_shared_memory() { return current->block->dynamic.data(); }
 
-void* peer_memory(void* local, unsigned rank) {
-    Block& self = *current->block;
-    if (rank >= self.cluster->size()) fail("cluster_peer of a rank that the cluster has not");
-    Block& peer = *(*self.cluster)[rank];
-    auto* address = static_cast<unsigned char*>(local);
-    if (address >= self.dynamic.data() && address < self.dynamic.data() + self.dynamic.size())
-        return peer.dynamic.data() + (address - self.dynamic.data());
-    for (auto& [site, memory] : self.shared)
-        if (address >= memory.data() && address < memory.data() + memory.size()) {
-            auto& theirs = peer.shared[site];
-            if (theirs.empty()) theirs.assign(memory.size(), 0xCD);
-            return theirs.data() + (address - memory.data());
-        }
-    fail("cluster_peer of an address outside shared memory");
-}
-
 void require_aligned(const void* address, std::size_t bytes) {
     if (reinterpret_cast<std::uint64_t>(address) % bytes != 0) fail("an address that is not aligned to its access");
 }
@@ -206,15 +188,15 @@ static std::string where(const Fiber& fiber) {
     return "thread " + std::to_string(fiber.thread) + " of block " + std::to_string(fiber.block->index.x);
 }
 
-// Releases the fibers of `group` if all of them wait at one barrier of the given kind.
-static bool release(const std::vector<Fiber*>& group, State kind) {
+// Releases the fibers of a block if all of them wait at one barrier.
+static bool release(const std::vector<Fiber*>& group) {
     const Fiber *waiting = nullptr, *done = nullptr;
     for (Fiber* fiber : group) {
         if (fiber->state == State::kDone) {
             done = fiber;
             continue;
         }
-        if (fiber->state != kind) return false;
+        if (fiber->state != State::kBlock) return false;
         if (waiting && waiting->site != fiber->site)
             throw std::runtime_error("barrier divergence: " + where(*waiting) + " and " + where(*fiber) + " wait at different barriers");
         waiting = fiber;
@@ -267,23 +249,17 @@ struct Stacks {
 static Stacks stacks;
 
 // Runs blocks that may depend on each other until all are done.
-static void run_together(std::vector<std::unique_ptr<Block>>& blocks, unsigned cluster) {
+static void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
     std::vector<Fiber*> all;
-    std::vector<std::vector<Fiber*>> per_block, per_warp, per_cluster;
-    std::vector<std::vector<Block*>> clusters((blocks.size() + cluster - 1) / cluster);
-    per_cluster.resize(clusters.size());
-    for (std::size_t b = 0; b < blocks.size(); ++b) {
-        Block& block = *blocks[b];
-        clusters[b / cluster].push_back(&block);
-        block.cluster = &clusters[b / cluster];
+    std::vector<std::vector<Fiber*>> per_block, per_warp;
+    for (auto& block : blocks) {
         per_block.emplace_back();
-        for (auto& fiber : block.fibers) {
+        for (auto& fiber : block->fibers) {
             if (fiber->thread % 32 == 0) per_warp.emplace_back();
             fiber->warp = static_cast<unsigned>(per_warp.size() - 1);
             all.push_back(fiber.get());
             per_block.back().push_back(fiber.get());
             per_warp.back().push_back(fiber.get());
-            per_cluster[b / cluster].push_back(fiber.get());
         }
     }
     std::vector<unsigned> warp_stalled(per_warp.size());
@@ -314,8 +290,7 @@ static void run_together(std::vector<std::unique_ptr<Block>>& blocks, unsigned c
         }
         if (done) return;
         for (auto& warp : per_warp) progressed |= release_warp(warp);
-        for (auto& block : per_block) progressed |= release(block, State::kBlock);
-        for (auto& members : per_cluster) progressed |= release(members, State::kCluster);
+        for (auto& block : per_block) progressed |= release(block);
         idle = progressed ? 0 : idle + 1;
         if (idle > (ran ? 10000u : 1u)) throw std::runtime_error("deadlock: no thread of the grid can go on");
     }
@@ -339,8 +314,7 @@ void run_grid(const KernelEntry& kernel, const LaunchShape& shape, const void* p
     blockDim = {shape.block, 1, 1};
     gridDim = {shape.grid[0], shape.grid[1], shape.grid[2]};
     std::size_t total = static_cast<std::size_t>(gridDim.x) * gridDim.y * gridDim.z;
-    if (shape.cluster > 1 && gridDim.x % shape.cluster != 0) throw std::runtime_error("grid is not a multiple of the cluster");
-    std::size_t together = shape.cooperative ? total : std::max(1u, shape.cluster);
+    std::size_t together = shape.cooperative ? total : 1;
     std::size_t begin = only_count ? only_first : 0, end = only_count ? std::min(total, only_first + only_count) : total;
     for (std::size_t first = begin; first < end; first += together) {
         std::vector<std::unique_ptr<Block>> blocks;
@@ -358,7 +332,7 @@ void run_grid(const KernelEntry& kernel, const LaunchShape& shape, const void* p
                     for (auto& fiber : block->fibers) stacks.free.push_back(fiber->stack);
             }
         } give_back{blocks};
-        run_together(blocks, std::max(1u, shape.cluster));
+        run_together(blocks);
     }
 }
 

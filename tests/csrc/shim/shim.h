@@ -1,7 +1,7 @@
 // A CUDA thread block on the CPU: what device code sees when it is compiled with LTXK_SHIM.
 //
 // Every CUDA thread is a fiber; the scheduler runs them in a random order and checks barriers and shuffles. Blocks run one after
-// the other, except those of one cluster or of a cooperative grid, which run together. See scheduler.cpp for what is checked.
+// the other, except those of a cooperative grid, which run together. See scheduler.cpp for what is checked.
 #pragma once
 
 #include <cmath>
@@ -38,7 +38,6 @@ void* shared_memory(const void* site, std::size_t bytes);
 void* dynamic_shared_memory();
 
 void sync_block(const void* site);
-void sync_cluster(const void* site);
 void sync_warp(unsigned mask, const void* site);
 // Publishes `value` and waits for all lanes of `mask`; returns what lane `source` published.
 std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned source, const void* site);
@@ -46,7 +45,6 @@ unsigned vote(unsigned mask, bool value, const void* site);
 // What all lanes of the warp published, by lane.
 void gather(std::uint64_t value, std::uint64_t (&values)[32], const void* site);
 unsigned lane();
-void* peer_memory(void* local, unsigned rank);
 void yield();
 
 // Asynchronous copies of one thread. Each lands at once or, as late as may be, in the wait for its group: a coin decides, so that both
@@ -99,12 +97,6 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 }
 
 namespace ltxk {
-#define cluster_sync() shim_cluster_sync(LTXK_SITE)
-inline void shim_cluster_sync(const void* site) { shim::sync_cluster(site); }
-template <class T>
-inline T* cluster_peer(T* local, unsigned rank) {
-    return static_cast<T*>(shim::peer_memory(local, rank));
-}
 inline void signal_add(unsigned* flag) { atomicAdd(flag, 1u); }
 inline unsigned acquire(const unsigned* flag) { return *static_cast<const volatile unsigned*>(flag); }
 inline void spin_pause() { shim::yield(); }

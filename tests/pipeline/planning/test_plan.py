@@ -10,6 +10,7 @@ from ltxkern.pipeline import generator
 from ltxkern.pipeline.memory.modes import MODES
 from ltxkern.pipeline.planning.plan import plan
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
+from tests.pipeline import golden_hq
 from tests.pipeline.planning.measured import measured_peak
 
 SMALL = GenerationRequest(prompt="a", height=192, width=128, num_frames=17)
@@ -117,3 +118,12 @@ def test_an_unknown_mode_and_an_illegal_size_are_refused():
         plan("demo", SMALL, mode="fast")
     with pytest.raises(ValueError, match="height 200 is not a multiple of 64: use 192"):
         plan("demo", replace(SMALL, height=200))
+
+
+def test_components_that_do_not_say_their_geometry_are_planned_by_the_pipelines() -> None:
+    """Its transformer has 8 channels of sound in 2 x 4: no configuration says so without an audio VAE."""
+    pipeline = golden_hq.pipeline()
+    request = GenerationRequest("a", height=128, width=192, num_frames=17, steps=2)
+    found = plan(pipeline.components, request, geometry=pipeline.geometry)
+    assert found.sizes.geometry == pipeline.geometry
+    assert found.forwards > 0
