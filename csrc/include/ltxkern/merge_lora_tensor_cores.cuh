@@ -1,7 +1,7 @@
 // LoRA merge on tensor cores, for factors that are all fp16 or all bf16 and weights of any dtype; see merge_lora.cuh for the op.
 //
-// Block = 8 warps on tiles of 256 rows, two warps side by side; it walks along such a strip of rows. The factors come in steps of 32 ranks
-// by asynchronous copies: A through a ring of three stages, B into slots that keep as much of the strip as fits, so that each tile asks
+// Block = 8 warps on tiles of 256 rows, two warps side by side; it walks along such a strip of rows. The factors come in steps of 64 ranks
+// by asynchronous copies, one step ahead: A through two stages, B into slots that keep as much of the strip as fits, so that each tile asks
 // for its columns of A alone. Two columns of A move at once, to where the lane that multiplies them ends with eight neighbouring weights:
 // they are changed in its registers, 16 bytes at a time, without a detour through shared memory.
 #pragma once
@@ -10,22 +10,22 @@
 
 namespace ltxk {
 
-constexpr int kMmaRows = 256, kMmaRanks = 32, kMmaStages = 3, kMmaThreads = 256;
+constexpr int kMmaRows = 256, kMmaRanks = 64, kMmaThreads = 256;
 constexpr int kWarpRows = 64, kWarpsInRow = 2;
+// Ranks of which tensor cores take the sum before fp32 totals do.
+constexpr int kSummed = 32;
 constexpr int kSlot = kMmaRows * kMmaRanks;  // elements of B of one step
 // Columns of a tile: fp32 weights have totals beside their sums.
 template <bool SUM_STEPS>
 constexpr int kMmaColumns = SUM_STEPS ? 64 : 128;
-// Where weights do not lie in eights: rows of a warp that are in shared memory at once, and what keeps them on different banks.
-constexpr int kBounceRows = 8, kBouncePad = 4;
 
 struct MergeLoraTiles : MergeLora {
-    i64 tiles, walk;   // of the weight; of a block, one behind the other
-    i64 held, slots;   // steps of B that stay in shared memory; their slots, which hold them more than once where they are few
-    i64 bounce;        // where in shared memory sums pass by that are added one by one; 0: weights are changed in eights
+    i64 tiles, walk;  // of the weight; of a block, one behind the other
+    i64 held, slots;  // steps of B that stay in shared memory; their slots, two for a single step
+    i64 in_eights;    // whether eight weights lie side by side, and are rounded to nearest
 };
 
-// The step that is asked for next: 32 ranks of one LoRA, for one tile.
+// The step that is asked for next: 64 ranks of one LoRA, for one tile.
 struct RankStep {
     u32 tile, end, strip, column_tile;
     int lora, rank, index, first_slot;
@@ -34,9 +34,9 @@ struct RankStep {
     LTXK_DEVICE void advance(const MergeLoraTiles& p) {
         ++index;
         rank += kMmaRanks;
-        if (rank < p.lora[lora].rank) return;
+        if (rank < static_cast<int>(p.lora[lora].rank)) return;
         rank = 0;
-        if (++lora < p.count) return;
+        if (++lora < static_cast<int>(p.count)) return;
         lora = index = 0;
         ++tile;
         fresh = ++column_tile == static_cast<u32>(p.column_tiles);
@@ -44,32 +44,21 @@ struct RankStep {
         column_tile = 0;
         ++strip;
         first_slot += static_cast<int>(p.held);
-        if (first_slot == p.slots) first_slot = 0;
+        if (first_slot == static_cast<int>(p.slots)) first_slot = 0;
     }
 };
 
-// Shared memory: the stages of A, the slots of B, and stages of B where it has steps that do not stay.
+// Shared memory: both stages of A, the slots of B, and two stages of B where it has steps that do not stay.
 template <class Half, int COLUMNS>
 struct MmaMemory {
     Half* first;
 
     LTXK_DEVICE Half* a(int stage) const { return first + stage * (kMmaRanks * COLUMNS); }
     LTXK_DEVICE Half* b(const MergeLoraTiles& p, int first_slot, int index, int stage) const {
-        int slot = index < p.held ? first_slot + index : static_cast<int>(p.slots) + stage;
-        return first + kMmaStages * kMmaRanks * COLUMNS + slot * kSlot;
+        int slot = index < static_cast<int>(p.held) ? first_slot + index : static_cast<int>(p.slots) + stage;
+        return first + 2 * kMmaRanks * COLUMNS + slot * kSlot;
     }
 };
-
-// Chunks of eight elements are permuted so that eight which move at once fill all banks.
-template <class Half>
-LTXK_DEVICE Half* chunk_of_b(Half* slot, int row, int chunk) {
-    return slot + row * kMmaRanks + (chunk ^ (row >> 1 & 3)) * 8;
-}
-
-template <class Half, int COLUMNS>
-LTXK_DEVICE Half* chunk_of_a(Half* stage, int rank, int chunk) {
-    return stage + rank * COLUMNS + (chunk ^ (rank & 7)) * 8;
-}
 
 // N elements of a factor into shared memory, of which `count` exist; zero in place of the others.
 template <int N, class Half>
@@ -89,15 +78,17 @@ LTXK_DEVICE bool in_groups(const void* factor, i64 length) {
 // How many are left of what may be more than an int holds; a tile needs no more than 256.
 LTXK_DEVICE int left_of(i64 count) { return static_cast<int>(count < 256 ? count : 256); }
 
+// Chunks of eight ranks of a row are permuted so that those of eight rows fill all banks.
 template <class Half>
 LTXK_DEVICE void load_b(const MergeLora& p, const RankStep& step, Half* slot) {
-    constexpr int kRows = kMmaThreads / 4;
+    constexpr int kRows = kMmaThreads / 8;
     const LoraFactors& lora = p.lora[step.lora];
-    int thread = static_cast<int>(threadIdx.x), rank = step.rank + thread % 4 * 8;
-    i64 row = static_cast<i64>(step.strip) * kMmaRows + thread / 4;
-    int rows = left_of(p.rows - row), ranks = left_of(lora.rank - rank);
+    u32 chunk = threadIdx.x % 8, y = threadIdx.x / 8;
+    int rank = step.rank + static_cast<int>(chunk) * 8;
+    i64 row = static_cast<i64>(step.strip) * kMmaRows + y;
+    int rows = left_of(p.rows - row), ranks = static_cast<int>(lora.rank) - rank;
     const Half* b = static_cast<const Half*>(lora.b) + row * lora.rank + rank;
-    Half* target = chunk_of_b(slot, thread / 4, thread % 4);
+    Half* target = slot + y * kMmaRanks + (chunk ^ (y & 7)) * 8;
     if (in_groups<8>(lora.b, lora.rank)) {
 #pragma unroll
         for (int r = 0; r < kMmaRows; r += kRows) copy_async<16>(target + r * kMmaRanks, b + r * lora.rank, r < rows && ranks > 0);
@@ -108,16 +99,17 @@ LTXK_DEVICE void load_b(const MergeLora& p, const RankStep& step, Half* slot) {
 }
 
 // Pair 4 t + j of the columns of a group of 32 goes to word t of chunk j, which is column 2 t of the j-th product: lane t of four then has
-// of four products the columns 8 t to 8 t + 7.
+// of four products the columns 8 t to 8 t + 7. Chunks of eight columns are permuted so that those of eight ranks fill all banks.
 template <class Half, int COLUMNS>
 LTXK_DEVICE void load_a(const MergeLora& p, const RankStep& step, Half* stage) {
     constexpr int kRanks = kMmaThreads / 32;
     const LoraFactors& lora = p.lora[step.lora];
-    int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    u32 lane = threadIdx.x % 32, chunk = lane / 16 * 4 + lane % 4;
+    int y = static_cast<int>(threadIdx.x / 32);
     i64 column = static_cast<i64>(step.column_tile) * COLUMNS + 2 * lane, pitch = kRanks * p.columns;
-    int columns = left_of(p.columns - column), ranks = left_of(lora.rank - step.rank - warp);
-    const Half* a = static_cast<const Half*>(lora.a) + (step.rank + warp) * p.columns + column;
-    Half* target = chunk_of_a<Half, COLUMNS>(stage, warp, lane / 16 * 4 + lane % 4) + lane % 16 / 4 * 2;
+    int columns = left_of(p.columns - column), ranks = static_cast<int>(lora.rank) - step.rank - y;
+    const Half* a = static_cast<const Half*>(lora.a) + (step.rank + y) * p.columns + column;
+    Half* target = stage + y * COLUMNS + (chunk ^ threadIdx.x / 32) * 8 + lane % 16 / 4 * 2;
     if (in_groups<2>(lora.a, p.columns)) {
 #pragma unroll
         for (int k = 0; k < kMmaRanks; k += kRanks, a += pitch)
@@ -134,25 +126,37 @@ LTXK_DEVICE void load_a(const MergeLora& p, const RankStep& step, Half* stage) {
 template <int COLUMNS>
 using WarpSums = float[kWarpRows / 16][COLUMNS / kWarpsInRow / 8][4];
 
+template <int COLUMNS>
+LTXK_DEVICE void scale_sums(WarpSums<COLUMNS>& sums, float scale) {
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < COLUMNS / kWarpsInRow / 8; ++j)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[i][j][k] *= scale;
+}
+
+// Adds the products of a step's ranks [first, first + kSummed).
 template <class Half, int COLUMNS>
-LTXK_DEVICE void multiply_step(Half* a, Half* b, WarpSums<COLUMNS>& sums) {
+LTXK_DEVICE void multiply_ranks(const Half* a, const Half* b, u32 first, WarpSums<COLUMNS>& sums) {
     constexpr int kChunks = COLUMNS / kWarpsInRow / 8;
-    int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    int row = warp / kWarpsInRow * kWarpRows + lane % 16, chunk = warp % kWarpsInRow * kChunks + lane / 16;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Where the lane's row of the first matrices begins; the others are a row or bits of the chunk away.
+    u32 right = lane % 16 * COLUMNS + (warp % kWarpsInRow * kChunks ^ lane / 16 ^ lane % 8) * 8;
+    u32 left = (warp / kWarpsInRow * kWarpRows + lane % 16) * kMmaRanks + (lane / 16 ^ lane % 8) * 8;
 #pragma unroll
-    for (int k = 0; k < kMmaRanks / 16; ++k) {
-        u32 right[kChunks / 2][4];
+    for (u32 k = first; k < first + kSummed; k += 16) {
+        u32 columns[kChunks / 2][4];
 #pragma unroll
-        for (int j = 0; j < kChunks / 2; ++j)
-            load_matrices_transposed(right[j], chunk_of_a<Half, COLUMNS>(a, 16 * k + lane % 16, chunk + 2 * j));
+        for (u32 j = 0; j < kChunks / 2; ++j) load_matrices_transposed(columns[j], a + (right ^ 16 * j) + k * COLUMNS);
 #pragma unroll
         for (int i = 0; i < kWarpRows / 16; ++i) {
-            u32 left[4];
-            load_matrices(left, chunk_of_b(b, row + 16 * i, 2 * k + lane / 16));
+            u32 rows[4];
+            load_matrices(rows, b + (left ^ k) + 16 * i * kMmaRanks);
 #pragma unroll
             for (int j = 0; j < kChunks; ++j) {
-                u32 two[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
-                warp_mma<Half>(sums[i][j], left, two);
+                u32 two[2] = {columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]};
+                warp_mma<Half>(sums[i][j], rows, two);
             }
         }
     }
@@ -165,9 +169,10 @@ template <int COLUMNS>
 LTXK_DEVICE void prefetch_weights(const MergeLora& p, const RankStep& step) {
     i64 row = static_cast<i64>(step.strip) * kMmaRows + threadIdx.x, column = static_cast<i64>(step.column_tile) * COLUMNS, bytes = weight_bytes(p);
     if (p.column_stride != 1 || row >= p.rows) return;
-    i64 left = p.columns - column, length = (left < COLUMNS ? left : COLUMNS) * bytes;
+    int length = left_of(p.columns - column < COLUMNS ? p.columns - column : COLUMNS) * static_cast<int>(bytes);
     const char* address = static_cast<const char*>(p.weight) + (row * p.row_stride + column) * bytes;
-    for (i64 at = 0; at < length; at += 128) prefetch_l2(address + at);
+#pragma unroll 1
+    for (int at = 0; at < length; at += 128) prefetch_l2(address + at);
 }
 
 struct e4m3 {
@@ -221,12 +226,13 @@ LTXK_DEVICE void eight_sums(const WarpSums<COLUMNS>& sums, int r, int g, float (
 template <class Weight, int COLUMNS>
 LTXK_DEVICE void merge_eights(const MergeLora& p, i64 row, i64 column, float scale, const WarpSums<COLUMNS>& sums) {
     using Weights = Eight<Weight>;
-    constexpr int kGroups = COLUMNS / kWarpsInRow / 32, kRows = 2;
-    int lane = static_cast<int>(threadIdx.x) % 32;
+    constexpr int kGroups = COLUMNS / kWarpsInRow / 32, kRows = 4;
+    int lane = static_cast<int>(threadIdx.x % 32);
     row += lane / 4;
     column += lane % 4 * 8;
     char* first = static_cast<char*>(p.weight) + (row * p.row_stride + column) * Weights::kBytes;
     i64 pitch = 8 * p.row_stride * Weights::kBytes;
+    int rows = left_of(p.rows - row), columns = left_of(p.columns - column);
 #pragma unroll
     for (int top = 0; top < kWarpRows / 8; top += kRows) {
         decltype(Weights::words) kept[kRows][kGroups];
@@ -236,15 +242,14 @@ LTXK_DEVICE void merge_eights(const MergeLora& p, i64 row, i64 column, float sca
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
                 const char* address = first + (top + r) * pitch + 32 * g * Weights::kBytes;
-                if (row + 8 * (top + r) < p.rows && column + 32 * g < p.columns)
-                    kept[r][g] = *reinterpret_cast<const decltype(Weights::words)*>(address);
+                if (8 * (top + r) < rows && 32 * g < columns) kept[r][g] = *reinterpret_cast<const decltype(Weights::words)*>(address);
             }
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
                 char* address = first + (top + r) * pitch + 32 * g * Weights::kBytes;
-                if (row + 8 * (top + r) >= p.rows || column + 32 * g >= p.columns) continue;
+                if (8 * (top + r) >= rows || 32 * g >= columns) continue;
                 float eight[8];
                 eight_sums<COLUMNS>(sums, top + r, g, eight);
                 Weights weights = {kept[r][g]};
@@ -254,11 +259,11 @@ LTXK_DEVICE void merge_eights(const MergeLora& p, i64 row, i64 column, float sca
     }
 }
 
-// The same for weights that lie in any way, and for stochastic rounding, by way of the warp's part of shared memory.
+// The same for weights that lie in any way, and for stochastic rounding, by way of the warp's part of shared memory: eight rows at a time.
 template <int COLUMNS>
 LTXK_DEVICE void merge_any(const MergeLora& p, i64 row, i64 column, float scale, const WarpSums<COLUMNS>& sums, float* shared) {
-    constexpr int kColumns = COLUMNS / kWarpsInRow, kPitch = kColumns + kBouncePad;
-    int lane = static_cast<int>(threadIdx.x) % 32;
+    constexpr int kColumns = COLUMNS / kWarpsInRow;
+    int lane = static_cast<int>(threadIdx.x % 32);
     bool vectors = p.column_stride == 1 && in_fours(p.weight, p.row_stride, weight_bytes(p));
 #pragma unroll 1
     for (int step = 0; step < kWarpRows / 8; ++step) {
@@ -272,28 +277,31 @@ LTXK_DEVICE void merge_any(const MergeLora& p, i64 row, i64 column, float scale,
                 eight_sums<COLUMNS>(sums, r, g, eight.value);
 #pragma unroll
                 for (int k = 0; k < 8; ++k) eight.value[k] *= scale;
-                store<float, 8>(shared + lane / 4 * kPitch + 32 * g + lane % 4 * 8, eight);
+                store<float, 8>(shared + lane / 4 * kColumns + 32 * g + lane % 4 * 8, eight);
             }
         }
         __syncwarp();
-        for (int at = lane; at < kBounceRows * kColumns / 4; at += 32) {
+#pragma unroll 1
+        for (int at = lane; at < 8 * kColumns / 4; at += 32) {
             int r = at / (kColumns / 4), c = at % (kColumns / 4) * 4;
             i64 y = row + 8 * step + r, x = column + c;
-            if (y < p.rows) merge_four(p, y, x, p.columns - x, vectors, load<float, 4>(shared + r * kPitch + c).value);
+            if (y < p.rows) merge_four(p, y, x, p.columns - x, vectors, load<float, 4>(shared + r * kColumns + c).value);
         }
     }
 }
 
+// `shared`: the stage of A that was multiplied last, which fits the sums of eight rows of every warp.
 template <class Half, bool SUM_STEPS>
-LTXK_DEVICE void merge_tile(const MergeLoraTiles& p, i64 row, i64 column, const WarpSums<kMmaColumns<SUM_STEPS>>& sums, void* memory) {
-    constexpr int kColumns = kMmaColumns<SUM_STEPS>;
-    int warp = static_cast<int>(threadIdx.x) / 32;
+LTXK_DEVICE void merge_tile(const MergeLoraTiles& p, i64 row, i64 column, const WarpSums<kMmaColumns<SUM_STEPS>>& sums, Half* shared) {
+    constexpr int kColumns = kMmaColumns<SUM_STEPS>, kWarpColumns = kColumns / kWarpsInRow;
+    static_assert(kMmaThreads / 32 * 8 * kWarpColumns * sizeof(float) <= kMmaRanks * kColumns * sizeof(Half));
+    u32 warp = threadIdx.x / 32;
     row += warp / kWarpsInRow * kWarpRows;
-    column += warp % kWarpsInRow * (kColumns / kWarpsInRow);
+    column += warp % kWarpsInRow * kWarpColumns;
     float scale = static_cast<float>(p.lora[p.count - 1].scale);
-    if (p.bounce) {
-        float* shared = reinterpret_cast<float*>(static_cast<char*>(memory) + p.bounce);
-        merge_any<kColumns>(p, row, column, scale, sums, shared + warp * kBounceRows * (kColumns / kWarpsInRow + kBouncePad));
+    if (!p.in_eights) {
+        __syncthreads();
+        merge_any<kColumns>(p, row, column, scale, sums, reinterpret_cast<float*>(shared) + warp * 8 * kWarpColumns);
     } else if constexpr (SUM_STEPS) {
         merge_eights<float, kColumns>(p, row, column, scale, sums);
     } else if (p.type == kBF16) {
@@ -307,7 +315,7 @@ LTXK_DEVICE void merge_tile(const MergeLoraTiles& p, i64 row, i64 column, const 
 
 // The scale of a LoRA is over that of the next one: what is summed up so far is multiplied by it before the next one's products are added.
 //
-// SUM_STEPS, for fp32 weights: tensor cores cut sums off where they hold no more bits, so that the products of 32 ranks are added to
+// SUM_STEPS, for fp32 weights: tensor cores cut sums off where they hold no more bits, so that the products of kSummed ranks are added to
 // fp32 totals outside of them, each sum rounded to nearest.
 template <class Half, bool SUM_STEPS>
 __global__ void __launch_bounds__(kMmaThreads, 1) merge_lora_tensor_cores(MergeLoraTiles p) {
@@ -319,61 +327,60 @@ __global__ void __launch_bounds__(kMmaThreads, 1) merge_lora_tensor_cores(MergeL
     u32 tiles_in_row = static_cast<u32>(p.column_tiles);
     RankStep ahead = {tile, end, tile / tiles_in_row, tile % tiles_in_row, 0, 0, 0, 0, true};
     u32 strip = ahead.strip, column_tile = ahead.column_tile;
-    auto ask = [&](int stage) {
+    int stage = 1, first_slot = 0;
+    auto ask = [&]() {
+        stage ^= 1;
         if (ahead.tile < ahead.end) {
             if (ahead.index == 0) prefetch_weights<kColumns>(p, ahead);
             load_a<Half, kColumns>(p, ahead, memory.a(stage));
-            if (ahead.fresh || ahead.index >= p.held) load_b(p, ahead, memory.b(p, ahead.first_slot, ahead.index, stage));
+            if (ahead.fresh || ahead.index >= static_cast<int>(p.held)) load_b(p, ahead, memory.b(p, ahead.first_slot, ahead.index, stage));
             ahead.advance(p);
         }
         commit_copies();
     };
-#pragma unroll 1
-    for (int stage = 0; stage < kMmaStages - 1; ++stage) ask(stage);
-    int stage = 0, first_slot = 0;
+    ask();
 #pragma unroll 1
     for (; tile < end; ++tile) {
         WarpSums<kColumns> sums = {};
         [[maybe_unused]] WarpSums<kColumns> total = {};
         int index = 0;
 #pragma unroll 1
-        for (int lora = 0; lora < p.count; ++lora) {
+        for (int lora = 0; lora < static_cast<int>(p.count); ++lora) {
+            if (lora) scale_sums<kColumns>(SUM_STEPS ? total : sums, static_cast<float>(p.lora[lora - 1].scale));
+            int ranks = static_cast<int>(p.lora[lora].rank);
 #pragma unroll 1
-            for (int rank = 0; rank < p.lora[lora].rank; rank += kMmaRanks, ++index) {
-                wait_copies<kMmaStages - 2>();
+            for (int rank = 0; rank < ranks; rank += kMmaRanks, ++index) {
+                wait_copies<0>();
                 __syncthreads();
+                Half *a = memory.a(stage), *b = memory.b(p, first_slot, index, stage);
                 // Every warp is past the step before this one.
-                ask(stage == 0 ? kMmaStages - 1 : stage - 1);
-                multiply_step<Half, kColumns>(memory.a(stage), memory.b(p, first_slot, index, stage), sums);
-                if constexpr (SUM_STEPS) {
+                ask();
 #pragma unroll
-                    for (int i = 0; i < kWarpRows / 16; ++i)
+                for (int first = 0; first < kMmaRanks; first += kSummed) {
+                    if (first && rank + first >= ranks) break;
+                    multiply_ranks<Half, kColumns>(a, b, first, sums);
+                    if constexpr (SUM_STEPS) {
 #pragma unroll
-                        for (int j = 0; j < kColumns / kWarpsInRow / 8; ++j)
+                        for (int i = 0; i < kWarpRows / 16; ++i)
 #pragma unroll
-                            for (int k = 0; k < 4; ++k) {
-                                total[i][j][k] += sums[i][j][k];
-                                sums[i][j][k] = 0.0f;
-                            }
+                            for (int j = 0; j < kColumns / kWarpsInRow / 8; ++j)
+#pragma unroll
+                                for (int k = 0; k < 4; ++k) {
+                                    total[i][j][k] += sums[i][j][k];
+                                    sums[i][j][k] = 0.0f;
+                                }
+                    }
                 }
-                stage = stage + 1 == kMmaStages ? 0 : stage + 1;
-            }
-            if (lora + 1 < p.count) {
-                float scale = static_cast<float>(p.lora[lora].scale);
-#pragma unroll
-                for (int i = 0; i < kWarpRows / 16; ++i)
-#pragma unroll
-                    for (int j = 0; j < kColumns / kWarpsInRow / 8; ++j)
-#pragma unroll
-                        for (int k = 0; k < 4; ++k) (SUM_STEPS ? total : sums)[i][j][k] *= scale;
             }
         }
-        merge_tile<Half, SUM_STEPS>(p, static_cast<i64>(strip) * kMmaRows, static_cast<i64>(column_tile) * kColumns, SUM_STEPS ? total : sums, shared);
+        i64 row = static_cast<i64>(strip) * kMmaRows, column = static_cast<i64>(column_tile) * kColumns;
+        // The stage that is not asked for.
+        merge_tile<Half, SUM_STEPS>(p, row, column, SUM_STEPS ? total : sums, memory.a(stage ^ 1));
         if (++column_tile < tiles_in_row) continue;
         column_tile = 0;
         ++strip;
         first_slot += static_cast<int>(p.held);
-        if (first_slot == p.slots) first_slot = 0;
+        if (first_slot == static_cast<int>(p.slots)) first_slot = 0;
     }
 }
 
