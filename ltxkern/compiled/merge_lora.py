@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 LORAS = 4
 # Weights of a block, in rows and in columns: of the kernel on plain cores.
 TILE = 64
-# Of that on tensor cores (csrc/include/ltxkern/merge_lora_tensor_cores.cuh): rows of a tile, ranks of a step, steps under way.
-MMA_ROWS, MMA_RANKS, MMA_STAGES = 256, 32, 3
+# Of that on tensor cores (csrc/include/ltxkern/merge_lora_tensor_cores.cuh): rows of a tile, ranks of a step, and steps in shared memory
+# where they do not stay there.
+MMA_ROWS, MMA_RANKS, MMA_STAGES = 256, 64, 2
 # Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
-#
-# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 16 us at 790 TFLOP/s
-# and 13 us at 3.0 TB/s. mma.sync reaches about two thirds of the first, 24 us; plain cores need 190 us at their peak of 67 TFLOP/s.
-# With tiles of 128 x 128, 201 MB of factors cross from L2: 37 us at 5.5 TB/s, and that bounds the kernel. A block of 256 threads
-# holds 64 sums a thread: two blocks of at most 128 registers a thread share a multiprocessor, so that one writes weights while the
-# other multiplies.
 SMALL_RANK = 16
+# Up to this one the kernel on tensor cores takes what torch's own product could take as well.
+#
+# Predicted, not measured, for 4096 x 4096 weights on an H200. bf16: 86 and 80 % of the copy roof at ranks 32 and 128 against 72 and 70
+# of addmm_, and at 384 no more than addmm_, which was measured at 50. float8 at 384: 47 %, for 12.9 GFLOP take 16 us at 790 TFLOP/s,
+# of which mma.sync reaches about two thirds. 201 MB of factors would cross from L2 with tiles of 128 x 128, 37 us at 5.5 TB/s; strips of
+# 256 rows, whose part of B stays in shared memory, ask for 54.
+PRODUCT_RANK = 128
 # Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
 CPU_CHUNK = 4 << 20
 CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
@@ -63,7 +65,9 @@ def half_of(case: Case) -> str | None:
     return HALF_NAMES[codes.pop()]
 
 
-def common_parameters(case: Case, column_tiles: int, scales: Sequence[float], order: Sequence[int]) -> dict[str, Parameter]:
+def common_parameters(
+    case: Case, column_tiles: int, scales: Sequence[float], order: Sequence[int]
+) -> dict[str, Parameter]:
     """Those of both kernels, of LoRAs in an order and with these scales."""
     row_stride, column_stride = case.strides
     parameters: dict[str, Parameter] = {
@@ -96,28 +100,24 @@ def on_tensor_cores(case: Case, half: str, threads: int) -> Launch:
     """
     assert case.limits is not None
     order = sorted(range(len(case.scales)), key=lambda k: abs(case.scales[k]))
-    sorted_scales = [case.scales[k] for k in order]
-    scales = [one / after for one, after in pairwise([*sorted_scales, 1.0])]
+    scales = [one / after for one, after in pairwise([*(case.scales[k] for k in order), 1.0])]
     sum_steps = case.type_code == CODES[torch.float32]
     columns = 64 if sum_steps else 128
-    a_bytes, slot_bytes = MMA_STAGES * MMA_RANKS * columns * 2, MMA_ROWS * MMA_RANKS * 2
     steps = sum(ceil_div(rank, MMA_RANKS) for rank in case.ranks)
-    # Of each warp eight rows of sums, with four numbers behind each.
-    bounced = 0 if case.in_eights and not case.stochastic else 8 * 8 * (columns // 2 + 4) * 4
-    room = case.limits.shared_bytes - a_bytes - bounced
-    # Few steps have a slot for each that is under way.
-    held, slots, stages = steps, steps * ceil_div(MMA_STAGES, steps), 0
-    if slots * slot_bytes > room:
-        held = slots = room // slot_bytes - MMA_STAGES
+    a_bytes, slot_bytes = MMA_STAGES * MMA_RANKS * columns * 2, MMA_ROWS * MMA_RANKS * 2
+    # What is asked for never takes the place of what is being multiplied.
+    held, slots, stages = steps, max(steps, MMA_STAGES), 0
+    if a_bytes + slots * slot_bytes > case.limits.shared_bytes:
+        held = slots = (case.limits.shared_bytes - a_bytes) // slot_bytes - MMA_STAGES
         stages = MMA_STAGES
-    shared = a_bytes + (slots + stages) * slot_bytes
     column_tiles = ceil_div(case.columns, columns)
     tiles = ceil_div(case.rows, MMA_ROWS) * column_tiles
     walk = ceil_div(tiles, case.limits.multiprocessors)
     parameters = common_parameters(case, column_tiles, scales, order)
-    parameters |= {"tiles": tiles, "walk": walk, "held": held, "slots": slots, "bounce": shared if bounced else 0}
+    parameters |= {"tiles": tiles, "walk": walk, "held": held, "slots": slots}
+    parameters |= {"in_eights": int(case.in_eights and not case.stochastic)}
     kernel = f"ltxk::merge_lora_tensor_cores<{half}, {str(sum_steps).lower()}>"
-    return Launch(kernel, (ceil_div(tiles, walk),), threads, parameters, shared + bounced)
+    return Launch(kernel, (ceil_div(tiles, walk),), threads, parameters, a_bytes + (slots + stages) * slot_bytes)
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -173,11 +173,11 @@ def _add_product(args: Arguments) -> None:
 
 
 def run_device(tier: str, composition: Composition, args: Arguments) -> None:
-    """CUDA: the official chain by torch, addmm for one large LoRA of a 16-bit weight's dtype, else a tile kernel."""
+    """CUDA: the official chain by torch, addmm for one LoRA of large rank and a 16-bit weight's dtype, else a tile kernel."""
     if args.rounding == "reference":
         composition(*args)
         return
-    if args.rounding == "single" and args.lora_a[0].shape[0] > SMALL_RANK and one_product(args):
+    if args.rounding == "single" and args.lora_a[0].shape[0] > PRODUCT_RANK and one_product(args):
         with full_precision_reduction():
             _add_product(args)
         return

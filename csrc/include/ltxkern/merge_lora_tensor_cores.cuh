@@ -25,6 +25,13 @@ struct MergeLoraTiles : MergeLora {
     i64 in_eights;    // whether eight weights lie side by side, and are rounded to nearest
 };
 
+#ifndef LTXK_SHIM
+// As copy_async(), of 4 bytes.
+LTXK_DEVICE void copy_async_word(void* shared, const void* global, bool exists) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 4 : 0) : "memory");
+}
+#endif
+
 // The step that is asked for next: 64 ranks of one LoRA, for one tile.
 struct RankStep {
     u32 tile, end, strip, column_tile;
@@ -91,7 +98,7 @@ LTXK_DEVICE void load_b(const MergeLora& p, const RankStep& step, Half* slot) {
     Half* target = slot + y * kMmaRanks + (chunk ^ (y & 7)) * 8;
     if (in_groups<8>(lora.b, lora.rank)) {
 #pragma unroll
-        for (int r = 0; r < kMmaRows; r += kRows) copy_async<16>(target + r * kMmaRanks, b + r * lora.rank, r < rows && ranks > 0);
+        for (int r = 0; r < kMmaRows; r += kRows) copy_async(target + r * kMmaRanks, b + r * lora.rank, r < rows && ranks > 0);
     } else {
 #pragma unroll 1
         for (int r = 0; r < kMmaRows; r += kRows) copy_elements<8>(b + r * lora.rank, r < rows ? ranks : 0, target + r * kMmaRanks);
@@ -114,7 +121,7 @@ LTXK_DEVICE void load_a(const MergeLora& p, const RankStep& step, Half* stage) {
 #pragma unroll
         for (int k = 0; k < kMmaRanks; k += kRanks, a += pitch)
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c += 64) copy_async<4>(target + k * COLUMNS + c, a + c, k < ranks && c < columns);
+            for (int c = 0; c < COLUMNS; c += 64) copy_async_word(target + k * COLUMNS + c, a + c, k < ranks && c < columns);
     } else {
 #pragma unroll 1
         for (int k = 0; k < kMmaRanks; k += kRanks, a += pitch)
@@ -235,7 +242,8 @@ LTXK_DEVICE void merge_eights(const MergeLora& p, i64 row, i64 column, float sca
     int rows = left_of(p.rows - row), columns = left_of(p.columns - column);
 #pragma unroll
     for (int top = 0; top < kWarpRows / 8; top += kRows) {
-        decltype(Weights::words) kept[kRows][kGroups];
+        // Zeros, or what a lane does not load would be that of the rows before, in registers all the time.
+        decltype(Weights::words) kept[kRows][kGroups] = {};
         // All loads before the first store: the compiler may not move one over the other.
 #pragma unroll
         for (int r = 0; r < kRows; ++r)

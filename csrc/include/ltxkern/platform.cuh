@@ -91,13 +91,10 @@ LTXK_DEVICE void load_matrices_transposed(u32 (&r)[4], const void* row) {
                  : "memory");
 }
 
-// 4 or 16 bytes from global to shared memory, both aligned so, past the registers; zeros, and nothing read, where they do not exist.
-template <int BYTES>
+// 16 bytes from global to shared memory, both aligned so, past the registers; zeros, and nothing read, where they do not exist.
 LTXK_DEVICE void copy_async(void* shared, const void* global, bool exists) {
-    static_assert(BYTES == 4 || BYTES == 16);
-    u32 target = shared_address(shared), read = exists ? BYTES : 0;
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(read) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(global), "r"(read) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
+                 : "memory");
 }
 // Ends a group of this thread's copies.
 LTXK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -99,15 +99,15 @@ inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
     }
 }
 
-template <int BYTES>
-inline void copy_async(void* shared, const void* global, bool exists) {
-    static_assert(BYTES == 4 || BYTES == 16);
-    shim::require_shared(shared, BYTES);
-    shim::require_aligned(global, BYTES);
-    shim::AsyncCopies::Copy copy{shared, global, BYTES, exists};
+inline void copy_bytes_async(void* shared, const void* global, std::size_t bytes, bool exists) {
+    shim::require_shared(shared, bytes);
+    shim::require_aligned(global, bytes);
+    shim::AsyncCopies::Copy copy{shared, global, bytes, exists};
     if (shim::lands_at_once()) shim::land(copy);
     else shim::async_copies().groups.back().push_back(copy);
 }
+inline void copy_async(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 16, exists); }
+inline void copy_async_word(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 4, exists); }
 
 inline void commit_copies() { shim::async_copies().groups.emplace_back(); }
 
