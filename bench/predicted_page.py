@@ -136,14 +136,11 @@ def merging(one: Prediction, target: float) -> str:
             f"through memory in part and {one.launches} launches leave {reach:.0f} at most; chunks of rows whose delta the second "
             "cache holds would need more launches"
         )
-    reach = (
-        100
-        * least
-        / model.together([Limit("bytes", one.bytes_us), Limit("FLOP", one.products_us), Limit("launch", launch)])
+    reach, ours = (
+        100 * least / model.together([Limit("bytes", one.bytes_us), Limit("FLOP", products), Limit("launch", launch)])
+        for products in (one.products_us, one.limits.get("FLOP", 0.0))
     )
-    own = one.limits.get("FLOP", 0.0)
-    ours = model.together([Limit("bytes", one.bytes_us), Limit("FLOP", own), Limit("launch", launch)])
-    older = f", {100 * least / ours:.1f} by mma.sync" if own > 1.01 * one.products_us else ""
+    older = f", {ours:.1f} by mma.sync" if ours < reach - 0.1 else ""
     whose = "a library's" if one.instructions_per_16_bytes is None else "our own"
     missing, lost = target - one.percent_of_roof, min(target, reach) - one.percent_of_roof
     part = "all" if lost == missing else f"{lost:.0f}"
@@ -321,12 +318,12 @@ MISSES = f"""
 Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on the tier that is predicted faster. `at best` is what
 one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory:
 1 where each does once. `merge_lora` has its rows of the CUDA tier, which dispatch asks first, and a row says where Triton's
-is predicted faster: above rank {PRODUCT_RANK} it is torch's own product, of a 16-bit weight and one LoRA of its dtype, at the shares assumed
-above; else a kernel of this project. A call that is below the target and not listed is too short for it, whatever the kernel: a
-launch and the wait for the first byte take too large a part of it. The last column says what keeps a call below its target: a
-product, and whose kernel loses how much of what it misses; the launch, and what is taken besides it; or where its bytes lie. A call
-of several launches could do with fewer only if blocks waited for one another on the device, as those of a channels-last GroupNorm
-do: counters that begin at zero, and no work until the last block is there. Too short are: """
+is predicted faster: above rank {PRODUCT_RANK} it is torch's own product, of a 16-bit weight and one LoRA of its dtype, at shares
+assumed above; else a kernel of this project, with mma.sync as all cards have it. A call that is below the target and not listed is
+too short for it, whatever the kernel: a launch and the wait for the first byte take too large a part of it. The last column says
+what keeps a call below its target: a product, and whose kernel loses how much of what it misses; the launch, and what is taken
+besides it; or where its bytes lie. A call of several launches could do with fewer only if blocks waited for one another on the
+device, as those of a channels-last GroupNorm do: counters at zero, and no work until the last block is there. Too short are: """
 FAR = f"""
 ## Measured figures far from their predictions
 

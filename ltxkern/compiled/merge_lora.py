@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 LORAS = 4
 # Weights of a block, in rows and in columns: of the kernel on plain cores.
 TILE = 64
-# Of that on tensor cores (csrc/include/ltxkern/merge_lora_tensor_cores.cuh): rows of a tile, ranks of a step, and steps in shared memory
-# where they do not stay there.
+# Of that on tensor cores (csrc/include/ltxkern/merge_lora_tensor_cores.cuh): rows of a tile, ranks of a step, and steps in shared
+# memory where they do not stay there.
 MMA_ROWS, MMA_RANKS, MMA_STAGES = 256, 64, 2
 # Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
 SMALL_RANK = 16
 # Up to this one the kernel on tensor cores takes what torch's own product could take as well.
 #
-# Predicted, not measured, for 4096 x 4096 weights on an H200. bf16: 86 and 80 % of the copy roof at ranks 32 and 128 against 72 and 70
-# of addmm_, and at 384 no more than addmm_, which was measured at 50. float8 at 384: 47 %, for 12.9 GFLOP take 16 us at 790 TFLOP/s,
-# of which mma.sync reaches about two thirds. 201 MB of factors would cross from L2 with tiles of 128 x 128, 37 us at 5.5 TB/s; strips of
-# 256 rows, whose part of B stays in shared memory, ask for 54.
+# Predicted, not measured, for 4096 x 4096 weights on an H200. bf16: 86 and 80 % of the copy roof at ranks 32 and 128 against 72 and
+# 70 of addmm_, and at 384 no more than addmm_, which was measured at 50. float8 at 384: 47 %, for 12.9 GFLOP take 16 us at
+# 790 TFLOP/s, of which mma.sync reaches about two thirds. 201 MB of factors would cross from L2 with tiles of 128 x 128, 37 us at
+# 5.5 TB/s; strips of 256 rows, whose part of B stays in shared memory, ask for 54.
 PRODUCT_RANK = 128
 # Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
 CPU_CHUNK = 4 << 20

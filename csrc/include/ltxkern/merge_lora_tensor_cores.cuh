@@ -174,7 +174,8 @@ LTXK_DEVICE i64 weight_bytes(const MergeLora& p) { return p.type == kE4M3 ? 1 : 
 // The tile's weights are on their way to the L2 cache while the products are made.
 template <int COLUMNS>
 LTXK_DEVICE void prefetch_weights(const MergeLora& p, const RankStep& step) {
-    i64 row = static_cast<i64>(step.strip) * kMmaRows + threadIdx.x, column = static_cast<i64>(step.column_tile) * COLUMNS, bytes = weight_bytes(p);
+    i64 row = static_cast<i64>(step.strip) * kMmaRows + threadIdx.x, column = static_cast<i64>(step.column_tile) * COLUMNS;
+    i64 bytes = weight_bytes(p);
     if (p.column_stride != 1 || row >= p.rows) return;
     int length = left_of(p.columns - column < COLUMNS ? p.columns - column : COLUMNS) * static_cast<int>(bytes);
     const char* address = static_cast<const char*>(p.weight) + (row * p.row_stride + column) * bytes;
@@ -354,7 +355,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1) merge_lora_tensor_cores(MergeL
         int index = 0;
 #pragma unroll 1
         for (int lora = 0; lora < static_cast<int>(p.count); ++lora) {
-            if (lora) scale_sums<kColumns>(SUM_STEPS ? total : sums, static_cast<float>(p.lora[lora - 1].scale));
             int ranks = static_cast<int>(p.lora[lora].rank);
 #pragma unroll 1
             for (int rank = 0; rank < ranks; rank += kMmaRanks, ++index) {
@@ -380,6 +380,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1) merge_lora_tensor_cores(MergeL
                     }
                 }
             }
+            if (lora + 1 == static_cast<int>(p.count)) break;
+            scale_sums<kColumns>(SUM_STEPS ? total : sums, static_cast<float>(p.lora[lora].scale));
         }
         i64 row = static_cast<i64>(strip) * kMmaRows, column = static_cast<i64>(column_tile) * kColumns;
         // The stage that is not asked for.
