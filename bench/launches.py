@@ -15,7 +15,7 @@ import ltxkern
 from cards import Card
 from cases import DTYPES, Call, Case, Suite, count_bytes, floor_bytes, result_of
 from ltxkern import dispatch, ops
-from ltxkern.compiled import extension, group_norm_silu, pixel_norm_silu, programs
+from ltxkern.compiled import extension, group_norm_silu, merge_lora, pixel_norm_silu, programs
 from ltxkern.compiled.steps import Launch, Step, grid3, pack
 from sass import operand_address
 
@@ -63,7 +63,7 @@ def _served(card: Card) -> Iterator[pytest.MonkeyPatch]:
         for op in dispatch._registry.values():
             patch.setattr(op, "_present", {})
         patch.setattr(programs, "refuse_device", lambda tier, tensor: None)
-        for module in (group_norm_silu, pixel_norm_silu):
+        for module in (group_norm_silu, merge_lora, pixel_norm_silu):
             patch.setattr(module, "limits_of", lambda tier, x: card.limits)
         patch.setattr(ops.pixel_norm_silu, "device_limits", lambda index: card.limits)
         patch.setattr(tier, "refuse_elsewhere", lambda args: None)

@@ -13,7 +13,7 @@ import bench_merge_lora
 import model
 from cards import Card
 from cases import Case
-from ltxkern.compiled.merge_lora import SMALL_RANK
+from ltxkern.compiled.merge_lora import PRODUCT_RANK
 from ltxkern.layout import ceil_div
 from ltxkern.ops.merge_lora import reference_rows
 from model import Counted, Launched, Limit, Prediction
@@ -31,7 +31,7 @@ def takes(case: Case) -> bool:
     """Whether the CUDA tier leaves a merge of factors in a 16-bit weight's dtype to torch; else it has a kernel for it."""
     if case.options.get("reference"):
         return True
-    return case.options.get("loras", 1) == 1 and not case.options.get("float8") and case.options["rank"] > SMALL_RANK
+    return case.options.get("loras", 1) == 1 and not case.options.get("float8") and case.options["rank"] > PRODUCT_RANK
 
 
 def tile_of(card: Card) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import model
 from bench_group_norm_silu import GROUPS
 from cards import CARDS, Card
 from command_line import suites
+from ltxkern.compiled.merge_lora import PRODUCT_RANK
 from model import Limit, Prediction
 from plots import pyplot
 from report import markdown_table
@@ -135,17 +136,17 @@ def merging(one: Prediction, target: float) -> str:
             f"through memory in part and {one.launches} launches leave {reach:.0f} at most; chunks of rows whose delta the second "
             "cache holds would need more launches"
         )
-    reach = (
-        100
-        * least
-        / model.together([Limit("bytes", one.bytes_us), Limit("FLOP", one.products_us), Limit("launch", launch)])
+    reach, ours = (
+        100 * least / model.together([Limit("bytes", one.bytes_us), Limit("FLOP", products), Limit("launch", launch)])
+        for products in (one.products_us, one.limits.get("FLOP", 0.0))
     )
+    older = f", {ours:.1f} by mma.sync" if ours < reach - 0.1 else ""
     whose = "a library's" if one.instructions_per_16_bytes is None else "our own"
     missing, lost = target - one.percent_of_roof, min(target, reach) - one.percent_of_roof
     part = "all" if lost == missing else f"{lost:.0f}"
     return (
         f"{said}; {missed}, {part} of them by {whose} kernel, and a better one is possible: {one.bytes_us:.0f} us of bytes, "
-        f"{one.products_us:.0f} of products and a launch leave {reach:.1f} at most"
+        f"{one.products_us:.0f} of products and a launch leave {reach:.1f} at most{older}"
     )
 
 
@@ -311,18 +312,18 @@ so they show that two models agree, and nothing about hardware. `qk_norm_rope` h
 in all. `gated_residual` differs most: the review took a larger part of the issue slots for it than for the others. The same
 review expected, of the mended GroupNorm, 130 us at `ltx2_upsampler_pre_720p`, 520 us at `post_720p` and 20 us at `small`.
 """
-MISSES = """
+MISSES = f"""
 ## Rows below the target
 
 Targets: 85 % of the copy roof on an H200 and 90 % on an H100, of each call on the tier that is predicted faster. `at best` is what
 one launch would reach that nothing but its bytes limits; `moved / least` says how often the bytes of a call pass through memory:
 1 where each does once. `merge_lora` has its rows of the CUDA tier, which dispatch asks first, and a row says where Triton's
-is predicted faster: above rank 16 it is torch's own product, of a 16-bit weight and one LoRA of its dtype, at the shares assumed
-above; else a kernel of this project. A call that is below the target and not listed is too short for it, whatever the kernel: a
-launch and the wait for the first byte take too large a part of it. The last column says what keeps a call below its target: a
-product, and whose kernel loses how much of what it misses; the launch, and what is taken besides it; or where its bytes lie. A call
-of several launches could do with fewer only if blocks waited for one another on the device, as those of a channels-last GroupNorm
-do: counters that begin at zero, and no work until the last block is there. Too short are: """
+is predicted faster: above rank {PRODUCT_RANK} it is torch's own product, of a 16-bit weight and one LoRA of its dtype, at shares
+assumed above; else a kernel of this project, with mma.sync as all cards have it. A call that is below the target and not listed is
+too short for it, whatever the kernel: a launch and the wait for the first byte take too large a part of it. The last column says
+what keeps a call below its target: a product, and whose kernel loses how much of what it misses; the launch, and what is taken
+besides it; or where its bytes lie. A call of several launches could do with fewer only if blocks waited for one another on the
+device, as those of a channels-last GroupNorm do: counters at zero, and no work until the last block is there. Too short are: """
 FAR = f"""
 ## Measured figures far from their predictions
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ltxkern.compiled.programs import THREADS, program
+from ltxkern.compiled.programs import THREADS, limits_of, program
 from ltxkern.compiled.steps import Argument, Launch, Parameter, nested
-from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, aligned16
+from ltxkern.compiled.tensors import CUDA_NAMES, PARAM_CODES, DeviceLimits, aligned16
 from ltxkern.layout import ceil_div
 
 if TYPE_CHECKING:
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 
 # LoRAs of one launch (kLoras in csrc/include/ltxkern/merge_lora.cuh): more could not share one rounding.
 LORAS = 4
-# Weights of a block, in rows and in columns: of the kernel on plain cores, and of that on tensor cores.
+# Weights of a block, in rows and in columns: of the kernel on plain cores.
 TILE = 64
-TENSOR_TILE = 128
+# Of that on tensor cores (csrc/include/ltxkern/merge_lora_tensor_cores.cuh): rows of a tile, ranks of a step, and steps in shared
+# memory where they do not stay there.
+MMA_ROWS, MMA_RANKS, MMA_STAGES = 256, 64, 2
 # Up to this rank, of all LoRAs together, the products cost less on plain cores than reading and writing the weight.
-#
-# Predicted, not measured, for 4096 x 4096 float8 at rank 384 on an H200: 12.9 GFLOP and 40 MB, so at least 16 us at 790 TFLOP/s
-# and 13 us at 3.0 TB/s. mma.sync reaches about two thirds of the first, 24 us; plain cores need 190 us at their peak of 67 TFLOP/s.
-# With tiles of 128 x 128, 201 MB of factors cross from L2: 37 us at 5.5 TB/s, and that bounds the kernel. A block of 256 threads
-# holds 64 sums a thread: two blocks of at most 128 registers a thread share a multiprocessor, so that one writes weights while the
-# other multiplies.
 SMALL_RANK = 16
+# Up to this one the kernel on tensor cores takes what torch's own product could take as well.
+#
+# Predicted, not measured, for 4096 x 4096 weights on an H200. bf16: 86 and 80 % of the copy roof at ranks 32 and 128 against 72 and
+# 70 of addmm_, and at 384 no more than addmm_, which was measured at 50. float8 at 384: 47 %, for 12.9 GFLOP take 16 us at
+# 790 TFLOP/s, of which mma.sync reaches about two thirds. 201 MB of factors would cross from L2 with tiles of 128 x 128, 37 us at
+# 5.5 TB/s; strips of 256 rows, whose part of B stays in shared memory, ask for 54.
+PRODUCT_RANK = 128
 # Bytes of a rounded delta on a CPU that are still in its cache when they are added to the weight.
 CPU_CHUNK = 4 << 20
 CODES = {**PARAM_CODES, torch.float8_e4m3fn: 4}
@@ -49,46 +53,84 @@ class Case(NamedTuple):
     scales: tuple[float, ...]
     stochastic: bool
     seed: int
+    in_eights: bool
+    limits: DeviceLimits | None = None
 
 
-def kernel_of(case: Case) -> tuple[str, int]:
-    """The kernel of a case, and its tile: tensor cores where all factors are fp16 or all bf16 and the ranks are not small.
-
-    Other factors would have to be rounded for the tensor cores. These cut sums off where they hold no more bits: for fp32 weights,
-    and for several LoRAs, whose scales differ, every 32 ranks are added to totals outside of them.
-    """
+def half_of(case: Case) -> str | None:
+    """The type of factors that tensor cores take, all fp16 or all bf16 and of no small rank; others would have to be rounded."""
     codes = {code for pair in case.codes for code in pair}
     if len(codes) > 1 or not codes <= HALF_NAMES.keys() or sum(case.ranks) <= SMALL_RANK:
-        return "ltxk::merge_lora", TILE
-    sum_steps = len(case.ranks) > 1 or case.type_code == CODES[torch.float32]
-    half = HALF_NAMES[codes.pop()]
-    return f"ltxk::merge_lora_tensor_cores<{half}, {str(sum_steps).lower()}>", TENSOR_TILE
+        return None
+    return HALF_NAMES[codes.pop()]
 
 
-def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
-    """One block of 256 threads a tile of the weight."""
-    kernel, tile = kernel_of(case)
-    tiles = ceil_div(case.columns, tile)
+def common_parameters(
+    case: Case, column_tiles: int, scales: Sequence[float], order: Sequence[int]
+) -> dict[str, Parameter]:
+    """Those of both kernels, of LoRAs in an order and with these scales."""
     row_stride, column_stride = case.strides
     parameters: dict[str, Parameter] = {
         **{"weight": Argument(0), "type": case.type_code, "rows": case.rows, "columns": case.columns},
-        **{"row_stride": row_stride, "column_stride": column_stride, "column_tiles": tiles},
+        **{"row_stride": row_stride, "column_stride": column_stride, "column_tiles": column_tiles},
     }
-    for index in range(LORAS):
-        name = f"lora[{index}]"
-        if index < len(case.ranks):
-            a, b, (a_type, b_type) = Argument(1 + 2 * index), Argument(2 + 2 * index), case.codes[index]
-            rank, scale = case.ranks[index], case.scales[index]
-            parameters |= nested(name, a=a, b=b, a_type=a_type, b_type=b_type, rank=rank, scale=scale)
+    for place in range(LORAS):
+        name = f"lora[{place}]"
+        if place < len(order):
+            k = order[place]
+            a, b, (a_type, b_type) = Argument(1 + 2 * k), Argument(2 + 2 * k), case.codes[k]
+            parameters |= nested(name, a=a, b=b, a_type=a_type, b_type=b_type, rank=case.ranks[k], scale=scales[place])
         else:
             parameters |= nested(name, a=None, b=None, a_type=0, b_type=0, rank=0, scale=0.0)
-    parameters |= {"count": len(case.ranks), "stochastic": int(case.stochastic), "seed": case.seed}
-    return [Launch(kernel, (ceil_div(case.rows, tile) * tiles,), threads, parameters)]
+    return parameters | {"count": len(order), "stochastic": int(case.stochastic), "seed": case.seed}
 
 
-def describe(args: Arguments) -> Case:
+def on_plain_cores(case: Case, threads: int) -> Launch:
+    """One block a tile of the weight."""
+    tiles = ceil_div(case.columns, TILE)
+    parameters = common_parameters(case, tiles, case.scales, range(len(case.ranks)))
+    return Launch("ltxk::merge_lora", (ceil_div(case.rows, TILE) * tiles,), threads, parameters)
+
+
+def on_tensor_cores(case: Case, half: str, threads: int) -> Launch:
+    """One block a multiprocessor, on tiles one behind the other of as few strips of rows as may be.
+
+    Tensor cores cut sums off where they hold no more bits: for fp32 weights every 32 ranks are added to totals outside of them. The
+    sums of several LoRAs, the smallest scale first so that none overflows, are multiplied by its share of the next one's.
+    """
+    assert case.limits is not None
+    order = sorted(range(len(case.scales)), key=lambda k: abs(case.scales[k]))
+    scales = [one / after for one, after in pairwise([*(case.scales[k] for k in order), 1.0])]
+    sum_steps = case.type_code == CODES[torch.float32]
+    columns = 64 if sum_steps else 128
+    steps = sum(ceil_div(rank, MMA_RANKS) for rank in case.ranks)
+    a_bytes, slot_bytes = MMA_STAGES * MMA_RANKS * columns * 2, MMA_ROWS * MMA_RANKS * 2
+    # What is asked for never takes the place of what is being multiplied.
+    held, slots, stages = steps, max(steps, MMA_STAGES), 0
+    if a_bytes + slots * slot_bytes > case.limits.shared_bytes:
+        held = slots = (case.limits.shared_bytes - a_bytes) // slot_bytes - MMA_STAGES
+        stages = MMA_STAGES
+    column_tiles = ceil_div(case.columns, columns)
+    tiles = ceil_div(case.rows, MMA_ROWS) * column_tiles
+    walk = ceil_div(tiles, case.limits.multiprocessors)
+    parameters = common_parameters(case, column_tiles, scales, order)
+    parameters |= {"tiles": tiles, "walk": walk, "held": held, "slots": slots}
+    parameters |= {"in_eights": int(case.in_eights and not case.stochastic)}
+    kernel = f"ltxk::merge_lora_tensor_cores<{half}, {str(sum_steps).lower()}>"
+    return Launch(kernel, (ceil_div(tiles, walk),), threads, parameters, a_bytes + (slots + stages) * slot_bytes)
+
+
+def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
+    """One launch of blocks of 256 threads: on tensor cores where they take the factors."""
+    half = half_of(case)
+    return [on_plain_cores(case, threads) if half is None else on_tensor_cores(case, half, threads)]
+
+
+def describe(args: Arguments, limits: DeviceLimits | None) -> Case:
     """The case of contiguous factors."""
     weight, stochastic = args.weight, args.rounding == "stochastic"
+    eight = 8 * weight.dtype.itemsize
+    dense = weight.stride(1) == 1 and not weight.stride(0) % 8 and not weight.shape[1] % 8
     return Case(
         type_code=CODES[weight.dtype],
         rows=weight.shape[0],
@@ -100,6 +142,8 @@ def describe(args: Arguments) -> Case:
         stochastic=stochastic,
         # Only there does it count: layers of one shape share a program otherwise.
         seed=args.seed if stochastic else 0,
+        in_eights=dense and not weight.data_ptr() % min(16, eight),
+        limits=limits,
     )
 
 
@@ -129,11 +173,11 @@ def _add_product(args: Arguments) -> None:
 
 
 def run_device(tier: str, composition: Composition, args: Arguments) -> None:
-    """CUDA: the official chain by torch, addmm for one large LoRA of a 16-bit weight's dtype, else a tile kernel."""
+    """CUDA: the official chain by torch, addmm for one LoRA of large rank and a 16-bit weight's dtype, else a tile kernel."""
     if args.rounding == "reference":
         composition(*args)
         return
-    if args.rounding == "single" and args.lora_a[0].shape[0] > SMALL_RANK and one_product(args):
+    if args.rounding == "single" and args.lora_a[0].shape[0] > PRODUCT_RANK and one_product(args):
         with full_precision_reduction():
             _add_product(args)
         return
@@ -143,7 +187,7 @@ def run_device(tier: str, composition: Composition, args: Arguments) -> None:
     target = weight.detach()
     if weight.dtype == torch.float8_e4m3fn:
         target = target.view(torch.uint8)
-    program(tier, device_steps, describe(args), 1 + len(pairs))(target, *pairs)
+    program(tier, device_steps, describe(args, limits_of(tier, weight)), 1 + len(pairs))(target, *pairs)
 
 
 def cpu_has_bfloat16_products() -> bool:

@@ -284,9 +284,12 @@ CASES = [
         half_factors={
             **{"arguments": "weight: T W; lora_a: 40 W; lora_b: T 40", "dtypes": (F16, BF16), "fixed": {"weight": F32}}
         },
-        stochastic={
-            **{"arguments": "weight: T W; lora_a: 40 W; lora_b: T 40", "dtypes": (F16, BF16)},
-            **{"fixed": {"weight": E4M3}, "others": {"rounding": "stochastic", "seed": 7}},
+        **{
+            f"float8_{rounding}": {
+                **{"arguments": "weight: T W; lora_a: 40 W; lora_b: T 40", "dtypes": (F16, BF16)},
+                **{"fixed": {"weight": E4M3}, "others": {"rounding": rounding, "seed": 7}},
+            }
+            for rounding in ("single", "stochastic")
         },
     ),
 ]

@@ -120,6 +120,7 @@ def on_shim(
         # With or without a built extension.
         patch.setattr(dispatch, "unavailable", unavailable)
         patch.setattr(group_norm_silu, "limits_of", lambda tier, x: limits)
+        patch.setattr(merge_lora, "limits_of", lambda tier, x: H200)
         for module, constants in SMALL_CHUNKS.items() if small_chunks else ():
             for name, value in constants.items():
                 patch.setattr(module, name, value)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import ltxkern
 from ltxkern.compiled import merge_lora
+from ltxkern.compiled.tensors import DeviceLimits
 from ltxkern.ops.float8 import stochastic_e4m3, to_e4m3
 from ltxkern.ops.merge_lora import Arguments
-from tests.csrc.on_shim import noting, on_shim
+from tests.csrc.on_shim import H200, noting, on_shim
 from tests.csrc.shim_build import shim
 from tests.ops.contract import assert_as_close, noise
 
@@ -28,40 +32,51 @@ def factors(rows: int, columns: int, half: torch.dtype, *ranks: int) -> tuple[Fa
     return a, b
 
 
-def merge(weight: Tensor, a: Factors, b: Factors, rounding: str = "single", seed: int = 0, order: int = 1) -> None:
+def merge(
+    *tensors: Any,
+    rounding: str = "single",
+    seed: int = 0,
+    order: int = 1,
+    scales: Sequence[float] = SCALES,
+    limits: DeviceLimits = H200,
+) -> None:
     """One launch on the shim: any rank on tensor cores, threads in a random order, copies that land early or late."""
     kernels: list[str] = []
-    with on_shim(run=noting(kernels), seed=order, small_rank=0), ltxkern.use_backend("cpu"):
-        ltxkern.merge_lora_(weight, a, b, list(SCALES[: len(a)]), rounding=rounding, seed=seed)
+    weight, a, b = tensors
+    with (
+        on_shim(run=noting(kernels), seed=order, small_rank=0),
+        ltxkern.use_backend("cpu"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(merge_lora, "limits_of", lambda tier, x: limits)
+        ltxkern.merge_lora_(weight, a, b, list(scales[: len(a)]), rounding=rounding, seed=seed)
     (kernel,) = kernels
     assert "tensor_cores" in kernel
 
 
-def exact(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+def exact(weight: Tensor, a: Factors, b: Factors, scales: Sequence[float] = SCALES) -> Tensor:
     """fp64."""
-    return weight.double() + sum(s * (y.double() @ x.double()) for x, y, s in zip(a, b, SCALES, strict=False))
+    return weight.double() + sum(s * (y.double() @ x.double()) for x, y, s in zip(a, b, scales, strict=False))
 
 
-def composition(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+def composition(weight: Tensor, a: Factors, b: Factors, scales: Sequence[float] = SCALES) -> Tensor:
     """torch in fp32 with one rounding."""
-    total = weight.float() + sum(s * (y.float() @ x.float()) for x, y, s in zip(a, b, SCALES, strict=False))
+    total = weight.float() + sum(s * (y.float() @ x.float()) for x, y, s in zip(a, b, scales, strict=False))
     return to_e4m3(total) if weight.dtype == E4M3 else total.to(weight.dtype)
 
 
-def check(merged: Tensor, weight: Tensor, a: Factors, b: Factors) -> None:
+def check(merged: Tensor, *given: Any) -> None:
     """The numerical contract; e4m3 as fp32 numbers, so that half an ulp of e4m3 is not free."""
-    wanted = exact(weight, a, b)
-    theirs = composition(weight, a, b)
-    if weight.dtype == E4M3:
+    wanted, theirs = exact(*given), composition(*given)
+    if merged.dtype == E4M3:
         merged, theirs = merged.float(), theirs.float()
     assert_as_close(merged, theirs, wanted)
 
 
-def merged_and_checked(weight: Tensor, a: Factors, b: Factors) -> Tensor:
+def merged_and_checked(weight: Tensor, a: Factors, b: Factors, scales: Sequence[float] = SCALES, **how: Any) -> None:
     merged = weight.clone()
-    merge(merged, a, b)
-    check(merged, weight, a, b)
-    return merged
+    merge(merged, a, b, scales=scales, **how)
+    check(merged, weight, a, b, scales)
 
 
 @WEIGHTS
@@ -104,6 +119,35 @@ def test_products_are_aligned_to_the_largest_and_cut_off(half: torch.dtype) -> N
 @HALVES
 def test_several_loras_share_one_rounding(dtype: torch.dtype, half: torch.dtype) -> None:
     merged_and_checked(noise(66, 72).to(dtype), *factors(66, 72, half, 40, 33, 96))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("scales", [(0.0, 0.7), (1e-40, -3.0), (-2.0, 1e-3, 2.0)], ids=str)
+def test_scales_of_several_loras(dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+    """A zero, signs, and numbers so far apart that one LoRA is nothing beside the other."""
+    ranks = (24, 40, 9)[: len(scales)]
+    merged_and_checked(noise(40, 72).to(dtype), *factors(40, 72, BF16, *ranks), scales)
+
+
+# Shared memory that has room for all steps of B, for two beside those under way, and for these alone.
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "limits", "held"),
+    [
+        *((BF16, (20,), (1, 232448), 1), (E4M3, (70, 130), (1, 232448), 5), (F32, (70,), (3, 101376), 2)),
+        *((BF16, (130,), (1, 101376), 0), (F16, (70, 130), (1, 170000), 2)),
+    ],
+    ids=str,
+)
+def test_blocks_walk_from_tile_to_tile(
+    dtype: torch.dtype, ranks: tuple[int, ...], limits: tuple[int, int], held: int
+) -> None:
+    """Along a strip of rows and on to the next one."""
+    size, device = (260, 136), DeviceLimits(*limits)
+    weight, (a, b) = noise(*size).to(dtype), factors(*size, BF16, *ranks)
+    case = merge_lora.describe(Arguments(weight, a, b, SCALES[: len(a)], 1, "single"), device)
+    (step,) = merge_lora.device_steps(case)
+    assert (step.parameters["held"], step.parameters["walk"], *step.grid) == (held, 2 if dtype == F32 else 4, limits[0])
+    merged_and_checked(weight, a, b, limits=device)
 
 
 @WEIGHTS
@@ -171,7 +215,7 @@ def test_stochastic_rounding_is_that_of_the_counter(ranks: tuple[int, ...], colu
     weight, seed = noise(140, columns).to(E4M3), (1 << 40) + 3
     a, b = factors(140, columns, BF16, *ranks)
     merged = weight.clone()
-    merge(merged, a, b, "stochastic", seed)
+    merge(merged, a, b, rounding="stochastic", seed=seed)
     wide = exact(weight, a, b)
     index = torch.arange(weight.numel()).reshape(weight.shape)
     # Where an error of fp32 sums could not have moved the choice.
@@ -196,7 +240,9 @@ def test_the_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(weight: torch.dtype, *pairs: tuple[torch.dtype, torch.dtype, int]) -> str:
         a = [torch.empty(rank, 8, dtype=one) for one, _, rank in pairs]
         b = [torch.empty(8, rank, dtype=other) for _, other, rank in pairs]
-        case = merge_lora.describe(Arguments(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], 1, "single"))
+        case = merge_lora.describe(
+            Arguments(torch.empty(8, 8, dtype=weight), a, b, SCALES[: len(a)], 1, "single"), H200
+        )
         (step,) = merge_lora.device_steps(case)
         assert step.kernel in shim().kernels()
         return step.kernel
@@ -207,7 +253,7 @@ def test_the_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named(E4M3, (BF16, BF16, 17)) == f"{plain}_tensor_cores<ltxk::bf16, false>"
     assert named(BF16, (F16, F16, 17)) == f"{plain}_tensor_cores<ltxk::f16, false>"
     assert named(F32, (F16, F16, 17)) == f"{plain}_tensor_cores<ltxk::f16, true>"
-    assert named(E4M3, (BF16, BF16, 8), (BF16, BF16, 9)) == f"{plain}_tensor_cores<ltxk::bf16, true>"
+    assert named(E4M3, (BF16, BF16, 8), (BF16, BF16, 9)) == f"{plain}_tensor_cores<ltxk::bf16, false>"
     assert named(E4M3, (BF16, BF16, 64), (F16, F16, 64)) == plain
     assert named(E4M3, (BF16, F16, 64)) == plain
     assert named(BF16, (F32, F32, 64)) == plain

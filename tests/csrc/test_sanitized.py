@@ -13,7 +13,7 @@ CASES = (
     "test_kernels_on_shim and (every_case or (group_norm or pixel_norm) and not own_input and (float32 or bfloat16))"
     " or test_ops_on_shim and not norm_silu and (32threads and (bfloat16 or layouts or out or float8 or statistics or modalities)"
     " or 96threads and merge_lora and bfloat16)"
-    " or test_merge_lora_tensor_cores and (sizes or bytes or behind or layouts)"
+    " or test_merge_lora_tensor_cores and (sizes or bytes or behind or layouts or walk)"
     " or test_switch_lora and bits and bfloat16 and 1.0-2.0 or pixel_norm_into_frames"
 )
 FILES = [

@@ -33,7 +33,7 @@ def test_many_layers_are_each_of_them(backend: str, rounding: str) -> None:
 def test_layers_of_one_shape_share_a_program() -> None:
     weight, (a, b) = noise(6, 8), lora(6, 8, 2, torch.float32)
     single, stochastic = (
-        [launch.describe(Arguments(weight, a, b, [1.0], 1, rounding, seed)) for seed in (0, 1)]
+        [launch.describe(Arguments(weight, a, b, [1.0], 1, rounding, seed), None) for seed in (0, 1)]
         for rounding in ("single", "stochastic")
     )
     assert single[0] == single[1]

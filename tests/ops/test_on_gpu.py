@@ -17,6 +17,7 @@ import ltxkern
 from ltxkern import dispatch
 from ltxkern.compiled import group_norm_silu as group_norm
 from ltxkern.compiled import nvrtc
+from ltxkern.compiled.merge_lora import PRODUCT_RANK
 from ltxkern.compiled.programs import limits_of
 from ltxkern.dispatch import BackendError
 from ltxkern.ops.float8 import to_e4m3
@@ -93,7 +94,7 @@ def of_case(case: OpCase) -> Call:
 CALLS: dict[str, Callable[[], Call]] = {str(case): (lambda case=case: of_case(case)) for case in CASES} | {
     "half_steps": half_steps,
     "merge_tile": lambda: lora(16),
-    "merge_addmm": lambda: lora(64),
+    "merge_addmm": lambda: lora(PRODUCT_RANK + 1),
     "merge_float8": lambda: lora(16, rounding="stochastic", seed=7),
     "merge_tensor_cores": lambda: lora(384, rounding="single"),
     "merge_tensor_cores_stochastic": lambda: lora(64, rounding="stochastic", seed=7),

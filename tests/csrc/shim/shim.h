@@ -53,6 +53,7 @@ struct AsyncCopies {
     struct Copy {
         void* shared;
         const void* global;
+        std::size_t bytes;
         bool exists;
     };
     std::vector<std::vector<Copy>> groups = {{}};

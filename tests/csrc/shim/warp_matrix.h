@@ -43,8 +43,8 @@ inline std::uint16_t half_at(std::uint64_t row, unsigned column) {
 }
 
 inline void land(const AsyncCopies::Copy& copy) {
-    if (copy.exists) std::memcpy(copy.shared, copy.global, 16);
-    else std::memset(copy.shared, 0, 16);
+    if (copy.exists) std::memcpy(copy.shared, copy.global, copy.bytes);
+    else std::memset(copy.shared, 0, copy.bytes);
 }
 
 }  // namespace shim
@@ -99,13 +99,15 @@ inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
     }
 }
 
-inline void copy_async(void* shared, const void* global, bool exists) {
-    shim::require_shared(shared, 16);
-    shim::require_aligned(global, 16);
-    shim::AsyncCopies::Copy copy{shared, global, exists};
+inline void copy_bytes_async(void* shared, const void* global, std::size_t bytes, bool exists) {
+    shim::require_shared(shared, bytes);
+    shim::require_aligned(global, bytes);
+    shim::AsyncCopies::Copy copy{shared, global, bytes, exists};
     if (shim::lands_at_once()) shim::land(copy);
     else shim::async_copies().groups.back().push_back(copy);
 }
+inline void copy_async(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 16, exists); }
+inline void copy_async_word(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 4, exists); }
 
 inline void commit_copies() { shim::async_copies().groups.emplace_back(); }
 
