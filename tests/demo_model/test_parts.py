@@ -32,7 +32,7 @@ from tools.demo_model import (
     video_vae,
 )
 from tools.demo_model.training import Part, checkpoint
-from tools.demo_model.world import Window, draw_scene, render_video
+from tools.demo_model.world import COLOURS, MOTIONS, Scene, Shape, Window, draw_scene, render_video
 
 FILES = 3
 
@@ -63,6 +63,17 @@ def step(part: Part, number: int = 0) -> dict[str, float]:
     assert any(not torch.equal(a, b) for a, b in zip(before, part.parameters().values(), strict=True))
     torch.save({"modules": {k: m.state_dict() for k, m in part.modules.items()}}, checkpoint(part.folder, part.name))
     return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def test_three_colours_are_hard_to_hear_where_they_change_sides() -> None:
+    """Their pitches are multiples of the distance of two bins."""
+    hard = {
+        (colour, motion)
+        for colour in COLOURS
+        for motion in MOTIONS
+        if audio.hard_to_hear(Scene("black", (Shape("ring", colour, motion),)))
+    }
+    assert hard == {(colour, motion) for colour in ("yellow", "blue", "pink") for motion in ("left", "right")}
 
 
 def test_audio_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

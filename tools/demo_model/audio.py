@@ -135,9 +135,9 @@ class Vocoder(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         mels, sounds = [], []
         for _ in range(self.batch):
-            hard = draws.random() < self.more_often
-            while not hard_to_hear(scene := draw_scene(draws)) and hard:
-                pass
+            hard, scene = draws.random() < self.more_often, draw_scene(draws)
+            while hard and not hard_to_hear(scene):
+                scene = draw_scene(draws)
             sound = sound_of(scene)
             mel = log_mel(sound)
             if step >= self.decoded_from:
