@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import ltxkern
 from ltxkern.dispatch import handed, registered
 from ltxkern.verify.cases import BF16, CASES, F16, F32, F64, MAIN, OpCase, Size, Tensors
-from ltxkern.verify.probe import SIZES, listed, replaced
+from ltxkern.verify.probe import OTHER_KERNELS, SIZES, WALK, listed, replaced
 from ltxkern.verify.values import strided
 
 # Ops by what of a generation they take: what comes first is checked first. All others follow as the table has them.
@@ -29,8 +29,6 @@ WHOLE, REST = SIZES
 WARPS = Size(1, 3, 1024)
 # Several chunks of a reduction; more blocks than a small card runs at once.
 CHUNKS, BLOCKS = Size(2, 61, 300), Size(1, 1000, 1024)
-# A weight of more tiles than a large card has multiprocessors, so that a block walks from one to the next.
-WALK = Size(1, 3000, 2056)
 EMPTY = (Size(0, 3, 4), Size(2, 0, 4))
 # Where the reference has its own limits: a mean or a deviation of nothing.
 NEVER_EMPTY = ("noise_statistics", "normalize_noise", "channelwise_normalize", "merge_lora_")
@@ -132,7 +130,7 @@ def plan(level: str) -> list[Check]:
                 checks += [Check(case, t, size, rank=3) for t in usual for size in EMPTY]
         else:
             checks += [Check(case, t, size, rank=2) for t in usual for size in (WHOLE, REST, WARPS)]
-            if case.op == "merge_lora_" and case.variant in ("large_rank", "float8_single"):
+            if case.variant in OTHER_KERNELS.get(case.op, ()):
                 checks += [Check(case, BF16, WALK, rank=2)]
         if level == "full":
             checks += [Check(case, t, size, rank=4) for t in case.dtypes for size in (CHUNKS, BLOCKS)]

@@ -1,4 +1,4 @@
-"""The probe at first use: an op's main case, and its rows by an index, in the dtype at hand on one backend, by the reference."""
+"""The probe at first use: an op's main case and its other kernels, in the dtype at hand on one backend, by the reference."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from ltxkern.verify.values import poisoned
 
 # Rows that whole vectors fill, and rows with a rest.
 SIZES = (Size(2, 6, 64), Size(3, 5, 13))
+# A weight of more tiles than a large card has multiprocessors, so that a block walks from one to the next.
+WALK = Size(1, 3000, 2056)
+# Variants of an op that kernels of their own serve; on a card with WALK too.
+OTHER_KERNELS = {"merge_lora_": ("large_rank", "float8_single")}
 
 
 def replaced(value: Any, change: Callable[[Any], Any], *, every: bool = False) -> Any:
@@ -32,10 +36,13 @@ def listed(value: Any) -> list[Tensor]:
 
 
 def _too_far(result: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    """0-dim: whether a result is not that of the reference, within the roundings of both."""
+    """0-dim: whether a result is not that of the reference, within the roundings of both; of float8 within one of its steps."""
     eps = max(torch.finfo(result.dtype).eps, torch.finfo(dtype).eps)
     one, other = result.double(), wanted.double()
-    near = (one - other).abs() <= 4 * eps * other.abs() + 8 * eps * other.abs().max().clamp(min=1.0)
+    if result.element_size() == 1:
+        near = (one - other).abs() <= eps * other.abs() + torch.finfo(result.dtype).smallest_normal
+    else:
+        near = (one - other).abs() <= 4 * eps * other.abs() + 8 * eps * other.abs().max().clamp(min=1.0)
     return ~near.all()
 
 
@@ -49,6 +56,9 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         device: where that call's tensors lie.
     """
     case, by_index = BY_NAME[op.name], BY_NAME.get(f"{op.name}-rows")
+    probes = [(case, size) for size in SIZES] + ([(by_index, SIZES[0])] if by_index else [])
+    sizes = SIZES if device.type == "cpu" else (*SIZES, WALK)
+    probes += [(BY_NAME[f"{op.name}-{name}"], size) for name in OTHER_KERNELS.get(op.name, ()) for size in sizes]
     first = next(tensors_of(args)).dtype
     dtype = first if first in case.dtypes else case.dtypes[0]
     run, asked = backend.load(), []
@@ -57,7 +67,7 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         torch.cuda.set_sync_debug_mode(0)
     try:
         with torch.device(device):
-            for probed, size in [*((case, size) for size in SIZES), *([(by_index, SIZES[0])] if by_index else [])]:
+            for probed, size in probes:
                 given = handed(functools.partial(probed.run, probed.tensors(dtype, size)))
                 if backend.refuse(given) is None:
                     asked.append((f"{size} {probed.variant}".strip(), _differs(op, run, given, dtype)))

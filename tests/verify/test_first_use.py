@@ -74,6 +74,27 @@ def test_a_backend_that_is_wrong_by_row_index_alone_is_found(
     assert "float32 of 2x6x64 rows is not what the reference gives" in caplog.text
 
 
+@pytest.mark.parametrize("wrong_for", ["40 factors", "float8"])
+def test_a_kernel_for_large_ranks_is_probed_too(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong_for: str
+) -> None:
+    reference = dispatch.registered()["merge_lora_"].reference
+
+    def wrong(args: Any) -> None:
+        float8, many = args.weight.element_size() == 1, args.lora_a[0].shape[0] > 16
+        if (float8 or many) if wrong_for == "40 factors" else float8:
+            return
+        reference(*args)
+
+    plant(monkeypatch, "merge_lora_", wrong)
+    weight = torch.ones(2, 3)
+    with caplog.at_level(logging.WARNING, "ltxkern"):
+        ltxkern.merge_lora_(weight, torch.ones(1, 3), torch.ones(2, 1))
+    assert torch.equal(weight, torch.full((2, 3), 2.0))
+    variant = "large_rank" if wrong_for == "40 factors" else "float8_single"
+    assert f"{variant} is not what the reference gives" in caplog.text
+
+
 def test_the_probe_can_be_switched_off(planted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTXKERN_SELFCHECK", "off")
     assert torch.equal(call(), torch.full((3,), 3.0))
