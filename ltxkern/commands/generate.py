@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ltxkern.pipeline.work.folder import WorkFolder
 
 DEMO_NOTES = {
-    "demo": "The demo model knows coloured shapes that move and sound, on a plain background (docs/gallery.md). "
-    "It runs the very code of the real model, at a tiny size.",
+    "demo": "The demo model knows coloured shapes that move and sound, on a plain background "
+    f"({Path(__file__).parents[1] / 'demo/MODEL_CARD.md'}). It runs the very code of the real model, at a tiny size.",
     "demo-random": "This demo model has random weights: its pictures are coloured noise and its sound is hiss.",
 }
 

@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 
 from ltxkern.pipeline.files.checkpoint import load_component
+from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.files.lora import LoRA
 from ltxkern.pipeline.model.components import BUILDABLE
 from ltxkern.pipeline.result import HQOutput
 from tools.demo_model import (
     audio,
+    drafts,
     export,
     faults,
     gallery,
+    judge,
     latents,
     lora,
     measure,
@@ -31,10 +34,12 @@ from tools.demo_model import (
     upsampler,
     video_vae,
 )
+from tools.demo_model.__main__ import AFTER_LATENTS, BEFORE_LATENTS
 from tools.demo_model.training import Part, checkpoint
-from tools.demo_model.world import COLOURS, MOTIONS, Scene, Shape, Window, draw_scene, render_video
+from tools.demo_model.world import COLOURS, HORIZONTAL, MOTIONS, Scene, Shape, Window, draw_scene, render_video, track
 
 FILES = 3
+TIME = torch.linspace(0, 1, 25)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors["full"] = interpolate(half, size=(7, 8, 12))
         tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         save_file(tensors, place / "latents" / f"{number:04}.safetensors")
+    latents.prepare(place, range(FILES), workers=1)  # nothing is missing but the statistics
+    (place / "drafts").mkdir()
+    video, sound = torch.randn(3, 32, 7, 8, 12), torch.randn(3, 1, audio.LATENTS, 16)
+    drafted = {"start": video, "clean": 0.9 * video, "audio": sound, "places": torch.tensor([0, 4, 7])}
+    save_file(drafted, place / "drafts" / "0000.safetensors")
     return place
 
 
@@ -83,6 +93,9 @@ def test_audio_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first.mels = first.mels[:1]
     assert step(first)["error"] > 0
     assert first.evaluate()["log_mel"] > 0
+    encoder = audio.AudioEncoder(folder)
+    assert {name.split(".")[1] for name in encoder.parameters()} == {"encoder"}
+    assert step(encoder)["error"] > 0
     vocoder = audio.Vocoder(folder)
     vocoder.scenes = vocoder.scenes[:1]
     assert step(vocoder, vocoder.decoded_from)["error"] > 0
@@ -107,8 +120,49 @@ def test_parts_on_latents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for number in (0, model.full_every - 1):
         assert set(step(model, number)) == {"half" if number == 0 else "full", "audio"}
     distilled = lora.DistilledLora(folder)
-    assert set(step(distilled, 0)) == {"full"}
-    assert set(distilled.losses(Random(2), 2)) == {"half", "audio"}
+    for number in range(2):
+        assert set(step(distilled, number)) == {"full"}
+    assert set(distilled.losses(Random(2), distilled.half_every - 1)) == {"half", "audio"}
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_draft_s_scene_is_found(motion: str) -> None:
+    shape = Shape("ring", "red", motion, "medium", "middle" if motion in HORIZONTAL else "left", 1.06, 0.03, -0.05)
+    scene = Scene("navy", (shape,))
+    outlines = judge.see_outlines((render_video(scene, 128, 192, 25) + 1) / 2)
+    assert outlines is not None
+    asked = replace(scene, shapes=(replace(shape, scale=0.95, x=-0.01, y=0.02),))
+    found = drafts.fitted(asked, outlines, 1.5)
+    assert found is not None
+    for drawn, seen in zip(track(shape, TIME, 1.5), track(found.shapes[0], TIME, 1.5), strict=True):
+        assert (drawn - seen).abs().max() < 0.012
+    others = {"left": "right", "right": "left"}
+    other = replace(asked, shapes=(replace(shape, motion=others.get(motion, "right")),))
+    assert drafts.fitted(other, outlines, 1.5) is None
+
+
+def test_the_lora_can_be_trained_anew_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other parts are read from the model's files, and are written as they were."""
+    read = export.Trained.read(DEMO_FOLDER)
+    read.keep_checkpoints(tmp_path)
+    assert all(checkpoint(tmp_path, part.name).is_file() for part in (*BEFORE_LATENTS, *AFTER_LATENTS))
+    export.Trained.load(tmp_path, lora=False).write(tmp_path / "files")
+    for name in (export.MODEL, export.UPSCALER):
+        written, shipped = (load_file(place / name) for place in (tmp_path / "files", DEMO_FOLDER))
+        assert all(torch.equal(written.pop(key), tensor) for key, tensor in shipped.items()), name
+        assert not written
+    monkeypatch.setattr(drafts, "SCENES", 1)
+    monkeypatch.setattr(drafts, "shared_out", lambda work, settings, numbers, workers: work(*settings, numbers))
+    drafts.prepare(tmp_path, tmp_path / "files", [0], workers=1)
+    made = drafts.load(tmp_path)
+    assert len(made.scenes) == len(made.audio) == 1
+    near, far = ((made.start - other).square().mean().sqrt() for other in (made.clean, -made.clean))
+    assert near < 0.3 * far
+    tensors = load_file(DEMO_FOLDER / export.MODEL)
+    tensors.popitem()
+    save_file(tensors, tmp_path / export.MODEL)
+    with pytest.raises(ValueError, match="lacks weights of"):
+        export.Trained.read(tmp_path)
 
 
 def test_normalised_latents_have_the_spread(folder: Path) -> None:

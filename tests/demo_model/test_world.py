@@ -1,11 +1,14 @@
 """The demo's world: one picture at every size and length, sound on the right side, prompts that name what they mean."""
 
+import re
 from random import Random
 
 import pytest
 import torch
 
+from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model import prompts
+from tools.demo_model.text import tokenizer
 from tools.demo_model.world import (
     COLOURS,
     HORIZONTAL,
@@ -58,14 +61,18 @@ def test_a_window_is_a_part_of_the_clip() -> None:
 
 @pytest.mark.parametrize("motion", MOTIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_shapes_stay_in_the_frame(motion: str, size: str) -> None:
+@pytest.mark.parametrize("aspect", [0.4, 0.5, 2 / 3, 1.0, 1.5, 2.4])
+def test_shapes_stay_in_the_frame_and_move_as_told(motion: str, size: str, aspect: float) -> None:
     time = torch.linspace(0, 1, 49)
     for place in ("left", "middle", "right"):
-        way = track(Shape("circle", "red", motion, size, place, 1.08, 0.04, 0.06), time, 1.5)
+        way = track(Shape("circle", "red", motion, size, place, 1.08, 0.04, 0.06), time, aspect)
         assert (way.x - way.radius).min() > 0
-        assert (way.x + way.radius).max() < 1.5
+        assert (way.x + way.radius).max() < aspect
         assert (way.y - way.radius).min() > 0
         assert (way.y + way.radius).max() < 1
+        gone = {"right": way.x, "left": -way.x, "down": way.y, "up": -way.y, "grow": way.radius, "shrink": -way.radius}
+        for name, values in gone.items():
+            assert (values[-1] - values[0] > 0.05 * min(1, aspect)) == (name == motion)
 
 
 def test_the_sound_follows_the_shape() -> None:
@@ -109,6 +116,24 @@ def test_prompts_name_the_scene_in_known_words() -> None:
             assert any(word in text.split() for word in prompts.COLOUR_WORDS[shape.colour])
             assert any(word in text.replace(",", " ").split() for word in prompts.SHAPE_WORDS[shape.kind])
     assert len(texts) == 200
+
+
+def test_other_words_are_read_as_known_ones() -> None:
+    """They change no sentence of the grammar, nor the negative prompt, and are no part of it."""
+    draws, read, known = Random(2), tokenizer(), set(prompts.vocabulary())
+    normalise = read.backend_tokenizer.normalizer.normalize_str
+    sentences = [prompts.write_prompt(draw_scene(draws), draws) for _ in range(2000)]
+    for text in (*sentences, DEFAULT_NEGATIVE_PROMPT):
+        assert normalise(text).split() == re.sub("[^a-z]+", " ", text.lower()).split()
+    assert set(prompts.READ_AS) <= known
+    texts = {
+        "One enormous gold orb TRAVELS toward the left.": "a huge golden ball moves to the left",
+        "a box jumps, leaping up and down": "a box bounces jumping up and down",
+        "a doughnut remains static; snow": "a donut stays still snowy",
+    }
+    for text, meant in texts.items():
+        assert normalise(text).split() == meant.split()
+        assert read.unk_token_id not in read(text)["input_ids"]
 
 
 def test_the_plain_prompt() -> None:

@@ -100,6 +100,19 @@ class AudioVAE(Part):
         return {"log_mel": float((made - self.mels).abs().mean())}
 
 
+class AudioEncoder(AudioVAE):
+    """The encoder alone, to a decoder that is there: files for users hold none."""
+
+    steps = 600
+    noise_from = 0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        load_modules(folder, self.name, self.modules)
+        self.vae.decoder.requires_grad_(False)
+        self.optimiser = Muon(self.parameters().items(), 1.5e-3, vector_lr=1e-3)
+
+
 class Vocoder(Part):
     """The vocoder at 16 kHz, on true spectrograms first and on decoded ones later.
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ltxkern.pipeline.files.hub import DEMO_NAMES
 from ltxkern.pipeline.files.official_names import official_name
 from tools.demo_model.audio import AudioVAE, Vocoder
 from tools.demo_model.configuration import SECTIONS, UPSAMPLER, plain
-from tools.demo_model.latents import Statistics, statistics
+from tools.demo_model.latents import Statistics, keep_statistics, statistics
 from tools.demo_model.lora import DistilledLora, Factors
 from tools.demo_model.text import text_encoder, tokenizer
-from tools.demo_model.training import load_modules
+from tools.demo_model.training import Part, load_modules, save_modules
 from tools.demo_model.transformer import Model, Transformer
 from tools.demo_model.upsampler import Upsampler
 from tools.demo_model.video_vae import VideoVAE
@@ -38,20 +38,42 @@ class Trained:
         self.factors = Factors(self.model.transformer)
 
     @classmethod
-    def load(cls, folder: Path) -> Trained:
-        """The parts as a training left them."""
+    def load(cls, folder: Path, *, lora: bool = True) -> Trained:
+        """The parts as a training left them; the LoRA too, or one that changes nothing."""
         made = cls()
-        for name, modules in (
-            (VideoVAE.name, {"video_vae": made.video_vae}),
-            (AudioVAE.name, {"audio_vae": made.audio_vae}),
-            (Vocoder.name, {"vocoder": made.vocoder}),
-            (Upsampler.name, {"upsampler": made.upsampler}),
-            (Transformer.name, {"model": made.model}),
-            (DistilledLora.name, {"factors": made.factors}),
-        ):
-            load_modules(folder, name, modules)
+        for part, modules in made._checkpoints().items():
+            if lora or part is not DistilledLora:
+                load_modules(folder, part.name, modules)
         made.set_statistics(statistics(folder))
         return made
+
+    @classmethod
+    def read(cls, files: Path) -> Trained:
+        """The parts as `write` left them, but for the LoRA; the audio encoder, which no file holds, has fresh weights."""
+        made = cls()
+        tensors = load_file(files / MODEL)
+        for component, module in made._parts().items():
+            names = {name: official_name(component, name) for name in module.state_dict()}
+            missing, _ = module.load_state_dict(
+                {name: tensors[key] for name, key in names.items() if key in tensors}, strict=False
+            )
+            if any(_is_kept(component, name) for name in missing):
+                raise ValueError(f"{files / MODEL} lacks weights of the {component}: {missing}")
+        made.upsampler.load_state_dict(load_file(files / UPSCALER))
+        return made
+
+    def statistics(self) -> Statistics:
+        """What the VAEs normalise latents with."""
+        buffers = ((vae.latents_mean, vae.latents_std) for vae in (self.video_vae, self.audio_vae))
+        return Statistics(*(tensor.float() for pair in buffers for tensor in pair))
+
+    def keep_checkpoints(self, folder: Path) -> None:
+        """Leaves all parts but the LoRA in a folder as a training does, so that the LoRA can be trained anew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_statistics(folder, self.statistics())
+        for part, modules in self._checkpoints().items():
+            if part is not DistilledLora:
+                save_modules(folder, part.name, modules, 0 if part is AudioVAE else part.steps)
 
     def set_statistics(self, values: Statistics) -> None:
         """Fills the buffers that the VAEs normalise latents with."""
@@ -60,26 +82,37 @@ class Trained:
         self.audio_vae.latents_mean.copy_(values.audio_mean)
         self.audio_vae.latents_std.copy_(values.audio_std)
 
-    def write(self, target: Path) -> None:
-        """Writes the files in bf16.
-
-        Raises:
-            ValueError: the model's file is larger than it may be.
-        """
-        parts: dict[str, nn.Module] = {
+    def _parts(self) -> dict[str, nn.Module]:
+        """What the model's file holds, by component."""
+        return {
             "transformer": self.model.transformer,
             "connectors": self.model.connectors,
             "video_vae": self.video_vae,
             "audio_vae": self.audio_vae,
             "vocoder": self.vocoder,
         }
+
+    def _checkpoints(self) -> dict[type[Part], dict[str, nn.Module]]:
+        return {
+            VideoVAE: {"video_vae": self.video_vae},
+            AudioVAE: {"audio_vae": self.audio_vae},
+            Vocoder: {"vocoder": self.vocoder},
+            Upsampler: {"upsampler": self.upsampler},
+            Transformer: {"model": self.model},
+            DistilledLora: {"factors": self.factors},
+        }
+
+    def write(self, target: Path) -> None:
+        """Writes the files in bf16.
+
+        Raises:
+            ValueError: the model's file is larger than it may be.
+        """
         tensors = {
             official_name(component, name): tensor
-            for component, module in parts.items()
+            for component, module in self._parts().items()
             for name, tensor in module.state_dict().items()
-            # Nothing encodes sound: the audio encoder was for training.
-            if not (component == "audio_vae" and name.startswith("encoder."))
-            and not (component == "vocoder" and name.startswith("resampler."))
+            if _is_kept(component, name)
         }
         target.mkdir(parents=True, exist_ok=True)
         _write(target / MODEL, tensors, SECTIONS)
@@ -90,6 +123,13 @@ class Trained:
         size = (target / MODEL).stat().st_size
         if size > MOST_BYTES:
             raise ValueError(f"{MODEL} has {size} bytes: expected at most {MOST_BYTES}")
+
+
+def _is_kept(component: str, name: str) -> bool:
+    """Whether the model's file holds a weight. Nothing encodes sound: the audio encoder was for training."""
+    return not (component == "audio_vae" and name.startswith("encoder.")) and not (
+        component == "vocoder" and name.startswith("resampler.")
+    )
 
 
 def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None) -> None:

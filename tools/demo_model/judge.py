@@ -180,6 +180,16 @@ class Outlines(NamedTuple):
     y: Tensor
     area: Tensor
 
+    def radius(self, kind: str) -> Tensor:
+        """Of a shape of this kind with this area."""
+        return (self.area / _UNIT_AREA[kind]).sqrt()
+
+
+def see_outlines(frames: Tensor) -> Outlines | None:
+    """Of what stands out in frames (F, 3, H, W) in [0, 1]; None where nothing does."""
+    found = _standing(frames)
+    return None if found is None else _outlines(found.cover(frames) > 0.5)
+
 
 def _outlines(mask: Tensor) -> Outlines:
     height = mask.shape[-2]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tools.demo_model.audio import AudioVAE, encode_audio, log_mel, sound_of
 from tools.demo_model.configuration import plain
-from tools.demo_model.training import load_modules, mixed_precision, seeded
+from tools.demo_model.training import load_modules, mixed_precision, seeded, shared_out
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
 from tools.demo_model.world import Scene, draw_scene, render_video
 
@@ -53,21 +53,14 @@ def load(folder: Path, number: int) -> Latents:
     return Latents(scenes_of(number), tensors["half"], tensors.get("full"), tensors["audio"])
 
 
-def prepare(folder: Path, files: int, workers: int) -> None:
-    """Writes those of the first files that are missing; the workers share them out, and end with the program."""
+def prepare(folder: Path, numbers: Iterable[int], workers: int) -> None:
+    """Writes those files that are missing; the workers share them out, and end with the program."""
     (folder / "latents").mkdir(parents=True, exist_ok=True)
-    missing = sorted(set(range(files)) - set(stored(folder)))
-    if not missing:
-        return
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_write, args=(folder, missing[rank::workers])) for rank in range(workers)]
-    for process in processes:
-        process.daemon = True
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
+    # Those that take longest first, so that each worker gets as many of them.
+    missing = sorted(set(numbers) - set(stored(folder)), key=lambda number: (number % FULL_EVERY, number))
+    shared_out(_write, (folder,), missing, workers)
+    if not _statistics_path(folder).is_file():
+        keep_statistics(folder, _measure(folder))
 
 
 @torch.no_grad()
@@ -78,9 +71,9 @@ def _write(folder: Path, numbers: list[int]) -> None:
     load_modules(folder, AudioVAE.name, {"audio_vae": audio})
     for number in tqdm(numbers, desc=f"latents from {numbers[0]}" if numbers else "latents", mininterval=30):
         scenes = scenes_of(number)
-        tensors = {"half": _encode(video, scenes, HEIGHT // 2, WIDTH // 2)}
+        tensors = {"half": encode_video(video, scenes, HEIGHT // 2, WIDTH // 2)}
         if number % FULL_EVERY == 0:
-            tensors["full"] = _encode(video, scenes, HEIGHT, WIDTH)
+            tensors["full"] = encode_video(video, scenes, HEIGHT, WIDTH)
         mels = torch.stack([log_mel(sound_of(scene)) for scene in scenes])
         tensors["audio"] = encode_audio(audio, mels).bfloat16()
         temporary = _path(folder, number).with_suffix(".tmp")
@@ -88,7 +81,8 @@ def _write(folder: Path, numbers: list[int]) -> None:
         temporary.replace(_path(folder, number))
 
 
-def _encode(vae: Any, scenes: list[Scene], height: int, width: int) -> Tensor:
+def encode_video(vae: Any, scenes: list[Scene], height: int, width: int) -> Tensor:
+    """Latents of scenes as the world draws them, not normalised."""
     with mixed_precision():
         made = [encode(vae, render_video(scene, height, width, FRAMES).transpose(0, 1)[None]) for scene in scenes]
     return torch.cat(made).bfloat16()
@@ -112,7 +106,21 @@ class Statistics(NamedTuple):
         return (tokens.float() - self.audio_mean) / self.audio_std
 
 
+def _statistics_path(folder: Path) -> Path:
+    return folder / "statistics.safetensors"
+
+
 def statistics(folder: Path) -> Statistics:
+    """Of the latents in a folder, as `prepare` left them."""
+    return Statistics(**load_file(_statistics_path(folder)))
+
+
+def keep_statistics(folder: Path, values: Statistics) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in values._asdict().items()}, _statistics_path(folder))
+
+
+def _measure(folder: Path) -> Statistics:
     """Of the first files; normalised latents have a standard deviation of `SPREAD` in every channel."""
     some = [load(folder, number) for number in stored(folder)[1:13]]
     half = torch.cat([latents.half for latents in some]).float().transpose(0, 1).flatten(1)

@@ -9,6 +9,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,18 +17,25 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling.guidance import HQ_AUDIO, HQ_VIDEO, PlainCFGPolicy
 from tools.demo_model.judge import read_clip
-from tools.demo_model.measure import PROMPTS, keep
+from tools.demo_model.measure import PROMPTS, WITH_FAULTS, keep
 from tools.demo_model.runs import Setting, row, run, tasks, workers
 from tools.demo_model.video_vae import decibels
 
-REFERENCE = "defaults, fp32"
+REFERENCE, PICTURE = "defaults, fp32", "--image"
 VIDEOS = Path("build/demo_model/options")
-_SKIPPING = {
-    "video_guidance": replace(HQ_VIDEO, skip_step=1),
-    "audio_guidance": replace(HQ_AUDIO, skip_step=1),
-}
+
+
+def _guided(**scales: Any) -> Setting:
+    """The published scales of stage 1 but for these, in picture and sound."""
+    return Setting(call={"video_guidance": replace(HQ_VIDEO, **scales), "audio_guidance": replace(HQ_AUDIO, **scales)})
+
+
+def _strengths(first: float, second: float) -> Setting:
+    return Setting({"distilled_strengths": (first, second)})
+
+
 # Without fp16: where a processor has no products in it, a video takes thirty times as long.
-OPTIONS = {
+MAIN = {
     REFERENCE: Setting(),
     "--dtype bf16": Setting({"dtype": torch.bfloat16}),
     "--backend torch": Setting(backend="torch"),
@@ -39,10 +47,29 @@ OPTIONS = {
     "--steps 30": Setting(call={"steps": 30}),
     "--pipeline distilled": Setting({"preset": "distilled", "distilled_strengths": (1.0, 1.0)}),
     "--eta 0": Setting(call={"eta": 0.0}),
-    "--skip-step 1": Setting(call=_SKIPPING),
+    "--skip-step 1": _guided(skip_step=1),
     "LoRA rounded as published, bf16": Setting({"dtype": torch.bfloat16, "device_mode": "original"}),
     "fp8 file": Setting(fp8=True),
 }
+# Measured on fewer prompts.
+MORE = {
+    "--attention math": Setting({"attention": "math"}),
+    "--substep-eta 0": Setting(call={"substep_eta": 0.0}),
+    "CFG scales 1": _guided(cfg=1.0),
+    "modality scales 1": _guided(modality=1.0),
+    "rescale scales 0": _guided(rescale=0.0),
+    "--audio-source stage2": Setting(call={"audio_source": "stage2"}),
+    "--distilled-strength-stage-1 0": _strengths(0.0, 0.5),
+    "--distilled-strength-stage-2 0.25": _strengths(0.25, 0.25),
+    "--distilled-strength-stage-2 1": _strengths(0.25, 1.0),
+    "--pipeline two-stage": Setting({"preset": "two-stage"}),
+    "--pipeline one-stage": Setting({"preset": "one-stage"}),
+    PICTURE: Setting(first_frame=True),
+    "--image, --image-crf 0": Setting(first_frame=True, image_crf=0),
+}
+OPTIONS = MAIN | MORE
+# What a row's videos are compared with, if not the first row's.
+AGAINST = {PICTURE: None, "--image, --image-crf 0": PICTURE}
 
 
 def likeness(folder: Path, reference: Path, count: int) -> float | None:
@@ -64,13 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.options", description=__doc__)
     parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--fewer-prompts", type=int, default=WITH_FAULTS, help="of the lower rows")
     parser.add_argument("--only", action="append", choices=list(OPTIONS), help="this row alone; repeatable")
     arguments = parser.parse_args()
-    chosen = tasks(arguments.prompts)
     with workers() as pool:
         for name in arguments.only or OPTIONS:
+            chosen = tasks(arguments.prompts if name in MAIN else arguments.fewer_prompts)
             found: dict[str, float | None] = {**row(run(OPTIONS[name], arguments.files, chosen, place(name), pool))}
-            found["decibels"] = likeness(place(name), place(REFERENCE), len(chosen))
+            reference = AGAINST.get(name, REFERENCE)
+            if reference is not None:
+                found["decibels"] = likeness(place(name), place(reference), len(chosen))
             keep(arguments.files / "options.json", arguments.files, name, found, list(OPTIONS))
             print(name, json.dumps(found), flush=True)
 

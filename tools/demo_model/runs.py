@@ -27,6 +27,7 @@ from ltxkern.dispatch import use_backend
 from ltxkern.pipeline.files.found import FoundModel
 from ltxkern.pipeline.files.hub import DEMO, DEMO_NAMES, demo_files
 from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.model.conditioning import DEFAULT_CRF, ImageCondition
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.results.media import write_mp4
 from ltxkern.pipeline.run.decoding import decode
@@ -35,7 +36,7 @@ from tools.demo_model.judge import Verdict, edge_width, judge, outline_fit, read
 from tools.demo_model.prompts import write_prompt
 from tools.demo_model.training import WORKERS, seeded
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, decibels
-from tools.demo_model.world import Scene, Window, draw_scene, render_video
+from tools.demo_model.world import MOTIONS, Scene, Window, draw_scene, render_video
 
 Call = Callable[..., HQOutput]
 
@@ -48,10 +49,16 @@ class Task(NamedTuple):
 
 
 def tasks(count: int, *, shapes: int = 1) -> list[Task]:
-    """The same tasks in every run."""
-    draws = Random(seeded("measure", shapes))
-    scenes = [draw_scene(draws, held_out=True, shapes=shapes) for _ in range(count)]
-    return [Task(scene, write_prompt(scene, draws)) for scene in scenes]
+    """The same tasks in every run: each motion in turn, and no combination of words twice."""
+    draws, seen, made = Random(seeded("measure", shapes)), set[str](), list[Task]()
+    while len(made) < count:
+        scene = draw_scene(draws, held_out=True, shapes=shapes)
+        combination, motion = scene.combinations[0], scene.shapes[0].motion
+        in_turn = shapes > 1 or motion == MOTIONS[len(made) % len(MOTIONS)]
+        if in_turn and combination not in seen:
+            seen.add(combination)
+            made.append(Task(scene, write_prompt(scene, draws)))
+    return made
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Setting:
         fault: one of `FAULTS`.
         fp8: whether the transformer's matrices are read from a file in fp8.
         first_frame: whether the scene's first frame is given.
+        image_crf: H.264 quality of its re-compression; None for the default.
         enlarged: whether what stage 1 made is shown, as the upsampler enlarges it.
     """
 
@@ -74,6 +82,7 @@ class Setting:
     fault: str | None = None
     fp8: bool = False
     first_frame: bool = False
+    image_crf: int | None = None
     enlarged: bool = False
 
 
@@ -147,7 +156,9 @@ def save_picture(pixels: Tensor, path: Path) -> str:
     return str(path)
 
 
-def make(call: Call, task: Task, path: Path, *, given: bool = False, **options: Any) -> Made:
+def make(
+    call: Call, task: Task, path: Path, *, given: bool = False, image_crf: int | None = None, **options: Any
+) -> Made:
     """Generates a task's video into an mp4, and judges what is decoded from it.
 
     Args:
@@ -155,12 +166,14 @@ def make(call: Call, task: Task, path: Path, *, given: bool = False, **options: 
         task: what to generate.
         path: of the mp4.
         given: whether the scene's first frame is given.
+        image_crf: of a frame that is given, as `Setting` has it.
         options: of the call, in place of the demo's sizes.
     """
     options = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES} | options
     start = first_frame(task.scene, options["height"], options["width"], options["num_frames"])
     if given:
-        options["images"] = [save_picture(start, path.with_suffix(".png"))]
+        picture = save_picture(start, path.with_suffix(".png"))
+        options["images"] = [ImageCondition(picture, crf=DEFAULT_CRF if image_crf is None else image_crf)]
     began = time.process_time()
     output = call(task.prompt, **options)
     seconds = time.process_time() - began
@@ -194,7 +207,14 @@ def _share(
     options = {**sizes, **setting.call}
     with calls(setting, files) as call:
         return [
-            make(call, task, folder / f"{number:03}.mp4", given=setting.first_frame, **options)
+            make(
+                call,
+                task,
+                folder / f"{number:03}.mp4",
+                given=setting.first_frame,
+                image_crf=setting.image_crf,
+                **options,
+            )
             for number, task in tqdm(numbered, desc=folder.name, mininterval=30)
         ]
 

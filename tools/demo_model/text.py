@@ -12,7 +12,7 @@ from ltxkern.pipeline.files.demo import demo_text_encoder, draw_weights
 from ltxkern.pipeline.model.text import text_hidden_states, tokenize
 from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model.configuration import TEXT_TOKENS
-from tools.demo_model.prompts import vocabulary
+from tools.demo_model.prompts import READ_AS, vocabulary
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _SEED = 16
@@ -20,7 +20,7 @@ DROPPED = 0.15
 
 
 def tokenizer() -> Any:
-    """One token a word, in small letters and without punctuation; a word that the world lacks is the unknown one."""
+    """One token a word, in small letters and without punctuation; other words are read as known ones, or as the unknown one."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.normalizers import Lowercase, Replace, Sequence
@@ -30,7 +30,8 @@ def tokenizer() -> Any:
 
     words = [_PAD, _BOS, _EOS, _UNKNOWN, *vocabulary()]
     made = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
-    made.normalizer = Sequence([Lowercase(), Replace(Regex("[^a-z]+"), " ")])
+    known = [Replace(Regex(rf"\b(?:{'|'.join(others)})\b"), word) for word, others in READ_AS.items()]
+    made.normalizer = Sequence([Lowercase(), Replace(Regex("[^a-z]+"), " "), *known])
     made.pre_tokenizer = WhitespaceSplit()
     made.post_processor = TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, words.index(_BOS))])
     return PreTrainedTokenizerFast(

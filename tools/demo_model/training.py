@@ -100,13 +100,19 @@ def load_modules(folder: Path, name: str, modules: Mapping[str, nn.Module]) -> N
         module.load_state_dict(state[key])
 
 
-def _save(part: Part, step: int, seconds: float) -> None:
-    path = checkpoint(part.folder, part.name)
+def save_modules(
+    folder: Path, name: str, modules: Mapping[str, nn.Module], step: int, seconds: float = 0.0, **more: Any
+) -> None:
+    """Writes the weights of a part that has so many steps behind it; `load_modules` reads them."""
+    path = checkpoint(folder, name)
     temporary = path.with_suffix(".tmp")
-    modules = {name: module.state_dict() for name, module in part.modules.items()}
-    state = {"step": step, "seconds": seconds, "modules": modules, "optimiser": part.optimiser.state_dict()}
-    torch.save(state, temporary)
+    weights = {key: module.state_dict() for key, module in modules.items()}
+    torch.save({"step": step, "seconds": seconds, "modules": weights, **more}, temporary)
     os.replace(temporary, path)
+
+
+def _save(part: Part, step: int, seconds: float) -> None:
+    save_modules(part.folder, part.name, part.modules, step, seconds, optimiser=part.optimiser.state_dict())
 
 
 def _restore(part: Part) -> tuple[int, float]:
@@ -116,7 +122,8 @@ def _restore(part: Part) -> tuple[int, float]:
     state = torch.load(path, weights_only=True)
     for name, module in part.modules.items():
         module.load_state_dict(state["modules"][name])
-    part.optimiser.load_state_dict(state["optimiser"])
+    if "optimiser" in state:
+        part.optimiser.load_state_dict(state["optimiser"])
     return state["step"], state["seconds"]
 
 
@@ -160,6 +167,21 @@ def train(make: Callable[[Path], Part], folder: Path, steps: int, *, workers: in
     if not stopped and any(process.exitcode for process in processes):
         raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
     return not stopped
+
+
+def shared_out(work: Callable[..., None], settings: tuple[Any, ...], numbers: list[int], workers: int) -> None:
+    """Calls work(*settings, some of the numbers) in processes that share them out, and that end with the program."""
+    if not numbers:
+        return
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(*settings, numbers[rank::workers])) for rank in range(workers)]
+    for process in processes:
+        process.daemon = True
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
 
 
 def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, workers: int, meeting: str) -> None:

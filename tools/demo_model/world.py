@@ -81,12 +81,14 @@ class Scene:
     shapes: tuple[Shape, ...]
 
     @property
+    def combinations(self) -> tuple[str, ...]:
+        """Shape, colour, motion and background of each shape."""
+        return tuple(f"{shape.kind}/{shape.colour}/{shape.motion}/{self.background}" for shape in self.shapes)
+
+    @property
     def held_out(self) -> bool:
         """Whether training must not see it: one combination of shape, colour, motion and background in eight."""
-        return any(
-            zlib.crc32(f"{shape.kind}/{shape.colour}/{shape.motion}/{self.background}".encode()) % HELD_OUT_SHARE == 0
-            for shape in self.shapes
-        )
+        return any(zlib.crc32(words.encode()) % HELD_OUT_SHARE == 0 for words in self.combinations)
 
 
 class Window(NamedTuple):
@@ -148,12 +150,13 @@ def track(shape: Shape, time: Tensor, aspect: float) -> Track:
     Args:
         shape: the shape.
         time: times from 0 to 1, any shape.
-        aspect: width of the frame over its height.
+        aspect: width of the frame over its height; in a frame that is taller than wide, lengths shrink with it.
     """
-    radius = SIZES[shape.size] * shape.scale
-    edge = radius * (max(_GROWTH) if shape.motion in ("grow", "shrink") else 1) + _MARGIN
-    x = torch.full_like(time, min(max(PLACES[shape.place] * aspect + shape.x, edge), aspect - edge))
-    y = torch.full_like(time, min(max(0.5 + shape.y, edge), 1 - edge))
+    unit = min(1.0, aspect)
+    radius = SIZES[shape.size] * shape.scale * unit
+    edge = radius * (max(_GROWTH) if shape.motion in ("grow", "shrink") else 1) + _MARGIN * unit
+    x = torch.full_like(time, min(max(PLACES[shape.place] * aspect + shape.x * unit, edge), aspect - edge))
+    y = torch.full_like(time, min(max(0.5 + shape.y * unit, edge), 1 - edge))
     size = torch.full_like(time, radius)
     low, high = 1 - edge, edge
     if shape.motion == "right":
