@@ -17,10 +17,11 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling.guidance import HQ_AUDIO, HQ_VIDEO, PlainCFGPolicy
 from tools.demo_model.judge import read_clip
-from tools.demo_model.measure import PROMPTS, WITH_FAULTS, keep
+from tools.demo_model.measure import PROMPTS, keep
 from tools.demo_model.runs import Setting, row, run, tasks, workers
 from tools.demo_model.video_vae import decibels
 
+FEWER = 8
 REFERENCE, PICTURE = "defaults, fp32", "--image"
 VIDEOS = Path("build/demo_model/options")
 
@@ -91,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.options", description=__doc__)
     parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--fewer-prompts", type=int, default=WITH_FAULTS, help="of the lower rows")
+    parser.add_argument("--fewer-prompts", type=int, default=FEWER, help="of the lower rows")
     parser.add_argument("--only", action="append", choices=list(OPTIONS), help="this row alone; repeatable")
     arguments = parser.parse_args()
     with workers() as pool:
