@@ -227,6 +227,8 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
                 recent = {}
             if stop:
                 break
+    # None goes before the others have their answers.
+    dist.barrier()
     dist.destroy_process_group()
 
 
