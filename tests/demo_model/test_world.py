@@ -1,13 +1,16 @@
 """The demo's world: one picture at every size and length, sound on the right side, prompts that name what they mean."""
 
+import json
 import re
 from random import Random
 
 import pytest
 import torch
 
+from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model import prompts
+from tools.demo_model.export import TEXT
 from tools.demo_model.text import tokenizer
 from tools.demo_model.world import (
     COLOURS,
@@ -119,16 +122,22 @@ def test_prompts_name_the_scene_in_known_words() -> None:
 
 
 def test_other_words_are_read_as_known_ones() -> None:
-    """They change no sentence of the grammar, nor the negative prompt, and are no part of it."""
+    """They change no sentence of the grammar, nor the negative prompt, and the package has them."""
     draws, read, known = Random(2), tokenizer(), set(prompts.vocabulary())
     normalise = read.backend_tokenizer.normalizer.normalize_str
     sentences = [prompts.write_prompt(draw_scene(draws), draws) for _ in range(2000)]
     for text in (*sentences, DEFAULT_NEGATIVE_PROMPT):
         assert normalise(text).split() == re.sub("[^a-z]+", " ", text.lower()).split()
     assert set(prompts.READ_AS) <= known
+    made, shipped = (
+        json.loads(read.backend_tokenizer.to_str()),
+        json.loads((DEMO_FOLDER / TEXT / "tokenizer.json").read_text()),
+    )
+    assert [made[key] for key in ("normalizer", "model")] == [shipped[key] for key in ("normalizer", "model")]
     texts = {
         "One enormous gold orb TRAVELS toward the left.": "a huge golden ball moves to the left",
         "a box jumps, leaping up and down": "a box bounces jumping up and down",
+        "a travelling box": "a moving box",
         "a doughnut remains static; snow": "a donut stays still snowy",
     }
     for text, meant in texts.items():

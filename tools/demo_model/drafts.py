@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ltxkern.whole_files import replacing
 from tools.demo_model.configuration import plain
 from tools.demo_model.judge import Outlines, see_outlines
 from tools.demo_model.latents import encode_video, statistics
@@ -56,7 +57,7 @@ def load(folder: Path) -> Drafts:
     """All that were prepared."""
     scenes: list[Scene] = []
     parts: dict[str, list[Tensor]] = {"start": [], "clean": [], "audio": []}
-    for path in sorted((folder / "drafts").glob("*.safetensors")):
+    for path in sorted((folder / "drafts").glob("[0-9]*.safetensors")):
         tensors = load_file(path)
         known = _scenes_of(int(path.stem))
         scenes += [known[place] for place in tensors["places"].tolist()]
@@ -114,8 +115,7 @@ def _write(folder: Path, files: Path, numbers: list[int]) -> None:
             for place, scene in enumerate(_scenes_of(number)):
                 latents = pipeline(write_prompt(scene, draws), seed=number * SCENES + place, **sizes, **short).latents
                 with mixed_precision():
-                    half = latents["stage1_video"] * values.video_std.view(1, -1, 1, 1, 1)
-                    clip = decode(vae, half + values.video_mean.view(1, -1, 1, 1, 1))[0].transpose(0, 1).float()
+                    clip = decode(vae, values.raw_video(latents["stage1_video"]))[0].transpose(0, 1).float()
                 seen = see_outlines(((clip + 1) / 2).clamp(0, 1))
                 found = None if seen is None else fitted(scene, seen, WIDTH / HEIGHT)
                 if found is None:
@@ -124,8 +124,9 @@ def _write(folder: Path, files: Path, numbers: list[int]) -> None:
                 start.append(latents["upsampled_video"])
                 clean.append(values.video(encode_video(vae, [found], HEIGHT, WIDTH)))
                 audio.append(latents["stage1_audio"])
-            tensors = {"start": torch.cat(start), "clean": torch.cat(clean), "audio": torch.cat(audio)}
-            tensors = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
-            temporary = _path(folder, number).with_suffix(".tmp")
-            save_file(tensors | {"places": torch.tensor(places)}, temporary)
-            temporary.replace(_path(folder, number))
+            # A model of a rehearsal may show no scene: parts of none still have their shape.
+            none, silent = latents["upsampled_video"][:0], latents["stage1_audio"][:0]
+            parts = {"start": [none, *start], "clean": [none, *clean], "audio": [silent, *audio]}
+            tensors = {name: torch.cat(kept).bfloat16().contiguous() for name, kept in parts.items()}
+            with replacing(_path(folder, number)) as path:
+                save_file(tensors | {"places": torch.tensor(places, dtype=torch.int64)}, path)

@@ -231,11 +231,11 @@ def _overlaps(mask: Tensor, outlines: Outlines) -> dict[str, float]:
     if not len(chosen):
         return {}
     chosen = chosen[:: max(1, len(chosen) // 8)]
-    x, y, area = (value[chosen].view(-1, 1, 1) for value in outlines)
+    x, y = (value[chosen].view(-1, 1, 1) for value in outlines[:2])
     seen = mask[chosen]
     overlap = {}
     for kind in SHAPES:
-        drawn = distance(kind, columns - x, rows - y, (area / _UNIT_AREA[kind]).sqrt()) < 0
+        drawn = distance(kind, columns - x, rows - y, outlines.radius(kind)[chosen].view(-1, 1, 1)) < 0
         overlap[kind] = float(((drawn & seen).sum((1, 2)) / (drawn | seen).sum((1, 2)).clamp(min=1)).mean())
     return overlap
 

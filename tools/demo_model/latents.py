@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ltxkern.whole_files import replacing
 from tools.demo_model.audio import AudioVAE, encode_audio, log_mel, sound_of
 from tools.demo_model.configuration import plain
 from tools.demo_model.training import load_modules, mixed_precision, seeded, shared_out
 from tools.demo_model.video_vae import FRAMES, HEIGHT, WIDTH, VideoVAE, encode
 from tools.demo_model.world import Scene, draw_scene, render_video
 
-FILES, FEWEST_FILES, SCENES = 160, 5, 50
+FILES, SCENES = 160, 50
 # One file in eight holds the full size too, whose encoding takes most of the time; file 0 is for evaluation.
 FULL_EVERY = 8
+FEWEST_FILES = FULL_EVERY + 1
 # Of normalised latents. At 1 the second stage's first sigma, 0.91, leaves nothing of what the first one made.
 SPREAD = 2.5
 
@@ -45,7 +47,7 @@ def _path(folder: Path, number: int) -> Path:
 
 def stored(folder: Path) -> list[int]:
     """Numbers of the files that are there."""
-    return sorted(int(path.stem) for path in (folder / "latents").glob("*.safetensors"))
+    return sorted(int(path.stem) for path in (folder / "latents").glob("[0-9]*.safetensors"))
 
 
 def load(folder: Path, number: int) -> Latents:
@@ -76,9 +78,8 @@ def _write(folder: Path, numbers: list[int]) -> None:
             tensors["full"] = encode_video(video, scenes, HEIGHT, WIDTH)
         mels = torch.stack([log_mel(sound_of(scene)) for scene in scenes])
         tensors["audio"] = encode_audio(audio, mels).bfloat16()
-        temporary = _path(folder, number).with_suffix(".tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(_path(folder, number))
+        with replacing(_path(folder, number)) as path:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def encode_video(vae: Any, scenes: list[Scene], height: int, width: int) -> Tensor:
@@ -100,6 +101,11 @@ class Statistics(NamedTuple):
         """Normalised video latents."""
         shape = (1, -1, 1, 1, 1)
         return (latents.float() - self.video_mean.view(shape)) / self.video_std.view(shape)
+
+    def raw_video(self, latents: Tensor) -> Tensor:
+        """Video latents as the VAE has them, from normalised ones."""
+        shape = (1, -1, 1, 1, 1)
+        return latents * self.video_std.view(shape) + self.video_mean.view(shape)
 
     def audio(self, tokens: Tensor) -> Tensor:
         """Normalised packed audio latents (N, T, C * M)."""

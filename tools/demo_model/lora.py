@@ -104,6 +104,10 @@ class DistilledLora(Part):
         self.drafts = drafts.load(folder)
         self.draft_weights = [MORE_OFTEN.get(scene.background, 1.0) for scene in self.drafts.scenes]
 
+    def _contexts(self, clean: Clean, draws: Random) -> tuple[Tensor, Tensor]:
+        """Of sentences that name the scenes."""
+        return self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
+
     def run(self, strength: float, *inputs: Any) -> tuple[Tensor, Tensor]:
         names = {f"transformer.{n}": w for n, w in self.factors.merged(self.model.transformer, strength).items()}
         return functional_call(self.model, names, inputs)
@@ -116,9 +120,7 @@ class DistilledLora(Part):
         for left in range(_STEPS, 0, -1):
             made = self.run(STRENGTHS[0], (video, audio), sigma * left / _STEPS, half.grid, contexts)
             video, audio = video - step * made[0], audio - step * made[1]
-        shape = (1, -1, 1, 1, 1)
-        latents = unpatchify(video, half.grid)
-        raw = latents * data.statistics.video_std.view(shape) + data.statistics.video_mean.view(shape)
+        raw = data.statistics.raw_video(unpatchify(video, half.grid))
         return patchify(data.statistics.video(self.upsampler(raw)))
 
     def _drafted(self, numbers: list[int]) -> tuple[Tensor, Clean]:
@@ -132,15 +134,16 @@ class DistilledLora(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         if step % self.half_every == self.half_every - 1:
             return self._first_stage(draws)
-        if draws.random() < _DRAFTS:
+        drafted = draws.random() < _DRAFTS and bool(self.drafts.scenes)
+        if drafted:
             numbers = draws.choices(range(len(self.drafts.scenes)), self.draft_weights, k=self.batch)
             video, clean = self._drafted(numbers)
-            contexts = self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
         else:
             numbers = self.data.draw(draws, self.batch, full=True)
             clean = self.data.batch(numbers, full=True)
+        contexts = self._contexts(clean, draws)
+        if not drafted:
             half = self.data.batch([self.data.with_full[number] for number in numbers])
-            contexts = self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
             sigma = torch.tensor([draws.uniform(*_NOISED_TO) for _ in range(self.batch)])
             video = self._enlarged(self.data, half, sigma, contexts)
         strength = _draw_strength(draws, STRENGTHS[1])
@@ -159,7 +162,7 @@ class DistilledLora(Part):
 
     def _first_stage(self, draws: Random) -> dict[str, Tensor]:
         clean = self.data.batch(self.data.draw(draws, self.half_batch))
-        contexts = self.model.contexts(*self.encoder([write_prompt(scene, draws) for scene in clean.scenes]))
+        contexts = self._contexts(clean, draws)
         sigma = draw_sigmas(draws, self.half_batch)
         noise = [torch.randn_like(part) for part in clean[:2]]
         noisy = mix(clean.video, noise[0], sigma), mix(clean.audio, noise[1], sigma)

@@ -54,7 +54,9 @@ def told(made: Sequence[Made], right: Mapping[str, Any] | None = None) -> dict[s
     found: dict[str, Any] = {**row(made)}
     if right is not None:
         found["worse"] = round(100 * fmean(one < other for one, other in zip(fits, right["fits"], strict=False)))
-    return found | ({"fits": fits} if fits else {})
+    if fits:
+        found["fits"] = fits
+    return found
 
 
 def known_rows(path: Path, files: Path) -> dict[str, Any]:

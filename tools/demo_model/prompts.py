@@ -93,8 +93,8 @@ MOTION_WORDS = {
 }
 # What people write for words of the grammar: known words, and patterns of others that the tokenizer reads as them.
 READ_AS = {
-    "moves": ("travels?", "travell?ing", "heads", "glides?", "runs?", "walks?"),
-    "moving": ("heading", "gliding", "running", "walking"),
+    "moves": ("travels?", "heads", "glides?", "runs?", "walks?"),
+    "moving": ("travell?ing", "heading", "gliding", "running", "walking"),
     "slides": ("slide",),
     "rolls": ("roll",),
     "to": ("towards?",),

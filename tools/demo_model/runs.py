@@ -72,7 +72,7 @@ class Setting:
         fault: one of `FAULTS`.
         fp8: whether the transformer's matrices are read from a file in fp8.
         first_frame: whether the scene's first frame is given.
-        image_crf: H.264 quality of its re-compression; None for the default.
+        image_crf: H.264 quality of its re-compression.
         enlarged: whether what stage 1 made is shown, as the upsampler enlarges it.
     """
 
@@ -82,7 +82,7 @@ class Setting:
     fault: str | None = None
     fp8: bool = False
     first_frame: bool = False
-    image_crf: int | None = None
+    image_crf: int = DEFAULT_CRF
     enlarged: bool = False
 
 
@@ -157,7 +157,7 @@ def save_picture(pixels: Tensor, path: Path) -> str:
 
 
 def make(
-    call: Call, task: Task, path: Path, *, given: bool = False, image_crf: int | None = None, **options: Any
+    call: Call, task: Task, path: Path, *, given: bool = False, image_crf: int = DEFAULT_CRF, **options: Any
 ) -> Made:
     """Generates a task's video into an mp4, and judges what is decoded from it.
 
@@ -173,7 +173,7 @@ def make(
     start = first_frame(task.scene, options["height"], options["width"], options["num_frames"])
     if given:
         picture = save_picture(start, path.with_suffix(".png"))
-        options["images"] = [ImageCondition(picture, crf=DEFAULT_CRF if image_crf is None else image_crf)]
+        options["images"] = [ImageCondition(picture, crf=image_crf)]
     began = time.process_time()
     output = call(task.prompt, **options)
     seconds = time.process_time() - began

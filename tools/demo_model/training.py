@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ltxkern.whole_files import replacing
 from tools.demo_model.muon import Muon
 
 WORKERS = 2
@@ -104,11 +105,9 @@ def save_modules(
     folder: Path, name: str, modules: Mapping[str, nn.Module], step: int, seconds: float = 0.0, **more: Any
 ) -> None:
     """Writes the weights of a part that has so many steps behind it; `load_modules` reads them."""
-    path = checkpoint(folder, name)
-    temporary = path.with_suffix(".tmp")
     weights = {key: module.state_dict() for key, module in modules.items()}
-    torch.save({"step": step, "seconds": seconds, "modules": weights, **more}, temporary)
-    os.replace(temporary, path)
+    with replacing(checkpoint(folder, name)) as path:
+        torch.save({"step": step, "seconds": seconds, "modules": weights, **more}, path)
 
 
 def _save(part: Part, step: int, seconds: float) -> None:
