@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_iter
 from cases import count_bytes
 
 WIDTH = 4096
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "linear", "_linear_pointwise")
 # What launches nothing.
 NO_LAUNCH = (
     "_fused_sdp_choice",
@@ -218,7 +218,7 @@ class Launches(TorchDispatchMode):
             self._count.launches.append(Launched(_site(), "attention", 0, 0, 4 * args[0].numel() * args[1].shape[-2]))
             return result
         if name in PRODUCTS:
-            matrix = args[0] if name in ("mm", "bmm", "linear") else args[1]
+            matrix = args[0] if name in ("mm", "bmm", "linear", "_linear_pointwise") else args[1]
             self._count.launches.append(Launched(_site(), "product", 0, 0, 2 * result.numel() * matrix.shape[-1]))
             return result
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})

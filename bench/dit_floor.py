@@ -29,7 +29,9 @@ class ContractionLog(TorchDispatchMode):
         name = func.overloadpacket.__name__
         attends = "scaled_dot_product" in name
         if attends or name in PRODUCTS:
-            self.calls.append((func, tuple(map(self._kept, args)), kwargs or {}))
+            # A product of oneDNN's may have a function within: the floor is without.
+            alone = (*args[:3], "none", [], "") if name == "_linear_pointwise" else args
+            self.calls.append((func, tuple(map(self._kept, alone)), kwargs or {}))
             matrices = [part for part in args if isinstance(part, Tensor)]
             if attends:
                 self.flops += 4 * matrices[0].numel() * matrices[1].shape[-2]

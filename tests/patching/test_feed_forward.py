@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from ltxkern.patching import feed_forward as module
 from ltxkern.patching.feed_forward import feed_forward, gelu_serves, is_plain
 
 WIDTH = 64
@@ -16,21 +17,41 @@ WIDTH = 64
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gelu_goes_into_the_product_only_where_it_is_the_right_one(monkeypatch: Any, dtype: torch.dtype) -> None:
-    """One of the error function, as torch's on a CPU, does not serve in any dtype; one that is right does."""
+    """One of the error function does not serve in any dtype, nor where a product of the dtype is none; one that is right does."""
+    monkeypatch.setattr(module, "_onednn_multiplies", lambda _: True)
 
     def serves(gelu: Callable[[Tensor], Tensor]) -> bool:
-        def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
-            assert use_gelu
-            return gelu(torch.addmm(bias.float(), x.float(), weight.float())).to(x.dtype)
+        def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return gelu(torch.addmm(bias.float(), x.float(), weight.float().t())).to(x.dtype)
 
-        monkeypatch.setattr(torch, "_addmm_activation", activation)
+        monkeypatch.setattr(module, "_of_onednn", product)
         gelu_serves.cache_clear()
         return gelu_serves(torch.device("cpu"), dtype)
 
     assert serves(partial(nn.functional.gelu, approximate="tanh"))
     assert not serves(nn.functional.gelu)
     assert not serves(torch.zeros_like)
+    monkeypatch.setattr(module, "_onednn_multiplies", lambda _: False)
+    assert not serves(partial(nn.functional.gelu, approximate="tanh"))
     gelu_serves.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_gelu_within_a_product_of_this_processor(dtype: torch.dtype) -> None:
+    """Nearer to fp64 than product and GELU apart, for one token, many, and views of both operands."""
+    if not gelu_serves(torch.device("cpu"), dtype):
+        pytest.skip(f"no instructions for {dtype}")
+    generator = torch.Generator().manual_seed(0)
+    for shape, of in (((1, 1, 64), (256, 64)), ((2, 70, 96), (48, 96)), ((3, 5, 7, 128), (200, 256))):
+        x, weight = (torch.randn(each, generator=generator).to(dtype) for each in (shape, of))
+        weight, bias = weight[:, : shape[-1]] / 8, torch.randn(of[0], generator=generator).to(dtype)
+        exact = module.product_gelu_apart(x.double(), weight.double(), bias.double())
+        errors = [
+            (product(x, weight, bias).double() - exact).norm()
+            for product in (module.product_gelu, module.product_gelu_apart)
+        ]
+        assert errors[0] <= errors[1] * 1.01
 
 
 @torch.no_grad()
@@ -40,9 +61,9 @@ def test_layers_with_something_around_them_are_called() -> None:
     assert is_plain(network, x.dtype)
     assert not is_plain(network, torch.bfloat16)
     torch.testing.assert_close(feed_forward(network, x), network(x), rtol=0, atol=1e-6)
-    for module in (network, network.net[0], network.net[0].proj, network.net[2]):
+    for each in (network, network.net[0], network.net[0].proj, network.net[2]):
         seen: list[int] = []
-        handle = module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        handle = each.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         assert torch.equal(feed_forward(network, x), network(x))
         handle.remove()
         assert seen == [1, 1]

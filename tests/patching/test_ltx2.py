@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltxkern
+from ltxkern.patching import feed_forward as module
 from ltxkern.patching.feed_forward import gelu_serves
 from ltxkern.pipeline.files.demo import DEMO_CONFIGS, build_demo
 
@@ -214,10 +215,11 @@ def test_every_site() -> None:
 def test_gelu_in_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device whose product has the right one; not where a feed-forward is more than its products."""
 
-    def activation(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
-        return nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+    def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.gelu(nn.functional.linear(x, weight, bias), approximate="tanh")
 
-    monkeypatch.setattr(torch, "_addmm_activation", activation)
+    monkeypatch.setattr(module, "_onednn_multiplies", lambda _: True)
+    monkeypatch.setattr(module, "_of_onednn", product)
     gelu_serves.cache_clear()
     model, inputs = model_of("2.3"), inputs_of("2.3", by_token=True)
     plain = model(**inputs)

@@ -111,6 +111,7 @@ class Stream:
     """What every block of a forward reads of one modality."""
 
     contexts: tuple[Tensor, ...]  # (B, L, D) each: the texts of the branches, once each
+    embedded: Tensor  # (B, N, D): its timesteps, of which the modulation is made
     modulation: Tensor  # (B, N, 9 * D): shift, scale, gate of self-attention, feed-forward, text attention
     prompt_modulation: Tensor  # (B, 1, 2 * D): shift, scale
     rope: RotaryTables

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2PerturbedAttnProcessor, LTX2VideoTransformer3DModel
@@ -43,6 +43,46 @@ from ltxkern.pipeline.model.inputs import (
 from ltxkern.pipeline.parallel.by_token import SequenceParallel, TokenShards
 from ltxkern.pipeline.sampling.latents import to_denoised
 from ltxkern.pipeline.sampling.state import MODALITIES
+
+
+class _Names(NamedTuple):
+    """The parent's modules and tables of one modality."""
+
+    time: str
+    prompt: str
+    cross: str
+    gate: str
+    rope: str
+    cross_rope: str
+    table: str
+    last_norm: str
+    projection: str
+
+
+_NAMES = {
+    "video": _Names(
+        time="time_embed",
+        prompt="prompt_adaln",
+        cross="av_cross_attn_video_scale_shift",
+        gate="av_cross_attn_video_a2v_gate",
+        rope="rope",
+        cross_rope="cross_attn_rope",
+        table="scale_shift_table",
+        last_norm="norm_out",
+        projection="proj_out",
+    ),
+    "audio": _Names(
+        time="audio_time_embed",
+        prompt="audio_prompt_adaln",
+        cross="av_cross_attn_audio_scale_shift",
+        gate="av_cross_attn_audio_v2a_gate",
+        rope="audio_rope",
+        cross_rope="cross_attn_audio_rope",
+        table="audio_scale_shift_table",
+        last_norm="audio_norm_out",
+        projection="audio_proj_out",
+    ),
+}
 
 
 class LTX2Transformer(LTX2VideoTransformer3DModel):
@@ -85,8 +125,8 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         if video is None and audio is None:
             raise ValueError("video and audio are both None: expected at least one modality")
         streams = (
-            None if video is None else self._video_stream(video, audio, shards),
-            None if audio is None else self._audio_stream(audio, video),
+            None if video is None else self._stream("video", video, audio, shards),
+            None if audio is None else self._stream("audio", audio, video, None),
         )
         blocks = self.transformer_blocks
         # By how often a batch has every token: once for each of its branches.
@@ -111,58 +151,38 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             # What all branches begin with goes into the first block once.
             trunk = None if apart or index else lane(0, Batch())
             states = block(states, [lane(index, batch) for batch in batches], trunk)
-        return self._video_output(video, states), self._audio_output(audio, states)
-
-    def _video_output(self, item: ModalityTensors | None, states: Sequence[State]) -> Tensor | None:
-        flows = [state.video.x for state in states if state.video is not None]
-        if item is None:
-            return None
-        return self._output(flows, item, self.time_embed, self.scale_shift_table, self.norm_out, self.proj_out)
-
-    def _audio_output(self, item: ModalityTensors | None, states: Sequence[State]) -> Tensor | None:
-        flows = [state.audio.x for state in states if state.audio is not None]
-        if item is None:
-            return None
-        table, projection = self.audio_scale_shift_table, self.audio_proj_out
-        return self._output(flows, item, self.audio_time_embed, table, self.audio_norm_out, projection)
-
-    def _video_stream(
-        self, video: ModalityTensors, audio: ModalityTensors | None, shards: TokenShards | None
-    ) -> Stream:
-        dtype = video.tokens.dtype
-        cross = None
-        if audio is not None:
-            cross = CrossStream(
-                modulation=_embed(self.av_cross_attn_video_scale_shift, video.timestep, dtype),
-                gate=_embed(self.av_cross_attn_video_a2v_gate, self._gate_timestep(audio), dtype),
-                rope=self._tables("cross_attn_rope", video, cross_with=audio),
-            )
-        return Stream(
-            contexts=video.contexts,
-            modulation=_embed(self.time_embed, video.timestep, dtype),
-            prompt_modulation=_embed(self.prompt_adaln, video.sigma[:, None], dtype),
-            rope=self._tables("rope", video),
-            cross=cross,
-            rows=video.rows,
-            shards=shards,
+        videos_out, audios_out = zip(*((state.video, state.audio) for state in states), strict=True)
+        return self._output("video", video, streams[0], videos_out), self._output(
+            "audio", audio, streams[1], audios_out
         )
 
-    def _audio_stream(self, audio: ModalityTensors, video: ModalityTensors | None) -> Stream:
-        dtype = audio.tokens.dtype
+    def _stream(
+        self, modality: str, item: ModalityTensors, other: ModalityTensors | None, shards: TokenShards | None
+    ) -> Stream:
+        """What the blocks read of a modality beside another; its timesteps are embedded together."""
+        names, dtype = _NAMES[modality], item.tokens.dtype
+        levels = [item.timestep, item.sigma[:, None]]
+        if other is not None:
+            levels.append(self._gate_timestep(other))
+        time_embed = getattr(self, names.time)
+        angles = _sinusoids(levels, time_embed.emb.time_proj.num_channels, dtype)
         cross = None
-        if video is not None:
+        if other is not None:
             cross = CrossStream(
-                modulation=_embed(self.av_cross_attn_audio_scale_shift, audio.timestep, dtype),
-                gate=_embed(self.av_cross_attn_audio_v2a_gate, self._gate_timestep(video), dtype),
-                rope=self._tables("cross_attn_audio_rope", audio, cross_with=video),
+                modulation=_embed(getattr(self, names.cross), angles[0]),
+                gate=_embed(getattr(self, names.gate), angles[2]),
+                rope=self._tables(names.cross_rope, item, cross_with=other),
             )
+        embedded = time_embed.emb.timestep_embedder(angles[0])
         return Stream(
-            contexts=audio.contexts,
-            modulation=_embed(self.audio_time_embed, audio.timestep, dtype),
-            prompt_modulation=_embed(self.audio_prompt_adaln, audio.sigma[:, None], dtype),
-            rope=self._tables("audio_rope", audio),
+            contexts=item.contexts,
+            embedded=embedded,
+            modulation=time_embed.linear(time_embed.silu(embedded)),
+            prompt_modulation=_embed(getattr(self, names.prompt), angles[1]),
+            rope=self._tables(names.rope, item),
             cross=cross,
-            rows=audio.rows,
+            rows=item.rows,
+            shards=shards,
         )
 
     def _gate_timestep(self, other: ModalityTensors) -> Tensor:
@@ -181,24 +201,23 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         known = coordinates if cross_with.coordinates is not None else None
         return self._rope_tables.of(name, embedding, item.positions[:, :1], known, alone=True)
 
-    @staticmethod
     def _output(
-        flows: Sequence[Tensor],
-        item: ModalityTensors,
-        embedder: Any,
-        table: Tensor,
-        norm: Any,
-        projection: Any,
-    ) -> Tensor:
-        embedded = _timestep_embedding(embedder, item.timestep, flows[0].dtype)
-        sums = table[:, None, None] + embedded
+        self, modality: str, item: ModalityTensors | None, stream: Stream | None, residuals: Sequence[Residual | None]
+    ) -> Tensor | None:
+        """Velocities of a modality from what its residual streams hold behind the last block."""
+        if item is None or stream is None:
+            return None
+        names = _NAMES[modality]
+        norm, projection = getattr(self, names.last_norm), getattr(self, names.projection)
+        sums = getattr(self, names.table)[:, None, None] + stream.embedded
         if item.rows is not None:
             sums = sums.flatten(1, 2)[:, item.rows]
         outputs = []
-        for x in flows:
-            times = x.shape[0] // item.tokens.shape[0]
+        for residual in residuals:
+            assert residual is not None
+            times = residual.x.shape[0] // item.tokens.shape[0]
             shift, scale = (sums if times == 1 or sums.shape[1] == 1 else sums.repeat(1, times, 1, 1)).unbind(0)
-            outputs.append(projection(layer_norm_modulate(norm, x, scale, shift)))
+            outputs.append(projection(layer_norm_modulate(norm, residual.x, scale, shift)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -223,15 +242,16 @@ def _sinusoid(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def _timestep_embedding(embedder: Any, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T) timesteps to (B, T, D), before the modulation projection."""
-    angles = _sinusoid(timestep.flatten(), embedder.emb.time_proj.num_channels)
-    return embedder.emb.timestep_embedder(angles.to(dtype)).unflatten(0, timestep.shape)
+def _sinusoids(timesteps: Sequence[Tensor], width: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    """`_sinusoid` of several (B, T) at once, each (B, T, width) in the dtype of the model."""
+    every = _sinusoid(torch.cat([each.flatten() for each in timesteps]), width).to(dtype)
+    parts = every.split([each.numel() for each in timesteps])
+    return [part.unflatten(0, each.shape) for part, each in zip(parts, timesteps, strict=True)]
 
 
-def _embed(embedder: Any, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T) timesteps to modulation vectors (B, T, n * D)."""
-    return embedder.linear(embedder.silu(_timestep_embedding(embedder, timestep, dtype)))
+def _embed(embedder: Any, angles: Tensor) -> Tensor:
+    """Angles (B, T, W) to modulation vectors (B, T, n * D)."""
+    return embedder.linear(embedder.silu(embedder.emb.timestep_embedder(angles)))
 
 
 def _block_keep(index: int, batch: Batch) -> BlockKeep:

@@ -69,26 +69,34 @@ def test_equals_diffusers_where_they_agree(model: LTX2Transformer) -> None:
     close(predict_velocity(model, **pair), of_diffusers(stock(model), pair), 2e-5)
 
 
-def test_gate_follows_the_other_sigma_and_scale_the_own_tokens(model: LTX2Transformer, monkeypatch: Any) -> None:
-    seen: dict[int, torch.Tensor] = {}
-    real = module._embed
-
-    def recorded(embedder: Any, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        seen[id(embedder)] = timestep
-        return real(embedder, timestep, dtype)
-
-    monkeypatch.setattr(module, "_embed", recorded)
+def test_gate_follows_the_other_sigma_and_scale_the_own_tokens(model: LTX2Transformer) -> None:
+    """Each embedder sees the angles of its timesteps, and none is asked twice."""
+    expected = {
+        "time_embed": [0, 0, 125.0] + [500.0] * (VIDEO_TOKENS - 3),
+        "audio_time_embed": [250.0],
+        "prompt_adaln": [500.0],
+        "audio_prompt_adaln": [250.0],
+        "av_cross_attn_video_scale_shift": [0, 0, 125.0] + [500.0] * (VIDEO_TOKENS - 3),
+        "av_cross_attn_video_a2v_gate": [250.0],
+        "av_cross_attn_audio_scale_shift": [250.0],
+        "av_cross_attn_audio_v2a_gate": [500.0],
+    }
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in expected}
+    hooks = [
+        getattr(model, name).emb.timestep_embedder.register_forward_pre_hook(
+            lambda _, args, kept=kept: kept.append(args[0])
+        )
+        for name, kept in seen.items()
+    ]
     pair = inputs()
     video = with_mask(dataclasses.replace(pair["video"], sigma=0.5))
     audio = dataclasses.replace(pair["audio"], sigma=0.25)
     predict_velocity(model, video, audio)
-    own = torch.tensor([0, 0, 125.0] + [500.0] * (VIDEO_TOKENS - 3))
-    assert torch.equal(seen[id(model.av_cross_attn_video_scale_shift)][0], own)
-    assert torch.equal(seen[id(model.time_embed)][0], own)
-    assert seen[id(model.prompt_adaln)].flatten().tolist() == [500.0]
-    assert seen[id(model.av_cross_attn_video_a2v_gate)].flatten().tolist() == [250.0]
-    assert seen[id(model.av_cross_attn_audio_scale_shift)].flatten().tolist() == [250.0]
-    assert seen[id(model.av_cross_attn_audio_v2a_gate)].flatten().tolist() == [500.0]
+    for hook in hooks:
+        hook.remove()
+    for name, timesteps in expected.items():
+        assert len(seen[name]) == 1, name
+        close([seen[name][0][0]], [module._sinusoid(torch.tensor(timesteps), 256)], 1e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
