@@ -24,9 +24,10 @@ demo: setup
 demo-model: setup
 	$(PY) -m tools.demo_model --folder $(DEMO_MODEL)
 
-# Two processes of one thread each: threads that spin on a busy machine cost more than they give.
+# Two processes of one thread each: threads that spin on a busy machine cost more than they give. Files in their order, or those of
+# one long test would all come last and leave a core idle.
 test: setup-dev lint docs
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runtime set: what generating needs.
 setup: $(VENV)/.ready

@@ -39,14 +39,17 @@ def ray_cluster() -> Iterator[None]:
     ray = pytest.importorskip(
         "ray", reason='RAY IS NOT INSTALLED, so nothing shows that batches spread: pip install "ltxkern[ray]"'
     )
-    ray.init(
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Its workers would give way to every other test, and wait for minutes on a busy machine.
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(
+            num_cpus=2,
+            num_gpus=0,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+        )
     yield
     ray.shutdown()
 
