@@ -74,20 +74,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    (self._step_matrix if group["matrices"] else self._step_vector)(parameter, parameter.grad, group)
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not group["matrices"]:
+                for parameter in moved:
+                    self._step_vector(parameter, parameter.grad, group)
+                continue
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in moved:
+                alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self._step_matrices(parameters, group)
 
-    def _step_matrix(self, parameter: nn.Parameter, gradient: Tensor, group: dict) -> None:
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
+        """Of one shape, all at once: most are small, and a call costs more than their products."""
+        update = torch.stack([self._with_momentum(parameter, group["momentum"]) for parameter in parameters]).flatten(2)
+        rows, columns = update.shape[1:]
+        if min(rows, columns) > _WIDE and rows % _PIECE == 0:
+            update = update.view(-1, _PIECE, columns)
+        update = orthogonalise(update) * (0.2 * math.sqrt(max(update.shape[1:])))
+        for parameter, each in zip(parameters, update.view(len(parameters), *parameters[0].shape), strict=True):
+            parameter.add_(each, alpha=-group["lr"])
+
+    def _with_momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        rows, columns = update.shape
-        pieces = update.view(-1, _PIECE, columns) if min(rows, columns) > _WIDE and rows % _PIECE == 0 else update
-        update = orthogonalise(pieces) * (0.2 * math.sqrt(max(pieces.shape[-2:])))
-        parameter.add_(update.view_as(parameter), alpha=-group["lr"])
+        gradient = parameter.grad
+        assert gradient is not None
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
 
     def _step_vector(self, parameter: nn.Parameter, gradient: Tensor, group: dict) -> None:
         state = self.state[parameter]
