@@ -22,12 +22,15 @@ ASIDE, HARD = 25, 13
 STEPS = 8
 # In percent, over prompts of scenes that training never saw.
 LEAST = {"colour": 95, "background": 95, "motion": 90, "shape": 80, "pitch": 90, "side": 90}
+# An outline may fit so much worse than what was measured with all steps.
+CLOSE = 0.03
 # The prompt that shows each fault, what it makes worse, and by how much at least: the share of right answers to all questions or to
-# one falls, or that of the outline's fit, or edges become so many times as wide.
+# one, or the outline's fit.
 WORSE = {
-    "sigma schedule shifted": (ASIDE, "answers", 0.15),
+    "sigma schedule off by a step": (ASIDE, "answers", 0.15),
     "guidance sign": (ASIDE, "answers", 0.3),
     "phase not switched": (HARD, "fit", 0.03),
+    "noised before the upsampler": (ASIDE, "fit", 0.1),
     "noise and latent exchanged": (ASIDE, "fit", 0.3),
     "left and right exchanged": (ASIDE, "side", 1.0),
     "upsampler skipped": (HARD, "fit", 0.05),
@@ -101,9 +104,7 @@ def right(kept: Kept, chosen: dict[int, Task], place: Path) -> dict[int, Made]:
 
 
 def worse(right: Made, wrong: Made, what: str) -> float:
-    """By how much: a difference of shares, or a ratio of widths."""
-    if what == "edges":
-        return wrong.edge / right.edge
+    """By how much."""
     if what == "fit":
         return right.fit - wrong.fit
     good, bad = scores([right.verdict]), scores([wrong.verdict])
@@ -115,6 +116,9 @@ def worse(right: Made, wrong: Made, what: str) -> float:
 def test_a_right_pipeline_makes_what_the_prompts_say(right: dict[int, Made]) -> None:
     assert [one.verdict for one in right.values() if not is_right(one.verdict)] == []
     assert all(math.isfinite(one.edge) for one in right.values())
+    fits = figures("measured")[measure.ONE]["fits"]
+    for number, one in right.items():
+        assert one.fit >= fits[number] / 100 - CLOSE
 
 
 @pytest.mark.parametrize("fault", WORSE)

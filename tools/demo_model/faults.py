@@ -15,7 +15,8 @@ from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.run import denoising
 from ltxkern.pipeline.run import stage as run_stage
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
-from ltxkern.pipeline.sampling.latents import LatentState
+from ltxkern.pipeline.sampling.latents import LatentState, VideoLatentShape
+from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS
 from ltxkern.pipeline.sampling.state import Latents
 
 Call = Callable[..., HQOutput]
@@ -60,6 +61,21 @@ def _noise_the_wrong_way(stack: ExitStack, settings: dict[str, Any]) -> None:
     stack.enter_context(patch.object(LatentState, "noise", noise))
 
 
+def _noised_before_the_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
+    enlarge, noise = denoising.upsample_latent, LatentState.noise
+
+    def noised(upsampler: Any, vae: Any, latent: Tensor) -> Tensor:
+        drawn = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
+        return enlarge(upsampler, vae, torch.lerp(latent, drawn, STAGE_2_SIGMAS[0]))
+
+    def not_again(state: LatentState, scale: float = 1.0, **draws: Any) -> LatentState:
+        again = isinstance(state.shape, VideoLatentShape) and scale != 1.0
+        return noise(state, 0.0 if again else scale, **draws)
+
+    stack.enter_context(patch.object(denoising, "upsample_latent", noised))
+    stack.enter_context(patch.object(LatentState, "noise", not_again))
+
+
 def _no_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
     def repeat(upsampler: Any, vae: Any, latent: Tensor) -> Tensor:
         return latent.repeat_interleave(2, 3).repeat_interleave(2, 4)
@@ -69,9 +85,10 @@ def _no_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
 
 # Name of each fault, and what makes it.
 FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
-    "sigma schedule shifted": _shifted_schedule,
+    "sigma schedule off by a step": _shifted_schedule,
     "guidance sign": _wrong_sign,
     "phase not switched": _phase_not_switched,
+    "noised before the upsampler": _noised_before_the_upsampler,
     "noise and latent exchanged": _noise_the_wrong_way,
     "left and right exchanged": lambda stack, settings: None,
     "upsampler skipped": _no_upsampler,

@@ -23,6 +23,7 @@ from tools.demo_model.video_vae import decibels
 
 FEWER = 8
 REFERENCE, PICTURE = "defaults, fp32", "--image"
+BF16, ROUNDED_ONCE = "--dtype bf16", "--dtype bf16, LoRA rounded once"
 VIDEOS = Path("build/demo_model/options")
 
 
@@ -38,18 +39,17 @@ def _strengths(first: float, second: float) -> Setting:
 # Without fp16: where a processor has no products in it, a video takes thirty times as long.
 MAIN = {
     REFERENCE: Setting(),
-    "--dtype bf16": Setting({"dtype": torch.bfloat16}),
+    BF16: Setting({"dtype": torch.bfloat16}),
     "--backend torch": Setting(backend="torch"),
     "--policy exact": Setting({"policy": "exact"}),
     "guidance: plain CFG": Setting(call={"guidance_policy": PlainCFGPolicy}),
-    "one tile": Setting(call={"tiling": None}),
     "tiles of 128 x 192": Setting(call={"tiling": VideoTiling(128, 192, spatial_overlap=32)}),
     "--steps 8": Setting(call={"steps": 8}),
     "--steps 30": Setting(call={"steps": 30}),
-    "--pipeline distilled": Setting({"preset": "distilled", "distilled_strengths": (1.0, 1.0)}),
+    "--pipeline distilled, strengths 1": Setting({"preset": "distilled", "distilled_strengths": (1.0, 1.0)}),
     "--eta 0": Setting(call={"eta": 0.0}),
-    "--skip-step 1": _guided(skip_step=1),
-    "LoRA rounded as published, bf16": Setting({"dtype": torch.bfloat16, "device_mode": "original"}),
+    "skip steps 1": _guided(skip_step=1),
+    ROUNDED_ONCE: Setting({"dtype": torch.bfloat16}, rounding="single"),
     "fp8 file": Setting(fp8=True),
 }
 # Measured on fewer prompts.
@@ -59,6 +59,7 @@ MORE = {
     "CFG scales 1": _guided(cfg=1.0),
     "modality scales 1": _guided(modality=1.0),
     "rescale scales 0": _guided(rescale=0.0),
+    "STG scales 1, block 1": _guided(stg=1.0, stg_blocks=(1,)),
     "--audio-source stage2": Setting(call={"audio_source": "stage2"}),
     "--distilled-strength-stage-1 0": _strengths(0.0, 0.5),
     "--distilled-strength-stage-2 0.25": _strengths(0.25, 0.25),
@@ -70,7 +71,7 @@ MORE = {
 }
 OPTIONS = MAIN | MORE
 # What a row's videos are compared with, if not the first row's.
-AGAINST = {PICTURE: None, "--image, --image-crf 0": PICTURE}
+AGAINST = {ROUNDED_ONCE: BF16, PICTURE: None, "--image, --image-crf 0": PICTURE}
 
 
 def likeness(folder: Path, reference: Path, count: int) -> float | None:

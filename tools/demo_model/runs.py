@@ -70,6 +70,7 @@ class Setting:
         call: what a call is given beside the prompt, in place of the demo's sizes.
         backend: that serves it, by name.
         fault: one of `FAULTS`.
+        rounding: of LoRA merges, as `merge_lora_` has it.
         fp8: whether the transformer's matrices are read from a file in fp8.
         first_frame: whether the scene's first frame is given.
         image_crf: H.264 quality of its re-compression.
@@ -80,6 +81,7 @@ class Setting:
     call: Mapping[str, Any] = field(default_factory=dict)
     backend: str | None = None
     fault: str | None = None
+    rounding: str = "reference"
     fp8: bool = False
     first_frame: bool = False
     image_crf: int = DEFAULT_CRF
@@ -116,6 +118,7 @@ def calls(setting: Setting, files: Path) -> Iterator[Call]:
         if setting.backend is not None:
             stack.enter_context(use_backend(setting.backend))
         pipeline = stack.enter_context(open_model(files, **setting.opened))
+        pipeline.manager.rounding = setting.rounding
         call: Call = pipeline if setting.fault is None else stack.enter_context(planted(pipeline, setting.fault))
         if setting.enlarged:
             yield lambda prompt, **options: enlarged(pipeline, call(prompt, output_type="latents", **options))
