@@ -1,4 +1,4 @@
-"""Runs the CFG-parallel cases: one process for the reference, then 2, 3 and 5 ranks, all forked from one that has everything loaded.
+"""Runs the CFG-parallel cases: one process for the reference, then 2, 3 and 5 ranks, forked from one that has everything loaded.
 
 `python -m tests.pipeline.parallel.branch_ranks FOLDER` writes one .safetensors per case for the reference, and results.json.
 """
