@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from pathlib import Path
 
 from tools.demo_model import drafts, latents
@@ -24,8 +22,8 @@ AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer)
 def _train(parts: tuple[type[Part], ...], folder: Path, share: float, workers: int) -> None:
     for part in parts:
         steps = max(2, round(part.steps * share))
-        if progress_of(folder, part.name) < steps and not train(part, folder, steps, workers=workers):
-            sys.exit(f"stopped; the same command goes on with {part.name}")
+        if progress_of(folder, part.name) < steps:
+            train(part, folder, steps, workers=workers)
 
 
 def main() -> None:
@@ -41,8 +39,6 @@ def main() -> None:
     arguments = parser.parse_args()
     workers, share = arguments.workers, arguments.share
     folder = arguments.folder or Path("build/demo_model" if share == 1 else "build/demo_model_rehearsal")
-    # The usual way out, so that workers are ended as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     before_latents = BEFORE_LATENTS
     if arguments.from_files is not None:
         before_latents = (AudioEncoder,)
