@@ -59,6 +59,12 @@ class OneDies(Line):
         time.sleep(600)
 
 
+def one_dies(numbers: list[int]) -> None:
+    if numbers == [1]:
+        os._exit(3)
+    time.sleep(600)
+
+
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -131,6 +137,8 @@ def test_a_training_that_is_stopped_while_it_starts_leaves_no_process(moment: fl
 def test_the_other_workers_are_ended_where_one_dies(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with exit code 3"):
         training.train(OneDies, tmp_path, 60, workers=2)
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        training.shared_out(one_dies, (), [0, 1], workers=2)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 90), (90, 4), (3, 16, 40)])

@@ -70,6 +70,10 @@ class Part(ABC):
         fall = min(1.0, (self.steps - step) / (self.decay_share * self.steps))
         return min(rise, max(fall, 0.01))
 
+    def at(self, share: float) -> int:
+        """The first step after a share of them."""
+        return round(share * self.steps)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
         return {
@@ -223,7 +227,9 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
             losses = part.losses(Random(seeded(part.name, step, rank, "draws")), step)
             torch.stack(list(losses.values())).sum().backward()
             now = time.monotonic()
-            stop, save = _reduce(list(part.parameters().values()), bool(asked), rank == 0 and now - saved > SAVE_SECONDS)
+            stop, save = _reduce(
+                list(part.parameters().values()), bool(asked), rank == 0 and now - saved > SAVE_SECONDS
+            )
             part.optimiser.scale_rates(part.rate(step))
             part.optimiser.step()
             part.optimiser.zero_grad(set_to_none=True)
