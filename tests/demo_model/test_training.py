@@ -112,18 +112,18 @@ def test_weights_of_a_part_are_read_by_the_next(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def _at_most_20_seconds() -> Iterator[None]:
+def _at_most_60_seconds() -> Iterator[None]:
     """Workers that hang are killed, so that the test fails."""
-    timer = Timer(20, lambda: [process.kill() for process in mp.active_children()])
+    timer = Timer(60, lambda: [process.kill() for process in mp.active_children()])
     began = time.monotonic()
     timer.start()
     yield
     timer.cancel()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert mp.active_children() == []
 
 
-@pytest.mark.usefixtures("_at_most_20_seconds")
+@pytest.mark.usefixtures("_at_most_60_seconds")
 @pytest.mark.parametrize("moment", [0.1, 1.0, 1.6])
 def test_a_training_that_is_stopped_while_it_starts_leaves_no_process(moment: float, tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -133,7 +133,7 @@ def test_a_training_that_is_stopped_while_it_starts_leaves_no_process(moment: fl
     assert progress_of(tmp_path, "line") > 0
 
 
-@pytest.mark.usefixtures("_at_most_20_seconds")
+@pytest.mark.usefixtures("_at_most_60_seconds")
 def test_the_other_workers_are_ended_where_one_dies(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with exit code 3"):
         training.train(OneDies, tmp_path, 60, workers=2)
