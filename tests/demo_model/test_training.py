@@ -124,7 +124,7 @@ def _at_most_60_seconds() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_at_most_60_seconds")
-@pytest.mark.parametrize("moment", [0.1, 1.0, 1.6])
+@pytest.mark.parametrize("moment", [0.1, 1.2])
 def test_a_training_that_is_stopped_while_it_starts_leaves_no_process(moment: float, tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     Timer(moment, os.kill, (os.getpid(), signal.SIGTERM)).start()
