@@ -98,7 +98,7 @@ def test_audio_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert step(encoder)["error"] > 0
     vocoder = audio.Vocoder(folder)
     vocoder.scenes = vocoder.scenes[:1]
-    assert step(vocoder, vocoder.decoded_from)["error"] > 0
+    assert step(vocoder, vocoder.at(vocoder.decoded_from))["error"] > 0
     assert set(vocoder.evaluate()) == {"decibels", "pitch", "side"}
 
 
@@ -106,6 +106,33 @@ def test_video_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_vae.VideoVAE, "courses", (video_vae.Course(1, 1, (9, 64, 64)),))
     part = video_vae.VideoVAE(folder)
     assert step(part, 0)["error"] < 2
+
+
+def test_a_rehearsal_goes_through_all_phases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a whole training changes where it did when its weights were made."""
+    windows, noise = [], []
+
+    def draw_batch(draws: Random, count: int, window: tuple[int, int, int]) -> torch.Tensor:
+        windows.append(window)
+        return torch.zeros(1, 3, 9, 64, 64)
+
+    def randn_like(tensor: torch.Tensor) -> torch.Tensor:
+        noise.append(len(windows))
+        return torch.zeros_like(tensor)
+
+    video, sound = video_vae.VideoVAE(folder), audio.AudioVAE(folder)
+    starts = [video.at(course.until) for course in video.courses] + [video.at(video.noise_from)]
+    assert starts == [5000, 10000, 2000]
+    assert [sound.at(sound.noise_from), audio.Vocoder.at(audio.Vocoder, audio.Vocoder.decoded_from)] == [500, 1600]
+    monkeypatch.setattr(video_vae, "draw_batch", draw_batch)
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+    for steps, numbers in ((5, range(5)), (15000, [14999])):
+        video.steps = steps
+        for number in numbers:
+            video.losses(Random(0), number)
+    first, second = (course.window for course in video.courses)
+    assert windows == [first, first, second, second, second, second]
+    assert noise == [2, 3, 4, 5, 6]
 
 
 def test_parts_on_latents(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +331,7 @@ def test_rows_stay_with_their_files(tmp_path: Path) -> None:
 
 
 def test_videos_are_shared_out_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runs, "_share", lambda setting, files, numbered, folder, sizes: [n for n, _ in numbered])
+    monkeypatch.setattr(runs, "_make_all", lambda setting, files, numbered, folder, sizes: [n for n, _ in numbered])
     with ThreadPoolExecutor() as pool:
         for count in (1, 2, 5):
             assert runs.run(runs.Setting(), tmp_path, runs.tasks(count), tmp_path, pool) == list(range(count))

@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from threading import Timer
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from tools.demo_model import training
@@ -43,6 +48,21 @@ class Line(Part):
 
 class StoppedLine(Line):
     stop_at = 23
+
+
+class OneDies(Line):
+    """Of two workers one dies, and the other waits."""
+
+    def __init__(self, folder: Path) -> None:
+        if dist.get_rank():
+            os._exit(3)
+        time.sleep(600)
+
+
+def one_dies(numbers: list[int]) -> None:
+    if numbers == [1]:
+        os._exit(3)
+    time.sleep(600)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +109,36 @@ def test_weights_of_a_part_are_read_by_the_next(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     load_modules(tmp_path, "line", {"layer": other})
     assert all(torch.equal(through[name], tensor) for name, tensor in other.state_dict().items())
+
+
+@pytest.fixture
+def _at_most_60_seconds() -> Iterator[None]:
+    """Workers that hang are killed, so that the test fails."""
+    timer = Timer(60, lambda: [process.kill() for process in mp.active_children()])
+    began = time.monotonic()
+    timer.start()
+    yield
+    timer.cancel()
+    assert time.monotonic() - began < 60
+    assert mp.active_children() == []
+
+
+@pytest.mark.usefixtures("_at_most_60_seconds")
+@pytest.mark.parametrize("moment", [0.1, 1.2])
+def test_a_training_that_is_stopped_while_it_starts_leaves_no_process(moment: float, tmp_path: Path) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    Timer(moment, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        training.train(Line, tmp_path, 10**9, workers=2)
+    assert progress_of(tmp_path, "line") > 0
+
+
+@pytest.mark.usefixtures("_at_most_60_seconds")
+def test_the_other_workers_are_ended_where_one_dies(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        training.train(OneDies, tmp_path, 60, workers=2)
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        training.shared_out(one_dies, (), [0, 1], workers=2)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 90), (90, 4), (3, 16, 40)])

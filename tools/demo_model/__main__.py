@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
+import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ltxkern.whole_files import replacing
 from tools.demo_model import drafts, latents
 from tools.demo_model.audio import AudioEncoder, AudioVAE, Vocoder
-from tools.demo_model.export import Trained
+from tools.demo_model.export import MODEL, UPSCALER, Trained
 from tools.demo_model.lora import DistilledLora
+from tools.demo_model.measure import checksum
 from tools.demo_model.training import WORKERS, Part, checkpoint, progress_of, train
 from tools.demo_model.transformer import Transformer
 from tools.demo_model.upsampler import Upsampler
@@ -24,36 +28,96 @@ AFTER_LATENTS: tuple[type[Part], ...] = (Upsampler, Transformer)
 def _train(parts: tuple[type[Part], ...], folder: Path, share: float, workers: int) -> None:
     for part in parts:
         steps = max(2, round(part.steps * share))
-        if progress_of(folder, part.name) < steps and not train(part, folder, steps, workers=workers):
-            sys.exit(f"stopped; the same command goes on with {part.name}")
+        if progress_of(folder, part.name) < steps:
+            train(part, folder, steps, workers=workers)
 
 
-def main() -> None:
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Keeps in the folder what its training was begun with.
+
+    Raises:
+        ValueError: the folder holds a training that was begun with other settings.
+    """
+    path = folder / "begun_with.json"
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        if others := [name for name, value in settings.items() if begun.get(name) != value]:
+            raise ValueError(
+                f"{folder} was begun with another {' and '.join(others)} ({path} has it): go on with that, "
+                "or choose another --folder"
+            )
+    elif any(folder.glob("*.pt")):
+        raise ValueError(
+            f"{folder} holds checkpoints, but no {path.name} says of what training: choose another --folder"
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}: expected a number above 0")
+    return share
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file: expected a folder")
+    return path
+
+
+def _files(text: str) -> Path:
+    path = Path(text)
+    if missing := [name for name in (MODEL, UPSCALER) if not (path / name).is_file()]:
+        raise argparse.ArgumentTypeError(f"{text} lacks {missing[0]}: expected a folder of files as in ltxkern/demo")
+    return path
+
+
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, help="checkpoints and logs; default build/demo_model, of a rehearsal one of its own"
+        "--folder",
+        type=_folder,
+        help="checkpoints and logs; default build/demo_model, of a rehearsal and of --from-files one of its own",
     )
-    parser.add_argument("--workers", type=int, default=WORKERS, help="processes of one thread; they change the result")
-    parser.add_argument("--share", type=float, default=1.0, help="of steps and scenes; a small one is a rehearsal")
     parser.add_argument(
-        "--from-files", type=Path, metavar="FOLDER", help="take all but the LoRA from the model's files"
+        "--workers", type=_workers, default=WORKERS, help="processes of one thread; they change the result"
     )
-    arguments = parser.parse_args()
-    workers, share = arguments.workers, arguments.share
-    folder = arguments.folder or Path("build/demo_model" if share == 1 else "build/demo_model_rehearsal")
-    # The usual way out, so that workers are ended as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
-    before_latents = BEFORE_LATENTS
-    if arguments.from_files is not None:
-        before_latents = (AudioEncoder,)
-        if not checkpoint(folder, Transformer.name).is_file():
-            Trained.read(arguments.from_files).keep_checkpoints(folder)
-    _train(before_latents, folder, share, workers)
-    files = max(latents.FEWEST_FILES, round(latents.FILES * share))
+    parser.add_argument("--share", type=_share, default=1.0, help="of steps and scenes; a small one is a rehearsal")
+    parser.add_argument(
+        "--from-files", type=_files, metavar="FOLDER", help="take all but the LoRA from the model's files"
+    )
+    arguments = parser.parse_args(given)
+    files, workers, share = arguments.from_files, arguments.workers, arguments.share
+    name = "demo_model" + ("" if files is None else "_lora") + ("" if share == 1 else "_rehearsal")
+    folder = arguments.folder or Path("build") / name
+    sources = None if files is None else {name: checksum(files / name) for name in (MODEL, UPSCALER)}
+    try:
+        trained = None if files is None else Trained.read(files)
+        begin(folder, {"--share": share, "--workers": workers, "--from-files": sources})
+    except ValueError as error:
+        parser.error(str(error))
+    if trained is not None and not checkpoint(folder, Transformer.name).is_file():
+        trained.keep_checkpoints(folder)
+    before, after = (BEFORE_LATENTS, AFTER_LATENTS) if files is None else ((AudioEncoder,), ())
+    _train(before, folder, share, workers)
+    count = max(latents.FEWEST_FILES, round(latents.FILES * share))
     # The LoRA learns from scenes of both sizes; half as many of the small one do besides.
-    every = 1 if arguments.from_files is None else latents.FULL_EVERY // 2
-    latents.prepare(folder, range(0, files, every), workers)
-    _train(AFTER_LATENTS, folder, share, workers)
+    latents.prepare(folder, range(0, count, 1 if files is None else latents.FULL_EVERY // 2), workers)
+    _train(after, folder, share, workers)
     # The LoRA learns from what the model makes without one.
     Trained.load(folder, lora=False).write(folder / "files")
     drafts.prepare(folder, folder / "files", range(max(1, round(drafts.FILES * share))), workers)

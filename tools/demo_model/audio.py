@@ -68,7 +68,7 @@ class AudioVAE(Part):
 
     name = "audio_vae"
     steps = 1800
-    noise, noise_from = 0.1, 500
+    noise, noise_from = 0.1, 500 / steps  # from a share of the steps
     loud = 3.0  # below the loudest, in units of the logarithm: 26 dB
     batch = 3
 
@@ -85,7 +85,7 @@ class AudioVAE(Part):
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         mel = torch.stack([log_mel(sound_of(draw_scene(draws))) for _ in range(self.batch)])
         latents = encode_audio(self.vae, mel)
-        if step >= self.noise_from:
+        if step >= self.at(self.noise_from):
             spread = latents.detach().std((0, 2), keepdim=True)
             latents = latents + self.noise * spread * torch.randn_like(latents)
         made = self.vae.decoder(latents)
@@ -121,7 +121,7 @@ class Vocoder(Part):
 
     name = "vocoder"
     steps = 4600
-    decoded_from = 1600
+    decoded_from = 1600 / steps
     batch = 3
     rows = 80
     more_often = 0.5  # how many draws ask for a scene that is hard to hear
@@ -153,7 +153,7 @@ class Vocoder(Part):
                 scene = draw_scene(draws)
             sound = sound_of(scene)
             mel = log_mel(sound)
-            if step >= self.decoded_from:
+            if step >= self.at(self.decoded_from):
                 mel = self._decoded(mel[None])[0]
             start = draws.randrange(ROWS - self.rows + 1)
             mels.append(mel[:, start : start + self.rows])

@@ -14,6 +14,7 @@ from torch import Tensor
 from ltxkern.pipeline.result import HQOutput
 from ltxkern.pipeline.run import denoising
 from ltxkern.pipeline.run import stage as run_stage
+from ltxkern.pipeline.run.presets import PRESETS
 from ltxkern.pipeline.sampling.guidance import COND, NEG, MultiModalPolicy, Prediction
 from ltxkern.pipeline.sampling.latents import LatentState, VideoLatentShape
 from ltxkern.pipeline.sampling.schedule import STAGE_2_SIGMAS
@@ -30,7 +31,16 @@ class WrongSign(MultiModalPolicy):
         return super().combine(swapped)
 
 
-def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
+def _with(**settings: Any) -> Callable[[ExitStack, Call], Call]:
+    """The fault of settings that are given whatever was asked."""
+
+    def plant(stack: ExitStack, pipeline: Call) -> Call:
+        return lambda prompt, **options: pipeline(prompt, **options | settings)
+
+    return plant
+
+
+def _shifted_schedule(stack: ExitStack, pipeline: Call) -> Call:
     right = run_stage.res2s_sample
 
     def sample(predict: Callable[..., Latents], latents: Latents, sigmas: Tensor, **options: Any) -> Latents:
@@ -42,26 +52,20 @@ def _shifted_schedule(stack: ExitStack, settings: dict[str, Any]) -> None:
         return right(told, latents, sigmas, **options)
 
     stack.enter_context(patch.object(run_stage, "res2s_sample", sample))
+    return pipeline
 
 
-def _wrong_sign(stack: ExitStack, settings: dict[str, Any]) -> None:
-    settings["guidance_policy"] = WrongSign
-
-
-def _phase_not_switched(stack: ExitStack, settings: dict[str, Any]) -> None:
-    settings["distilled_strengths"] = (0.25, 0.25)
-
-
-def _noise_the_wrong_way(stack: ExitStack, settings: dict[str, Any]) -> None:
+def _noise_the_wrong_way(stack: ExitStack, pipeline: Call) -> Call:
     right = LatentState.noise
 
     def noise(state: LatentState, scale: float = 1.0, **draws: Any) -> LatentState:
         return right(state, scale if scale == 1.0 else 1.0 - scale, **draws)
 
     stack.enter_context(patch.object(LatentState, "noise", noise))
+    return pipeline
 
 
-def _noised_before_the_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
+def _noised_before_the_upsampler(stack: ExitStack, pipeline: Call) -> Call:
     enlarge, noise = denoising.upsample_latent, LatentState.noise
 
     def noised(upsampler: Any, vae: Any, latent: Tensor) -> Tensor:
@@ -74,23 +78,33 @@ def _noised_before_the_upsampler(stack: ExitStack, settings: dict[str, Any]) -> 
 
     stack.enter_context(patch.object(denoising, "upsample_latent", noised))
     stack.enter_context(patch.object(LatentState, "noise", not_again))
+    return pipeline
 
 
-def _no_upsampler(stack: ExitStack, settings: dict[str, Any]) -> None:
+def _sides_exchanged(stack: ExitStack, pipeline: Call) -> Call:
+    def call(prompt: str, **options: Any) -> HQOutput:
+        output = pipeline(prompt, **options)
+        return replace(output, audio=torch.flip(output.audio, [0]))
+
+    return call
+
+
+def _no_upsampler(stack: ExitStack, pipeline: Call) -> Call:
     def repeat(upsampler: Any, vae: Any, latent: Tensor) -> Tensor:
         return latent.repeat_interleave(2, 3).repeat_interleave(2, 4)
 
     stack.enter_context(patch.object(denoising, "upsample_latent", repeat))
+    return pipeline
 
 
-# Name of each fault, and what makes it.
-FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
+# Name of each fault, and what makes calls with it.
+FAULTS: dict[str, Callable[[ExitStack, Call], Call]] = {
     "sigma schedule off by a step": _shifted_schedule,
-    "guidance sign": _wrong_sign,
-    "phase not switched": _phase_not_switched,
+    "guidance sign": _with(guidance_policy=WrongSign),
+    "phase not switched": _with(distilled_strengths=(PRESETS["hq"].distilled_strengths[0],) * 2),
     "noised before the upsampler": _noised_before_the_upsampler,
     "noise and latent exchanged": _noise_the_wrong_way,
-    "left and right exchanged": lambda stack, settings: None,
+    "left and right exchanged": _sides_exchanged,
     "upsampler skipped": _no_upsampler,
 }
 
@@ -98,14 +112,5 @@ FAULTS: dict[str, Callable[[ExitStack, dict[str, Any]], None]] = {
 @contextmanager
 def planted(pipeline: Call, fault: str) -> Iterator[Call]:
     """Calls of a pipeline with one of the `FAULTS`."""
-
-    def call(prompt: str, **options: Any) -> HQOutput:
-        output = pipeline(prompt, **options | settings)
-        if fault == "left and right exchanged":
-            output = replace(output, audio=torch.flip(output.audio, [0]))
-        return output
-
-    settings: dict[str, Any] = {}
     with ExitStack() as stack:
-        FAULTS[fault](stack, settings)
-        yield call
+        yield FAULTS[fault](stack, pipeline)

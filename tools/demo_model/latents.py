@@ -56,7 +56,7 @@ def load(folder: Path, number: int) -> Latents:
 
 
 def prepare(folder: Path, numbers: Iterable[int], workers: int) -> None:
-    """Writes those files that are missing; the workers share them out, and end with the program."""
+    """Writes those files that are missing; the workers share them out."""
     (folder / "latents").mkdir(parents=True, exist_ok=True)
     # Those that take longest first, so that each worker gets as many of them.
     missing = sorted(set(numbers) - set(stored(folder)), key=lambda number: (number % FULL_EVERY, number))
@@ -123,7 +123,8 @@ def statistics(folder: Path) -> Statistics:
 
 def keep_statistics(folder: Path, values: Statistics) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in values._asdict().items()}, _statistics_path(folder))
+    with replacing(_statistics_path(folder)) as path:
+        save_file({name: tensor.contiguous() for name, tensor in values._asdict().items()}, path)
 
 
 def _measure(folder: Path) -> Statistics:

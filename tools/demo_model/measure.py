@@ -1,6 +1,7 @@
 """Measures how well the demo's model does what prompts of new scenes say: python -m tools.demo_model.measure.
 
-Rows are written into measured.json beside the files as they are done; those of other files go. --only measures some rows anew.
+Rows are written into build/demo_model/measured.json as they are done, with --keep into the one beside the files; those of other
+files go. --only measures some rows anew.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 
 from ltxkern.pipeline.files.hub import DEMO_FOLDER, DEMO_NAMES
 from ltxkern.pipeline.run.presets import PRESETS
+from ltxkern.whole_files import replacing
 from tools.demo_model.faults import FAULTS
 from tools.demo_model.runs import Made, Setting, is_right, row, run, tasks, workers
 
 PROMPTS, PAIRS, WITH_FAULTS = 64, 16, 32
-VIDEOS = Path("build/demo_model/videos")
+RESULTS = Path("build/demo_model")
+VIDEOS = RESULTS / "videos"
 ONE, TWO = "one shape", "two shapes"
 # The first of one shape: what the faults are to be compared with.
 NO_FAULT = "no fault"
@@ -37,10 +40,14 @@ AGAINST = {"stage 1 enlarged": ONE, "stage 2 without the LoRA": ONE} | dict.from
 ROWS = (*list(SETTINGS)[: -len(FAULTS)], NO_FAULT, *FAULTS)
 
 
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def checksums(files: Path) -> dict[str, str]:
     """What tells the weights of a folder from any others."""
     names = (DEMO_NAMES.checkpoint, DEMO_NAMES.upsampler, DEMO_NAMES.distilled_lora)
-    return {name: hashlib.sha256((files / name).read_bytes()).hexdigest() for name in names}
+    return {name: checksum(files / name) for name in names}
 
 
 def told(made: Sequence[Made], right: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def told(made: Sequence[Made], right: Mapping[str, Any] | None = None) -> dict[s
     fits = [round(100 * one.fit, 1) for one in made if math.isfinite(one.fit)]
     found: dict[str, Any] = {**row(made)}
     if right is not None:
-        found["worse"] = round(100 * fmean(one < other for one, other in zip(fits, right["fits"], strict=False)))
+        found["worse"] = round(100 * fmean(one < other for one, other in zip(fits, right["fits"], strict=True)))
     if fits:
         found["fits"] = fits
     return found
@@ -71,29 +78,43 @@ def keep(path: Path, files: Path, name: str, found: dict[str, Any], names: Seque
     rows[name] = found
     ordered = {known: rows[known] for known in names if known in rows}
     text = json.dumps({"files": checksums(files), "rows": ordered}, indent=1)
-    # A list of figures in one line.
-    path.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        # A list of figures in one line.
+        temporary.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=__doc__)
     parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="with one shape")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="with two shapes")
     parser.add_argument("--with-faults", type=int, default=WITH_FAULTS, help="of them, of each fault")
     parser.add_argument("--only", action="append", choices=list(SETTINGS), help="this row alone; repeatable")
-    arguments = parser.parse_args()
-    path = arguments.files / "measured.json"
+    parser.add_argument(
+        "--keep", action="store_true", help="write the rows beside the files: those of the package are shipped"
+    )
+    arguments = parser.parse_args(given)
+    path = (arguments.files if arguments.keep else RESULTS) / "measured.json"
+    names = [name for name in SETTINGS if name in (arguments.only or SETTINGS)]
+    with_faults = min(arguments.prompts, arguments.with_faults)
+    counts = dict.fromkeys(SETTINGS, arguments.prompts) | dict.fromkeys(FAULTS, with_faults) | {TWO: arguments.pairs}
+    if ONE not in names:
+        known = known_rows(path, arguments.files)
+        for name in names:
+            right = AGAINST.get(name)
+            if right is not None and known.get(right, {}).get("videos") != counts[name]:
+                parser.error(
+                    f"{name!r} is compared with {right!r}, which {path} lacks of {counts[name]} prompts: add --only {ONE!r}"
+                )
     with workers() as pool:
-        for name in arguments.only or SETTINGS:
-            chosen = tasks(arguments.pairs, shapes=2) if name == TWO else tasks(arguments.prompts)
-            if name in FAULTS:
-                chosen = chosen[: arguments.with_faults]
+        for name in names:
+            chosen = tasks(counts[name], shapes=2 if name == TWO else 1)
             made = run(SETTINGS[name], arguments.files, chosen, VIDEOS / name.replace(" ", "-"), pool)
             right = known_rows(path, arguments.files).get(AGAINST.get(name, ""))
             keep(path, arguments.files, name, told(made, right), ROWS)
             if name == ONE:
-                keep(path, arguments.files, NO_FAULT, told(made[: arguments.with_faults]), ROWS)
+                keep(path, arguments.files, NO_FAULT, told(made[:with_faults]), ROWS)
             fine = [number for number, one in enumerate(made) if is_right(one.verdict)]
             print(name, json.dumps(row(made)), "all right:", *fine, flush=True)
 

@@ -1,12 +1,14 @@
 """What every option that can change results costs and keeps, on the demo's model: python -m tools.demo_model.options.
 
-Rows are written into options.json beside the files as they are done; --only measures some rows anew.
+Rows are written into build/demo_model/options.json as they are done, with --keep into the one beside the files. --only measures
+some rows anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling.guidance import HQ_AUDIO, HQ_VIDEO, PlainCFGPolicy
 from tools.demo_model.judge import read_clip
-from tools.demo_model.measure import PROMPTS, keep
+from tools.demo_model.measure import PROMPTS, RESULTS, keep
 from tools.demo_model.runs import Setting, row, run, tasks, workers
 from tools.demo_model.video_vae import decibels
 
 FEWER = 8
 REFERENCE, PICTURE = "defaults, fp32", "--image"
 BF16, ROUNDED_ONCE = "--dtype bf16", "--dtype bf16, LoRA rounded once"
-VIDEOS = Path("build/demo_model/options")
+VIDEOS = RESULTS / "options"
 
 
 def _guided(**scales: Any) -> Setting:
@@ -89,13 +91,17 @@ def place(name: str) -> Path:
     return VIDEOS / f"{list(OPTIONS).index(name):02}"
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.options", description=__doc__)
     parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--fewer-prompts", type=int, default=FEWER, help="of the lower rows")
     parser.add_argument("--only", action="append", choices=list(OPTIONS), help="this row alone; repeatable")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--keep", action="store_true", help="write the rows beside the files: those of the package are shipped"
+    )
+    arguments = parser.parse_args(given)
+    path = (arguments.files if arguments.keep else RESULTS) / "options.json"
     with workers() as pool:
         for name in arguments.only or OPTIONS:
             chosen = tasks(arguments.prompts if name in MAIN else arguments.fewer_prompts)
@@ -103,7 +109,7 @@ def main() -> None:
             reference = AGAINST.get(name, REFERENCE)
             if reference is not None:
                 found["decibels"] = likeness(place(name), place(reference), len(chosen))
-            keep(arguments.files / "options.json", arguments.files, name, found, list(OPTIONS))
+            keep(path, arguments.files, name, found, list(OPTIONS))
             print(name, json.dumps(found), flush=True)
 
 

@@ -194,16 +194,16 @@ def run(
     """Videos of tasks under a setting, numbered in a folder; in two processes of one thread each where there is a pool."""
     numbered = list(enumerate(chosen))
     if pool is None:
-        return _share(setting, files, numbered, folder, sizes)
+        return _make_all(setting, files, numbered, folder, sizes)
     shares = [
-        pool.submit(_share, setting, files, numbered[rank::WORKERS], folder, sizes)
+        pool.submit(_make_all, setting, files, numbered[rank::WORKERS], folder, sizes)
         for rank in range(min(WORKERS, len(numbered)))
     ]
     made = [share.result() for share in shares]
     return [made[number % WORKERS][number // WORKERS] for number, _ in numbered]
 
 
-def _share(
+def _make_all(
     setting: Setting, files: Path, numbered: Sequence[tuple[int, Task]], folder: Path, sizes: Mapping[str, Any]
 ) -> list[Made]:
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,16 @@ draw depends on the part, the step and the worker alone, so a training that was 
 from __future__ import annotations
 
 import json
-import os
+import math
 import signal
+import sys
 import tempfile
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -32,6 +34,9 @@ from tools.demo_model.muon import Muon
 WORKERS = 2
 SAVE_SECONDS = 300
 LOG_STEPS = 50
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What a step with its evaluation may take on a busy machine.
+STOP_SECONDS = 120
 
 
 class Part(ABC):
@@ -64,6 +69,10 @@ class Part(ABC):
         rise = min(1.0, (step + 1) / self.warmup)
         fall = min(1.0, (self.steps - step) / (self.decay_share * self.steps))
         return min(rise, max(fall, 0.01))
+
+    def at(self, share: float) -> int:
+        """The first step after a share of them."""
+        return round(share * self.steps)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by name."""
@@ -126,7 +135,7 @@ def _restore(part: Part) -> tuple[int, float]:
     return state["step"], state["seconds"]
 
 
-def train(make: Callable[[Path], Part], folder: Path, steps: int, *, workers: int = WORKERS) -> bool:
+def train(make: Callable[[Path], Part], folder: Path, steps: int, *, workers: int = WORKERS) -> None:
     """Trains a part to its last step.
 
     Args:
@@ -135,58 +144,72 @@ def train(make: Callable[[Path], Part], folder: Path, steps: int, *, workers: in
         steps: in all.
         workers: processes; the result depends on their number.
 
-    Returns:
-        Whether the part is finished; False where the training was asked to stop.
+    Raises:
+        SystemExit: the training was asked to stop.
+        RuntimeError: a worker failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as meeting:
-        processes = [
-            context.Process(target=_work, args=(make, folder, steps, rank, workers, f"{meeting}/rendezvous"))
-            for rank in range(workers)
-        ]
-        for process in processes:
-            process.start()
-        stopped = False
-
-        def stop(*_: object) -> None:
-            nonlocal stopped
-            stopped = True
-            for process in processes:
-                if process.pid is not None and process.is_alive():
-                    os.kill(process.pid, signal.SIGTERM)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for process in processes:
-                process.join()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if not stopped and any(process.exitcode for process in processes):
-        raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
-    return not stopped
+        settings = [(make, folder, steps, rank, workers, f"{meeting}/rendezvous") for rank in range(workers)]
+        _run(_work, settings, STOP_SECONDS)
 
 
 def shared_out(work: Callable[..., None], settings: tuple[Any, ...], numbers: list[int], workers: int) -> None:
-    """Calls work(*settings, some of the numbers) in processes that share them out, and that end with the program."""
-    if not numbers:
-        return
+    """Calls work(*settings, some of the numbers) in processes that share them out.
+
+    Raises:
+        SystemExit: the program was asked to stop.
+        RuntimeError: a worker failed.
+    """
+    _run(work, [(*settings, numbers[rank::workers]) for rank in range(min(workers, len(numbers)))])
+
+
+def _run(work: Callable[..., None], settings: Sequence[tuple[Any, ...]], stop_seconds: float = 0) -> None:
+    """Calls work(*one) for each of the settings in a process of its own, which starts with SIGTERM and SIGINT blocked.
+
+    Where this process is asked to stop, the others get SIGTERM, and are killed where they have not ended in time.
+    """
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
     context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(*settings, numbers[rank::workers])) for rank in range(workers)]
-    for process in processes:
-        process.daemon = True
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise RuntimeError(f"a worker failed, exit codes {[process.exitcode for process in processes]}")
+    processes = [context.Process(target=work, args=one) for one in settings]
+    deadline = math.inf
+    try:
+        # It unblocks the signals when it starts, which is with the first process.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for process in processes:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        while running := [process for process in processes if process.is_alive()]:
+            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                break
+            if asked and deadline == math.inf:
+                deadline = time.monotonic() + stop_seconds
+                for process in running:
+                    process.terminate()
+            connection.wait([process.sentinel for process in running], 0.2)
+        failed = [process.exitcode for process in processes if process.exitcode]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        sys.exit("stopped; the same command goes on")
+    if failed:
+        raise RuntimeError(f"a worker ended with exit code {failed[0]}: see above why; the same command goes on")
 
 
 def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, workers: int, meeting: str) -> None:
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     torch.set_num_threads(1)
     # A worker may get no time for long where others want the cores; that is no reason to give up.
     dist.init_process_group(
@@ -204,7 +227,9 @@ def _work(make: Callable[[Path], Part], folder: Path, steps: int, rank: int, wor
             losses = part.losses(Random(seeded(part.name, step, rank, "draws")), step)
             torch.stack(list(losses.values())).sum().backward()
             now = time.monotonic()
-            stop, save = _share(list(part.parameters().values()), bool(asked), rank == 0 and now - saved > SAVE_SECONDS)
+            stop, save = _reduce(
+                list(part.parameters().values()), bool(asked), rank == 0 and now - saved > SAVE_SECONDS
+            )
             part.optimiser.scale_rates(part.rate(step))
             part.optimiser.step()
             part.optimiser.zero_grad(set_to_none=True)
@@ -236,7 +261,7 @@ def _log(part: Part, step: int, seconds: float, figures: dict[str, Any]) -> None
         file.write(json.dumps({"step": step, "seconds": round(seconds), **figures}) + "\n")
 
 
-def _share(parameters: list[nn.Parameter], stop: bool, save: bool) -> tuple[bool, bool]:
+def _reduce(parameters: list[nn.Parameter], stop: bool, save: bool) -> tuple[bool, bool]:
     """Averages gradients over the workers, and tells each whether any wants to stop or to save."""
     # What one worker's batch left out another's may have used.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -88,9 +88,9 @@ def decibels(error: float) -> float:
 
 
 class Course(NamedTuple):
-    """Batches up to a step: how many windows a worker takes at once, and their frames, rows and columns."""
+    """Batches up to a share of the steps: how many windows a worker takes at once, and their frames, rows and columns."""
 
-    until: int
+    until: float
     batch: int
     window: tuple[int, int, int]
 
@@ -103,8 +103,8 @@ class VideoVAE(Part):
     evaluate_steps = 1000
     decay_share = 0.4
     noise = 0.1
-    noise_from = 2000
-    courses = (Course(5000, 6, (9, 64, 64)), Course(steps, 2, (17, 96, 96)))
+    noise_from = 0.2  # of the steps
+    courses = (Course(0.5, 6, (9, 64, 64)), Course(1, 2, (17, 96, 96)))
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -117,11 +117,11 @@ class VideoVAE(Part):
         self.scenes = [draw_scene(draws, held_out=True, shapes=1) for _ in range(12)]
 
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
-        course = next(course for course in self.courses if step < course.until)
+        course = next(course for course in self.courses if step < self.at(course.until))
         clips = draw_batch(draws, course.batch, course.window)
         with mixed_precision():
             latents = encode(self.vae, clips)
-            if step >= self.noise_from:
+            if step >= self.at(self.noise_from):
                 spread = latents.detach().float().std((0, 2, 3, 4), keepdim=True)
                 latents = latents + self.noise * spread * torch.randn_like(latents)
             pictures = decode(self.vae, latents)
