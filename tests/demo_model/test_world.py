@@ -139,6 +139,13 @@ def test_other_words_are_read_as_known_ones() -> None:
         "a box jumps, leaping up and down": "a box bounces jumping up and down",
         "a travelling box": "a moving box",
         "a doughnut remains static; snow": "a donut stays still snowy",
+        "boxes fall, disks rise and orbs move up": "box falls disc rises and ball moves up",
+        "a dark blue tile, bright backdrop": "a blue tile bright backdrop",
+        "a navy blue background": "a navy background",
+        "a ring over the dark blue wall": "a ring over the navy wall",
+        "the box is red, and it gets smaller and smaller": "the box is red gets smaller",
+        "a white dot, not moving, no triangle, not blue": "a white dot still",
+        "a dot without any red square": "a dot",
     }
     for text, meant in texts.items():
         assert normalise(text).split() == meant.split()
