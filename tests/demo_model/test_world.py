@@ -11,7 +11,7 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model import prompts
 from tools.demo_model.export import TEXT
-from tools.demo_model.text import tokenizer
+from tools.demo_model.text import tokenizer, with_filler
 from tools.demo_model.world import (
     COLOURS,
     HORIZONTAL,
@@ -126,6 +126,7 @@ def test_other_words_are_read_as_known_ones() -> None:
     draws, read, known = Random(2), tokenizer(), set(prompts.vocabulary())
     normalise = read.backend_tokenizer.normalizer.normalize_str
     sentences = [prompts.write_prompt(draw_scene(draws), draws) for _ in range(2000)]
+    sentences += [with_filler(text, draws) for text in sentences if " up and down" not in text]
     for text in (*sentences, DEFAULT_NEGATIVE_PROMPT):
         assert normalise(text).split() == re.sub("[^a-z]+", " ", text.lower()).split()
     assert set(prompts.READ_AS) <= known
@@ -143,13 +144,21 @@ def test_other_words_are_read_as_known_ones() -> None:
         "a dark blue tile, bright backdrop": "a blue tile bright backdrop",
         "a navy blue background": "a navy background",
         "a ring over the dark blue wall": "a ring over the navy wall",
-        "the box is red, and it gets smaller and smaller": "the box is red gets smaller",
+        "a hoop slides left, drifting down and rises": "a hoop moves left sinking down rises",
+        "the box is red, and it gets smaller and smaller": "the box is red gets smaller smaller",
+        "red cubes and small tiles and the moon jump up and down": "red cube and small tile and the moon jumps up and down",
         "a white dot, not moving, no triangle, not blue": "a white dot still",
         "a dot without any red square": "a dot",
     }
     for text, meant in texts.items():
         assert normalise(text).split() == meant.split()
         assert read.unk_token_id not in read(text)["input_ids"]
+
+
+def test_a_scene_at_the_end_of_a_long_text_is_read() -> None:
+    read, scene = tokenizer(), "a red triangle moves right on a white background"
+    told = read("Nobody who ever came here could have known beforehand " * 4 + scene, truncation=True)["input_ids"]
+    assert read.decode(told).endswith(scene)
 
 
 def test_the_plain_prompt() -> None:

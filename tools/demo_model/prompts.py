@@ -93,15 +93,26 @@ MOTION_WORDS = {
 }
 # What people write for words of the grammar: known words, and patterns of others that the tokenizer reads as them.
 READ_AS = {
-    "moves": ("move(?= (?:left|right|up|down|to|from))", "travels?", "heads?", "glides?", "runs?", "walks?"),
-    "moving": ("travell?ing", "heading", "gliding", "running", "walking"),
     "flies": ("fly",),
     "goes": ("go",),
+    "moves": (
+        "move(?= (?:left|right|up|down|to|from))",
+        "(?:slides|rolls|drifts|floats|flies)(?= (?:left|right)\\b)",
+        "goes(?= (?:left|right|up|down)\\b)",
+        "(?:travel|head|glide|run|walk)s?",
+    ),
+    "moving": (
+        "(?:sliding|rolling|drifting|floating|flying)(?= (?:left|right)\\b)",
+        "going(?= (?:left|right|up|down)\\b)",
+        "(?:travell?|head|glid|runn|walk)ing",
+    ),
     "to": ("towards?",),
     "leftwards": ("leftward",),
     "rightwards": ("rightward",),
     "up": ("upward", "(?<=moves |moving )upwards", "(?:in)?to the (?:top|ceiling|sky)"),
     "down": ("downward", "(?<=moves |moving )downwards", "to the (?:bottom|floor)"),
+    "sinks": ("(?:float|drift)s(?= down\\b)",),
+    "sinking": ("(?:float|drift)ing(?= down\\b)",),
     "rises": ("ascends?", "lifts?"),
     "rising": ("ascending", "lifting"),
     "bounces": ("(?:jump|leap)s?(?! up and down)",),
@@ -132,17 +143,6 @@ READ_AS = {
     "navy": ("(?:navy )?blue(?= (?:background|backdrop|wall))",),
     "background": ("(?<=night )sky",),
 }
-_NAMES = "|".join(
-    word for table in (COLOUR_WORDS, SHAPE_WORDS, BACKGROUND_WORDS) for words in table.values() for word in words
-)
-# What it leaves out: light and dark of a colour, what is not to be seen, and what sounds like a second shape.
-LEFT_OUT = (
-    rf"(?:dark|bright)(?= (?:{_NAMES})\b)",
-    rf"(?:no|not|without)(?: an?| any)?(?: (?:{_NAMES}))+",
-    r"([a-z]+er) and(?= \1\b)",
-    "(?:and )?it",
-    "and(?= (?:is|then))",
-)
 _OPENINGS = ("", "", "", "a video of ", "a clip of ", "cinematic shot of ", "we see ", "there is ", "animation of ")
 _CLOSINGS = ("", "", "", ", with sound", ", high quality", ", beautiful", ", slowly", ", close up")
 _GROUNDS = (
@@ -225,3 +225,22 @@ def base_forms() -> str:
     """Pattern of the place after a motion without its s."""
     words = {pair[0].split()[0] for pairs in MOTION_WORDS.values() for pair in pairs if pair[0]} - {"does", "moves"}
     return r"(?<=\b" + r"|\b".join(word[:-1] for word in sorted(words)) + ")"
+
+
+def left_out() -> list[str]:
+    """Patterns of what the tokenizer leaves out."""
+    shapes = "|".join(word for words in SHAPE_WORDS.values() for word in words)
+    tables = (COLOUR_WORDS, BACKGROUND_WORDS, SIZE_WORDS)
+    names = "|".join([shapes, *(word for table in tables for words in table.values() for word in words if word)])
+    known = "|".join(["something", *vocabulary()])
+    return [
+        # Light and dark of a colour.
+        rf"(?:dark|bright)(?= (?:{names})\b)",
+        # What is not to be seen.
+        rf"(?:no|not|without)(?: an?| any)?(?: (?:{names}))+",
+        # What sounds like a second shape.
+        rf"and(?! (?:an?|the|two|another|something|in|on|at|down|[a-z]+ing|{names})\b)",
+        "it",
+        # Unknown words long before a shape, so that it comes before the cut.
+        rf"(?!(?:{known})\b)[a-z]+(?=(?: [a-z]+){{12,}} (?:{shapes})\b)",
+    ]
