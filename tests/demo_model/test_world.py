@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ from tools.demo_model import prompts
 from tools.demo_model.export import TEXT
 from tools.demo_model.text import tokenizer, with_filler
 from tools.demo_model.world import (
+    BACKGROUNDS,
     COLOURS,
     HORIZONTAL,
     MOTIONS,
@@ -103,6 +105,17 @@ def test_training_and_test_share_no_combination() -> None:
     }
 
 
+def test_a_checksum_keeps_156_of_1024_combinations_from_training() -> None:
+    combinations = list(product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
+    kept = [colour for kind, colour, motion, ground in combinations if _one(kind, colour, motion, ground).held_out]
+    assert (len(kept), len(combinations)) == (156, 1024)
+    assert (kept.count("green"), kept.count("yellow"), kept.count("purple")) == (12, 26, 26)
+
+
+def _one(kind: str, colour: str, motion: str, background: str) -> Scene:
+    return Scene(background, (Shape(kind, colour, motion),))
+
+
 def _combinations(scene: Scene) -> tuple[tuple[str, ...], ...]:
     return tuple((shape.kind, shape.colour, shape.motion, scene.background) for shape in scene.shapes)
 
@@ -153,6 +166,14 @@ def test_other_words_are_read_as_known_ones() -> None:
     for text, meant in texts.items():
         assert normalise(text).split() == meant.split()
         assert read.unk_token_id not in read(text)["input_ids"]
+
+
+def test_the_card_names_the_words_that_are_read() -> None:
+    card = " ".join((DEMO_FOLDER / "MODEL_CARD.md").read_text().split())
+    tables = (prompts.COLOUR_WORDS, prompts.SHAPE_WORDS, prompts.BACKGROUND_WORDS, prompts.SIZE_WORDS)
+    words = {word for table in tables for synonyms in table.values() for word in synonyms}
+    motions = {finite for pairs in prompts.MOTION_WORDS.values() for finite, _ in pairs}
+    assert {word for word in words | motions if word not in card} == set()
 
 
 def test_a_scene_at_the_end_of_a_long_text_is_read() -> None:
