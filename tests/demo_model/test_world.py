@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from random import Random
 
 import pytest
@@ -11,8 +12,9 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model import prompts
 from tools.demo_model.export import TEXT
-from tools.demo_model.text import tokenizer
+from tools.demo_model.text import tokenizer, with_filler
 from tools.demo_model.world import (
+    BACKGROUNDS,
     COLOURS,
     HORIZONTAL,
     MOTIONS,
@@ -103,6 +105,17 @@ def test_training_and_test_share_no_combination() -> None:
     }
 
 
+def test_a_checksum_keeps_156_of_1024_combinations_from_training() -> None:
+    combinations = list(product(SHAPES, COLOURS, MOTIONS, BACKGROUNDS))
+    kept = [colour for kind, colour, motion, ground in combinations if _one(kind, colour, motion, ground).held_out]
+    assert (len(kept), len(combinations)) == (156, 1024)
+    assert (kept.count("green"), kept.count("yellow"), kept.count("purple")) == (12, 26, 26)
+
+
+def _one(kind: str, colour: str, motion: str, background: str) -> Scene:
+    return Scene(background, (Shape(kind, colour, motion),))
+
+
 def _combinations(scene: Scene) -> tuple[tuple[str, ...], ...]:
     return tuple((shape.kind, shape.colour, shape.motion, scene.background) for shape in scene.shapes)
 
@@ -126,6 +139,7 @@ def test_other_words_are_read_as_known_ones() -> None:
     draws, read, known = Random(2), tokenizer(), set(prompts.vocabulary())
     normalise = read.backend_tokenizer.normalizer.normalize_str
     sentences = [prompts.write_prompt(draw_scene(draws), draws) for _ in range(2000)]
+    sentences += [with_filler(text, draws) for text in sentences if " up and down" not in text]
     for text in (*sentences, DEFAULT_NEGATIVE_PROMPT):
         assert normalise(text).split() == re.sub("[^a-z]+", " ", text.lower()).split()
     assert set(prompts.READ_AS) <= known
@@ -139,10 +153,33 @@ def test_other_words_are_read_as_known_ones() -> None:
         "a box jumps, leaping up and down": "a box bounces jumping up and down",
         "a travelling box": "a moving box",
         "a doughnut remains static; snow": "a donut stays still snowy",
+        "boxes fall, disks rise and orbs move up": "box falls disc rises and ball moves up",
+        "a dark blue tile, bright backdrop": "a blue tile bright backdrop",
+        "a navy blue background": "a navy background",
+        "a ring over the dark blue wall": "a ring over the navy wall",
+        "a hoop slides left, drifting down and rises": "a hoop moves left sinking down rises",
+        "the box is red, and it gets smaller and smaller": "the box is red gets smaller smaller",
+        "red cubes and small tiles and the moon jump up and down": "red cube and small tile and the moon jumps up and down",
+        "a white dot, not moving, no triangle, not blue": "a white dot still",
+        "a dot without any red square": "a dot",
     }
     for text, meant in texts.items():
         assert normalise(text).split() == meant.split()
         assert read.unk_token_id not in read(text)["input_ids"]
+
+
+def test_the_card_names_the_words_that_are_read() -> None:
+    card = " ".join((DEMO_FOLDER / "MODEL_CARD.md").read_text().split())
+    tables = (prompts.COLOUR_WORDS, prompts.SHAPE_WORDS, prompts.BACKGROUND_WORDS, prompts.SIZE_WORDS)
+    words = {word for table in tables for synonyms in table.values() for word in synonyms}
+    motions = {finite for pairs in prompts.MOTION_WORDS.values() for finite, _ in pairs}
+    assert {word for word in words | motions if word not in card} == set()
+
+
+def test_a_scene_at_the_end_of_a_long_text_is_read() -> None:
+    read, scene = tokenizer(), "a red triangle moves right on a white background"
+    told = read("Nobody who ever came here could have known beforehand " * 4 + scene, truncation=True)["input_ids"]
+    assert read.decode(told).endswith(scene)
 
 
 def test_the_plain_prompt() -> None:

@@ -78,9 +78,12 @@ class AudioVAE(Part):
         self.modules = {"audio_vae": self.vae}
         self.optimiser = Muon(self.parameters().items(), 1.5e-3, vector_lr=1e-3)
         draws = Random(seeded(self.name, "evaluation"))
-        self.mels = torch.stack([log_mel(sound_of(draw_scene(draws, held_out=True))) for _ in range(32)])
+        self.mels, trained = (
+            torch.stack([log_mel(sound_of(draw_scene(draws, held_out=part))) for _ in range(32)])
+            for part in (True, False)
+        )
         with torch.no_grad():
-            self.vae.decoder.conv_out.conv.bias.fill_(float(self.mels.mean()))
+            self.vae.decoder.conv_out.conv.bias.fill_(float(trained.mean()))
 
     def losses(self, draws: Random, step: int) -> dict[str, Tensor]:
         mel = torch.stack([log_mel(sound_of(draw_scene(draws))) for _ in range(self.batch)])

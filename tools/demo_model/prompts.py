@@ -93,34 +93,40 @@ MOTION_WORDS = {
 }
 # What people write for words of the grammar: known words, and patterns of others that the tokenizer reads as them.
 READ_AS = {
-    "moves": ("travels?", "heads", "glides?", "runs?", "walks?"),
-    "moving": ("travell?ing", "heading", "gliding", "running", "walking"),
-    "slides": ("slide",),
-    "rolls": ("roll",),
+    "flies": ("fly",),
+    "goes": ("go",),
+    "moves": (
+        "move(?= (?:left|right|up|down|to|from))",
+        "(?:slides|rolls|drifts|floats|flies)(?= (?:left|right)\\b)",
+        "goes(?= (?:left|right|up|down)\\b)",
+        "(?:travel|head|glide|run|walk)s?",
+    ),
+    "moving": (
+        "(?:sliding|rolling|drifting|floating|flying)(?= (?:left|right)\\b)",
+        "going(?= (?:left|right|up|down)\\b)",
+        "(?:travell?|head|glid|runn|walk)ing",
+    ),
     "to": ("towards?",),
     "leftwards": ("leftward",),
     "rightwards": ("rightward",),
-    "up": ("upward", "(?<=moves |moving )upwards", "to the top", "to the ceiling"),
-    "down": ("downward", "(?<=moves |moving )downwards", "to the bottom", "to the floor"),
-    "rises": ("rise", "ascends?", "lifts?"),
+    "up": ("upward", "(?<=moves |moving )upwards", "(?:in)?to the (?:top|ceiling|sky)"),
+    "down": ("downward", "(?<=moves |moving )downwards", "to the (?:bottom|floor)"),
+    "sinks": ("(?:float|drift)s(?= down\\b)",),
+    "sinking": ("(?:float|drift)ing(?= down\\b)",),
+    "rises": ("ascends?", "lifts?"),
     "rising": ("ascending", "lifting"),
-    "falls": ("fall",),
-    "drops": ("drop",),
-    "sinks": ("sink",),
-    "bounces": ("bounce", "(?:jump|leap)s?(?! up and down)"),
+    "bounces": ("(?:jump|leap)s?(?! up and down)",),
     "bouncing": ("(?:jump|leap)ing(?! up and down)",),
-    "hops": ("hop",),
-    "jumps": ("jump(?= up and down)", "leaps(?= up and down)"),
-    "jumping": ("leaping(?= up and down)",),
-    "grows": ("grow", "enlarges?"),
+    "jumps": ("leaps?",),
+    "jumping": ("leaping",),
+    "grows": ("enlarges?",),
     "growing": ("enlarging",),
     "bigger": ("larger",),
-    "gets": ("becomes", "get"),
+    "gets": ("becomes?",),
     "getting": ("becoming",),
-    "shrinks": ("shrink",),
     "smaller": ("tinier",),
-    "still": ("static", "stationary", "fixed"),
-    "stays": ("stay", "remains?"),
+    "still": ("static", "stationary", "fixed", "not moving"),
+    "stays": ("remains?",),
     "huge": ("enormous", "massive", "gigantic"),
     "tiny": ("minuscule", "mini"),
     "golden": ("gold",),
@@ -130,9 +136,12 @@ READ_AS = {
     "violet": ("indigo",),
     "magenta": ("fuchsia",),
     "ball": ("orb", "globe", "bubble", "marble"),
+    "disc": ("disk",),
     "donut": ("doughnut", "torus"),
     "circle": ("circular shape",),
     "a": ("one",),
+    "navy": ("(?:navy )?blue(?= (?:background|backdrop|wall))",),
+    "background": ("(?<=night )sky",),
 }
 _OPENINGS = ("", "", "", "a video of ", "a clip of ", "cinematic shot of ", "we see ", "there is ", "animation of ")
 _CLOSINGS = ("", "", "", ", with sound", ", high quality", ", beautiful", ", slowly", ", close up")
@@ -204,3 +213,34 @@ def vocabulary() -> list[str]:
         phrases += [phrase for words in table.values() for phrase in words]
     phrases += [phrase for pairs in MOTION_WORDS.values() for pair in pairs for phrase in pair]
     return sorted({word for phrase in phrases for word in phrase.replace(",", " ").split()})
+
+
+def plurals() -> str:
+    """Pattern of the ending of shapes in the plural; the default negative prompt has blocks."""
+    words = [word for synonyms in SHAPE_WORDS.values() for word in synonyms if word != "block"]
+    return f"(?<={'|'.join(other for word in words for other in (word, *READ_AS.get(word, ())))})e?s"
+
+
+def base_forms() -> str:
+    """Pattern of the place after a motion without its s."""
+    words = {pair[0].split()[0] for pairs in MOTION_WORDS.values() for pair in pairs if pair[0]} - {"does", "moves"}
+    return r"(?<=\b" + r"|\b".join(word[:-1] for word in sorted(words)) + ")"
+
+
+def left_out() -> list[str]:
+    """Patterns of what the tokenizer leaves out."""
+    shapes = "|".join(word for words in SHAPE_WORDS.values() for word in words)
+    tables = (COLOUR_WORDS, BACKGROUND_WORDS, SIZE_WORDS)
+    names = "|".join([shapes, *(word for table in tables for words in table.values() for word in words if word)])
+    known = "|".join(["something", *vocabulary()])
+    return [
+        # Light and dark of a colour.
+        rf"(?:dark|bright)(?= (?:{names})\b)",
+        # What is not to be seen.
+        rf"(?:no|not|without)(?: an?| any)?(?: (?:{names}))+",
+        # What sounds like a second shape.
+        rf"and(?! (?:an?|the|two|another|something|in|on|at|down|[a-z]+ing|{names})\b)",
+        "it",
+        # Unknown words long before a shape, so that it comes before the cut.
+        rf"(?!(?:{known})\b)[a-z]+(?=(?: [a-z]+){{12,}} (?:{shapes})\b)",
+    ]

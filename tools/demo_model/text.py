@@ -12,7 +12,7 @@ from ltxkern.pipeline.files.demo import demo_text_encoder, draw_weights
 from ltxkern.pipeline.model.text import text_hidden_states, tokenize
 from ltxkern.pipeline.run.request import DEFAULT_NEGATIVE_PROMPT
 from tools.demo_model.configuration import TEXT_TOKENS
-from tools.demo_model.prompts import READ_AS, vocabulary
+from tools.demo_model.prompts import READ_AS, base_forms, left_out, plurals, vocabulary
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 _SEED = 16
@@ -30,8 +30,11 @@ def tokenizer() -> Any:
 
     words = [_PAD, _BOS, _EOS, _UNKNOWN, *vocabulary()]
     made = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
-    known = [Replace(Regex(rf"\b(?:{'|'.join(others)})\b"), word) for word, others in READ_AS.items()]
-    made.normalizer = Sequence([Lowercase(), Replace(Regex("[^a-z]+"), " "), *known])
+    read = {rf"{plurals()}\b": "", rf"{base_forms()}\b": "s"}
+    read |= {rf"\b(?:{'|'.join(others)})\b": word for word, others in READ_AS.items()}
+    read |= {rf"\b{pattern}\b *": "" for pattern in left_out()}
+    replaced = [Replace(Regex(pattern), word) for pattern, word in read.items()]
+    made.normalizer = Sequence([Lowercase(), Replace(Regex("[^a-z]+"), " "), *replaced])
     made.pre_tokenizer = WhitespaceSplit()
     made.post_processor = TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, words.index(_BOS))])
     return PreTrainedTokenizerFast(

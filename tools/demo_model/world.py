@@ -45,7 +45,7 @@ SIZES = {"small": 0.17, "medium": 0.22, "large": 0.27}
 PLACES = {"left": 0.25, "middle": 0.5, "right": 0.75}
 HORIZONTAL = ("left", "right")
 
-HELD_OUT_SHARE = 8
+HELD_OUT_DIVISOR = 8
 TWO_SHAPES = 0.12
 _MARGIN = 0.04
 _HOPS = 2
@@ -87,8 +87,11 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training must not see it: one combination of shape, colour, motion and background in eight."""
-        return any(zlib.crc32(words.encode()) % HELD_OUT_SHARE == 0 for words in self.combinations)
+        """Whether training must not see it: a combination of shape, colour, motion and background is one of 156 of 1024.
+
+        A checksum says which, so that they are spread unevenly: from 12 of green to 26 of yellow and of purple.
+        """
+        return any(zlib.crc32(words.encode()) % HELD_OUT_DIVISOR == 0 for words in self.combinations)
 
 
 class Window(NamedTuple):
@@ -107,7 +110,7 @@ def draw_scene(draws: Random, *, held_out: bool = False, shapes: int | None = No
 
     Args:
         draws: source of randomness.
-        held_out: which half of the world.
+        held_out: which part of the world.
         shapes: 1 or 2; None for mostly one.
     """
     while True:
