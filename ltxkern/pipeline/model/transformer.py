@@ -59,30 +59,21 @@ class _Names(NamedTuple):
     projection: str
 
 
-_NAMES = {
-    "video": _Names(
-        time="time_embed",
-        prompt="prompt_adaln",
-        cross="av_cross_attn_video_scale_shift",
-        gate="av_cross_attn_video_a2v_gate",
-        rope="rope",
-        cross_rope="cross_attn_rope",
-        table="scale_shift_table",
-        last_norm="norm_out",
-        projection="proj_out",
-    ),
-    "audio": _Names(
-        time="audio_time_embed",
-        prompt="audio_prompt_adaln",
-        cross="av_cross_attn_audio_scale_shift",
-        gate="av_cross_attn_audio_v2a_gate",
-        rope="audio_rope",
-        cross_rope="cross_attn_audio_rope",
-        table="audio_scale_shift_table",
-        last_norm="audio_norm_out",
-        projection="audio_proj_out",
-    ),
-}
+def _names(modality: str, prefix: str, into: str) -> _Names:
+    return _Names(
+        time=f"{prefix}time_embed",
+        prompt=f"{prefix}prompt_adaln",
+        cross=f"av_cross_attn_{modality}_scale_shift",
+        gate=f"av_cross_attn_{modality}_{into}_gate",
+        rope=f"{prefix}rope",
+        cross_rope=f"cross_attn_{prefix}rope",
+        table=f"{prefix}scale_shift_table",
+        last_norm=f"{prefix}norm_out",
+        projection=f"{prefix}proj_out",
+    )
+
+
+_NAMES = {"video": _names("video", "", "a2v"), "audio": _names("audio", "audio_", "v2a")}
 
 
 class LTX2Transformer(LTX2VideoTransformer3DModel):
