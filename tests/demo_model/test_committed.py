@@ -50,10 +50,17 @@ def test_what_was_measured_is_of_these_files_and_holds() -> None:
     rows = figures("measured")
     assert tuple(rows) == measure.ROWS
     one = rows[measure.ONE]
-    assert one["videos"] == rows["first frame given"]["videos"] == measure.PROMPTS
-    assert {name: one[name] for name, least in LEAST.items() if one[name] < least} == {}
+    counts = dict.fromkeys(rows, measure.PROMPTS) | {measure.TWO: measure.PAIRS}
+    counts |= dict.fromkeys((measure.NO_FAULT, *FAULTS), measure.WITH_FAULTS)
+    assert {name: row["videos"] for name, row in rows.items()} == counts
+    assert all(len(row["fits"]) == row["videos"] for name, row in rows.items() if name != measure.TWO)
+    options_rows = figures("options")
+    assert {name: row["videos"] for name, row in options_rows.items()} == {
+        name: measure.PROMPTS if name in options.MAIN else options.FEWER for name in options.OPTIONS
+    }
+    for row in (one, rows["first frame given"], *options_rows.values()):
+        assert {name: row[name] for name, least in LEAST.items() if row[name] < least} == {}
     assert rows["first frame given"]["first_frame"] >= 22
-    assert rows["first frame given"]["motion"] >= LEAST["motion"]
     for name in ("stage 1 enlarged", "stage 2 without the LoRA"):
         assert rows[name]["edge"] > one["edge"], name
         assert rows[name]["fit"] < one["fit"], name
@@ -64,7 +71,6 @@ def test_what_was_measured_is_of_these_files_and_holds() -> None:
     for name in FAULTS:
         if rows[name]["all"] >= right["all"]:
             assert rows[name]["fit"] < right["fit"], name
-    assert figures("options").keys() == options.OPTIONS.keys()
 
 
 class Kept:
@@ -147,7 +153,8 @@ def test_a_first_frame_that_is_given_stays_and_moves_on(kept: Kept, tmp_path: Pa
     scene, prompt = gallery.GIVEN[0]
     made = make(kept.pipeline, Task(scene, prompt), tmp_path / "0.mp4", given=True, steps=STEPS)
     assert made.first_frame is not None
-    assert made.first_frame >= 22
+    # Without the picture it is 21.5.
+    assert made.first_frame >= 26
     assert made.verdict.motion
 
 

@@ -162,6 +162,9 @@ def test_other_words_are_read_as_known_ones() -> None:
         "red cubes and small tiles and the moon jump up and down": "red cube and small tile and the moon jumps up and down",
         "a white dot, not moving, no triangle, not blue": "a white dot still",
         "a dot without any red square": "a dot",
+        "a box, not blue, yellow, no rings, white backdrop": "a box yellow white backdrop",
+        "backdrop: dark; blue ball": "backdrop dark blue ball",
+        "a ball goes from bottom to top in the blue sky": "a ball goes up in the navy background",
     }
     for text, meant in texts.items():
         assert normalise(text).split() == meant.split()

@@ -14,7 +14,7 @@ from tools.demo_model import drafts, latents
 from tools.demo_model.audio import AudioEncoder, AudioVAE, Vocoder
 from tools.demo_model.export import MODEL, UPSCALER, Trained
 from tools.demo_model.lora import DistilledLora
-from tools.demo_model.measure import checksum
+from tools.demo_model.measure import checksum, count, model_folder
 from tools.demo_model.training import WORKERS, Part, checkpoint, progress_of, train
 from tools.demo_model.transformer import Transformer
 from tools.demo_model.upsampler import Upsampler
@@ -56,12 +56,6 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _workers(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}: expected a whole number from 1")
-    return int(text)
-
-
 def _share(text: str) -> float:
     try:
         share = float(text)
@@ -79,13 +73,6 @@ def _folder(text: str) -> Path:
     return path
 
 
-def _files(text: str) -> Path:
-    path = Path(text)
-    if missing := [name for name in (MODEL, UPSCALER) if not (path / name).is_file()]:
-        raise argparse.ArgumentTypeError(f"{text} lacks {missing[0]}: expected a folder of files as in ltxkern/demo")
-    return path
-
-
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model", description=__doc__)
     parser.add_argument(
@@ -94,11 +81,11 @@ def main(given: Sequence[str] | None = None) -> None:
         help="checkpoints and logs; default build/demo_model, of a rehearsal and of --from-files one of its own",
     )
     parser.add_argument(
-        "--workers", type=_workers, default=WORKERS, help="processes of one thread; they change the result"
+        "--workers", type=count, default=WORKERS, help="processes of one thread; they change the result"
     )
     parser.add_argument("--share", type=_share, default=1.0, help="of steps and scenes; a small one is a rehearsal")
     parser.add_argument(
-        "--from-files", type=_files, metavar="FOLDER", help="take all but the LoRA from the model's files"
+        "--from-files", type=model_folder, metavar="FOLDER", help="take all but the LoRA from the model's files"
     )
     arguments = parser.parse_args(given)
     files, workers, share = arguments.from_files, arguments.workers, arguments.share
@@ -108,15 +95,15 @@ def main(given: Sequence[str] | None = None) -> None:
     try:
         trained = None if files is None else Trained.read(files)
         begin(folder, {"--share": share, "--workers": workers, "--from-files": sources})
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if trained is not None and not checkpoint(folder, Transformer.name).is_file():
         trained.keep_checkpoints(folder)
     before, after = (BEFORE_LATENTS, AFTER_LATENTS) if files is None else ((AudioEncoder,), ())
     _train(before, folder, share, workers)
-    count = max(latents.FEWEST_FILES, round(latents.FILES * share))
+    scenes = max(latents.FEWEST_FILES, round(latents.FILES * share))
     # The LoRA learns from scenes of both sizes; half as many of the small one do besides.
-    latents.prepare(folder, range(0, count, 1 if files is None else latents.FULL_EVERY // 2), workers)
+    latents.prepare(folder, range(0, scenes, 1 if files is None else latents.FULL_EVERY // 2), workers)
     _train(after, folder, share, workers)
     # The LoRA learns from what the model makes without one.
     Trained.load(folder, lora=False).write(folder / "files")

@@ -84,12 +84,29 @@ def keep(path: Path, files: Path, name: str, found: dict[str, Any], names: Seque
         temporary.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
+def count(text: str) -> int:
+    """A whole number from 1, of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def model_folder(text: str) -> Path:
+    """A folder of the demo model's files, of a command line."""
+    path = Path(text)
+    if missing := [name for name in (DEMO_NAMES.checkpoint, DEMO_NAMES.upsampler) if not (path / name).is_file()]:
+        raise argparse.ArgumentTypeError(f"{text} lacks {missing[0]}: expected a folder of files as in ltxkern/demo")
+    return path
+
+
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.measure", description=__doc__)
-    parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="with one shape")
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="with two shapes")
-    parser.add_argument("--with-faults", type=int, default=WITH_FAULTS, help="of them, of each fault")
+    parser.add_argument(
+        "--files", type=model_folder, default=DEMO_FOLDER, help="folder of the model; default the package's"
+    )
+    parser.add_argument("--prompts", type=count, default=PROMPTS, help="with one shape")
+    parser.add_argument("--pairs", type=count, default=PAIRS, help="with two shapes")
+    parser.add_argument("--with-faults", type=count, default=WITH_FAULTS, help="of them, of each fault")
     parser.add_argument("--only", action="append", choices=list(SETTINGS), help="this row alone; repeatable")
     parser.add_argument(
         "--keep", action="store_true", help="write the rows beside the files: those of the package are shipped"

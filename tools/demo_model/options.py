@@ -19,7 +19,7 @@ from ltxkern.pipeline.files.hub import DEMO_FOLDER
 from ltxkern.pipeline.model.tiling import VideoTiling
 from ltxkern.pipeline.sampling.guidance import HQ_AUDIO, HQ_VIDEO, PlainCFGPolicy
 from tools.demo_model.judge import read_clip
-from tools.demo_model.measure import PROMPTS, RESULTS, keep
+from tools.demo_model.measure import PROMPTS, RESULTS, count, keep, known_rows, model_folder
 from tools.demo_model.runs import Setting, row, run, tasks, workers
 from tools.demo_model.video_vae import decibels
 
@@ -93,18 +93,30 @@ def place(name: str) -> Path:
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.demo_model.options", description=__doc__)
-    parser.add_argument("--files", type=Path, default=DEMO_FOLDER, help="folder of the model; default the package's")
-    parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--fewer-prompts", type=int, default=FEWER, help="of the lower rows")
+    parser.add_argument(
+        "--files", type=model_folder, default=DEMO_FOLDER, help="folder of the model; default the package's"
+    )
+    parser.add_argument("--prompts", type=count, default=PROMPTS)
+    parser.add_argument("--fewer-prompts", type=count, default=FEWER, help="of the lower rows")
     parser.add_argument("--only", action="append", choices=list(OPTIONS), help="this row alone; repeatable")
     parser.add_argument(
         "--keep", action="store_true", help="write the rows beside the files: those of the package are shipped"
     )
     arguments = parser.parse_args(given)
     path = (arguments.files if arguments.keep else RESULTS) / "options.json"
+    names = [name for name in OPTIONS if name in (arguments.only or OPTIONS)]
+    counts = {name: arguments.prompts if name in MAIN else arguments.fewer_prompts for name in OPTIONS}
+    known = known_rows(path, arguments.files)
+    for name in names:
+        reference = AGAINST.get(name, REFERENCE)
+        if reference is None or reference in names or known.get(reference, {}).get("videos", 0) >= counts[name]:
+            continue
+        parser.error(
+            f"{name!r} is compared with {reference!r}, which {path} lacks of as many prompts: add --only {reference!r}"
+        )
     with workers() as pool:
-        for name in arguments.only or OPTIONS:
-            chosen = tasks(arguments.prompts if name in MAIN else arguments.fewer_prompts)
+        for name in names:
+            chosen = tasks(counts[name])
             found: dict[str, float | None] = {**row(run(OPTIONS[name], arguments.files, chosen, place(name), pool))}
             reference = AGAINST.get(name, REFERENCE)
             if reference is not None:

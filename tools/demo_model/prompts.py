@@ -109,8 +109,18 @@ READ_AS = {
     "to": ("towards?",),
     "leftwards": ("leftward",),
     "rightwards": ("rightward",),
-    "up": ("upward", "(?<=moves |moving )upwards", "(?:in)?to the (?:top|ceiling|sky)"),
-    "down": ("downward", "(?<=moves |moving )downwards", "to the (?:bottom|floor)"),
+    "up": (
+        "from (?:the )?bottom to (?:the )?top",
+        "upward",
+        "(?<=moves |moving )upwards",
+        "(?:in)?to the (?:top|ceiling|sky)",
+    ),
+    "down": (
+        "from (?:the )?top to (?:the )?bottom",
+        "downward",
+        "(?<=moves |moving )downwards",
+        "to the (?:bottom|floor)",
+    ),
     "sinks": ("(?:float|drift)s(?= down\\b)",),
     "sinking": ("(?:float|drift)ing(?= down\\b)",),
     "rises": ("ascends?", "lifts?"),
@@ -140,8 +150,8 @@ READ_AS = {
     "donut": ("doughnut", "torus"),
     "circle": ("circular shape",),
     "a": ("one",),
-    "navy": ("(?:navy )?blue(?= (?:background|backdrop|wall))",),
-    "background": ("(?<=night )sky",),
+    "navy": ("(?:navy )?blue(?= (?:background|backdrop|wall|sky))",),
+    "background": ("(?<=night |dark |evening |navy )sky",),
 }
 _OPENINGS = ("", "", "", "a video of ", "a clip of ", "cinematic shot of ", "we see ", "there is ", "animation of ")
 _CLOSINGS = ("", "", "", ", with sound", ", high quality", ", beautiful", ", slowly", ", close up")
@@ -242,5 +252,5 @@ def left_out() -> list[str]:
         rf"and(?! (?:an?|the|two|another|something|in|on|at|down|[a-z]+ing|{names})\b)",
         "it",
         # Unknown words long before a shape, so that it comes before the cut.
-        rf"(?!(?:{known})\b)[a-z]+(?=(?: [a-z]+){{12,}} (?:{shapes})\b)",
+        rf"(?!(?:{known})\b)[a-z]+(?=(?:,? [a-z]+){{12,}},? (?:{shapes})\b)",
     ]

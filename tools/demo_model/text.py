@@ -34,7 +34,9 @@ def tokenizer() -> Any:
     read |= {rf"\b(?:{'|'.join(others)})\b": word for word, others in READ_AS.items()}
     read |= {rf"\b{pattern}\b *": "" for pattern in left_out()}
     replaced = [Replace(Regex(pattern), word) for pattern, word in read.items()]
-    made.normalizer = Sequence([Lowercase(), Replace(Regex("[^a-z]+"), " "), *replaced])
+    # Commas stay until all is read: what stands behind one belongs to no word before it.
+    plain = [Replace(Regex("[^a-z]*[,.;:!?][^a-z]*"), ", "), Replace(Regex("[^a-z,]+"), " ")]
+    made.normalizer = Sequence([Lowercase(), *plain, *replaced, Replace(",", " ")])
     made.pre_tokenizer = WhitespaceSplit()
     made.post_processor = TemplateProcessing(single=f"{_BOS} $A", special_tokens=[(_BOS, words.index(_BOS))])
     return PreTrainedTokenizerFast(
