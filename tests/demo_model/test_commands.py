@@ -124,6 +124,17 @@ def test_figures_come_beside_the_files_only_when_asked(command: Any, name: str, 
     assert Path(files, name).read_text() == Path("build/demo_model", name).read_text()
 
 
+def test_an_option_is_compared_with_videos_that_are_there(files: str, refused: Callable[..., str]) -> None:
+    """Rows beside the files do not say that the videos of these files are in build/."""
+    option = ["--files", files, "--only", "--eta 0", "--prompts", "4"]
+    reference = ["--files", files, "--only", options.REFERENCE, "--prompts", "4", "--keep"]
+    assert refused(options.main, *option).endswith("add --only 'defaults, fp32'")
+    options.main(reference)
+    options.main(option)
+    Path("build/demo_model/options.json").unlink()
+    assert refused(options.main, *option, "--keep").endswith("add --only 'defaults, fp32'")
+
+
 def test_a_fault_is_measured_beside_as_many_videos_without_it(files: str, refused: Callable[..., str]) -> None:
     fault = ["--files", files, "--only", "guidance sign"]
     assert refused(measure.main, *fault).endswith("add --only 'one shape'")

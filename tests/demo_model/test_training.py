@@ -95,6 +95,16 @@ def test_a_stopped_training_ends_as_one_that_ran_through(tmp_path: Path) -> None
     assert lines[1]["error"] < lines[0]["error"]
 
 
+def test_two_workers_stop_together_and_go_on(tmp_path: Path) -> None:
+    ends = []
+    for name, parts in (("through", (Line,)), ("stopped", (StoppedLine, Line))):
+        for part in parts:
+            training.train(part, tmp_path / name, Line.steps, workers=2)
+            assert progress_of(tmp_path / name, "line") == (24 if part is StoppedLine else 60)
+        ends.append(torch.load(checkpoint(tmp_path / name, "line"))["modules"]["layer"])
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+
+
 def test_the_rate_rises_stays_and_falls() -> None:
     part = Line.__new__(Line)
     rates = [part.rate(step) for step in range(part.steps)]

@@ -88,7 +88,7 @@ def likeness(folder: Path, reference: Path, count: int) -> float | None:
 
 def place(name: str) -> Path:
     """Where the videos of a row go."""
-    return VIDEOS / f"{list(OPTIONS).index(name):02}"
+    return VIDEOS / name.replace(" ", "-")
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -103,16 +103,18 @@ def main(given: Sequence[str] | None = None) -> None:
         "--keep", action="store_true", help="write the rows beside the files: those of the package are shipped"
     )
     arguments = parser.parse_args(given)
-    path = (arguments.files if arguments.keep else RESULTS) / "options.json"
+    # Those of these files that lie in build/ have their videos there.
+    made = RESULTS / "options.json"
+    paths = [made, *([arguments.files / made.name] if arguments.keep else [])]
     names = [name for name in OPTIONS if name in (arguments.only or OPTIONS)]
     counts = {name: arguments.prompts if name in MAIN else arguments.fewer_prompts for name in OPTIONS}
-    known = known_rows(path, arguments.files)
+    known = known_rows(made, arguments.files)
     for name in names:
         reference = AGAINST.get(name, REFERENCE)
         if reference is None or reference in names or known.get(reference, {}).get("videos", 0) >= counts[name]:
             continue
         parser.error(
-            f"{name!r} is compared with {reference!r}, which {path} lacks of as many prompts: add --only {reference!r}"
+            f"{name!r} is compared with {reference!r}, which {made} lacks of as many prompts: add --only {reference!r}"
         )
     with workers() as pool:
         for name in names:
@@ -121,7 +123,8 @@ def main(given: Sequence[str] | None = None) -> None:
             reference = AGAINST.get(name, REFERENCE)
             if reference is not None:
                 found["decibels"] = likeness(place(name), place(reference), len(chosen))
-            keep(path, arguments.files, name, found, list(OPTIONS))
+            for path in paths:
+                keep(path, arguments.files, name, found, list(OPTIONS))
             print(name, json.dumps(found), flush=True)
 
 

@@ -142,10 +142,10 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             # What all branches begin with goes into the first block once.
             trunk = None if apart or index else lane(0, Batch())
             states = block(states, [lane(index, batch) for batch in batches], trunk)
-        videos_out, audios_out = zip(*((state.video, state.audio) for state in states), strict=True)
-        return self._output("video", video, streams[0], videos_out), self._output(
-            "audio", audio, streams[1], audios_out
-        )
+        ends = zip(*((state.video, state.audio) for state in states), strict=True)
+        every = zip(MODALITIES, (video, audio), streams, ends, strict=True)
+        velocity, sound = (self._output(*each) for each in every)
+        return velocity, sound
 
     def _stream(
         self, modality: str, item: ModalityTensors, other: ModalityTensors | None, shards: TokenShards | None
