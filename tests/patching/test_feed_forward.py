@@ -42,6 +42,7 @@ def test_gelu_within_a_product_of_this_processor(dtype: torch.dtype) -> None:
     """Nearer to fp64 than product and GELU apart, for one token, many, and views of both operands."""
     if not module._onednn_multiplies(dtype):
         pytest.skip(f"no instructions for {dtype}")
+    assert gelu_serves(torch.device("cpu"), dtype)
     generator = torch.Generator().manual_seed(0)
     for shape, of in (((1, 1, 64), (256, 64)), ((2, 70, 96), (48, 96)), ((3, 5, 7, 128), (200, 256))):
         x, weight = (torch.randn(each, generator=generator).to(dtype) for each in (shape, of))
