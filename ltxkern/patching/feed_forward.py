@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ltxkern.ops.checks import unplain
+from ltxkern.patching.products import onednn_quicker
 
 ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
 
@@ -40,11 +41,17 @@ def product_gelu_apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @functools.cache
-def gelu_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function."""
+def gelu_serves(device: torch.device, dtype: torch.dtype, quicker: bool = False) -> bool:
+    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function.
+
+    Args:
+        quicker: fp32 products may be oneDNN's where it is quicker.
+    """
     if device.type == "meta":
         return True
-    if device.type == "cpu" and not _onednn_multiplies(dtype):
+    if device.type == "cpu" and not (
+        _onednn_multiplies(dtype) or (quicker and dtype is torch.float32 and onednn_quicker())
+    ):
         return False
     with _disable_current_modes(), torch.no_grad():
         # Around -3 the two differ by more than a 16-bit product is off, which they do not elsewhere.
@@ -88,22 +95,28 @@ def is_plain(network: Any, dtype: torch.dtype) -> bool:
     return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
 
 
-def joins(x: Tensor) -> bool:
-    """Whether a product with x can have its GELU within."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and gelu_serves(x.device, x.dtype)
+def joins(x: Tensor, quicker: bool = False) -> bool:
+    """Whether a product with x can have its GELU within; `quicker` as in `gelu_serves`."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and gelu_serves(x.device, x.dtype, quicker)
 
 
-def feed_forward(network: Any, x: Tensor, product: Callable[[Tensor, Tensor, Tensor], Tensor] = product_gelu) -> Tensor:
+def feed_forward(
+    network: Any,
+    x: Tensor,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = product_gelu,
+    linear: Callable[[Any, Tensor], Tensor] | None = None,
+) -> Tensor:
     """A FeedForward on (..., D).
 
     Args:
         product: serves where the first product can have its GELU within.
+        linear: makes the second product, by whatever is quicker, as the first one then is; None: both are torch's, but for 16 bits.
     """
     if not is_plain(network, x.dtype):
         return network(x)
     layer, last = network.net[0].proj, network.net[2]
-    if not joins(x):
+    if not joins(x, linear is not None):
         product = product_gelu_apart
     hidden = product(x, layer.weight, layer.bias)
     del x  # not read while the second product runs
-    return last(hidden)
+    return last(hidden) if linear is None else linear(last, hidden)

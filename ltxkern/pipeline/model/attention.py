@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.pipeline.model.attention_choice import softmax_attention
-from ltxkern.pipeline.model.fusions import head_gate, rotated, weighted_norm
+from ltxkern.pipeline.model.fusions import head_gate, linear, rotated, weighted_norm
 
 if TYPE_CHECKING:
     from ltxkern.pipeline.parallel.by_token import TokenShards
@@ -28,13 +28,13 @@ def kept_update(x: Tensor, flags: tuple[bool, ...], instead: Tensor | None = Non
 def text_keys_and_values(attention: Any, context: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised keys, and values, of an attention without rotation; both (B, L, D)."""
     norm = attention.norm_k
-    return weighted_norm(attention.to_k(context), norm.weight, norm.eps), attention.to_v(context)
+    return weighted_norm(linear(attention.to_k, context), norm.weight, norm.eps), linear(attention.to_v, context)
 
 
 def attend_to_text(attention: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of (B, T, D) to keys and values that `text_keys_and_values` has made."""
     norm = attention.norm_q
-    query = weighted_norm(attention.to_q(x), norm.weight, norm.eps)
+    query = weighted_norm(linear(attention.to_q, x), norm.weight, norm.eps)
     return _gated(attention, x, _softmax(attention, query, key, value, None, False))
 
 
@@ -64,7 +64,7 @@ def attend(
         (B, T, D).
     """
     source = x if context is None else context
-    value = attention.to_v(source)
+    value = linear(attention.to_v, source)
     result = value
     if any(keep):
         query, key = _queries_and_keys(attention, x, source, rope, context_rope)
@@ -87,14 +87,16 @@ def _softmax(
 
 def _gated(attention: Any, x: Tensor, result: Tensor) -> Tensor:
     if attention.to_gate_logits is not None:
-        result = head_gate(result.unflatten(2, (attention.heads, -1)), attention.to_gate_logits(x)).flatten(2, 3)
-    return attention.to_out[0](result)
+        heads = result.unflatten(2, (attention.heads, -1))
+        result = head_gate(heads, linear(attention.to_gate_logits, x)).flatten(2, 3)
+        del heads
+    return linear(attention.to_out[0], result)
 
 
 def _queries_and_keys(
     attention: Any, x: Tensor, source: Tensor, rope: RotaryTables | None, context_rope: RotaryTables | None
 ) -> tuple[Tensor, Tensor]:
-    query, key = attention.to_q(x), attention.to_k(source)
+    query, key = linear(attention.to_q, x), linear(attention.to_k, source)
     first, second = attention.norm_q, attention.norm_k
     if rope is None:
         return first(query), second(key)

@@ -15,6 +15,7 @@ from ltxkern.pipeline.model.fusions import (
     gated_norm,
     gated_norms,
     gated_residual,
+    linear,
     norm_modulate,
     product_gelu,
     sound_beside_video,
@@ -365,7 +366,7 @@ def _feed_forward(modules: _Modules, residual: Residual, side: Side) -> None:
     """Feed-forward, and the norm that begins the next block where its modulation is known."""
     shift, scale, gate = side.made.own.parts(3, 6)
     residual.norm(scale, shift, modules.last_norm.eps, side.stream.rows)
-    residual.branch = feed_forward(modules.network, residual.take(), product_gelu), gate
+    residual.branch = feed_forward(modules.network, residual.take(), product_gelu, linear), gate
     if side.following is None:
         residual.settle(side.stream.rows)
     else:

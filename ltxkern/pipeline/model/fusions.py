@@ -25,7 +25,7 @@ from ltxkern.ops.rms_norm_modulate import (
     gated_residual_rms_norm_modulate_twice,
     rms_norm_modulate,
 )
-from ltxkern.patching import separate
+from ltxkern.patching import products, separate
 from ltxkern.patching.feed_forward import product_gelu as fused_product_gelu
 from ltxkern.patching.feed_forward import product_gelu_apart
 from ltxkern.patching.rules import chosen_policy
@@ -282,6 +282,7 @@ gated_norms = Fusion(_gated_norms, _gated_norms_apart)
 rotated = Fusion(_rotated, _rotated_apart)
 head_gate = Fusion(_head_gate, separate.head_gate)
 product_gelu = Fusion(fused_product_gelu, product_gelu_apart)
+product = Fusion(products.product, products.product_apart)
 layer_norm = Fusion(_layer_norm, _layer_norm_apart)
 
 
@@ -290,3 +291,8 @@ def layer_norm_modulate(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> T
     if scale.numel() == x.shape[-1]:
         return layer_norm(x, scale, shift, norm.eps)
     return separate.modulate(norm(x), scale, shift)
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer on (..., D), or whatever stands in its place."""
+    return products.linear(layer, x, product)

@@ -23,7 +23,7 @@ from ltxkern.pipeline.model.block import (
     modulations,
     sums_at_once,
 )
-from ltxkern.pipeline.model.fusions import layer_norm_modulate
+from ltxkern.pipeline.model.fusions import layer_norm_modulate, linear
 from ltxkern.pipeline.model.inputs import (
     Batch,
     CrossStream,
@@ -133,8 +133,8 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
 
         states = [
             State(
-                None if video is None else Residual(self.proj_in(video.tokens)),
-                None if audio is None else Residual(self.audio_proj_in(audio.tokens)),
+                None if video is None else Residual(linear(self.proj_in, video.tokens)),
+                None if audio is None else Residual(linear(self.audio_proj_in, audio.tokens)),
             )
         ]
         apart = len(batches) == len(batches[0].texts) == 1
@@ -168,7 +168,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
         return Stream(
             contexts=item.contexts,
             embedded=embedded,
-            modulation=time_embed.linear(time_embed.silu(embedded)),
+            modulation=linear(time_embed.linear, time_embed.silu(embedded)),
             prompt_modulation=_embed(getattr(self, names.prompt), angles[1]),
             rope=self._tables(names.rope, item),
             cross=cross,
@@ -208,7 +208,7 @@ class LTX2Transformer(LTX2VideoTransformer3DModel):
             assert residual is not None
             times = residual.x.shape[0] // item.tokens.shape[0]
             shift, scale = (sums if times == 1 or sums.shape[1] == 1 else sums.repeat(1, times, 1, 1)).unbind(0)
-            outputs.append(projection(layer_norm_modulate(norm, residual.x, scale, shift)))
+            outputs.append(linear(projection, layer_norm_modulate(norm, residual.x, scale, shift)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -242,7 +242,7 @@ def _sinusoids(timesteps: Sequence[Tensor], width: int, dtype: torch.dtype) -> S
 
 def _embed(embedder: Any, angles: Tensor) -> Tensor:
     """Angles (B, T, W) to modulation vectors (B, T, n * D)."""
-    return embedder.linear(embedder.silu(embedder.emb.timestep_embedder(angles)))
+    return linear(embedder.linear, embedder.silu(embedder.emb.timestep_embedder(angles)))
 
 
 def _block_keep(index: int, batch: Batch) -> BlockKeep:
