@@ -20,7 +20,7 @@ from ltxkern.ops.rms_norm_modulate import (
     rms_norm_modulate,
 )
 from ltxkern.patching import separate
-from ltxkern.patching.feed_forward import is_plain, joins, product_gelu
+from ltxkern.patching.products import is_plain, joins, product_gelu
 from ltxkern.patching.report import Site
 from ltxkern.patching.watch import Fused, Group, stands
 

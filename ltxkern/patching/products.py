@@ -1,4 +1,4 @@
-"""The product of a linear layer: by oneDNN where that multiplies quicker than what torch has on the processor."""
+"""Products of linear layers by what multiplies quicker on the device, and diffusers' FeedForward with GELU within its first one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ltxkern.ops.checks import unplain
+
+ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +31,7 @@ def onednn_quicker() -> bool:
 
     torch's are MKL's, which reached half of oneDNN's rate on an AMD EPYC with 512-bit instructions (108 and 191 GFLOP/s at
     256 x 4096 x 4096 on two cores) and is written for Intel's. oneDNN's are up to 2.1 times as far from fp64 there: 4.1e-7 of the
-    result's norm, where MKL's are at 2.0e-7 for many rows and at 4.1e-7 for one.
+    result's norm, where MKL's are at 2.0e-7 for many rows and at 4.1e-7 for one; a forward is 1.2 times as far.
     """
     built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     return built and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
@@ -49,7 +52,6 @@ def serves(layer: Any, x: Tensor) -> bool:
         return False
     if type(layer) is not nn.Linear or unplain(layer):
         return False
-    # Of operands with gaps oneDNN multiplies by plain loops.
     return layer.weight.dtype == x.dtype and layer.weight.is_contiguous() and x.is_contiguous()
 
 
@@ -60,3 +62,110 @@ def linear(layer: Any, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | No
         product: where it serves.
     """
     return product(x, layer.weight, layer.bias) if serves(layer, x) else layer(x)
+
+
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x weight^T + bias)` by one launch."""
+    joined = _of_onednn if x.device.type == "cpu" else _of_torch
+    return joined(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def _of_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+def _of_onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What torch has for a CPU itself is the GELU of the error function. Of operands with gaps oneDNN multiplies by plain loops."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "gelu", [], "tanh")
+
+
+def product_gelu_apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same by two, the second in place."""
+    hidden = F.linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(hidden, approximate="tanh")
+    return torch.ops.aten.gelu_(hidden, approximate="tanh")
+
+
+@functools.cache
+def gelu_serves(device: torch.device, dtype: torch.dtype, quicker: bool = False) -> bool:
+    """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function.
+
+    Args:
+        quicker: fp32 products may be oneDNN's where it is quicker.
+    """
+    if device.type == "meta":
+        return True
+    if device.type == "cpu" and not (
+        _onednn_multiplies(dtype) or (quicker and dtype is torch.float32 and onednn_quicker())
+    ):
+        return False
+    with _disable_current_modes(), torch.no_grad():
+        # Around -3 the two differ by more than a 16-bit product is off, which they do not elsewhere.
+        return all(_gelu_fits(device, dtype, *case) for case in ((1.0, 0.0), (0.05, -3.0)))
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the processor has instructions for products of 16 bits. Those of fp32 are further from fp64 than torch's own."""
+    probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = getattr(torch.ops.mkldnn, probes.get(dtype, ""), None)
+    return supported is not None and supported()
+
+
+def _gelu_fits(device: torch.device, dtype: torch.dtype, spread: float, centre: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, 128), (512, 128)))
+    x, weight, bias = x * spread, weight * 128**-0.5, torch.full((512,), centre).to(x)
+    exact = product_gelu_apart(x.double(), weight.double(), bias.double())
+
+    def error(result: Tensor) -> float:
+        return float((result.double() - exact).norm())
+
+    try:
+        return error(product_gelu(x, weight, bias)) <= ERROR_RATIO * error(product_gelu_apart(x, weight, bias))
+    except (AttributeError, RuntimeError):  # no oneDNN, or a dtype that the device has no product of
+        return False
+
+
+def is_plain(network: Any, dtype: torch.dtype) -> bool:
+    """Whether a FeedForward is two products with tanh GELU and a bias in the first: no adapters, no hooks on the way."""
+    if type(network).__name__ != "FeedForward" or len(network.net) != 3:
+        return False
+    parts = [*network.net]
+    layer: Any = getattr(parts[0], "proj", None)
+    if type(layer) is not nn.Linear or type(parts[0]).__name__ != "GELU" or parts[0].approximate != "tanh":
+        return False
+    weight, bias = layer.weight, layer.bias
+    # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
+    if bias is None or network.training or not weight.dtype == bias.dtype == dtype:
+        return False
+    if weight.device.type == "cpu" and not weight.is_contiguous():
+        return False
+    return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
+
+
+def joins(x: Tensor, quicker: bool = False) -> bool:
+    """Whether a product with x can have its GELU within; `quicker` as in `gelu_serves`."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and gelu_serves(x.device, x.dtype, quicker)
+
+
+def feed_forward(
+    network: Any,
+    x: Tensor,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = product_gelu,
+    linear: Callable[[Any, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """A FeedForward on (..., D).
+
+    Args:
+        product: serves where the first product can have its GELU within.
+        linear: makes the second product, by whatever is quicker, as the first one then is; None: both are torch's, but for 16 bits.
+    """
+    if not is_plain(network, x.dtype):
+        return network(x)
+    layer, last = network.net[0].proj, network.net[2]
+    if not joins(x, linear is not None):
+        product = product_gelu_apart
+    hidden = product(x, layer.weight, layer.bias)
+    del x  # not read while the second product runs
+    return last(hidden) if linear is None else linear(last, hidden)

@@ -9,8 +9,8 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from ltxkern.patching import feed_forward as module
-from ltxkern.patching.feed_forward import feed_forward, gelu_serves, is_plain
+from ltxkern.patching import products as module
+from ltxkern.patching.products import feed_forward, gelu_serves, is_plain
 
 WIDTH = 64
 

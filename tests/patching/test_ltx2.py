@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltxkern
-from ltxkern.patching import feed_forward as module
-from ltxkern.patching.feed_forward import gelu_serves
+from ltxkern.patching import products as module
+from ltxkern.patching.products import gelu_serves
 from ltxkern.pipeline.files.demo import DEMO_CONFIGS, build_demo
 
 SIZES = {

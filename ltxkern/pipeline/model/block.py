@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from torch import Tensor
 
-from ltxkern.patching.feed_forward import feed_forward
+from ltxkern.patching.products import feed_forward
 from ltxkern.patching.separate import modulate
 from ltxkern.pipeline.model.attention import attend, attend_to_text, kept_update, text_keys_and_values
 from ltxkern.pipeline.model.fusions import (

@@ -26,8 +26,8 @@ from ltxkern.ops.rms_norm_modulate import (
     rms_norm_modulate,
 )
 from ltxkern.patching import products, separate
-from ltxkern.patching.feed_forward import product_gelu as fused_product_gelu
-from ltxkern.patching.feed_forward import product_gelu_apart
+from ltxkern.patching.products import product_gelu as fused_product_gelu
+from ltxkern.patching.products import product_gelu_apart
 from ltxkern.patching.rules import chosen_policy
 
 ENOUGH = 1 << 20  # results that had the same bits before a pass counts as exact: a few could have them by chance
@@ -53,9 +53,10 @@ class Fusion(Generic[_Given, _Result]):
 class FusionPolicy:
     """Which fused passes serve the transformer.
 
-    "rounded": all of them; each is at least as close to fp64 as what it replaces. "exact": those alone that gave the bits of the
-    separate ops on this device in their first calls of a dtype and shape, where both run until `ENOUGH` results were compared;
-    the others never again. What torch.compile traces is made of the separate ops then.
+    "rounded": all of them; each is at least as close to fp64 as what it replaces, but for fp32 products, of which
+    `products.onednn_quicker` says how far they are. "exact": those alone that gave the bits of the separate ops on this device in
+    their first calls of a dtype and shape, where both run until `ENOUGH` results were compared; the others never again. What
+    torch.compile traces is made of the separate ops then.
 
     Attributes:
         name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.patch import patch
-from ltxkern.patching.feed_forward import ERROR_RATIO
+from ltxkern.patching.products import ERROR_RATIO
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import fusions
 from ltxkern.pipeline.model.fusions import Fusion, FusionPolicy, use_fusions
