@@ -350,8 +350,9 @@ __global__ void __launch_bounds__(kMmaThreads, 1) merge_lora_tensor_cores(MergeL
     ask();
 #pragma unroll 1
     for (; tile < end; ++tile) {
-        WarpSums<kColumns> sums = {};
-        [[maybe_unused]] WarpSums<kColumns> total = {};
+        // CUDA 12.8's compiler breaks down where the alias gets kColumns here.
+        WarpSums<kMmaColumns<SUM_STEPS>> sums = {};
+        [[maybe_unused]] WarpSums<kMmaColumns<SUM_STEPS>> total = {};
         int index = 0;
 #pragma unroll 1
         for (int lora = 0; lora < static_cast<int>(p.count); ++lora) {

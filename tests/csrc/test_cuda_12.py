@@ -1,0 +1,47 @@
+"""CUDA 12.8's compiler takes every template of the kernels: it has broken down over code that 13.0 takes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from ltxkern.compiled import nvrtc
+from tests.csrc import nvrtc_12
+from tests.csrc.kernel_resources import kernels_by_header
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    path = nvrtc_12.library()
+    if path is None or nvrtc_12.release(path) != nvrtc_12.RELEASE:
+        pytest.skip("CUDA 12 NOT TESTED: pip install 'nvidia-cuda-nvrtc-cu12==12.8.*'")
+    return path
+
+
+def _compile(library: Path, kernels: Mapping[str, Sequence[str]]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which the compiler may take with it."""
+    options = ["--gpu-architecture=sm_90", f"-I{nvrtc.include_directory()}", *nvrtc.OPTIONS]
+    work = {"library": str(library), "options": options, "kernels": kernels}
+    command = [sys.executable, nvrtc_12.__file__]
+    return subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
+
+
+def _kind(kernel: str) -> str:
+    """Dtypes are like each other."""
+    return kernel.replace("bf16", "T").replace("f16", "T").replace("float", "T")
+
+
+def test_every_template_compiles(library: Path) -> None:
+    kinds = {header: [*{_kind(one): one for one in each}.values()] for header, each in kernels_by_header().items()}
+    done = _compile(library, kinds)
+    assert done.returncode == 0, f"{done.stdout.split()[-1]}: {done.returncode} {done.stderr}"
+    assert done.stdout.split() == [*kinds]
+
+
+def test_what_does_not_compile_is_told(library: Path) -> None:
+    done = _compile(library, {"dual_add.cuh": ["ltxk::dual_add<ltxk::no_such_type, 8>"]})
+    assert done.returncode == 1
+    assert "no_such_type" in done.stderr
