@@ -28,8 +28,8 @@ EXPLAINED: dict[tuple[str, str, str, str, str], str] = {
         "ltx2_upsampler_post_720p_channels_last",
         "bf16",
         "triton",
-    ): "not explained yet: by the counts neither issue (345 of 1,031 us), the second cache (515) nor latency (199) binds. A program takes "
-    "256 of the 1,024 bytes of a position, a warp of the CUDA tier, which reached 62 in that run, 512",
+    ): "not explained yet: by the counts neither issue (345 of 1,031 us), the second cache (515) nor latency (199) binds. A "
+    "program takes 256 of the 1,024 bytes of a position, a warp of the CUDA tier, which reached 62 in that run, 512",
     (
         "H200",
         "group_norm_silu",
