@@ -57,7 +57,7 @@ class Row(NamedTuple):
         double: of the unit for fp64.
         lsu: loads and stores of global memory.
         shared: accesses of shared memory, and shuffles.
-        wavefronts: 128-byte pieces of both.
+        wavefronts: 128-byte pieces of both; of loads from rows that several indices name, clocks of the first cache.
         in_flight: 16-byte loads of a thread under way when it first waits.
         waits: times that a thread waits for memory.
         near_waits: times that it waits for the second cache.
@@ -178,11 +178,12 @@ def first_cache(shared_bytes: int, blocks: int, card: Card) -> int:
 def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
     """The row of one launch."""
     import sass
+    import warps as of_warp
 
     far = [index for index, size in enumerate(kernel.operands) if size >= SMALL]
     blocks, warps = math.prod(kernel.grid), -(-kernel.threads // 32)
     launched = sass.Launched(kernel.parameters, kernel.threads, kernel.grid, far, kernel.indices)
-    counted, total = sass.average(function, card.architecture, launched), blocks * kernel.threads
+    counted, total = of_warp.average(function, card.architecture, launched), blocks * kernel.threads
     # An address that is no operand's is one of another block's shared memory.
     operands = range(len(kernel.operands))
     asked = {index: int(moved * total) for index, moved in counted.loaded.items() if index in operands}
@@ -210,7 +211,7 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
         *(tier, case, kernel.name, blocks, kernel.threads, function.registers, shared),
         resident,
         packs,
-        *(float(f"{32 * counted.each[name] * warps * blocks / packs:.4g}") for name in sass.CLASSES),
+        *(float(f"{32 * counted.each[name] * warps * blocks / packs:.4g}") for name in of_warp.CLASSES),
         typical.in_flight / PACK,
         *(typical.waits, typical.near_waits, typical.cycles),
         {str(index): moved for index, moved in sorted(reads.items()) if moved > COUNTED},

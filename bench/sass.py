@@ -13,7 +13,6 @@ import struct
 import subprocess
 import tempfile
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -158,6 +157,7 @@ class Counts:
         near_waits: the same where all that it waited for lies in the second cache.
         in_flight: bytes of a thread asked for when it first waits, at most.
         cycles: of the thread alone, were memory at no distance.
+        touched: of its accesses of global memory in order: the instruction's address, where it reads or writes, and bytes.
     """
 
     issue: int = 0
@@ -172,6 +172,7 @@ class Counts:
     near_waits: int = 0
     in_flight: int = 0
     cycles: int = 0
+    touched: list[tuple[int, int | None, int]] = field(default_factory=list)
 
 
 class Launched(NamedTuple):
@@ -179,14 +180,14 @@ class Launched(NamedTuple):
 
     Attributes:
         far: the operands that come from memory, and from no cache.
-        zeros: the operands whose elements are indices, all of them zero here.
+        indices: the operands whose elements are indices.
     """
 
     parameters: bytes
     threads: int
     grid: tuple[int, int, int]
     far: Collection[int]
-    zeros: Collection[int] = ()
+    indices: Collection[int] = ()
 
 
 # Distinct, and far apart: the operand of an address is what lies above these bits.
@@ -196,6 +197,18 @@ OPERAND_SHIFT = 40
 def operand_address(index: int) -> int:
     """Where the call's index-th tensor is taken to lie."""
     return (index + 1) << OPERAND_SHIFT
+
+
+class Indices(dict[int, int]):
+    """Indices by their address, so far apart in the order in which they are met: each at another address is another one."""
+
+    def __init__(self, apart: int) -> None:
+        super().__init__()
+        self.apart = apart
+
+    def __missing__(self, address: int) -> int:
+        self[address] = self.apart * len(self)
+        return self[address]
 
 
 class _Thread:
@@ -219,14 +232,22 @@ class _Thread:
         self.pending: dict[str, tuple[int, bool]] = {}
 
 
-def trace(function: Function, architecture: str, launched: Launched, thread: int, block: tuple[int, ...]) -> Counts:
-    """Follow one thread from the entry to its end.
+def trace(
+    function: Function,
+    architecture: str,
+    launched: Launched,
+    thread: int,
+    block: tuple[int, ...],
+    known: Indices | None = None,
+) -> Counts:
+    """Follow one thread from the entry to its end; without `known` all indices are zero.
 
     Raises:
         ValueError: it does not come to an end.
     """
     addresses = [one.address for one in function.instructions]
     state, counts = _Thread(architecture, launched, thread, block), Counts()
+    found = Indices(0) if known is None else known
     at, clock = 0, 0
     for _ in range(LONGEST):
         if at >= len(function.instructions):
@@ -258,9 +279,11 @@ def trace(function: Function, architecture: str, launched: Launched, thread: int
         results = evaluate(step)
         if one.name in ("LDG", "LD"):
             first, count = one.operands[0], max(1, one.width // 4)
-            for register in first.registers(count):
+            for i, register in enumerate(first.registers(count)):
                 state.pending[register] = one.width // count, where in launched.far
-                results[register] = 0 if where in launched.zeros else None
+                results[register] = None
+                if where in launched.indices:
+                    results[register] = found[counts.touched[-1][1] or 0] if i == 0 else 0
         latency = LATENCIES.get(one.name, 5)
         for register, value in results.items():
             state.values[register] = value if guard is True else None
@@ -289,6 +312,7 @@ def _count(one: Instruction, counts: Counts, state: _Thread, guard: Value) -> in
     counts.wavefronts += max(1, one.width // 4)
     address = next((operand for operand in reversed(one.operands) if operand.memory), None)
     known = None if address is None else address.address(state.values)
+    counts.touched.append((one.address, known, one.width))
     moved = counts.stored if name in ("STG", "ST", "RED", "ATOM", "ATOMG") else counts.loaded
     where = None if known is None else (known >> OPERAND_SHIFT) - 1
     moved[where] = moved.get(where, 0) + one.width
@@ -339,52 +363,3 @@ def _flow(one: Instruction, guard: Value, state: _Thread, instructions: Sequence
         between = [other for other in instructions[at + 1 :] if other.address < target]
         condition = any(other.name in ("CALL", "NANOSLEEP") for other in between)
     return target if condition else None
-
-
-class Average(NamedTuple):
-    """Counts of a block's warps; of loads and stores those of neighbouring blocks, which may have different operands.
-
-    Attributes:
-        each: instructions of a warp by class.
-        loaded: bytes of a thread by operand.
-        stored: the same of stores.
-        widest: the most bytes that a thread stores to, and loads from, one operand.
-        typical: of a warp that is not the block's first.
-    """
-
-    each: dict[str, float]
-    loaded: dict[int, float]
-    stored: dict[int, float]
-    widest: tuple[int, int]
-    typical: Counts
-
-
-CLASSES = ("issue", "mufu", "double", "lsu", "shared", "wavefronts")
-
-
-def average(function: Function, architecture: str, launched: Launched) -> Average:
-    """From the middle of the grid; the first warp of a block does what one thread does for all."""
-    count = -(-launched.threads // 32)
-    thread = min(launched.threads - 1, launched.threads // 2 // 32 * 32)
-    middle = [min(launched.grid[0] // 2 + i, launched.grid[0] - 1) for i in range(3)]
-    rest = tuple(size // 2 for size in launched.grid[1:])
-    traces = [trace(function, architecture, launched, thread, (middle[0], *rest))]
-    if traces[0].issue < LONG:
-        traces += [trace(function, architecture, launched, thread, (block, *rest)) for block in middle[1:]]
-    # Not the block at the end of a row, which has less to do.
-    usual = Counter(one.issue for one in traces).most_common(1)[0][0]
-    typical = next(i for i, one in enumerate(traces) if one.issue == usual)
-    first = trace(function, architecture, launched, 0, (middle[typical], *rest))
-    each = {name: (getattr(first, name) + (count - 1) * getattr(traces[typical], name)) / count for name in CLASSES}
-    pair = [one for one in traces if one.issue == usual][:2]
-
-    def moved(name: str) -> dict[int, float]:
-        total: dict[int, float] = {}
-        for one in pair:
-            for operand, size in getattr(one, name).items():
-                if operand is not None:
-                    total[operand] = total.get(operand, 0.0) + size / len(pair)
-        return total
-
-    widest = max([0, *pair[0].stored.values()]), max([0, *pair[0].loaded.values()])
-    return Average(each, moved("loaded"), moved("stored"), widest, traces[typical])

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import sass
+import warps
 
 PARAMETERS = {"sm_90": 0x210, "sm_100": 0x380}
 
@@ -81,6 +82,39 @@ def test_a_copy_past_the_end_of_a_loop_reads_nothing() -> None:
         parameters=(sass.operand_address(0),),
     )  # fmt: skip
     assert (counted.loaded, counted.lsu, counted.wavefronts, counted.in_flight, counted.waits) == ({0: 16}, 2, 4, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "size", "clocks"),
+    [
+        # Neighbours, from a line's start and from within, all one word, and 16 bytes each.
+        ([4 * lane for lane in range(32)], 4, 1),
+        ([64 + 4 * lane for lane in range(32)], 4, 1),
+        ([400] * 32, 4, 1),
+        ([16 * lane for lane in range(32)], 16, 4),
+        # Every other word takes its banks twice; a line each, four at a time, in one bank.
+        ([8 * lane for lane in range(32)], 4, 2),
+        ([128 * lane for lane in range(32)], 4, 32),
+        # A line each, in other banks: four at a time, or one by one in one set.
+        ([132 * lane for lane in range(31)], 4, 8),
+        ([516 * lane for lane in range(31)], 4, 31),
+    ],
+)
+def test_clocks_of_the_first_cache(addresses: list[int], size: int, clocks: int) -> None:
+    assert warps.pieces([(address, size) for address in addresses]) == clocks
+
+
+@pytest.mark.parametrize(("indices", "wavefronts"), [((), 2), ((1,), 1 + 16)], ids=["no_index", "by_index"])
+def test_a_warp_that_an_index_sends_to_many_rows(indices: tuple[int, ...], wavefronts: float) -> None:
+    """Thread i reads word i of a row of 128 bytes, the i-th: 8 clocks, or 16 and 32 where rows lie in two sets or in one."""
+    table, index = (sass.operand_address(i) for i in range(2))
+    lines = (
+        "S2R R0, SR_TID.X", "LDC.64 R2, c[0x0][0x210]", "LDC.64 R4, c[0x0][0x218]", "IMAD.WIDE.U32 R4, R0, 0x4, R4",
+        "LDG.E R6, desc[UR4][R4.64]", "IMAD.WIDE.U32 R2, R6, 0x80, R2", "IMAD.WIDE.U32 R2, R0, 0x4, R2",
+        "LDG.E R7, desc[UR4][R2.64]", "EXIT",
+    )  # fmt: skip
+    launched = sass.Launched(struct.pack("<2Q", table, index), 32, (1, 1, 1), (), indices)
+    assert warps.average(function(*lines), "sm_90", launched).each["wavefronts"] == wavefronts
 
 
 @pytest.mark.parametrize(
