@@ -88,7 +88,9 @@ def tables_of(
     angle = random(sum(grid[:axes]), -(-HEADS * pairs // axes)) * 3
     numbers = torch.arange(sum(grid), dtype=torch.int32, device=angle.device).split(grid)
     rows = torch.stack([axis.flatten() for axis in torch.meshgrid(*numbers, indexing="ij")][:axes])[None]
-    return angle.cos(), angle.sin(), rows
+    tables = RotaryTables(angle.cos(), angle.sin(), rows)
+    # As the pipeline makes them.
+    return tables.side_by_side() if axes > 1 else tables
 
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:

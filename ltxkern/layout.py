@@ -30,6 +30,13 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def lie_side_by_side(first: Tensor, second: Tensor) -> bool:
+    """Whether every element of a matrix has that of a second one behind it, and one aligned access has both."""
+    (row, column), address, size = first.stride(), first.data_ptr(), first.element_size()
+    behind = second.stride() == (row, column) and second.data_ptr() == address + size
+    return behind and column == 2 and row % 2 == 0 and address % (2 * size) == 0
+
+
 def fresh(model: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor of the model's shape, in its dtype or in another."""
     return torch.empty_like(model, dtype=dtype, memory_format=torch.contiguous_format)

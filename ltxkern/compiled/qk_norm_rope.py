@@ -11,15 +11,17 @@ from ltxkern.compiled.programs import THREADS, program
 from ltxkern.compiled.rows import WARP_PACKS, WIDEST, check_range, dense_rows, type_names, vector_of
 from ltxkern.compiled.steps import Argument, Call, Launch, Parameter, divider, float_bits, nested
 from ltxkern.compiled.tensors import PARAM_CODES, param_code
-from ltxkern.layout import ceil_div, dense, hand_back, round_up
+from ltxkern.layout import ceil_div, dense, hand_back, lie_side_by_side, round_up
 
 if TYPE_CHECKING:
-    from ltxkern.ops.qk_norm_rope import Arguments
+    from ltxkern.ops.qk_norm_rope import Arguments, RotaryTables
 
 # Tensors of q, then of k: x, weight, cos, sin, rows, out.
 PER_TENSOR = 6
 ARGUMENTS = 2 * PER_TENSOR
-_FP32 = PARAM_CODES[torch.float32]
+_FP32, _FP32_BYTES = PARAM_CODES[torch.float32], 4
+# Elements of cosines that a call may put beside their sines; larger tables have the kernel that takes them as they lie.
+MOST_COPIED = 1 << 24
 
 
 class TableView(NamedTuple):
@@ -50,6 +52,7 @@ class Case(NamedTuple):
 
     Attributes:
         axes: coordinates of a token in tables by coordinate; 0 for tables by token.
+        beside: whether tables of three coordinates have every sine behind its cosine, and one access has both.
         vector: elements of a thread's access.
     """
 
@@ -60,6 +63,7 @@ class Case(NamedTuple):
     heads: int
     pairs: int
     axes: int
+    beside: bool
     interleaved: bool
     eps: float
     vector: int
@@ -104,9 +108,9 @@ def _sharing(case: Case) -> dict[str, Parameter]:
 
 
 def _in_packs(case: Case) -> Case:
-    """The case with strides and pairs in packs; tables of several coordinates are read element by element, and keep theirs."""
+    """The case with strides and pairs in packs; tables of several coordinates are read by cosines with their sines."""
     vector = case.vector
-    table_vector = vector if case.axes < 2 else 1
+    table_vector = vector if case.axes < 2 else 2
 
     def packed(side: Side) -> Side:
         batch, head, token, pair = side.table.strides
@@ -139,7 +143,10 @@ def _packed(case: Case, threads: int) -> Launch | None:
     names = type_names(case.type_code, [case.table_code])
     if case.vector == 1 or names is None or any(side.weight_code != case.type_code for side in case.sides):
         return None
-    if case.axes not in (0, 1, 3) or (case.axes and case.table_code != _FP32):
+    if case.axes not in (0, 1, 3) or (case.axes == 3 and not case.beside):
+        return None
+    # A row that no table has is read as the first.
+    if case.axes and (case.table_code != _FP32 or not all(side.table.table_rows for side in case.sides)):
         return None
     packs = _in_packs(case)
     width = 2 * packs.heads * packs.pairs
@@ -157,7 +164,9 @@ def _packed(case: Case, threads: int) -> Launch | None:
     # 32 packs of pairs on, a thread is at the same place of a later head.
     heads_on = 32 >> pairs_log2
     parameters |= {"q_table_step": heads_on * q.table.strides[1], "k_table_step": heads_on * k.table.strides[1]}
-    return Launch(f"ltxk::qk_norm_rope_packs<{names}, {case.axes}>", (sum(case.rows),), block, parameters)
+    # Of a warp's pairs, those of a pack of every thread.
+    shared_bytes = 2 * _FP32_BYTES * case.vector * block if case.axes == 3 else 0
+    return Launch(f"ltxk::qk_norm_rope_packs<{names}, {case.axes}>", (sum(case.rows),), block, parameters, shared_bytes)
 
 
 def device_steps(case: Case, threads: int = THREADS) -> list[Launch]:
@@ -187,8 +196,11 @@ def check_rows(args: Arguments) -> None:
             check_range(rows, cos.shape[0], name)
 
 
-def _tables(cos: Tensor, sin: Tensor, rows: Tensor | None, batch: int, pairs: int) -> tuple[Tensor, Tensor, TableView]:
-    """Cosines and sines that lie alike, and how."""
+def _tables(tables: RotaryTables, batch: int, pairs: int, *, beside: bool = False) -> tuple[Tensor, Tensor, TableView]:
+    """Cosines and sines that lie alike, and how; on demand side by side, unless a copy would be large."""
+    cos, sin, rows = tables
+    if beside and not lie_side_by_side(cos, sin) and cos.numel() <= MOST_COPIED:
+        cos, sin, _ = tables.side_by_side()
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     if rows is None:
@@ -218,15 +230,17 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
     batch, tokens, width = q.shape
     heads = args.head_count
     pairs = width // (2 * heads)
-    cos, sin, table = _tables(args.cos, args.sin, args.rows, batch, pairs)
-    shared, of_k = args.k_cos is None, args.k_tables
-    k_cos, k_sin, k_table = (cos, sin, table) if shared else _tables(*of_k, batch, pairs)
-    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
     axes = 0 if args.rows is None else args.rows.shape[1]
+    packs = tier != "cpu" and axes == 3 and args.layout == "split" and param_code(args.cos) == _FP32
+    cos, sin, table = _tables(args.q_tables, batch, pairs, beside=packs)
+    shared, of_k = args.k_cos is None, args.k_tables
+    k_cos, k_sin, k_table = (cos, sin, table) if shared else _tables(of_k, batch, pairs, beside=packs)
+    beside = axes == 3 and lie_side_by_side(cos, sin) and (shared or lie_side_by_side(k_cos, k_sin))
+    q_strides, k_strides = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1))
     vector = 1
     if args.layout == "split":
         aligned, steps = [q, k, q_weight, k_weight, *targets], [*q_strides, *k_strides]
-        # Tables of several coordinates are read element by element, and need not be aligned.
+        # Tables of several coordinates need not be.
         if axes < 2:
             aligned += [cos, sin] if shared else [cos, sin, k_cos, k_sin]
             steps += [*table.strides[:3], *k_table.strides[:3]]
@@ -243,6 +257,7 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
         heads=heads,
         pairs=pairs,
         axes=axes,
+        beside=beside,
         interleaved=args.layout == "interleaved",
         eps=args.eps,
         vector=vector,

@@ -35,7 +35,7 @@ class RotaryTables(NamedTuple):
     By coordinate they are (N, ceil(heads * d / 2 / axes)), a row for each value that a coordinate takes, and `rows`, int32 of
     (B or 1, axes, T), says which row a token has on each axis. Pairs are counted over all heads and the axes take turns with them:
     the columns of a token's rows, one axis after another and then the next column, end with its last pair. Where axes do not
-    divide the pairs, what is too many in front belongs to none.
+    divide the pairs, what is too many in front belongs to none. Of three axes the GPU kernels are quickest `side_by_side()`.
     """
 
     cos: Tensor
@@ -54,6 +54,11 @@ class RotaryTables(NamedTuple):
             return taken[..., taken.shape[-1] - heads * pairs :].unflatten(-1, (heads, pairs)).transpose(1, 2)
 
         return spread(self.cos), spread(self.sin)
+
+    def side_by_side(self) -> "RotaryTables":
+        """The same numbers in one tensor (..., 2), each sine behind its cosine; cos and sin are views of it."""
+        cos, sin = torch.stack((self.cos, self.sin), dim=-1).unbind(-1)
+        return RotaryTables(cos, sin, self.rows)
 
 
 class Arguments(NamedTuple):
@@ -184,7 +189,9 @@ def qk_norm_rope(
     Args:
         q, k: (B, T, heads * d) and (B, L, heads * d), fp16, bf16 or fp32.
         q_weight, k_weight: (heads * d,).
-        cos, sin: (B or 1, heads, T, d / 2), fp16, bf16 or fp32; with `rows` (N, ceil(heads * d / 2 / axes)).
+        cos, sin: (B or 1, heads, T, d / 2), fp16, bf16 or fp32; with `rows` (N, ceil(heads * d / 2 / axes)): of three axes
+            quickest as `RotaryTables.side_by_side` has them, which the CUDA kernel for fp32 tables else makes of them in
+            every call; of one axis each dense.
         eps: added to the mean square.
         layout: "split" (LTX-2.3) or "interleaved".
         rows: int32 (B or 1, axes, T): the row of cos and sin that a token has on each axis. Pair i of a token, counted over all

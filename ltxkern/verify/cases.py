@@ -56,6 +56,7 @@ class OpCase:
         optional: tensor arguments that may each be left out.
         last: tensors of four dims have their channels innermost in memory.
         by_row: a row of a result depends on the same row of the arguments alone, and one launch writes all of them.
+        beside: sines lie behind their cosines, of k too.
         variant: what sets it apart from the op's main case, which has none.
     """
 
@@ -68,6 +69,7 @@ class OpCase:
     optional: str = ""
     last: bool = False
     by_row: bool = False
+    beside: bool = False
     variant: str = ""
 
     def __str__(self) -> str:
@@ -118,9 +120,12 @@ class OpCase:
 
     def tensors(self, dtype: torch.dtype = F32, size: Size = SMALL) -> Tensors:
         """The tensor arguments; in fp32 those of a main case have one dtype, so that an output may be any of its shape."""
-        return {
+        made = {
             name: self.drawn(name, shape, dtype, seed) for seed, (name, shape) in enumerate(self.shapes(size).items())
         }
+        for names in (("cos", "sin"), ("k_cos", "k_sin")) if self.beside else ():
+            made |= zip(names, torch.stack([made[name] for name in names], dim=-1).unbind(-1), strict=True)
+        return made
 
     def outputs(self, tensors: Tensors) -> list[Tensor]:
         """Outputs of their own memory, full of NaN."""
@@ -159,8 +164,10 @@ def rotated_by_row() -> dict[str, dict[str, Any]]:
     own, wide = "k_cos k_sin: 3 2W; k_rows: 1 3 2T", dict.fromkeys(("cos", "sin", "k_cos", "k_sin"), F32)
     longer = f"q: B T 12W; k: B 2T 12W; q_weight k_weight: 12W; cos sin: 3 2W; rows: B 3 T; {own}"
     pairs, fixed = "q k: B T {0}W; q_weight k_weight: {0}W; cos sin: 3 {1}W; rows: {2} T", {"rows": torch.int32}
+    rows = {"arguments": longer, "others": {"heads": 6}, "fixed": {**fixed, **wide}}
     return {
-        "rows": {"arguments": longer, "others": {"heads": 6}, "fixed": {**fixed, **wide}},
+        "rows": rows,
+        "rows_side_by_side": {**rows, "beside": True},
         "rows_one_axis": {"arguments": pairs.format(4, 2, "B 1"), "others": {"heads": 2}, "fixed": {**fixed, **wide}},
         "rows_3_heads": {"arguments": pairs.format(6, "", "1 3"), "others": {"heads": 3}, "fixed": fixed},
         "rows_2_heads_interleaved": {

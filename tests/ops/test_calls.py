@@ -44,7 +44,8 @@ def test_out(case: OpCase, backend: str) -> None:
                 outputs = [torch.full_like(value, torch.nan) for value in fresh]
                 assert all(one is other for one, other in zip(case.run(tensors, outputs), outputs, strict=True))
                 assert_same(outputs, fresh)
-        assert_same([tensors[name] for name in kept], list(kept.values()))
+        # A clone of sines beside their cosines is dense.
+        assert_same([tensors[name].contiguous() for name in kept], [value.contiguous() for value in kept.values()])
 
 
 def part(x: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ def by_row(batch: int, tokens: int, heads: int, dim: int, axes: int, dtype: torc
     return RotaryTables(angles.cos().to(dtype), angles.sin().to(dtype), rows)
 
 
+def odd(tables: RotaryTables) -> RotaryTables:
+    """Side by side, but from an odd element of their memory on."""
+    both = torch.stack((tables.cos, tables.sin), dim=-1)
+    cos, sin = torch.cat([both.new_zeros(1), both.flatten()])[1:].view_as(both).unbind(-1)
+    return RotaryTables(cos, sin, tables.rows)
+
+
 @over_backends("qk_norm_rope")
 @pytest.mark.parametrize("size", BY_ROW, ids=str)
 @LAYOUTS
@@ -112,10 +119,18 @@ def test_tables_by_row_give_the_bits_of_tables_by_token(backend: str, size: tupl
             table.contiguous() for tables in (of_q, of_k) for table in tables.by_token(heads, dim // 2)
         )
         with serving(backend):
-            ours = ltxkern.qk_norm_rope(
-                *(q, k, *weights, of_q.cos, of_q.sin),
-                **{"rows": of_q.rows, "heads": heads, "layout": layout},
-                **{"k_cos": of_k.cos, "k_sin": of_k.sin, "k_rows": of_k.rows},
+            ours, *others = (
+                ltxkern.qk_norm_rope(
+                    *(q, k, *weights, one.cos, one.sin),
+                    **{"rows": one.rows, "heads": heads, "layout": layout},
+                    **{"k_cos": other.cos, "k_sin": other.sin, "k_rows": other.rows},
+                )
+                for one, other in (
+                    (of_q, of_k),
+                    (of_q.side_by_side(), of_k.side_by_side()),
+                    (of_q, of_k.side_by_side()),
+                    (odd(of_q), odd(of_k)),
+                )
             )
             by_token = ltxkern.qk_norm_rope(q, k, *weights, cos, sin, k_cos=k_cos, k_sin=k_sin, layout=layout)
             alone = [
@@ -123,6 +138,8 @@ def test_tables_by_row_give_the_bits_of_tables_by_token(backend: str, size: tupl
                 for x, weight, tables in zip((q, k), weights, ((cos, sin), (k_cos, k_sin)), strict=True)
             ]
         assert_same(by_token, alone)
+        for one in others if axes > 1 else ():
+            assert_same(one, ours)
         # Narrow tables by row have no kernel of their own: where that of tables by token sums otherwise, a rounding may differ.
         near = {"rtol": 0, "atol": 0} if table_dtype == torch.float32 else {}
         torch.testing.assert_close(ours, by_token, **near)

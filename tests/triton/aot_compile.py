@@ -117,21 +117,22 @@ def block(*rows: int, by_rows: bool) -> list[Call]:
     ]
 
 
-def rotation(*table: int, **more: Any) -> Call:
-    """Queries and keys of the video, by tables of this shape."""
+def rotation(cos: torch.Tensor, sin: torch.Tensor, **more: Any) -> Call:
+    """Queries and keys of the video, by these tables."""
     q, k, *weights = empty(*TOKENS, 4096), empty(*TOKENS, 4096), empty(4096), empty(4096)
-    return partial(ltxkern.qk_norm_rope, q, k, *weights, *(empty(*table, dtype=F32) for _ in range(2)), **more)
+    return partial(ltxkern.qk_norm_rope, q, k, *weights, cos, sin, **more)
 
 
 def attention() -> list[Call]:
     return [
         partial(ltxkern.head_gate, empty(*TOKENS, 32, 128), empty(*TOKENS, 32)),
-        rotation(1, 32, TOKENS[1], 64),
+        rotation(*(empty(1, 32, TOKENS[1], 64, dtype=F32) for _ in range(2))),
     ]
 
 
 def rotation_by_rows() -> Call:
-    return rotation(16 + 34 + 60, 683, rows=empty(1, 3, TOKENS[1], dtype=torch.int32), heads=32)
+    cos, sin = empty(16 + 34 + 60, 683, 2, dtype=F32).unbind(-1)
+    return rotation(cos, sin, rows=empty(1, 3, TOKENS[1], dtype=torch.int32), heads=32)
 
 
 # Calls of production size, by the name of their row in the baseline.

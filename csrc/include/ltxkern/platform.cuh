@@ -96,6 +96,10 @@ LTXK_DEVICE void copy_async(void* shared, const void* global, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(exists ? 16 : 0)
                  : "memory");
 }
+// The same of 8 bytes that exist, to `offset` bytes behind an address: a sum of 32 bits, which the instruction takes.
+LTXK_DEVICE void copy_async_eight(void* shared, u32 offset, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared) + offset), "l"(global) : "memory");
+}
 // Ends a group of this thread's copies.
 LTXK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until this thread's copies have landed, those of its N last groups excepted.

@@ -122,7 +122,7 @@ struct QkTables {
     Raw<V> cosine, sine;
 
     // What to add to a sum of squares: nothing, or NaN where a row is none of the tables'.
-    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32 head) {
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32 head, char*) {
         float nothing = 0.0f;
         if constexpr (AXES == 0) {
             at = batch * static_cast<u32>(t.table_batch);
@@ -138,7 +138,8 @@ struct QkTables {
         step = static_cast<u32>(&t == p.tensor ? p.q_table_step : p.k_table_step);
         return nothing;
     }
-    // Of a thread's j-th pack of pairs, element k; called in order.
+    LTXK_DEVICE void begin(int) {}
+    // Of a thread's j-th pack of pairs, element k; called in order, behind begin(j).
     LTXK_DEVICE void take(int j, int k, float& c, float& s) {
         if (k % kPart == 0) {
             cosine = load_part<V>(pack_address<M, V>(cosines, at + j * step), k / kPart);
@@ -149,40 +150,67 @@ struct QkTables {
     }
 };
 
-// Tables by three coordinates: pairs take turns. Pair i of a thread is i % 3 places behind one whose axis it shares, so three
-// addresses and distances known to the compiler serve all of them.
+// Tables by three coordinates, each sine behind its cosine: pairs take turns. A thread's own pairs lie on three rows, far from those of
+// the next thread: a warp that loads its own touches ten lines at a time. So it copies its pairs to shared memory in their order, where
+// 32 neighbours are a third from each row, and its threads find their own there.
 template <class M, int V>
 struct QkTables<M, V, 3> {
-    const M *cosines[3], *sines[3];
+    static_assert(sizeof(M) == 4);
+    static constexpr int kPair = 2 * sizeof(M);
+    // Where the thread's first pair lies, and those one and two behind it: one of them shares its axis with any other.
+    const char* pairs[3];
+    char* own;  // the warp's part of shared memory, 32 V pairs
+    Raw<4> two;
 
-    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32) {
-        u32 place = pack * V + static_cast<u32>(p.lead), column = place / 3, axis = place - 3 * column;
+    LTXK_DEVICE float find(const QkNormRopePacks& p, const QkTensor& t, u32 batch, u32 token, u32 pack, u32, char* memory) {
+        u32 lane = threadIdx.x % 32, place = (pack - lane) * V + lane + static_cast<u32>(p.lead), column = place / 3, axis = place - 3 * column;
         const u32* rows = static_cast<const u32*>(t.rows) + (batch * static_cast<u32>(t.rows_batch) + token * static_cast<u32>(t.rows_token));
         float nothing = 0.0f;
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
             u32 row = rows[axis * static_cast<u32>(t.rows_axis)];
             bool here = row < static_cast<u32>(t.table_rows);
-            u32 at = (here ? row : 0) * static_cast<u32>(t.table_token) + column;
-            cosines[r] = static_cast<const M*>(t.cos) + at;
-            sines[r] = static_cast<const M*>(t.sin) + at;
+            pairs[r] = pack_address<M, 2>(t.cos, (here ? row : 0) * static_cast<u32>(t.table_token) + column);
             nothing = here ? nothing : not_a_number();
             bool last = axis == 2;
             axis = last ? 0 : axis + 1;
             column += last;
         }
+        own = memory + threadIdx.x / 32 * (32 * V * kPair);
+        copy(0);
         return nothing;
     }
-    LTXK_DEVICE void take(int j, int k, float& c, float& s) const {
-        int away = 32 * V * j + k;
-        c = to_float(cosines[away % 3][away / 3]);
-        s = to_float(sines[away % 3][away / 3]);
+    // Those of the warp's j-th packs of pairs: a thread every 32nd. Pairs 2 n and 2 n + 1 are at n ^ n / 8 % 4 of 16 bytes each, so that
+    // no two accesses of a quarter of the warp meet in a bank.
+    LTXK_DEVICE void copy(int j) {
+        u32 lane = threadIdx.x % 32, at = lane ^ lane / 16 * 2;
+        char *even = own + at * kPair, *odd = own + (at ^ 4) * kPair;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            int away = 32 * (V * j + i);
+            copy_async_eight(i % 2 ? odd : even, 32 * kPair * i, pairs[away % 3] + away / 3 * kPair);
+        }
+        commit_copies();
+    }
+    LTXK_DEVICE void begin(int j) {
+        if (j > 0) {
+            __syncwarp();
+            copy(j);
+        }
+        wait_copies<0>();
+        __syncwarp();
+    }
+    LTXK_DEVICE void take(int, int k, float& c, float& s) {
+        u32 lane = threadIdx.x % 32;
+        if (k % 2 == 0) load_words<4>(own + ((V / 2 * lane ^ lane * V / 16 % 4) ^ k / 2) * 16, two);
+        c = bits_to_float(two.word[k % 2 * 2]);
+        s = bits_to_float(two.word[k % 2 * 2 + 1]);
     }
 };
 
 // One block of the kernel below.
 template <class T, class M, int AXES>
-LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch) {
+LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_tokens, QkPlace place, RowSum& scratch, char* memory) {
     constexpr int V = kVector<T>, kPairs = kPacks / 2;
     u32 batch = divide(place.row, by_tokens), token = place.row - batch * static_cast<u32>(t.tokens);
     u32 half = static_cast<u32>(p.pairs), pack = threadIdx.x / 32 * (32 * kPairs) + threadIdx.x % 32;
@@ -197,7 +225,7 @@ LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_to
         second[j] = load_pack<T, V>(x_right, 2 * j);
     }
     QkTables<M, V, AXES> tables;
-    float sum = tables.find(p, t, batch, token, pack, head);
+    float sum = tables.find(p, t, batch, token, pack, head, memory);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
 #pragma unroll
@@ -214,6 +242,7 @@ LTXK_DEVICE void qk_packs(const QkNormRopePacks& p, const QkTensor& t, i64 by_to
     for (int j = 0; j < kPairs; ++j) {
         Raw<V> first_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left), 2 * j);
         Raw<V> second_weight = load_pack<T, V>(pack_address<T, V>(t.weight, left + half), 2 * j);
+        tables.begin(j);
         float lefts[V], rights[V];
 #pragma unroll
         for (int k = 0; k < V; ++k) {
@@ -236,8 +265,13 @@ template <class T, class M, int AXES>
 __global__ void __launch_bounds__(256, 4) qk_norm_rope_packs(QkNormRopePacks p) {
     LTXK_SHARED(RowSum, scratch);
     QkPlace place = qk_place(p);
-    if (place.tensor == 0) qk_packs<T, M, AXES>(p, p.tensor[0], p.by_q_tokens, place, scratch);
-    else qk_packs<T, M, AXES>(p, p.tensor[1], p.by_k_tokens, place, scratch);
+    char* memory = nullptr;
+    if constexpr (AXES == 3) {
+        LTXK_DYNAMIC_SHARED(char, pairs);
+        memory = pairs;
+    }
+    if (place.tensor == 0) qk_packs<T, M, AXES>(p, p.tensor[0], p.by_q_tokens, place, scratch, memory);
+    else qk_packs<T, M, AXES>(p, p.tensor[1], p.by_k_tokens, place, scratch, memory);
 }
 
 }  // namespace ltxk

@@ -280,7 +280,8 @@ def rotary_tables(embedding: Embedding, positions: Tensor, coordinates: Coordina
         columns = F.pad(places, (-places.shape[1] % len(counts), 0)).unflatten(1, (-1, len(counts)))
         return torch.cat([part[..., axis] for axis, part in enumerate(columns.split(counts))])
 
-    return RotaryTables(by_row(cos), by_row(sin), coordinates.rows)
+    tables = RotaryTables(by_row(cos), by_row(sin), coordinates.rows)
+    return tables.side_by_side() if len(counts) > 1 else tables
 
 
 class KeptTables:

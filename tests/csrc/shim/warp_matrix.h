@@ -107,6 +107,9 @@ inline void copy_bytes_async(void* shared, const void* global, std::size_t bytes
     else shim::async_copies().groups.back().push_back(copy);
 }
 inline void copy_async(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 16, exists); }
+inline void copy_async_eight(void* shared, std::uint32_t offset, const void* global) {
+    copy_bytes_async(static_cast<char*>(shared) + offset, global, 8, true);
+}
 inline void copy_async_word(void* shared, const void* global, bool exists) { copy_bytes_async(shared, global, 4, exists); }
 
 inline void commit_copies() { shim::async_copies().groups.emplace_back(); }
