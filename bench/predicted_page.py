@@ -328,7 +328,7 @@ FAR = f"""
 ## Measured figures far from their predictions
 
 Each that is more than {measured.FAR} points from its prediction, with the reason; the page is not made without one.
-"""
+{measured.OF_KERNELS_GONE}"""
 CALLS = """
 ## All calls
 
