@@ -150,7 +150,8 @@ class Counts:
         double: those of the unit for 64-bit arithmetic.
         lsu: loads and stores of global memory.
         shared: accesses of shared memory and shuffles.
-        wavefronts: 128-byte pieces in which these two pass the first cache and shared memory.
+        wavefronts: 128-byte pieces in which these two pass the first cache and shared memory; of an asynchronous copy those that it
+            reads, not those that it writes.
         loaded: bytes of a thread by operand (None: at an address that memory gave).
         stored: the same of stores.
         waits: loads from memory that had to come before anything later could be asked for.
