@@ -151,7 +151,7 @@ def test_cpu_wheel(tmp_path: Path) -> None:
     rebuild = partial(build, source, "setup.py", "-q", "build_ext", "--inplace", **building)
     rebuild()
     assert backend_reason(source, "cpu") == "None"
-    with (source / "csrc" / "include" / "ltxkern" / "types.cuh").open("a") as header:
+    with (source / "csrc" / "include" / "ltxkern" / "rows_parameters.cuh").open("a") as header:
         header.write("// One more comment.\n")
     assert "built from other sources" in backend_reason(source, "cpu")
     rebuild()
