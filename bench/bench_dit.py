@@ -38,8 +38,8 @@ from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wan
 from report import Record, size
 from timing import CallTimer, interleave, summarise
 
-# Of one block, in units of the number format; an unrelated result is a distance of 1.4 away. Products of fp32 may be another library's
-# than diffusers', which is a distance of 9.
+# Of one block, in units of the number format; an unrelated result is a distance of 1.4 away. Products of fp32 may be of another
+# library than diffusers', which is a distance of 9.
 ROUNDINGS, FP32_ROUNDINGS = 8, 12
 ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
 LEAST_OF = 10  # forwards, in turn, of which a site has the least time
