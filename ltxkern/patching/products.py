@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ltxkern.ops.checks import unplain
+from ltxkern.registration import transforming
 
 ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
 
@@ -30,8 +31,9 @@ def onednn_quicker() -> bool:
     """Whether fp32 products are oneDNN's on this processor.
 
     torch's are MKL's, which reached half of oneDNN's rate on an AMD EPYC with 512-bit instructions (108 and 191 GFLOP/s at
-    256 x 4096 x 4096 on two cores) and is written for Intel's. oneDNN's are up to 2.1 times as far from fp64 there: 4.1e-7 of the
-    result's norm, where MKL's are at 2.0e-7 for many rows and at 4.1e-7 for one; a forward is 1.2 times as far.
+    256 x 4096 x 4096 on two cores) and is written for Intel's. oneDNN's are further from fp64 there: 3.3e-7 to 5.8e-7 of the
+    result's norm, where MKL's are at 1.6e-7 to 2.9e-7 (at 4.1e-7 for one row), and up to 3.7 times as far in the largest error. A
+    forward of production width is then 1.2 to 1.3 times as far in video and 1.6 to 1.7 times in sound.
     """
     built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     return built and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
@@ -44,15 +46,24 @@ def _maker() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
+def _untouched(device: torch.device) -> bool:
+    """Whether nothing traces, differentiates, transforms or casts products on the device, and oneDNN is not turned off."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming():
+        return False
+    if device.type == "cpu" and not torch.backends.mkldnn.enabled:
+        return False
+    return device.type == "meta" or not torch.is_autocast_enabled(device.type)
+
+
 def serves(layer: Any, x: Tensor) -> bool:
     """Whether `product` stands for a call of the layer: a linear one without anything around it, and nothing that traces."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if not _untouched(x.device) or x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_quicker():
         return False
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_quicker():
+    if type(layer) is not nn.Linear or unplain(layer) or x.shape[-1:] != layer.weight.shape[1:]:
         return False
-    if type(layer) is not nn.Linear or unplain(layer):
-        return False
-    return layer.weight.dtype == x.dtype and layer.weight.is_contiguous() and x.is_contiguous()
+    parts = (layer.weight, *(() if layer.bias is None else (layer.bias,)))
+    # oneDNN takes a bias to be dense, and multiplies other operands with gaps by plain loops.
+    return x.is_contiguous() and all(part.dtype == x.dtype and part.is_contiguous() for part in parts)
 
 
 def linear(layer: Any, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = product) -> Tensor:
@@ -92,7 +103,7 @@ def gelu_serves(device: torch.device, dtype: torch.dtype, quicker: bool = False)
     """Whether this device's product with GELU is tanh GELU, within the contract; some have the one of the error function.
 
     Args:
-        quicker: fp32 products may be oneDNN's where it is quicker.
+        quicker: fp32 products may be oneDNN's where it is quicker, whatever `onednn_quicker` says of their errors.
     """
     if device.type == "meta":
         return True
@@ -139,14 +150,15 @@ def is_plain(network: Any, dtype: torch.dtype) -> bool:
     # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
     if bias is None or network.training or not weight.dtype == bias.dtype == dtype:
         return False
-    if weight.device.type == "cpu" and not weight.is_contiguous():
+    # oneDNN takes a bias to be dense, and multiplies weights with gaps by plain loops.
+    if weight.device.type == "cpu" and not (weight.is_contiguous() and bias.is_contiguous()):
         return False
     return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
 
 
 def joins(x: Tensor, quicker: bool = False) -> bool:
     """Whether a product with x can have its GELU within; `quicker` as in `gelu_serves`."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and gelu_serves(x.device, x.dtype, quicker)
+    return _untouched(x.device) and gelu_serves(x.device, x.dtype, quicker)
 
 
 def feed_forward(

@@ -30,12 +30,15 @@ def _compile(library: Path, kernels: Mapping[str, Sequence[str]]) -> subprocess.
 
 
 def _kind(kernel: str) -> str:
-    """Dtypes are like each other."""
+    """Dtypes are like each other; of a kind the last is compiled, which is bf16 where there is one."""
     return kernel.replace("bf16", "T").replace("f16", "T").replace("float", "T")
 
 
 def test_every_template_compiles(library: Path) -> None:
-    kinds = {header: [*{_kind(one): one for one in each}.values()] for header, each in kernels_by_header().items()}
+    kinds = {
+        header: [*{_kind(one): one for one in sorted(each, key=lambda name: "bf16" in name)}.values()]
+        for header, each in kernels_by_header().items()
+    }
     done = _compile(library, kinds)
     assert done.returncode == 0, f"{done.stdout.split()[-1]}: {done.returncode} {done.stderr}"
     assert done.stdout.split() == [*kinds]

@@ -72,5 +72,12 @@ def test_layers_with_something_around_them_are_called() -> None:
     assert not is_plain(other, x.dtype)
     assert torch.equal(feed_forward(other, x), other(x))
     assert not is_plain(FeedForward(WIDTH, activation_fn="gelu").eval(), x.dtype)
+    for bias in (torch.randn(512)[::2], torch.ones(1).expand(4 * WIDTH)):
+        gapped = FeedForward(WIDTH, activation_fn="gelu-approximate").eval()
+        gapped.net[0].proj.bias = nn.Parameter(bias)
+        assert not is_plain(gapped, x.dtype)
+    adapted = FeedForward(WIDTH, activation_fn="gelu-approximate").eval()
+    adapted.net[0].proj.__class__ = type("LoRALinear", (nn.Linear,), {"forward": lambda self, x: x.repeat(1, 1, 4)})
+    assert not is_plain(adapted, x.dtype)
     network.__class__ = type("Own", (FeedForward,), {})
     assert not any(is_plain(each, x.dtype) for each in (network, nn.Linear(WIDTH, WIDTH)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -83,11 +84,21 @@ def _gapped(layer: nn.Linear) -> None:
     layer.weight = nn.Parameter(torch.randn(64, 128)[:, ::2])
 
 
+def _gapped_bias(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(torch.randn(128)[::2])
+
+
+def _expanded_bias(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(torch.ones(1).expand(64))
+
+
 def _half(layer: nn.Linear) -> None:
     layer.bfloat16()
 
 
-@pytest.mark.parametrize("change", [_hooked, _parametrised, _own_forward, _own_class, _gapped, _half])
+@pytest.mark.parametrize(
+    "change", [_hooked, _parametrised, _own_forward, _own_class, _gapped, _gapped_bias, _expanded_bias, _half]
+)
 @torch.no_grad()
 def test_layers_with_something_around_them_are_called(change: Callable[[nn.Linear], None]) -> None:
     layer = nn.Linear(64, 64)
@@ -98,7 +109,7 @@ def test_layers_with_something_around_them_are_called(change: Callable[[nn.Linea
     assert torch.equal(products.linear(layer, x), layer(x))
 
 
-def test_gradients_gaps_and_other_devices_have_torchs_product(monkeypatch: Any) -> None:
+def test_whoever_says_so_has_torchs_product(monkeypatch: Any) -> None:
     layer, x = nn.Linear(64, 32), torch.randn(5, 64)
     assert not products.serves(layer, x), "gradients"
     products.linear(layer, x).sum().backward()
@@ -106,5 +117,17 @@ def test_gradients_gaps_and_other_devices_have_torchs_product(monkeypatch: Any) 
     with torch.no_grad():
         assert not products.serves(layer, torch.randn(5, 128)[:, ::2])
         assert not products.serves(layer, x.to("meta"))
+        assert not products.serves(nn.Linear(64, 32, device="meta"), x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not products.serves(layer, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert products.linear(layer, x).dtype == torch.bfloat16
+        with fwAD.dual_level():
+            dual = fwAD.make_dual(x, torch.ones_like(x))
+            assert torch.equal(
+                fwAD.unpack_dual(products.linear(layer, dual)).tangent, fwAD.unpack_dual(layer(dual)).tangent
+            )
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            products.linear(layer, torch.randn(5, 63))
         monkeypatch.setattr(products, "onednn_quicker", lambda: False)
         assert torch.equal(products.linear(layer, x), layer(x))

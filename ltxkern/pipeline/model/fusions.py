@@ -53,10 +53,10 @@ class Fusion(Generic[_Given, _Result]):
 class FusionPolicy:
     """Which fused passes serve the transformer.
 
-    "rounded": all of them; each is at least as close to fp64 as what it replaces, but for fp32 products, of which
-    `products.onednn_quicker` says how far they are. "exact": those alone that gave the bits of the separate ops on this device in
-    their first calls of a dtype and shape, where both run until `ENOUGH` results were compared; the others never again. What
-    torch.compile traces is made of the separate ops then.
+    "rounded": all of them; each is at least as close to fp64 as what it replaces, but for fp32 products, GELU within them included,
+    of which `products.onednn_quicker` says how far they are. "exact": those alone that gave the bits of the separate ops on this
+    device in their first calls of a dtype and shape, where both run until `ENOUGH` results were compared; the others never again.
+    What torch.compile traces is made of the separate ops then.
 
     Attributes:
         name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".

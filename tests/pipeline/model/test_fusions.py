@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.patch import patch
+from ltxkern.patching import products
 from ltxkern.patching.products import ERROR_RATIO
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import fusions
@@ -174,3 +176,34 @@ def test_names(monkeypatch: Any) -> None:
         FusionPolicy("all")
     with pytest.raises(ValueError, match='LTXKERN_POLICY must be "rounded" or "exact", got \'fast\''):
         patch(nn.Sequential())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PRODUCTS NOT TESTED: torch has no oneDNN")
+@torch.no_grad()
+def test_every_product_is_the_policys(model: LTX2Transformer, monkeypatch: Any) -> None:
+    """All but those within diffusers' timestep embedding; the separate one is torch's."""
+    assert fusions.product.separate is torch.nn.functional.linear
+    assert fusions.product.fused is products.product
+    plain: list[int] = []
+    within: list[int] = []
+    asked: list[Any] = []
+    of_torch, embedding = torch.nn.functional.linear, TimestepEmbedding.forward
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: plain.append(1) or of_torch(*args))
+    monkeypatch.setattr(TimestepEmbedding, "forward", lambda *args: within.append(2) or embedding(*args))
+    monkeypatch.setattr(products, "onednn_quicker", lambda: False)
+    expected = predict_velocity(model, **inputs())
+    every = len(plain)
+    monkeypatch.setattr(products, "onednn_quicker", lambda: True)
+    products.gelu_serves.cache_clear()
+    assert products.gelu_serves(torch.device("cpu"), torch.float32, True)
+    plain.clear()
+    within.clear()
+    serve = fusions._serve
+    monkeypatch.setattr(fusions, "_serve", lambda fusion, *args: asked.append(fusion) or serve(fusion, *args))
+    found = predict_velocity(model, **inputs())
+    products.gelu_serves.cache_clear()
+    assert asked.count(fusions.product_gelu) == 2 * len(model.transformer_blocks)
+    assert asked.count(fusions.product) + asked.count(fusions.product_gelu) + len(plain) == every
+    assert len(plain) == sum(within)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
