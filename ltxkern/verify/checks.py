@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import ltxkern
 from ltxkern.dispatch import handed, registered
 from ltxkern.verify.cases import BF16, CASES, F16, F32, F64, MAIN, OpCase, Size, Tensors
-from ltxkern.verify.probe import OTHER_KERNELS, SIZES, WALK, listed, replaced
+from ltxkern.verify.probe import FILLED, SIZES, WALK, WALKED, filled, listed, replaced
 from ltxkern.verify.values import strided
 
 # Ops by what of a generation they take: what comes first is checked first. All others follow as the table has them.
@@ -25,8 +25,6 @@ FIRST = (
 )
 IMPORTANCE = tuple(dict.fromkeys([*FIRST, *(case.op for case in MAIN)]))
 WHOLE, REST = SIZES
-# Rows that whole warps fill, as those of the production shapes do.
-WARPS = Size(1, 3, 1024)
 # Several chunks of a reduction; more blocks than a small card runs at once.
 CHUNKS, BLOCKS = Size(2, 61, 300), Size(1, 1000, 1024)
 EMPTY = (Size(0, 3, 4), Size(2, 0, 4))
@@ -119,22 +117,26 @@ SATURATED = ("head_gate", "group_norm_silu", "pixel_norm_silu")
 def plan(level: str) -> list[Check]:
     """The checks of a "quick" or a "full" run, the most important first."""
     hard = [name for name in VALUES if name != "normal"]
-    checks = [Check(case, dtype, size) for case in MAIN for dtype in case.dtypes for size in (WHOLE, REST, WARPS)]
+    checks = [Check(case, t, size) for case in MAIN for t in case.dtypes for size in (WHOLE, REST, *filled(case.op))]
     for case in CASES:
         values = [name for name in hard if name != "saturated" or case.op in SATURATED]
         usual = [dtype for dtype in case.dtypes if dtype in (BF16, F32)] or list(case.dtypes)
         if not case.variant:
-            checks += [Check(case, t, size, v, rank=1) for t in usual for v in values for size in (REST, WARPS, CHUNKS)]
+            checks += [
+                Check(case, t, size, v, rank=1) for t in usual for v in values for size in (REST, FILLED, CHUNKS)
+            ]
             checks += [Check(case, t, REST, "normal", way, 3) for t in usual for way in ("misaligned", "strided")]
             if case.op not in NEVER_EMPTY:
                 checks += [Check(case, t, size, rank=3) for t in usual for size in EMPTY]
         else:
-            checks += [Check(case, t, size, rank=2) for t in usual for size in (WHOLE, REST, WARPS)]
-            if case.variant in OTHER_KERNELS.get(case.op, ()):
+            checks += [Check(case, t, size, rank=2) for t in usual for size in (WHOLE, REST, *filled(case.op))]
+            if case.variant in WALKED:
                 checks += [Check(case, BF16, WALK, rank=2)]
         if level == "full":
             checks += [Check(case, t, size, rank=4) for t in case.dtypes for size in (CHUNKS, BLOCKS)]
             if case.variant:
+                rest = [dtype for dtype in case.dtypes if dtype not in usual]
+                checks += [Check(case, t, size, rank=4) for t in rest for size in filled(case.op)]
                 ways = [("normal", "misaligned"), *((v, "dense") for v in values)]
                 checks += [Check(case, t, REST, v, way, 5) for t in case.dtypes for v, way in ways]
     return sorted(checks, key=lambda check: (check.rank, IMPORTANCE.index(check.case.op)))

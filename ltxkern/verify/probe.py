@@ -11,15 +11,48 @@ from torch import Tensor
 
 from ltxkern.dispatch import Backend, Op, handed
 from ltxkern.registration import tensors_of
-from ltxkern.verify.cases import BY_NAME, Size
+from ltxkern.verify.cases import BY_NAME, OpCase, Size
 from ltxkern.verify.values import poisoned
 
 # Rows that whole vectors fill, and rows with a rest.
 SIZES = (Size(2, 6, 64), Size(3, 5, 13))
 # A weight of more tiles than a large card has multiprocessors, so that a block walks from one to the next.
 WALK = Size(1, 3000, 2056)
-# Variants of an op that kernels of their own serve; on a card with WALK too.
-OTHER_KERNELS = {"merge_lora_": ("large_rank", "float8_single")}
+# Rows that whole warps fill, as those of the production shapes do, and narrower ones: of ops that share a row among heads or
+# groups, and a slice of noise that one block holds.
+FILLED = Size(1, 3, 1024)
+NARROWER = {
+    **dict.fromkeys(("qk_norm_rope", "group_norm_silu"), (Size(1, 3, 256), Size(1, 3, 128))),
+    "normalize_noise": (Size(1, 3, 512),),
+}
+# Variants of an op that compiled kernels of their own serve, on a card some with WALK too.
+OTHER_KERNELS = {
+    "merge_lora_": ("large_rank", "float8_single", "half_factors"),
+    "qk_norm_rope": ("wide", "rows_one_axis", "rows_side_by_side"),
+    "group_norm_silu": ("channels_last",),
+    "pixel_norm_silu": ("channels_last",),
+    "channelwise_normalize": ("pairs",),
+    "res2s_midpoint": ("raw_noise_fp64",),
+    "res2s_advance": ("raw_noise_fp64",),
+}
+WALKED = ("large_rank", "float8_single")
+
+
+def filled(op: str) -> tuple[Size, ...]:
+    """Sizes at which the kernels of an op's production shapes serve."""
+    return FILLED, *NARROWER.get(op, ())
+
+
+def probes_of(op: str, backend: str, on_card: bool) -> list[tuple[OpCase, Size]]:
+    """What is asked of a backend; of Triton's, whose one kernel is compiled for every kind of call, small sizes alone."""
+    main, by_index = BY_NAME[op], BY_NAME.get(f"{op}-rows")
+    others = [BY_NAME[f"{op}-{name}"] for name in OTHER_KERNELS.get(op, ())]
+    wide = () if backend == "triton" else filled(op)
+    found = [(main, size) for size in (*SIZES, *wide)]
+    found += [(by_index, size) for size in (SIZES[0], *wide)] if by_index else []
+    for case in others if wide else [case for case in others if case.variant in WALKED]:
+        found += [(case, size) for size in (*SIZES, *wide, *((WALK,) if on_card and case.variant in WALKED else ()))]
+    return found
 
 
 def replaced(value: Any, change: Callable[[Any], Any], *, every: bool = False) -> Any:
@@ -55,22 +88,19 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         args: of the call at hand, whose dtype the probe takes.
         device: where that call's tensors lie.
     """
-    case, by_index = BY_NAME[op.name], BY_NAME.get(f"{op.name}-rows")
-    probes = [(case, size) for size in SIZES] + ([(by_index, SIZES[0])] if by_index else [])
-    sizes = SIZES if device.type == "cpu" else (*SIZES, WALK)
-    probes += [(BY_NAME[f"{op.name}-{name}"], size) for name in OTHER_KERNELS.get(op.name, ()) for size in sizes]
-    first = next(tensors_of(args)).dtype
-    dtype = first if first in case.dtypes else case.dtypes[0]
+    first, main = next(tensors_of(args)).dtype, BY_NAME[op.name]
+    dtype = first if first in main.dtypes else main.dtypes[0]
     run, asked = backend.load(), []
     waits = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     if waits:
         torch.cuda.set_sync_debug_mode(0)
     try:
         with torch.device(device):
-            for probed, size in probes:
-                given = handed(functools.partial(probed.run, probed.tensors(dtype, size)))
+            for probed, size in probes_of(op.name, backend.name, device.type != "cpu"):
+                own = dtype if dtype in probed.dtypes else probed.dtypes[-1]
+                given = handed(functools.partial(probed.run, probed.tensors(own, size)))
                 if backend.refuse(given) is None:
-                    asked.append((f"{size} {probed.variant}".strip(), _differs(op, run, given, dtype)))
+                    asked.append((f"{size} {probed.variant}".strip(), _differs(op, run, given, own)))
             if not asked:
                 return None
             found = torch.stack([wrong for _, wrong in asked]).tolist()

@@ -52,7 +52,7 @@ say(done=True)
 
 
 # Of an op in one dtype and rank 0.
-SIZES = len((checks.WHOLE, checks.REST, checks.WARPS))
+SIZES = len((checks.WHOLE, checks.REST, checks.FILLED))
 
 
 @pytest.fixture(scope="module")
