@@ -15,7 +15,10 @@ Key = tuple[str, str, str, str]
 # Percents of the roof by op, case, dtype and tier, and by the card's title; several where several runs have the call.
 Figures = Mapping[Key, Mapping[str, Sequence[float]]]
 # Why a measured figure is far from its prediction, by the card's title, op, case, dtype and tier.
-_PIECES = "short pieces, which memory and address translation serve slower and the model does not know: {}; {}"
+_PIECES = (
+    "not measured why; it goes with short pieces far from each other, which memory and address translation may serve slower and the "
+    "model does not know: {}; {}"
+)
 _PIXELS = (
     "the CUDA tier, with pieces of 512 and 256 bytes, reached 88 in that run, and channels-last, where the bytes of a program lie "
     "side by side, this tier reached 99"
