@@ -16,8 +16,8 @@ Key = tuple[str, str, str, str]
 Figures = Mapping[Key, Mapping[str, Sequence[float]]]
 # Why a measured figure is far from its prediction, by the card's title, op, case, dtype and tier.
 _PIECES = (
-    "not measured why; it goes with short pieces far from each other, which memory and address translation may serve slower and the "
-    "model does not know: {}; {}"
+    "not measured why; it goes with short pieces far from each other, which memory and address translation may serve slower and "
+    "the model does not know: {}; {}"
 )
 _PIXELS = (
     "the CUDA tier, with pieces of 512 and 256 bytes, reached 88 in that run, and channels-last, where the bytes of a program lie "
