@@ -253,6 +253,14 @@ def test_a_merge_is_listed_on_the_tier_that_serves_it(by_card) -> None:
     assert other == ("triton", "; the CUDA tier, which serves until Triton's was measured faster, is predicted at 14")
 
 
+def test_every_explanation_is_of_a_miss(by_card) -> None:
+    """One whose kernel or figure is gone goes with it."""
+    said = measured.far_ones(
+        [one for found in by_card.values() for one in found], measured.read(ROOT / "bench" / "results")
+    )
+    assert [call for call, why in measured.EXPLAINED.items() if why not in said] == []
+
+
 def test_group_norm_is_said_to_take_two_passes(by_card) -> None:
     ours = [one for one in by_card["h200"] if one.op == "group_norm_silu" and "channels_last" not in one.case]
     assert {(one.tier, one.launches) for one in ours} == {("cuda", 3), ("triton", 2)}
