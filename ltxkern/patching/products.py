@@ -57,7 +57,7 @@ def _untouched(device: torch.device) -> bool:
 
 def serves(layer: Any, x: Tensor) -> bool:
     """Whether `product` stands for a call of the layer: a linear one without anything around it, and nothing that traces."""
-    if not _untouched(x.device) or x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_quicker():
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _untouched(x.device) or not onednn_quicker():
         return False
     if type(layer) is not nn.Linear or unplain(layer) or x.shape[-1:] != layer.weight.shape[1:]:
         return False
