@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ltxkern.trust.machine import processor, processor_fields
+
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 SECONDS_BETWEEN = 2.0
@@ -41,12 +43,10 @@ def revision() -> str:
 
 def cpu_name() -> str:
     """Model name of the host's processor."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(re.findall(r"^(.*?)\s*: (.*)$", info.read_text(), re.MULTILINE))
-        if "model name" in fields:
-            return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
-    return platform.processor() or platform.machine()
+    fields = processor_fields()
+    if "model name" in fields:
+        return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+    return processor()
 
 
 def best_device() -> torch.device:

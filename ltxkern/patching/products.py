@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ltxkern.ops.checks import unplain
 from ltxkern.registration import transforming
+from ltxkern.trust.machine import processor_fields
 
 ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
 
@@ -36,14 +36,11 @@ def onednn_quicker() -> bool:
     forward of production width is then 1.2 to 1.3 times as far in video and 1.6 to 1.7 times in sound.
     """
     built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    return built and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
-
-
-def _maker() -> str:
-    """Of the processor, as Linux has it; empty where it is not known."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return (
+        built
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and processor_fields().get("vendor_id") == "AuthenticAMD"
+    )
 
 
 def _untouched(device: torch.device) -> bool:
@@ -61,9 +58,14 @@ def serves(layer: Any, x: Tensor) -> bool:
         return False
     if type(layer) is not nn.Linear or unplain(layer) or x.shape[-1:] != layer.weight.shape[1:]:
         return False
-    parts = (layer.weight, *(() if layer.bias is None else (layer.bias,)))
-    # oneDNN takes a bias to be dense, and multiplies other operands with gaps by plain loops.
-    return x.is_contiguous() and all(part.dtype == x.dtype and part.is_contiguous() for part in parts)
+    weight, bias = layer.weight, layer.bias
+    alike = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+    return alike and x.is_contiguous() and _are_dense(weight, bias)
+
+
+def _are_dense(weight: Tensor, bias: Tensor | None) -> bool:
+    """oneDNN takes a bias to be dense, and multiplies weights with gaps by plain loops."""
+    return weight.is_contiguous() and (bias is None or bias.is_contiguous())
 
 
 def linear(layer: Any, x: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = product) -> Tensor:
@@ -150,8 +152,7 @@ def is_plain(network: Any, dtype: torch.dtype) -> bool:
     # Weights of another dtype, or of a tensor class of their own, are left to whoever put them there.
     if bias is None or network.training or not weight.dtype == bias.dtype == dtype:
         return False
-    # oneDNN takes a bias to be dense, and multiplies weights with gaps by plain loops.
-    if weight.device.type == "cpu" and not (weight.is_contiguous() and bias.is_contiguous()):
+    if weight.device.type == "cpu" and not _are_dense(weight, bias):
         return False
     return not (unplain(network, meta=True) or unplain(parts[0], meta=True) or unplain(layer, meta=True))
 

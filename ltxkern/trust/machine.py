@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 
 
+def processor_fields() -> dict[str, str]:
+    """What Linux says of the last processor by name: "model name", "vendor_id"; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return dict(re.findall(r"^(.*?)\s*: (.*)$", info.read_text(), re.MULTILINE)) if info.is_file() else {}
+
+
 def processor() -> str:
     """Model name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor_fields().get("model name", "").strip() or platform.processor() or platform.machine()
 
 
 def nvidia_driver() -> str:

@@ -25,7 +25,7 @@ NARROWER = {
     **dict.fromkeys(("qk_norm_rope", "group_norm_silu"), (Size(1, 3, 256), Size(1, 3, 128))),
     "normalize_noise": (Size(1, 3, 512),),
 }
-# Variants of an op that compiled kernels of their own serve, on a card some with WALK too.
+# Variants of an op that kernels of their own serve, on a card some with WALK too.
 OTHER_KERNELS = {
     "merge_lora_": ("large_rank", "float8_single", "half_factors"),
     "qk_norm_rope": ("wide", "rows_one_axis", "rows_side_by_side"),
@@ -43,16 +43,20 @@ def filled(op: str) -> tuple[Size, ...]:
     return FILLED, *NARROWER.get(op, ())
 
 
-def probes_of(op: str, backend: str, on_card: bool) -> list[tuple[OpCase, Size]]:
-    """What is asked of a backend; of Triton's, whose one kernel is compiled for every kind of call, small sizes alone."""
+def probes_of(op: str, backend: str, dtype: torch.dtype, on_card: bool) -> list[tuple[OpCase, torch.dtype, Size]]:
+    """What is asked of a backend for calls of a dtype.
+
+    Kernels for some widths alone are those of CUDA; Triton compiles its one anew for every kind of call, and the CPU's takes all.
+    """
     main, by_index = BY_NAME[op], BY_NAME.get(f"{op}-rows")
     others = [BY_NAME[f"{op}-{name}"] for name in OTHER_KERNELS.get(op, ())]
-    wide = () if backend == "triton" else filled(op)
+    wide = filled(op) if on_card and backend != "triton" else ()
     found = [(main, size) for size in (*SIZES, *wide)]
     found += [(by_index, size) for size in (SIZES[0], *wide)] if by_index else []
     for case in others if wide else [case for case in others if case.variant in WALKED]:
         found += [(case, size) for size in (*SIZES, *wide, *((WALK,) if on_card and case.variant in WALKED else ()))]
-    return found
+    usual = dtype if dtype in main.dtypes else main.dtypes[0]
+    return [(case, usual if usual in case.dtypes else case.dtypes[-1], size) for case, size in found]
 
 
 def replaced(value: Any, change: Callable[[Any], Any], *, every: bool = False) -> Any:
@@ -88,19 +92,17 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
         args: of the call at hand, whose dtype the probe takes.
         device: where that call's tensors lie.
     """
-    first, main = next(tensors_of(args)).dtype, BY_NAME[op.name]
-    dtype = first if first in main.dtypes else main.dtypes[0]
+    first = next(tensors_of(args)).dtype
     run, asked = backend.load(), []
     waits = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     if waits:
         torch.cuda.set_sync_debug_mode(0)
     try:
         with torch.device(device):
-            for probed, size in probes_of(op.name, backend.name, device.type != "cpu"):
-                own = dtype if dtype in probed.dtypes else probed.dtypes[-1]
-                given = handed(functools.partial(probed.run, probed.tensors(own, size)))
+            for case, dtype, size in probes_of(op.name, backend.name, first, device.type != "cpu"):
+                given = handed(functools.partial(case.run, case.tensors(dtype, size)))
                 if backend.refuse(given) is None:
-                    asked.append((f"{size} {probed.variant}".strip(), _differs(op, run, given, own)))
+                    asked.append((f"{dtype} of {size} {case.variant}".strip(), _differs(op, run, given, dtype)))
             if not asked:
                 return None
             found = torch.stack([wrong for _, wrong in asked]).tolist()
@@ -109,7 +111,7 @@ def mismatch(op: Op, backend: Backend, args: Any, device: torch.device) -> str |
             torch.cuda.set_sync_debug_mode(waits)
     for (name, _), wrong in zip(asked, found, strict=True):
         if wrong:
-            return f"{dtype} of {name} is not what the reference gives"
+            return f"{name} is not what the reference gives"
     return None
 
 

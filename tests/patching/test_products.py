@@ -35,7 +35,7 @@ def test_which_processors(
     maker: str, capability: str, mkl: bool, quicker: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(products, "processor_fields", lambda: {"vendor_id": maker} if maker else {})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     products.onednn_quicker.cache_clear()

@@ -50,7 +50,7 @@ def call() -> torch.Tensor:
 def test_a_wrong_backend_is_left_with_one_warning(planted: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ltxkern"):
         assert all(torch.equal(call(), torch.full((3,), 2.0)) for _ in range(3))
-    assert len(planted) == len(probe.probes_of("gated_residual", "cpu", False))
+    assert len(planted) == len(probe.probes_of("gated_residual", "cpu", torch.float32, False))
     (warning,) = caplog.messages
     assert warning.startswith(
         "ltxkern.gated_residual is not served by cpu: the probe at first use found it wrong on cpu:"

@@ -87,9 +87,9 @@ def _softmax(
 
 def _gated(attention: Any, x: Tensor, result: Tensor) -> Tensor:
     if attention.to_gate_logits is not None:
-        heads = result.unflatten(2, (attention.heads, -1))
-        result = head_gate(heads, linear(attention.to_gate_logits, x)).flatten(2, 3)
-        del heads
+        result = head_gate(result.unflatten(2, (attention.heads, -1)), linear(attention.to_gate_logits, x)).flatten(
+            2, 3
+        )
     return linear(attention.to_out[0], result)
 
 
