@@ -31,9 +31,9 @@ def onednn_quicker() -> bool:
     """Whether fp32 products are oneDNN's on this processor.
 
     torch's are MKL's, which reached half of oneDNN's rate on an AMD EPYC with 512-bit instructions (108 and 191 GFLOP/s at
-    256 x 4096 x 4096 on two cores) and is written for Intel's. oneDNN's are further from fp64 there: 3.3e-7 to 5.8e-7 of the
-    result's norm, where MKL's are at 1.6e-7 to 2.9e-7 (at 4.1e-7 for one row), and up to 3.7 times as far in the largest error. A
-    forward of production width is then 1.2 to 1.3 times as far in video and 1.6 to 1.7 times in sound.
+    256 x 4096 x 4096 on two cores) and is written for Intel's. oneDNN's are further from fp64 there, up to 2.1 times by the norm
+    and 2.7 times by the largest error (nearer for one row), and a forward of production width 1.2 to 1.3 times in video and 1.6 to
+    1.7 times in sound: bench/product_errors.py.
     """
     built = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     return (
