@@ -25,9 +25,10 @@ demo-model: setup
 	$(PY) -m tools.demo_model --folder $(DEMO_MODEL)
 
 # Two processes of one thread each: threads that spin on a busy machine cost more than they give. Files in their order, or those of
-# one long test would all come last and leave a core idle.
-test: setup-dev lint docs
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# one long test would all come last and leave a core idle. Bytecode is kept, for the hundreds of processes that tests start.
+test: setup-dev
+	$(MAKE) --no-print-directory -j2 --output-sync lint docs
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runtime set: what generating needs.
 setup: $(VENV)/.ready

@@ -21,9 +21,9 @@ TRACED = [
 ]
 
 
-def over(cases: Sequence[OpCase]) -> Callable[[Any], Any]:
-    """Parametrises a test over cases and the backends that run here."""
-    pairs = [(case, backend) for case in cases for backend in backends_of(case.op)]
+def over(cases: Sequence[OpCase], *, once: bool = False) -> Callable[[Any], Any]:
+    """Parametrises a test over cases and the backends that run here; `once`: the first of them, where all are called alike."""
+    pairs = [(case, backend) for case in cases for backend in backends_of(case.op)[: 1 if once else None]]
     marked = pytest.mark.parametrize(("case", "backend"), pairs, ids=str)
     return lambda test: pytest.mark.usefixtures("backend_device")(marked(test))
 
@@ -109,7 +109,7 @@ def arguments_of(case: OpCase, tensors: dict[str, Tensor]) -> list[Any]:
     return handed
 
 
-@over(TRACED)
+@over(TRACED, once=True)
 def test_opcheck(case: OpCase, backend: str) -> None:
     op = dispatch._registry[case.op]
     plain = case.tensors(F32, Size(2, 5, 4))
@@ -134,7 +134,7 @@ def test_opcheck(case: OpCase, backend: str) -> None:
             torch.library.opcheck(op._torch_op.call, tuple(arguments_of(case, wanted)), **check)
 
 
-@over(TRACED)
+@over(TRACED, once=True)
 def test_compile(case: OpCase, backend: str) -> None:
     """Traced whole, behind and before other ops, for any number of tokens."""
 

@@ -215,18 +215,18 @@ def test_a_cuda_wheel_without_device_code_is_told() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["CMakeLists.txt", "csrc/cuda/res2s.cu", "csrc/third_party/dlpack/LICENSE"])
-def test_an_sdist_without_a_source_is_told(built: Path, tmp_path: Path, name: str) -> None:
+def test_an_sdist_without_sources_is_told(built: Path, tmp_path: Path) -> None:
+    names = ["CMakeLists.txt", "csrc/cuda/res2s.cu", "csrc/third_party/dlpack/LICENSE"]
     (sdist,) = built.glob("*.tar.gz")
     damaged = tmp_path / sdist.name
-    with tarfile.open(sdist) as source, tarfile.open(damaged, "w:gz") as target:
+    with tarfile.open(sdist) as source, tarfile.open(damaged, "w:gz", compresslevel=1) as target:
         for member in source.getmembers():
-            if not member.name.endswith(f"/{name}"):
+            if not any(member.name.endswith(f"/{name}") for name in names):
                 target.addfile(member, source.extractfile(member))
     tree = tmp_path / "tree"
     with tarfile.open(sdist) as source:
         source.extractall(tree, filter="data")
-    assert archives.sdist_faults(damaged, tree / "ltxkern-0.1.0") == [f"lacks {name}"]
+    assert archives.sdist_faults(damaged, tree / "ltxkern-0.1.0") == [f"lacks {name}" for name in names]
 
 
 GOOD: dict[str, Any] = {
