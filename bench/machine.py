@@ -90,6 +90,14 @@ def without_folder(argument: str) -> str:
     return f"{option}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
+def kernel_digests() -> dict[str, str]:
+    """Of every op's kernels by tier: what was measured may have changed when its figures are read."""
+    from command_line import suites
+    from kernel_sources import digest
+
+    return {f"{tier} {suite.op}": digest(tier, suite.op) for tier in ("cuda", "triton") for suite in suites()}
+
+
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything about the machine that a reader needs beside a figure."""
     import ltxkern
@@ -120,6 +128,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
             "gpu_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
+            "sources": kernel_digests(),
             "driver": run_quietly(
                 ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", nvidia_smi_id(device)]
             ),

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cards import CARDS
+from kernel_sources import digest
 from model import Prediction
 from report import Record, markdown_table, read_folder
 
 # Points of the copy roof from which a difference has to be explained.
 FAR = 15
 Key = tuple[str, str, str, str]
-# Percents of the roof by op, case, dtype and tier, and by the card's title; several where several runs have the call.
-Figures = Mapping[Key, Mapping[str, Sequence[float]]]
+
+
+class Figure(NamedTuple):
+    """Percent of the roof, and whether the kernel's code is still what it was of."""
+
+    percent: float
+    as_it_is: bool
+
+
+# By op, case, dtype and tier, and by the card's title; several where several runs have the call.
+Figures = Mapping[Key, Mapping[str, Sequence[Figure]]]
 # Why a measured figure is far from its prediction, by the card's title, op, case, dtype and tier.
 _PIECES = (
     "not measured why; it goes with short pieces far from each other, which memory and address translation may serve slower and "
@@ -87,20 +98,23 @@ def _tier_of(record: Record, revision: str) -> str | None:
 
 def read(folder: Path) -> Figures:
     """What the results files of a folder have of the cards that are predicted, by kernels that are still there."""
-    found: dict[Key, dict[str, list[float]]] = {}
+    found: dict[Key, dict[str, list[Figure]]] = {}
     for results in read_folder(folder).values():
         title = next((card.title for card in CARDS.values() if card.title in results.machine.get("gpu", "")), None)
         for record in results.records if title is not None else ():
             if (tier := _tier_of(record, results.machine["revision"])) is not None:
                 key = record.op, record.case, record.dtype, tier
-                found.setdefault(key, {}).setdefault(title, []).append(record.percent_of_roof)
+                as_it_is = results.machine.get("sources", {}).get(f"{tier} {record.op}") == digest(tier, record.op)
+                found.setdefault(key, {}).setdefault(title, []).append(Figure(record.percent_of_roof, as_it_is))
     return found
 
 
 def cell(figures: Figures, key: Key) -> str:
-    """The figures of a call, as its row has them."""
+    """The figures of a call, as its row has them; a star behind those of other code than today's."""
     of_call = figures.get(key, {})
-    return " ".join(f"{title}: {percent:.0f}" for title, percents in of_call.items() for percent in percents)
+    return " ".join(
+        f"{title}: {one.percent:.0f}{'' if one.as_it_is else '*'}" for title in of_call for one in of_call[title]
+    )
 
 
 def far_ones(predictions: Sequence[Prediction], figures: Figures) -> str:
@@ -112,7 +126,7 @@ def far_ones(predictions: Sequence[Prediction], figures: Figures) -> str:
     lines = []
     for one in predictions:
         title = CARDS[one.card].title
-        for percent in figures.get((one.op, one.case, one.dtype, one.tier), {}).get(title, ()):
+        for percent, _ in figures.get((one.op, one.case, one.dtype, one.tier), {}).get(title, ()):
             if abs(percent - one.percent_of_roof) <= FAR:
                 continue
             call = (title, one.op, one.case, one.dtype, one.tier)
