@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 from cards import CARDS, Card
 from cases import Case, Suite
 from command_line import suites
+from kernel_sources import digest
 
 BASELINE = Path(__file__).parent / "results" / "counted" / "budget.json"
 TIERS = ("cuda", "triton")
@@ -57,7 +56,8 @@ class Row(NamedTuple):
         double: of the unit for fp64.
         lsu: loads and stores of global memory.
         shared: accesses of shared memory, and shuffles.
-        wavefronts: 128-byte pieces of both; of loads from rows that several indices name, clocks of the first cache.
+        wavefronts: clocks that both take in the first cache and in shared memory, by the addresses of a warp's threads.
+        conflicts: those of shared memory that another order of what lies there would not take.
         in_flight: 16-byte loads of a thread under way when it first waits.
         waits: times that a thread waits for memory.
         near_waits: times that it waits for the second cache.
@@ -84,6 +84,7 @@ class Row(NamedTuple):
     lsu: float
     shared: float
     wavefronts: float
+    conflicts: float
     in_flight: float
     waits: int
     near_waits: int
@@ -116,48 +117,11 @@ class Baseline(NamedTuple):
     sources: dict[str, dict[str, str]]
 
 
-_INCLUDED = re.compile(r'#include "(ltxkern/[\w.]+)"|from ltxkern\.triton\.(\w+) import')
-_LAUNCHES = re.compile(r"from ltxkern\.compiled import (\w+) as launch")
-
-
-def _source_files(tier: str, stem: str) -> list[Path]:
-    """The kernels of a stem with what they include, and on CUDA the module of their launches."""
-    from ltxkern.compiled import nvrtc
-
-    package = Path(nvrtc.__file__).parents[1]
-    headers = nvrtc.include_directory()
-    if tier == "triton":
-        open_ends, known = [package / "triton" / f"{stem}.py"], []
-    else:
-        open_ends = sorted((headers / "ltxkern").glob(f"{stem}*.cuh"))
-        launches = _LAUNCHES.findall((package / "ops" / f"{stem}.py").read_text())
-        known = [package / "compiled" / f"{module}.py" for module in launches]
-    while open_ends:
-        path = open_ends.pop()
-        if path in known:
-            continue
-        known.append(path)
-        for header, module in _INCLUDED.findall(path.read_text()):
-            open_ends.append(headers / header if header else package / "triton" / f"{module}.py")
-    return sorted(known)
-
-
-@functools.cache
-def source(tier: str, stem: str) -> str:
-    """A digest of the code that the rows of a stem come from; comments and blank lines are none of it."""
-    total = hashlib.sha256()
-    for path in _source_files(tier, stem):
-        code = re.sub(r"#.*" if path.suffix == ".py" else r"//.*", "", path.read_text())
-        lines = [line.rstrip() for line in code.splitlines() if line.strip()]
-        total.update("\n".join([path.name, *lines, ""]).encode())
-    return total.hexdigest()[:16]
-
-
 def changed(baseline: Baseline, architecture: str, tier: str) -> tuple[str, ...]:
     """The stems whose code is not what the rows were counted from."""
     counted = baseline.sources.get(architecture, {})
     stems = [suite.op for suite in suites()]
-    return tuple(stem for stem in stems if counted.get(f"{tier} {stem}") != source(tier, stem))
+    return tuple(stem for stem in stems if counted.get(f"{tier} {stem}") != digest(tier, stem))
 
 
 def resident_warps(threads: int, registers: int, shared_bytes: int, card: Card) -> int:
@@ -211,7 +175,10 @@ def row_of(tier: str, case: str, kernel: Any, function: Any, card: Card) -> Row:
         *(tier, case, kernel.name, blocks, kernel.threads, function.registers, shared),
         resident,
         packs,
-        *(float(f"{32 * counted.each[name] * warps * blocks / packs:.4g}") for name in of_warp.CLASSES),
+        *(
+            float(f"{32 * counted.each[name] * warps * blocks / packs:.4g}")
+            for name in (*of_warp.CLASSES, *of_warp.Clocks._fields)
+        ),
         typical.in_flight / PACK,
         *(typical.waits, typical.near_waits, typical.cycles),
         {str(index): moved for index, moved in sorted(reads.items()) if moved > COUNTED},
@@ -344,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         floors = {case: floor for case, floor in known.floors.items() if ops and case.split(" ")[0] not in ops}
         rows = sorted([*kept, *counted], key=lambda row: (row.case, row.tier))
         digests = {
-            f"{tier} {suite.op}": source(tier, suite.op)
+            f"{tier} {suite.op}": digest(tier, suite.op)
             for tier in TIERS
             for suite in suites()
             if not ops or suite.op in ops

@@ -5,9 +5,9 @@ The time of a launch is that of its limits taken together, (sum of t^8)^(1/8), f
 - bytes: what has to come from memory or go there, at the rate of a copy. What the launch before left in half of the second cache
   costs nothing, nor does what a launch reads again while it still lies there.
 - issue: instructions of all warps at 4 a clock and multiprocessor, of which few warps fill a smaller part.
-- MUFU, fp64, LSU or shared: the same of their units, of which 9 tenths are reached. Loads of a warp from several rows, which
-  indices name, take what the addresses of its threads cost in the first cache: a clock looks up lines of four different sets, and
-  what is found in them passes as one word of each of 32 banks a clock.
+- MUFU, fp64, LSU or shared: the same of their units, of which 9 tenths are reached. An access of a warp takes what the addresses
+  of its threads cost: in a clock the first cache looks up lines of four different sets, and what is found in them passes as one
+  word of each of 32 banks; shared memory gives one word of each bank.
 - L2: all bytes at the rate of the second cache, but for what blocks read again of operands that fill no more than half of the first
   cache, which is what they leave of shared memory. Of tables that an index looks up, the rows of one axis of three are read again.
 - FLOP: matrix products, at the rate of a large one; of the older matrix instructions two thirds of that.

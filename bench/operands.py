@@ -100,6 +100,16 @@ class Operand:
             total += int(parts[0]) + (int(parts[1]) << 32)
         return total
 
+    def offset(self, values: Mapping[str, Value]) -> int | None:
+        """In shared memory, in 32 bits."""
+        total = self.immediate or 0
+        for name in (self.register, self.second):
+            value = 0 if name is None else values.get(name)
+            if value is None:
+                return None
+            total += int(value)
+        return total & MASK
+
 
 @functools.cache
 def following(register: str, count: int) -> list[str]:
@@ -185,26 +195,17 @@ def lookup(a: int | None, b: int | None, c: int | None, table: int) -> int | Non
     return results.pop() if len(results) == 1 else None
 
 
-class Step:
-    """One instruction on the values before it."""
+class Decoded:
+    """What the parts of an instruction are: its result, further outputs, sources."""
 
-    def __init__(
-        self,
-        name: str,
-        modifiers: tuple[str, ...],
-        operands: Sequence[Operand],
-        values: Mapping[str, Value],
-        bank: Mapping[int, int],
-        special: Mapping[str, int],
-    ) -> None:
+    def __init__(self, name: str, modifiers: tuple[str, ...], operands: Sequence[Operand]) -> None:
         self.name = name[1:] if name[0] == "U" and name not in ("UCGABAR_ARV", "UCGABAR_WAIT") else name
         self.modifiers = modifiers
-        self.values, self.bank, self.special = values, bank, special
-        self.results: dict[str, Value] = {}
         # Predicates before the register are outputs; predicates behind the sources are inputs.
         split = 0
         while split < len(operands) and operands[split].kind == "P":
             split += 1
+        self.target: Operand | None
         if self.name in ("ISETP", "FSETP", "DSETP", "PLOP3", "HSETP2"):
             self.target, self.outputs, rest = None, list(operands[:2]), list(operands[2:])
         else:
@@ -216,6 +217,19 @@ class Step:
         self.predicates = [operand for operand in rest if operand.kind == "P"]
         self.plain = [operand for operand in rest if operand.kind != "P" and operand.text != "PR"]
         self.wide = any(part in ("64", "S64", "U64") for part in modifiers)
+
+
+class Step:
+    """One instruction on the values before it."""
+
+    def __init__(
+        self, decoded: Decoded, values: Mapping[str, Value], bank: Mapping[int, int], special: Mapping[str, int]
+    ) -> None:
+        self.name, self.modifiers, self.wide = decoded.name, decoded.modifiers, decoded.wide
+        self.target, self.outputs, self.sources = decoded.target, decoded.outputs, decoded.sources
+        self.predicates, self.plain = decoded.predicates, decoded.plain
+        self.values, self.bank, self.special = values, bank, special
+        self.results: dict[str, Value] = {}
 
     def numbers(self, wide: bool = False) -> list[int | None]:
         """Sources that are no predicates."""

@@ -33,8 +33,14 @@ CORRECTION = 0.25
 LOCKED, LOCKED_RTX4090, PAGEABLE = 50e9, 25e9, 9e9
 # The pass of one tile by its machine code on sm_90 (`ltxk::switch_lora<ltxk::bf16>`): what a thread issues for 16 bytes, its units,
 # waits and clocks, with one round of corrections a group.
-PASS = {"issue": 181.4, "mufu": 0.5, "double": 0.0, "lsu": 9.03, "shared": 9.5, "wavefronts": 35.6, "in_flight": 4.0}
-PASS |= {"waits": SWITCH_WALK, "near_waits": 6 * SWITCH_WALK, "cycles": 1017 * SWITCH_WALK}
+PASS = {"issue": 181.4, "mufu": 0.5, "double": 0.0, "lsu": 9.03, "shared": 9.5, "wavefronts": 35.6}
+PASS |= {
+    "conflicts": 0.0,
+    "in_flight": 4.0,
+    "waits": SWITCH_WALK,
+    "near_waits": 6 * SWITCH_WALK,
+    "cycles": 1017 * SWITCH_WALK,
+}
 REGISTERS, SHARED, THREADS = 52, 5248, 256
 TEXT = f"""# Predicted switches of LoRA phases
 

@@ -13,20 +13,20 @@ import struct
 import subprocess
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from operands import Operand, Step, Value, parse
-from semantics import LATENCIES, evaluate
+from operands import Decoded, Operand, Step, Value, parse
+from semantics import LATENCIES, evaluate, unknown
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GLOBAL = ("LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "LDGSTS")
 _SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS")
-_BY_PREDICATES = ("STG", "ST", "STS", "RED", "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
+_BY_PREDICATES = ("STG", "ST", "STS", "STSM", "RED", "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 # Of the constant bank: where the parameters, the block's threads and the grid's blocks stand.
 _BANKS = {
@@ -52,14 +52,26 @@ class Instruction:
 
     @property
     def width(self) -> int:
-        """Bytes of a memory access of one thread."""
+        """Bytes of a memory access of one thread; of a matrix those of the row that a thread names."""
+        if self.name in ("LDSM", "STSM"):
+            return 16
         return next((_WIDTHS[part] for part in reversed(self.modifiers) if part in _WIDTHS), 4)
+
+    @functools.cached_property
+    def decoded(self) -> Decoded:
+        """Its parts."""
+        return Decoded(self.name, self.modifiers, self.operands)
+
+    @functools.cached_property
+    def unknown(self) -> Mapping[str, Value] | None:
+        """What it writes, where nobody can know it."""
+        return unknown(self.decoded)
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
         """Registers that it needs: of its operands all but a destination, and its guard."""
         name = self.name[1:] if self.name[0] == "U" else self.name
-        stores = name in ("STG", "ST", "STS", "RED")
+        stores = name in ("STG", "ST", "STS", "STSM", "RED")
         pairs = (
             name[0] == "D"
             or "F64" in self.modifiers[1:2]
@@ -150,8 +162,7 @@ class Counts:
         double: those of the unit for 64-bit arithmetic.
         lsu: loads and stores of global memory.
         shared: accesses of shared memory and shuffles.
-        wavefronts: 128-byte pieces in which these two pass the first cache and shared memory; of an asynchronous copy those that it
-            reads, not those that it writes.
+        shuffles: those among them.
         loaded: bytes of a thread by operand (None: at an address that memory gave).
         stored: the same of stores.
         waits: loads from memory that had to come before anything later could be asked for.
@@ -159,6 +170,7 @@ class Counts:
         in_flight: bytes of a thread asked for when it first waits, at most.
         cycles: of the thread alone, were memory at no distance.
         touched: of its accesses of global memory in order: the instruction's address, where it reads or writes, and bytes.
+        shared_touched: the same of shared memory, with what an asynchronous copy writes there.
     """
 
     issue: int = 0
@@ -166,7 +178,7 @@ class Counts:
     double: int = 0
     lsu: int = 0
     shared: int = 0
-    wavefronts: int = 0
+    shuffles: int = 0
     loaded: dict[int | None, int] = field(default_factory=dict)
     stored: dict[int | None, int] = field(default_factory=dict)
     waits: int = 0
@@ -174,6 +186,7 @@ class Counts:
     in_flight: int = 0
     cycles: int = 0
     touched: list[tuple[int, int | None, int]] = field(default_factory=list)
+    shared_touched: list[tuple[int, int | None, int]] = field(default_factory=list)
 
 
 class Launched(NamedTuple):
@@ -256,14 +269,17 @@ def trace(
         one = function.instructions[at]
         counts.issue += 1
         guard: Value = True if one.guard is None else one.guard.truth(state.values)
-        if one.name == "DEPBAR" or any(register in state.pending for register in one.reads):
+        if one.name == "DEPBAR" or (state.pending and not one.reads.isdisjoint(state.pending)):
             if any(is_far for _, is_far in state.pending.values()):
                 counts.waits += 1
             elif state.pending:
                 counts.near_waits += 1
             counts.in_flight = max(counts.in_flight, sum(size for size, _ in state.pending.values()))
             state.pending.clear()
-        clock = max([clock + 1, *(state.ready.get(register, 0) for register in one.reads)])
+        clock += 1
+        for register in one.reads:
+            if (ready := state.ready.get(register, 0)) > clock:
+                clock = ready
         counts.cycles = clock
         where = _count(one, counts, state, guard)
         follow = _flow(one, guard, state, function.instructions, at)
@@ -276,19 +292,20 @@ def trace(
         at += 1
         if one.name in FLOW or guard is False or not one.operands:
             continue
-        step = Step(one.name, one.modifiers, one.operands, state.values, state.bank, state.special)
-        results = evaluate(step)
+        if one.unknown is None:
+            results: Mapping[str, Value] = evaluate(Step(one.decoded, state.values, state.bank, state.special))
+        else:
+            results = one.unknown
         if one.name in ("LDG", "LD"):
+            results = dict(results)
             first, count = one.operands[0], max(1, one.width // 4)
             for i, register in enumerate(first.registers(count)):
                 state.pending[register] = one.width // count, where in launched.far
                 results[register] = None
                 if where in launched.indices:
                     results[register] = found[counts.touched[-1][1] or 0] if i == 0 else 0
-        latency = LATENCIES.get(one.name, 5)
-        for register, value in results.items():
-            state.values[register] = value if guard is True else None
-            state.ready[register] = clock + latency
+        state.values.update(results if guard is True else dict.fromkeys(results))
+        state.ready.update(dict.fromkeys(results, clock + LATENCIES.get(one.name, 5)))
     raise ValueError(f"still on its way after {LONGEST} instructions")
 
 
@@ -303,14 +320,16 @@ def _count(one: Instruction, counts: Counts, state: _Thread, guard: Value) -> in
         return None
     if name == "SHFL" or name in _SHARED:
         counts.shared += 1
-        counts.wavefronts += 1 if name == "SHFL" else max(1, (16 if name == "LDSM" else one.width) // 4)
+        counts.shuffles += name == "SHFL"
+    if name in _SHARED or name == "LDGSTS":
+        place = next(operand for operand in one.operands if operand.memory)
+        counts.shared_touched.append((one.address, place.offset(state.values), one.width))
     if name not in _GLOBAL:
         return None
     counts.lsu += 1
     if name == "LDGSTS" and one.operands[-1].truth(state.values) is False:
         # It writes zeros and reads nothing: a loop asks ahead, past its end.
         return None
-    counts.wavefronts += max(1, one.width // 4)
     address = next((operand for operand in reversed(one.operands) if operand.memory), None)
     known = None if address is None else address.address(state.values)
     counts.touched.append((one.address, known, one.width))

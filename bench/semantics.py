@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from operands import MASK, WIDE, Step, Value, bits_float, combined, float_bits, following, lookup, signed
+from operands import MASK, WIDE, Decoded, Step, Value, bits_float, combined, float_bits, following, lookup, signed
 
 # Clocks until a result can be used; 5 of any other instruction. Shuffles, shared memory and special functions take longer.
 LATENCIES = {
@@ -352,24 +352,43 @@ _OPERATIONS: dict[str, Callable[[Step], None]] = {
 }
 # Registers of a result where it is not one: by the name, and else two of whatever is wide.
 _RESULTS = {"LDSM": 4, "HMMA": 4, "QMMA": 4, "ATOMG": 1, "ATOM": 1}
-_NOTHING = ("STG", "STS", "ST", "STL", "RED", "CCTL", "NANOSLEEP", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "CGAERRBAR")
+_NOTHING = (
+    "STG",
+    "STS",
+    "STSM",
+    "ST",
+    "STL",
+    "RED",
+    "CCTL",
+    "NANOSLEEP",
+    "LDGSTS",
+    "UCGABAR_ARV",
+    "UCGABAR_WAIT",
+    "CGAERRBAR",
+)
+
+
+def unknown(decoded: Decoded) -> Mapping[str, Value] | None:
+    """The registers and predicates of an instruction that leaves all of them unknown; None for one that computes."""
+    name = decoded.name
+    if name in _NOTHING:
+        return {}
+    if name in _OPERATIONS:
+        return None
+    if name in ("LDS", "LDL"):
+        count = next((n for part, n in (("128", 4), ("64", 2)) if part in decoded.modifiers), 1)
+    else:
+        double = name[0] == "D" or (decoded.modifiers[:1] == ("F64",) and name in ("F2F", "I2F"))
+        count = _RESULTS.get(name, 2 if double or decoded.wide else 1)
+    target = (
+        [] if decoded.target is None or decoded.target.register is None else following(decoded.target.register, count)
+    )
+    return dict.fromkeys([*target, *(operand.register for operand in decoded.outputs if operand.register is not None)])
 
 
 def evaluate(step: Step) -> dict[str, Value]:
     """Registers and predicates that an instruction writes; None what it leaves unknown."""
-    name = step.name
-    if name in _NOTHING:
-        return {}
-    if (operation := _OPERATIONS.get(name)) is not None:
-        operation(step)
-    else:
-        if name in ("LDS", "LDL"):
-            count = next((n for part, n in (("128", 4), ("64", 2)) if part in step.modifiers), 1)
-        else:
-            double = name[0] == "D" or (step.modifiers[:1] == ("F64",) and name in ("F2F", "I2F"))
-            count = _RESULTS.get(name, 2 if double or step.wide else 1)
-        if step.target is not None and step.target.register is not None:
-            step.results |= dict.fromkeys(following(step.target.register, count))
+    _OPERATIONS[step.name](step)
     for operand in step.outputs:
         if operand.register is not None:
             step.results.setdefault(operand.register, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sass import LONG, Counts, Function, Indices, Launched, trace
@@ -36,37 +36,76 @@ def pieces(accesses: Iterable[tuple[int, int]]) -> int:
     return clocks
 
 
-Accesses = dict[tuple[int, int], list[tuple[int, int]]]
+def bank_clocks(accesses: Mapping[int, tuple[int, int]]) -> int:
+    """Clocks that one access of a warp takes in shared memory, by address and bytes of each thread.
 
-
-def _accesses(warp: Sequence[Counts]) -> Accesses:
-    """Address and bytes of each thread, by instruction and how often it came before."""
-    found: Accesses = {}
-    for thread in warp:
-        times: Counter[int] = Counter()
-        for instruction, address, size in thread.touched:
-            if address is not None:
-                found.setdefault((instruction, times[instruction]), []).append((address, size))
-            times[instruction] += 1
-    return found
-
-
-def scattered(warps: Sequence[Sequence[Counts]]) -> float:
-    """What `pieces` of a warp's accesses are more than one thread tells, who takes them to be of neighbours.
-
-    Of those whose addresses are others when rows lie at other distances; `warps`: the same warp at each of these.
+    A bank gives one word a clock, to all threads that ask for it. The threads of 8-byte accesses come in two halves of a warp, of
+    16 bytes in four quarters. Source: CUDA C++ Programming Guide, "Shared Memory" of compute capability 5.x and later.
     """
-    each = [_accesses(warp) for warp in warps]
-    by_index = [key for key in each[0] if any(one.get(key) != each[0][key] for one in each)]
-    pairs = ((one[key], one[key][0][1]) for one in each for key in by_index if key in one)
-    return sum(max(0, pieces(access) - max(1, size // WORD)) for access, size in pairs) / len(each)
+    clocks = 0
+    by_part: dict[int, list[tuple[int, int]]] = {}
+    for lane, (address, size) in accesses.items():
+        by_part.setdefault(lane // (BANKS * WORD // max(WORD, size)), []).append((address, size))
+    for part in by_part.values():
+        words = {word for address, size in part for word in range(address // WORD, -(-(address + size) // WORD))}
+        clocks += max(Counter(word % BANKS for word in words).values())
+    return clocks
+
+
+# Address and bytes of each thread of a warp, by instruction and how often it came before.
+Accesses = dict[tuple[int, int], dict[int, tuple[int, int]]]
+
+
+def _accesses(touched: Iterable[Sequence[tuple[int, int | None, int]]]) -> tuple[Accesses, int]:
+    """Of a warp's threads; and 128-byte pieces of those that lie where nobody knows."""
+    found: Accesses = {}
+    unknown: dict[tuple[int, int], int] = {}
+    for lane, of_thread in enumerate(touched):
+        times: Counter[int] = Counter()
+        for instruction, address, size in of_thread:
+            key = instruction, times[instruction]
+            if address is None:
+                unknown[key] = max(1, size // WORD)
+            else:
+                found.setdefault(key, {})[lane] = address, size
+            times[instruction] += 1
+    return found, sum(pieces for key, pieces in unknown.items() if key not in found)
+
+
+class Clocks(NamedTuple):
+    """Of one warp, in the first cache and shared memory.
+
+    Attributes:
+        wavefronts: all of them, of an asynchronous copy those that it reads.
+        conflicts: of shared memory, beyond the fewest that as many bytes of as many threads take; of a copy those that it writes.
+    """
+
+    wavefronts: float
+    conflicts: float
+
+
+def clocks_of(warp: Sequence[Counts]) -> Clocks:
+    """Of a warp by what each of its threads touches."""
+    of_global, unknown = _accesses([one.touched for one in warp])
+    of_shared, hidden = _accesses([one.shared_touched for one in warp])
+    copied = {instruction for one in warp for instruction, _, _ in one.touched}
+    total = (
+        unknown + hidden + max(one.shuffles for one in warp) + sum(pieces(each.values()) for each in of_global.values())
+    )
+    conflicts = 0
+    for (instruction, _), each in of_shared.items():
+        clocks, size = bank_clocks(each), next(iter(each.values()))[1]
+        conflicts += clocks - len({lane // (BANKS * WORD // max(WORD, size)) for lane in each})
+        if instruction not in copied:
+            total += clocks
+    return Clocks(total, conflicts)
 
 
 class Average(NamedTuple):
     """Counts of a block's warps; of loads and stores those of neighbouring blocks, which may have different operands.
 
     Attributes:
-        each: instructions of a warp by class.
+        each: instructions of a warp by class, and its clocks.
         loaded: bytes of a thread by operand.
         stored: the same of stores.
         widest: the most bytes that a thread stores to, and loads from, one operand.
@@ -80,14 +119,19 @@ class Average(NamedTuple):
     typical: Counts
 
 
-CLASSES = ("issue", "mufu", "double", "lsu", "shared", "wavefronts")
+CLASSES = ("issue", "mufu", "double", "lsu", "shared")
+
+
+def _clocks(function: Function, architecture: str, launched: Launched, first: int, block: tuple[int, ...]) -> Clocks:
+    """Of the warp of a thread, its first; where indices say which rows are read, the mean over rows at several distances."""
+    lanes = range(first, min(first + 32, launched.threads))
+    known = [Indices(apart) for apart in APART] if launched.indices else [None]
+    each = [clocks_of([trace(function, architecture, launched, lane, block, one) for lane in lanes]) for one in known]
+    return Clocks(*(sum(counted) / len(each) for counted in zip(*each, strict=True)))
 
 
 def average(function: Function, architecture: str, launched: Launched) -> Average:
-    """From the middle of the grid; the first warp of a block does what one thread does for all.
-
-    Where indices say which rows are read, all threads of a warp are followed, for rows at several distances.
-    """
+    """From the middle of the grid; the first warp of a block does what one thread does for all."""
     count = -(-launched.threads // 32)
     thread = min(launched.threads - 1, launched.threads // 2 // 32 * 32)
     middle = [min(launched.grid[0] // 2 + i, launched.grid[0] - 1) for i in range(3)]
@@ -98,15 +142,15 @@ def average(function: Function, architecture: str, launched: Launched) -> Averag
     # Not the block at the end of a row, which has less to do.
     usual = Counter(one.issue for one in traces).most_common(1)[0][0]
     typical = next(i for i, one in enumerate(traces) if one.issue == usual)
-    first = trace(function, architecture, launched, 0, (middle[typical], *rest))
-    each = {name: (getattr(first, name) + (count - 1) * getattr(traces[typical], name)) / count for name in CLASSES}
-    if launched.indices:
-        block, warp = (middle[typical], *rest), range(thread, min(thread + 32, launched.threads))
-        by_distance = []
-        for apart in APART:
-            known = Indices(apart)
-            by_distance.append([trace(function, architecture, launched, lane, block, known) for lane in warp])
-        each["wavefronts"] += scattered(by_distance)
+    block = middle[typical], *rest
+    first = trace(function, architecture, launched, 0, block)
+
+    def mean(of_first: float, of_others: float) -> float:
+        return (of_first + (count - 1) * of_others) / count
+
+    each = {name: mean(getattr(first, name), getattr(traces[typical], name)) for name in CLASSES}
+    one, others = (_clocks(function, architecture, launched, start, block) for start in (0, thread))
+    each |= {name: mean(getattr(one, name), getattr(others, name)) for name in Clocks._fields}
     pair = [one for one in traces if one.issue == usual][:2]
 
     def moved(name: str) -> dict[int, float]:

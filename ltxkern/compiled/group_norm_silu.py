@@ -155,7 +155,9 @@ def waits_on_chip(case: Case) -> bool:
 def columns_on_chip(case: Case, blocks: int, block_bytes: int, threads: int = 512) -> tuple[tuple[Step, ...], int]:
     """Channels-last: one cooperative launch of up to `blocks` blocks; each keeps what fits in `block_bytes` of shared memory."""
     tile = 32 * case.vector
-    tiles, row_bytes, table = case.channels // tile, tile * case.itemsize, 16 * tile
+    tiles, row_bytes = case.channels // tile, tile * case.itemsize
+    # Behind eight channels one place is free.
+    table = 16 * (tile + tile // 8)
     chunk = ceil_div(case.positions, max(1, min(case.positions, blocks // (case.samples * tiles))))
     chunks = ceil_div(case.positions, chunk)
     kept = max(0, min(chunk, (block_bytes - table) // row_bytes))

@@ -9,9 +9,13 @@ from ltxkern.triton.numerics import silu_factor, silu_scaled
 
 
 @triton.jit
-def sum_group(value):
-    """Sum of a [positions, groups, channels] tile for each group."""
-    return tl.sum(tl.sum(value, axis=0), axis=1)
+def sum_group(value, CHANNELS_LAST: tl.constexpr):
+    """Sum of a [positions, groups, channels] tile for each group; first of what lies side by side, most of it in one thread."""
+    if CHANNELS_LAST:
+        total = tl.sum(tl.sum(value, axis=2), axis=0)
+    else:
+        total = tl.sum(tl.sum(value, axis=0), axis=1)
+    return total
 
 
 @triton.jit

@@ -49,8 +49,7 @@ class Limits:
 
 
 LIMITS = Limits()
-# Tiles that a program takes at once, one 16-byte load of a thread each.
-BATCH = 4
+BATCH = 4  # tiles that a program takes at once, one 16-byte load of a thread each
 # All programs are on the card at once with so many registers a thread, and without a bound a few of them are not.
 WALKING = {"num_warps": 4, "maxnreg": 64, "enable_fp_fusion": True}
 
@@ -66,9 +65,9 @@ class Tile:
 
 
 @triton.jit
-def _place(pid, spans, channel_blocks, group_blocks, GROUPS_FIRST: tl.constexpr):
+def _place(pid, spans, channel_blocks, group_blocks, CHANNELS_LAST: tl.constexpr):
     """(batch, group block, channel block, span) of a program; neighbours share memory lines in either layout."""
-    if GROUPS_FIRST:
+    if CHANNELS_LAST:
         group_block = pid % group_blocks
         rest = pid // group_blocks
         span = rest % spans
@@ -122,11 +121,11 @@ def _stats_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
     EVEN: tl.constexpr,
-    GROUPS_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """Mean (as a pair of floats) and M2 of one chunk of each of BG groups; every slot of the tile has moments of its own."""
     batch, group_block, channel_block, span = _place(
-        tl.program_id(0), spans, channel_blocks, group_blocks, GROUPS_FIRST
+        tl.program_id(0), spans, channel_blocks, group_blocks, CHANNELS_LAST
     )
     channel, exists = channels_of(group_block, channel_block, G, D, BG, BD)
     first = span * span_length
@@ -152,10 +151,10 @@ def _stats_kernel(
     count = tl.where(exists, tl.maximum((left - slot + BS - 1) // BS, 0), 0).to(tl.float32)
     total = tl.minimum(BD, D - channel_block * BD) * left
     total = total.to(tl.float32)
-    high = sum_group(count * mean) / total
+    high = sum_group(count * mean, CHANNELS_LAST) / total
     offset = mean - high[None, :, None]
-    low = sum_group(tl.where(count > 0, count * offset, 0.0)) / total
-    spread = sum_group(tl.where(count > 0, m2 + count * offset * offset, 0.0)) - total * low * low
+    low = sum_group(tl.where(count > 0, count * offset, 0.0), CHANNELS_LAST) / total
+    spread = sum_group(tl.where(count > 0, m2 + count * offset * offset, 0.0), CHANNELS_LAST) - total * low * low
     group = group_block * BG + tl.arange(0, BG)
     at = partial_ptr + ((batch * G + group) * channel_blocks + channel_block) * spans + span
     tl.store(at, high, mask=group < G)
@@ -231,12 +230,12 @@ def _apply_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
     EVEN: tl.constexpr,
-    GROUPS_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
     """Normalise, residual, SiLU; walks its chunk backwards, since the statistics pass left the tails in the L2 cache."""
     batch, group_block, channel_block, span = _place(
-        tl.program_id(0), spans, channel_blocks, group_blocks, GROUPS_FIRST
+        tl.program_id(0), spans, channel_blocks, group_blocks, CHANNELS_LAST
     )
     channel, exists = channels_of(group_block, channel_block, G, D, BG, BD)
     group = group_block * BG + tl.arange(0, BG)
@@ -291,6 +290,7 @@ def _single_kernel(
     BS: tl.constexpr,
     BG: tl.constexpr,
     BD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """BG whole groups in registers: one read, one write."""
     pid = tl.program_id(0).to(tl.int64)
@@ -303,12 +303,12 @@ def _single_kernel(
     if conv_bias_ptr is not None:
         shift = shift_of(conv_bias_ptr, channel, exists)
     value = shifted(tile, shift)
-    pivot = sum_group(tl.where(valid, value, 0.0)) / total
+    pivot = sum_group(tl.where(valid, value, 0.0), CHANNELS_LAST) / total
     offset = tl.where(valid, value - pivot[None, :, None], 0.0)
-    mean = sum_group(offset) / total
+    mean = sum_group(offset, CHANNELS_LAST) / total
     offset = tl.where(valid, offset - mean[None, :, None], 0.0)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    rstd = reciprocal_root(tl.div_rn(sum_group(offset * offset), total) + eps, dtype)
+    rstd = reciprocal_root(tl.div_rn(sum_group(offset * offset, CHANNELS_LAST), total) + eps, dtype)
     added = None
     if residual_ptr is not None:
         at = residual_ptr + batch * residual_n + channel * residual_c + position * residual_s
@@ -369,15 +369,16 @@ def launch(out: Tensor, args: Arguments) -> None:
     tensors = (out, x, contiguous(args.weight), contiguous(args.bias), args.residual, conv_bias)
     view = _strides(x)
     strides = (*_strides(out), *view, *_strides(args.residual))
+    channels_last = view.channel == 1 and view.position != 1
     if (single := single_tile(groups, depth, positions)) is not None:
         tile, warps = single
         blocks = ceil_div(groups, tile.groups)
         _single_kernel[(batch * blocks,)](
             *tensors, total, args.eps, groups, positions, *strides, blocks,
-            D=depth, BS=tile.positions, BG=tile.groups, BD=tile.channels, num_warps=warps, enable_fp_fusion=True,
+            D=depth, BS=tile.positions, BG=tile.groups, BD=tile.channels,
+            CHANNELS_LAST=channels_last, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    channels_last = view.channel == 1 and view.position != 1
     tile = walking_tile(batch, groups, depth, positions, channels_last)
     channel_blocks, group_blocks = ceil_div(depth, tile.channels), ceil_div(groups, tile.groups)
     spans = ceil_div(positions, tile.span)
@@ -389,11 +390,11 @@ def launch(out: Tensor, args: Arguments) -> None:
     shape = {"D": depth, "BS": tile.positions, "BG": tile.groups, "BD": tile.channels, "EVEN": even}
     _stats_kernel[grid](
         x, conv_bias, partial, plane, groups, positions, *view, *walk,
-        **shape, GROUPS_FIRST=channels_last, **WALKING,
+        **shape, CHANNELS_LAST=channels_last, **WALKING,
     )  # fmt: skip
     # A residual's addresses take more registers, and channels-last also the numbers of eight channels with a shift of each.
     most = 64 if args.residual is None else 80 if channels_last and conv_bias is not None else 72
     _apply_kernel[grid](
         *tensors, partial, plane, total, args.eps, groups, positions, *strides, *walk, partials,
-        **shape, GROUPS_FIRST=channels_last, PARTIALS=power_of_two(partials), **WALKING | {"maxnreg": most},
+        **shape, CHANNELS_LAST=channels_last, PARTIALS=power_of_two(partials), **WALKING | {"maxnreg": most},
     )  # fmt: skip

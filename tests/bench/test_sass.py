@@ -46,7 +46,7 @@ def test_a_loop_turns_as_often_as_its_parameters_say() -> None:
         "MOV R4, RZ", "LDG.E.128 R8, desc[UR4][R2.64]", "IADD3 R4, R4, 0x1, RZ", "ISETP.LT.AND P0, PT, R4, c[0x0][0x210], PT",
         "@P0 BRA 0x10", "EXIT", parameters=(7,),
     )  # fmt: skip
-    assert (counted.issue, counted.lsu, counted.wavefronts) == (2 + 4 * 7, 7, 28)
+    assert (counted.issue, counted.lsu) == (2 + 4 * 7, 7)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,8 @@ def test_a_copy_past_the_end_of_a_loop_reads_nothing() -> None:
         "LDGSTS.E.BYPASS.128 [R12+0x1000], desc[UR4][R2.64+0x40], !PT", "DEPBAR.LE SB0, 0x0", "EXIT",
         parameters=(sass.operand_address(0),),
     )  # fmt: skip
-    assert (counted.loaded, counted.lsu, counted.wavefronts, counted.in_flight, counted.waits) == ({0: 16}, 2, 4, 16, 1)
+    assert (counted.loaded, counted.lsu, counted.in_flight, counted.waits) == ({0: 16}, 2, 16, 1)
+    assert (len(counted.touched), len(counted.shared_touched)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,53 @@ def test_a_copy_past_the_end_of_a_loop_reads_nothing() -> None:
 )
 def test_clocks_of_the_first_cache(addresses: list[int], size: int, clocks: int) -> None:
     assert warps.pieces([(address, size) for address in addresses]) == clocks
+
+
+@pytest.mark.parametrize(
+    ("addresses", "size", "clocks"),
+    [
+        # Neighbours, all one word, every other word, and a row of 32 words each: all in one bank, unless rows are a word longer.
+        ([4 * lane for lane in range(32)], 4, 1),
+        ([400] * 32, 4, 1),
+        ([8 * lane for lane in range(32)], 4, 2),
+        ([128 * lane for lane in range(32)], 4, 32),
+        ([132 * lane for lane in range(32)], 4, 1),
+        # 8 bytes by halves, 16 by quarters of a warp: neighbours, and eight in a row of each thread with a place free or not.
+        ([8 * lane for lane in range(32)], 8, 2),
+        ([64 * lane for lane in range(32)], 8, 16),
+        ([72 * lane for lane in range(32)], 8, 2),
+        ([16 * lane for lane in range(32)], 16, 4),
+        ([128 * lane for lane in range(32)], 16, 32),
+        ([144 * lane for lane in range(32)], 16, 4),
+        # Half a warp, and what only some of its threads ask for.
+        ([16 * lane for lane in range(16)], 16, 2),
+    ],
+)
+def test_clocks_of_shared_memory(addresses: list[int], size: int, clocks: int) -> None:
+    assert warps.bank_clocks({lane: (address, size) for lane, address in enumerate(addresses)}) == clocks
+
+
+@pytest.mark.parametrize(
+    ("lines", "wavefronts", "conflicts"),
+    [
+        # Sixteen bytes of each thread side by side, then 128 bytes apart; a shuffle; a copy, which writes 32 words apart.
+        (("IMAD.SHL.U32 R1, R0, 0x10, RZ", "LDS.128 R4, [R1]"), 4, 0),
+        (("IMAD.SHL.U32 R1, R0, 0x80, RZ", "STS.128 [R1+0x40], R4"), 32, 28),
+        (("SHFL.BFLY PT, R1, R2, 0x1, 0x1f",), 1, 0),
+        (("IMAD.SHL.U32 R1, R0, 0x80, RZ", "LDC.64 R2, c[0x0][0x210]", "IMAD.WIDE.U32 R2, R0, 0x4, R2",
+          "LDGSTS.E [R1], desc[UR4][R2.64]"), 1, 31),
+        # A matrix of 8 rows for each quarter, 16 bytes a row; and an address that nobody knows.
+        (("IMAD.SHL.U32 R1, R0, 0x10, RZ", "LDSM.16.M88.4 R4, [R1]"), 4, 0),
+        (("IMAD.SHL.U32 R1, R0, 0x20, RZ", "STSM.16.M88.4 [R1], R4", "STSM.16.M88.4 [R1+0x400], R4"), 16, 8),
+        (("LDG.E R1, desc[UR4][R2.64]", "LDS.64 R4, [R1]"), 1 + 2, 0),
+    ],
+)  # fmt: skip
+def test_clocks_and_conflicts_of_a_warp(lines: tuple[str, ...], wavefronts: int, conflicts: int) -> None:
+    program = function("S2R R0, SR_TID.X", *lines, "EXIT")
+    launched = sass.Launched(struct.pack("<Q", sass.operand_address(0)), 64, (1, 1, 1), (0,))
+    warp = [sass.trace(program, "sm_90", launched, thread, (0, 0, 0)) for thread in range(32, 64)]
+    assert warps.clocks_of(warp) == (wavefronts, conflicts)
+    assert warps.average(program, "sm_90", launched).each["conflicts"] == conflicts
 
 
 @pytest.mark.parametrize(("indices", "wavefronts"), [((), 2), ((1,), 1 + 16)], ids=["no_index", "by_index"])

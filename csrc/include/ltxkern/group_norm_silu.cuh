@@ -74,6 +74,13 @@ LTXK_DEVICE Pack<T, V> normalised(const Pack<T, V>& pack, const Pack<T, V>& resi
     return rounded<T, V>(values);
 }
 
+// Where the i-th of what several threads share lies in shared memory: behind each 128 bytes one place is free, so that threads that
+// each have some in a row do not meet in one bank.
+template <class Shared>
+LTXK_DEVICE u32 place_of(u32 i) {
+    return i + i / (128 / sizeof(Shared));
+}
+
 // Packs of a thread whose loads are under way before the first is used. They lie a warp's packs apart, so that the addresses of a
 // batch differ by a number in the instruction.
 constexpr int kBatch = 4;

@@ -28,7 +28,7 @@ struct ColumnThread {
 
 template <int V>
 struct ColumnScratch {
-    Partial partial[256 * V];
+    Partial partial[272 * V];
 };
 
 // Partials of channels, of as many positions each, to those of their groups: a thread a group. Threads begin with different channels,
@@ -40,10 +40,9 @@ LTXK_DEVICE void merge_groups(const GroupNormTwoPass& p, const ColumnThread& at,
     u32 here = static_cast<u32>(p.channels) - before < width ? static_cast<u32>(p.channels) - before : width;
     float count = static_cast<float>(at.count), share = fast_reciprocal(static_cast<float>(each));
     for (u32 group = threadIdx.x; group * each < here; group += blockDim.x) {
-        const Partial* own = channels + group * each;
-        u32 turn = threadIdx.x % each;
-        auto partial = [&](u32 k) { return own[k + turn < each ? k + turn : k + turn - each]; };
-        float pivot = own[0].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
+        u32 own = group * each, turn = threadIdx.x % each;
+        auto partial = [&](u32 k) { return channels[place_of<Partial>(own + (k + turn < each ? k + turn : k + turn - each))]; };
+        float pivot = channels[place_of<Partial>(own)].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
 #pragma unroll 4
         for (u32 k = 0; k < each; ++k) shifted += (partial(k).mean - pivot) * share;
         float centre = pivot + shifted;
@@ -68,6 +67,7 @@ __global__ void __launch_bounds__(256, 4) group_norm_stats_columns(GroupNormTwoP
     float mean[V], m2[V], count = 0.0f;
 #pragma unroll
     for (int k = 0; k < V; ++k) mean[k] = m2[k] = 0.0f;
+    Partial* own = scratch.partial + place_of<Partial>((at.row * static_cast<u32>(p.lanes) + at.lane) * V);
     if (active) {
         i64 stride = static_cast<i64>(rows) * channels;
         const T* x = static_cast<const T*>(p.x) + at.first + static_cast<i64>(at.row) * channels;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(256, 4) group_norm_stats_columns(GroupNormTwoP
             count += 1.0f;
         }
 #pragma unroll
-        for (int k = 0; k < V; ++k) scratch.partial[(at.row * static_cast<u32>(p.lanes) + at.lane) * V + k] = {mean[k], m2[k]};
+        for (int k = 0; k < V; ++k) own[k] = {mean[k], m2[k]};
     }
     __syncthreads();
     u32 width = static_cast<u32>(p.lanes) * V, whole = divide(at.count, p.by_rows), rest = at.count - whole * rows;
@@ -115,13 +115,14 @@ __global__ void __launch_bounds__(256, 4) group_norm_stats_columns(GroupNormTwoP
         u32 channel = blockIdx.y * width + c;
         if (channel >= channels) continue;
         // Chan's rule for all rows at once: about the first one's mean, which may lie far away, then about the mean of all.
-        float pivot = scratch.partial[c].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
+        auto partial_of = [&](u32 r) { return scratch.partial + place_of<Partial>(r * width + c); };
+        float pivot = partial_of(0)->mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
 #pragma unroll 4
-        for (u32 r = 1; r < rows; ++r) shifted += (scratch.partial[r * width + c].mean - pivot) * (taken(r) * per_element);
+        for (u32 r = 1; r < rows; ++r) shifted += (partial_of(r)->mean - pivot) * (taken(r) * per_element);
         float centre = pivot + shifted;
 #pragma unroll 4
         for (u32 r = 0; r < rows; ++r) {
-            Partial partial = scratch.partial[r * width + c];
+            Partial partial = *partial_of(r);
             float delta = partial.mean - centre;
             low += delta * (taken(r) * per_element);
             sum += fused(delta * delta, taken(r), partial.m2);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(256, 4) group_norm_stats_columns(GroupNormTwoP
         Partial all = {centre + low, sum};
         if (p.merged) {
             all.mean += load_param(p.conv_bias, p.conv_bias_type, channel, 0.0f);
-            scratch.partial[c] = all;
+            *partial_of(0) = all;
         } else {
             p.partials[(static_cast<i64>(at.sample) * channels + channel) * p.chunks + at.chunk] = all;
         }

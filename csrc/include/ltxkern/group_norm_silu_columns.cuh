@@ -36,9 +36,9 @@ LTXK_DEVICE PairMoments merge_lanes(const PairMoments& lane, u32 lanes) {
     return all;
 }
 
-// Of a block's warps, by warp and group.
+// Of a block's warps, by group and warp; rows of 17, for a warp writes to all of them.
 struct TileMoments {
-    PairMoments warp[16][32];
+    PairMoments group[32][17];
 };
 
 // Where a warp works: one tile of channels at the positions of one chunk. Row r of the chunk lies r * row_bytes behind `first`.
@@ -125,12 +125,12 @@ LTXK_DEVICE void exchange(const GroupNormColumns& p, const TileRows& at, const P
     u32 each = static_cast<u32>(p.group_channels), width = 32 / lanes * each, chunks = static_cast<u32>(p.chunks);
     u32 tile = at.sample * gridDim.y + blockIdx.y, chunk = blockIdx.x - at.sample * chunks;
     PairMoments mine = merge_lanes<kWide<T>>(found, lanes);
-    if (lane % lanes == 0) scratch.warp[warp][lane / lanes] = mine;
+    if (lane % lanes == 0) scratch.group[lane / lanes][warp] = mine;
     __syncthreads();
     PairMoments* partials = p.partials + static_cast<i64>(tile) * (32 / lanes) * chunks;
     for (u32 group = warp; group < 32 / lanes; group += warps) {
         PairMoments other;
-        if (lane < warps) other = scratch.warp[lane][group];
+        if (lane < warps) other = scratch.group[group][lane];
         other = merge_warp(other);
         if (lane == 0) partials[group * chunks + chunk] = other;
     }
@@ -149,7 +149,8 @@ LTXK_DEVICE void exchange(const GroupNormColumns& p, const TileRows& at, const P
         all = merge_warp(all);
         float rstd = inverse_deviation(all, static_cast<float>(p.eps));
         for (u32 c = lane; c < each; c += 32)
-            affine[group * each + c] = channel_affine(p, blockIdx.y * width + group * each + c, all, rstd).scaled<T>();
+            affine[place_of<ChannelAffine>(group * each + c)] =
+                channel_affine(p, blockIdx.y * width + group * each + c, all, rstd).scaled<T>();
     }
     __syncthreads();
 }
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(512, 2) group_norm_columns(GroupNormColumns p)
     }
     ChannelAffine scaled[V];
 #pragma unroll
-    for (int k = 0; k < V; ++k) scaled[k] = affine[lane * V + k];
+    for (int k = 0; k < V; ++k) scaled[k] = affine[place_of<ChannelAffine>(lane * V) + k];
     if (p.residual) {
         apply_rows<T, V, false, true>(p, at, kept, keep, at.count, scaled);
         apply_rows<T, V, true, true>(p, at, kept, 0, keep, scaled);
