@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from cards import CARDS, Card
 from cases import Case, Suite
 from command_line import suites
-from kernel_sources import digest
+from kernel_sources import digest, digests
 
 BASELINE = Path(__file__).parent / "results" / "counted" / "budget.json"
 TIERS = ("cuda", "triton")
@@ -275,8 +275,8 @@ def write(baseline: Baseline, path: Path = BASELINE) -> None:
         lines = ",\n".join(f"   {json.dumps(list(row))}" for row in rows)
         parts.append(f'  "{architecture}": [\n{lines}\n  ]')
     floors = ",\n".join(f"  {json.dumps(case)}: {json.dumps(both)}" for case, both in sorted(baseline.floors.items()))
-    digests = json.dumps(baseline.sources, indent=1, sort_keys=True).replace("\n", "\n ")
-    head = f'"columns": {json.dumps(Row._fields)},\n "sources": {digests},\n "floors": {{\n{floors}\n }}'
+    sources = json.dumps(baseline.sources, indent=1, sort_keys=True).replace("\n", "\n ")
+    head = f'"columns": {json.dumps(Row._fields)},\n "sources": {sources},\n "floors": {{\n{floors}\n }}'
     path.write_text("{\n " + head + ',\n "rows": {\n' + ",\n".join(parts) + "\n }\n}\n")
 
 
@@ -310,15 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = [row for row in known.rows.get(architecture, ()) if ops and row.case.split(" ")[0] not in ops]
         floors = {case: floor for case, floor in known.floors.items() if ops and case.split(" ")[0] not in ops}
         rows = sorted([*kept, *counted], key=lambda row: (row.case, row.tier))
-        digests = {
-            f"{tier} {suite.op}": digest(tier, suite.op)
-            for tier in TIERS
-            for suite in suites()
-            if not ops or suite.op in ops
-        }
-        digests = known.sources.get(architecture, {}) | digests
+        sources = known.sources.get(architecture, {}) | digests(ops or [suite.op for suite in suites()])
         known = Baseline(
-            floors | given.floors, {**known.rows, architecture: rows}, {**known.sources, architecture: digests}
+            floors | given.floors, {**known.rows, architecture: rows}, {**known.sources, architecture: sources}
         )
         write(known, parsed.output)
         print(f"{architecture}: {len(counted)} launches", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _INCLUDED = re.compile(r'#include "(ltxkern/[\w.]+)"|from ltxkern\.triton\.(\w+) import')
@@ -42,3 +43,8 @@ def digest(tier: str, stem: str) -> str:
         lines = [line.rstrip() for line in code.splitlines() if line.strip()]
         total.update("\n".join([path.name, *lines, ""]).encode())
     return total.hexdigest()[:16]
+
+
+def digests(stems: Iterable[str]) -> dict[str, str]:
+    """Of every stem on both tiers, by "cuda combine_guidance" and the like."""
+    return {f"{tier} {stem}": digest(tier, stem) for stem in stems for tier in ("cuda", "triton")}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kernel_sources import digests
 from ltxkern.trust.machine import processor, processor_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,17 +91,10 @@ def without_folder(argument: str) -> str:
     return f"{option}{equals}{Path(value).name}" if value.startswith("/") else argument
 
 
-def kernel_digests() -> dict[str, str]:
-    """Of every op's kernels by tier: what was measured may have changed when its figures are read."""
-    from command_line import suites
-    from kernel_sources import digest
-
-    return {f"{tier} {suite.op}": digest(tier, suite.op) for tier in ("cuda", "triton") for suite in suites()}
-
-
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Everything about the machine that a reader needs beside a figure."""
     import ltxkern
+    from command_line import suites
     from ltxkern.environment import package_versions
 
     facts: dict[str, Any] = {
@@ -128,7 +122,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
             "gpu_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "sources": kernel_digests(),
+            "sources": digests(suite.op for suite in suites()),
             "driver": run_quietly(
                 ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", nvidia_smi_id(device)]
             ),

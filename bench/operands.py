@@ -211,7 +211,7 @@ class Decoded:
         else:
             self.target = operands[split] if split < len(operands) else None
             self.outputs, rest = list(operands[:split]), list(operands[split + 1 :])
-            while rest and rest[0].kind == "P" and self.name in ("IADD3", "LEA", "LOP3", "IMAD"):
+            while rest and rest[0].kind == "P" and self.name in ("IADD3", "LEA", "LOP3", "IMAD", "VIMNMX"):
                 self.outputs.append(rest.pop(0))
         self.sources = rest
         self.predicates = [operand for operand in rest if operand.kind == "P"]

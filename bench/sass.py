@@ -26,7 +26,8 @@ _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\
 _RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GLOBAL = ("LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "LDGSTS")
 _SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS")
-_BY_PREDICATES = ("STG", "ST", "STS", "STSM", "RED", "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
+_STORES = ("STG", "ST", "STS", "STSM", "RED")
+_BY_PREDICATES = (*_STORES, "EXIT", "BRA", "ISETP", "FSETP", "DSETP", "PLOP3")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 # Of the constant bank: where the parameters, the block's threads and the grid's blocks stand.
 _BANKS = {
@@ -71,7 +72,7 @@ class Instruction:
     def reads(self) -> frozenset[str]:
         """Registers that it needs: of its operands all but a destination, and its guard."""
         name = self.name[1:] if self.name[0] == "U" else self.name
-        stores = name in ("STG", "ST", "STS", "STSM", "RED")
+        stores = name in _STORES
         pairs = (
             name[0] == "D"
             or "F64" in self.modifiers[1:2]
@@ -170,7 +171,8 @@ class Counts:
         in_flight: bytes of a thread asked for when it first waits, at most.
         cycles: of the thread alone, were memory at no distance.
         touched: of its accesses of global memory in order: the instruction's address, where it reads or writes, and bytes.
-        shared_touched: the same of shared memory, with what an asynchronous copy writes there.
+        shared_touched: the same of shared memory.
+        copied: of what asynchronous copies write there.
     """
 
     issue: int = 0
@@ -187,6 +189,7 @@ class Counts:
     cycles: int = 0
     touched: list[tuple[int, int | None, int]] = field(default_factory=list)
     shared_touched: list[tuple[int, int | None, int]] = field(default_factory=list)
+    copied: list[tuple[int, int | None, int]] = field(default_factory=list)
 
 
 class Launched(NamedTuple):
@@ -323,7 +326,8 @@ def _count(one: Instruction, counts: Counts, state: _Thread, guard: Value) -> in
         counts.shuffles += name == "SHFL"
     if name in _SHARED or name == "LDGSTS":
         place = next(operand for operand in one.operands if operand.memory)
-        counts.shared_touched.append((one.address, place.offset(state.values), one.width))
+        touched = counts.copied if name == "LDGSTS" else counts.shared_touched
+        touched.append((one.address, place.offset(state.values), one.width))
     if name not in _GLOBAL:
         return None
     counts.lsu += 1

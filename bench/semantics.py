@@ -353,19 +353,8 @@ _OPERATIONS: dict[str, Callable[[Step], None]] = {
 # Registers of a result where it is not one: by the name, and else two of whatever is wide.
 _RESULTS = {"LDSM": 4, "HMMA": 4, "QMMA": 4, "ATOMG": 1, "ATOM": 1}
 _NOTHING = (
-    "STG",
-    "STS",
-    "STSM",
-    "ST",
-    "STL",
-    "RED",
-    "CCTL",
-    "NANOSLEEP",
-    "LDGSTS",
-    "UCGABAR_ARV",
-    "UCGABAR_WAIT",
-    "CGAERRBAR",
-)
+    "STG", "STS", "STSM", "ST", "STL", "RED", "CCTL", "NANOSLEEP", "LDGSTS", "UCGABAR_ARV", "UCGABAR_WAIT", "CGAERRBAR",
+)  # fmt: skip
 
 
 def unknown(decoded: Decoded) -> Mapping[str, Value] | None:

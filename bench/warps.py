@@ -36,20 +36,27 @@ def pieces(accesses: Iterable[tuple[int, int]]) -> int:
     return clocks
 
 
+def _parts(accesses: Mapping[int, tuple[int, int]]) -> list[set[int]]:
+    """Words of an access of shared memory that come together: a warp's, its halves' at 8 bytes a thread, its quarters' at 16."""
+    found: dict[int, set[int]] = {}
+    for lane, (address, size) in accesses.items():
+        words = range(address // WORD, -(-(address + size) // WORD))
+        found.setdefault(lane // (BANKS * WORD // max(WORD, size)), set()).update(words)
+    return list(found.values())
+
+
 def bank_clocks(accesses: Mapping[int, tuple[int, int]]) -> int:
     """Clocks that one access of a warp takes in shared memory, by address and bytes of each thread.
 
-    A bank gives one word a clock, to all threads that ask for it. The threads of 8-byte accesses come in two halves of a warp, of
-    16 bytes in four quarters. Source: CUDA C++ Programming Guide, "Shared Memory" of compute capability 5.x and later.
+    A bank gives one word a clock, to all threads that ask for it. Source: CUDA C++ Programming Guide, "Shared Memory" of compute
+    capability 5.x and later.
     """
-    clocks = 0
-    by_part: dict[int, list[tuple[int, int]]] = {}
-    for lane, (address, size) in accesses.items():
-        by_part.setdefault(lane // (BANKS * WORD // max(WORD, size)), []).append((address, size))
-    for part in by_part.values():
-        words = {word for address, size in part for word in range(address // WORD, -(-(address + size) // WORD))}
-        clocks += max(Counter(word % BANKS for word in words).values())
-    return clocks
+    return sum(max(Counter(word % BANKS for word in words).values()) for words in _parts(accesses))
+
+
+def _conflicts(accesses: Mapping[int, tuple[int, int]]) -> int:
+    """Clocks of such an access beyond one for each part."""
+    return bank_clocks(accesses) - len(_parts(accesses))
 
 
 # Address and bytes of each thread of a warp, by instruction and how often it came before.
@@ -88,17 +95,11 @@ def clocks_of(warp: Sequence[Counts]) -> Clocks:
     """Of a warp by what each of its threads touches."""
     of_global, unknown = _accesses([one.touched for one in warp])
     of_shared, hidden = _accesses([one.shared_touched for one in warp])
-    copied = {instruction for one in warp for instruction, _, _ in one.touched}
-    total = (
-        unknown + hidden + max(one.shuffles for one in warp) + sum(pieces(each.values()) for each in of_global.values())
-    )
-    conflicts = 0
-    for (instruction, _), each in of_shared.items():
-        clocks, size = bank_clocks(each), next(iter(each.values()))[1]
-        conflicts += clocks - len({lane // (BANKS * WORD // max(WORD, size)) for lane in each})
-        if instruction not in copied:
-            total += clocks
-    return Clocks(total, conflicts)
+    copied, _ = _accesses([one.copied for one in warp])
+    wavefronts = unknown + hidden + max(one.shuffles for one in warp)
+    wavefronts += sum(pieces(each.values()) for each in of_global.values())
+    wavefronts += sum(map(bank_clocks, of_shared.values()))
+    return Clocks(wavefronts, sum(map(_conflicts, [*of_shared.values(), *copied.values()])))
 
 
 class Average(NamedTuple):

@@ -41,7 +41,7 @@ GOALS = {
     # Channels-last at the low resolution eight packs of a thread share what comes before them, or behind them: that misses 80 too.
     "group_norm_stats<bf16, 8>": {"": 60},
     "group_norm_apply<bf16, 8>": {"": 80, "residual": 88},
-    "group_norm_stats_columns<bf16, 8>": {"": 60, "residual": 75, "low": 134},
+    "group_norm_stats_columns<bf16, 8>": {"": 60, "residual": 75, "low": 133},
     "group_norm_apply_columns<bf16, 8>": {"": 80, "residual": 96, "low": 86},
 }
 # The same of what the kernel that does both in one launch takes beyond the statistics of two passes.
@@ -60,8 +60,8 @@ WARPS = {
     "pixel_norm_columns": {"fp32": 16, "sm_80": 24, "sm_120": 24, "": 32},
 }
 # Of the clocks that a CUDA kernel takes in the first cache and in shared memory, those that threads wait for each other's banks.
-# Statistics of short columns, once a block and only where one launch cannot be had, come back to their places two at a time.
-CONFLICTS = {"": 0.03, "ltxk::group_norm_stats_columns<": 0.2}
+# Statistics of columns read the means of pairs alone, every other word: in two arrays they would take more instructions than GOALS.
+CONFLICTS = {"": 0.03, "ltxk::group_norm_stats_columns": 0.25}
 BASELINE = budget.read()
 
 
@@ -201,9 +201,8 @@ def test_row_kernels_leave_room_for_warps() -> None:
 def test_no_two_threads_of_a_warp_wait_for_one_bank() -> None:
     for architecture, rows in BASELINE.rows.items():
         of_cuda = [row for row in rows if row.tier == "cuda"]
-        shares = [CONFLICTS.get(row.kernel.partition("<")[0] + "<", CONFLICTS[""]) for row in of_cuda]
-        found = [row.key for row, share in zip(of_cuda, shares, strict=True) if row.conflicts > share * row.wavefronts]
-        assert found == [], architecture
+        most = [CONFLICTS.get(row.kernel.partition("<")[0], CONFLICTS[""]) * row.wavefronts for row in of_cuda]
+        assert [row.key for row, limit in zip(of_cuda, most, strict=True) if row.conflicts > limit] == [], architecture
         # Triton places what it exchanges itself; but no kernel's order of sums should make it this slow.
         assert [row.key for row in rows if row.conflicts > row.wavefronts * 2 / 3] == [], architecture
 

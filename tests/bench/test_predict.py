@@ -8,7 +8,6 @@ from pathlib import Path
 
 import budget
 import library_product
-import machine
 import measured
 import model
 import predict
@@ -19,6 +18,7 @@ from bench_merge_lora import SUITE
 from cards import CARDS
 from cases import Case
 from command_line import suites
+from kernel_sources import digests
 from model import Prediction
 from report import write_json
 from tiny import CPU, FACTS, record, results
@@ -299,12 +299,12 @@ def test_a_forced_kernel_counts_as_its_tier_where_that_has_it_for_its_own(provid
 )
 def test_a_figure_of_other_code_has_a_star(there: str, shown: str, tmp_path: Path) -> None:
     row = dataclasses.replace(record("ltxkern triton", 40.0, percent_of_roof=60.0), op="res2s")
-    digests = {name: digest for name, digest in machine.kernel_digests().items() if name == there}
-    facts = {**FACTS, "gpu": "NVIDIA H200", "sources": digests}
+    known = {name: digest for name, digest in digests(["res2s"]).items() if name == there}
+    facts = {**FACTS, "gpu": "NVIDIA H200", "sources": known}
     write_json(dataclasses.replace(results(row), machine=facts), tmp_path / "m.json")
     key = row.op, row.case, row.dtype, "triton"
     assert measured.cell(measured.read(tmp_path), key) == shown
-    facts["sources"] = dict.fromkeys(digests, "0" * 16)
+    facts["sources"] = dict.fromkeys(known, "0" * 16)
     write_json(dataclasses.replace(results(row), machine=facts), tmp_path / "m.json")
     assert measured.cell(measured.read(tmp_path), key) == "H200: 60*"
 

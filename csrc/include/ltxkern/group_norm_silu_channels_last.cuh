@@ -31,8 +31,7 @@ struct ColumnScratch {
     Partial partial[272 * V];
 };
 
-// Partials of channels, of as many positions each, to those of their groups: a thread a group. Threads begin with different channels,
-// as all groups lie in the same banks.
+// Partials of channels, of as many positions each, to those of their groups: a thread a group.
 LTXK_DEVICE void merge_groups(const GroupNormTwoPass& p, const ColumnThread& at, const Partial* channels, u32 width) {
     __syncthreads();
     u32 each = static_cast<u32>(p.group_channels), before = blockIdx.y * width;
@@ -40,9 +39,8 @@ LTXK_DEVICE void merge_groups(const GroupNormTwoPass& p, const ColumnThread& at,
     u32 here = static_cast<u32>(p.channels) - before < width ? static_cast<u32>(p.channels) - before : width;
     float count = static_cast<float>(at.count), share = fast_reciprocal(static_cast<float>(each));
     for (u32 group = threadIdx.x; group * each < here; group += blockDim.x) {
-        u32 own = group * each, turn = threadIdx.x % each;
-        auto partial = [&](u32 k) { return channels[place_of<Partial>(own + (k + turn < each ? k + turn : k + turn - each))]; };
-        float pivot = channels[place_of<Partial>(own)].mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
+        auto partial = [&](u32 k) { return channels[place_of<Partial>(group * each + k)]; };
+        float pivot = partial(0).mean, shifted = 0.0f, low = 0.0f, sum = 0.0f;
 #pragma unroll 4
         for (u32 k = 0; k < each; ++k) shifted += (partial(k).mean - pivot) * share;
         float centre = pivot + shifted;
