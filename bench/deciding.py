@@ -1,13 +1,15 @@
-"""Measurements that decide something, on a GPU: `python bench/deciding.py group-norm-kernels|attention|block|vae-tile`.
+"""Measurements that decide something, on a GPU: `python bench/deciding.py group-norm-kernels|pieces|attention|block|vae-tile`.
 
-Whether channels-last GroupNorm is quicker in one launch or in two passes, which attention serves which number of queries, where the
-time of a block goes, and in which layout the video decoder is quicker.
+Whether channels-last GroupNorm is quicker in one launch or in two passes, what longer pieces of memory bring Triton's norms, which
+attention serves which number of queries, where the time of a block goes, and in which layout the video decoder is quicker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import bench_dit
 import bench_group_norm_silu
+import bench_pixel_norm_silu
 import ltxkern
-from cases import DTYPES, clone_args, count_bytes
+from cases import DTYPES, Case, Suite, clone_args, count_bytes
 from command_line import measured, parser, relaunch_warm, start_run
 from harness import Run
 from ltxkern.compiled import group_norm_silu as group_norm
@@ -96,37 +99,86 @@ def forced(**changed: Any) -> Iterator[None]:
 KERNELS: dict[str, dict[str, Any]] = {"one launch": {}, "two passes": {"waits_on_chip": lambda case: False}}
 
 
-def group_norm_kernels(run: Run) -> None:
-    """Both forms of a channels-last call, at each such production shape; contiguous ones have two passes alone."""
-    if "cuda" not in ltxkern.backends():
-        run.skip("group_norm_silu", "all cases", "", str(ltxkern.capabilities()["group_norm_silu"]["cuda"]))
-        return
-    suite = bench_group_norm_silu.SUITE
-    for case in suite.cases:
-        if not case.options.get("channels_last"):
-            continue
-        generator = torch.Generator(run.device).manual_seed(0)
-        call = suite.prepare(case, DTYPES["bf16"], run.device, generator)
+def forms(
+    run: Run,
+    suite: Suite,
+    case: Case,
+    tier: str,
+    rules: dict[str, Callable[[], contextlib.AbstractContextManager[None]]],
+) -> None:
+    """Rows of one call of a tier under each rule; a result that differs from that of the tier's own choice is a failure."""
+    call = suite.prepare(case, DTYPES["bf16"], run.device, torch.Generator(run.device).manual_seed(0))
+    with ltxkern.use_backend(tier):
         wanted = call.op(*clone_args(call.args))
         moved = count_bytes(call.args) + count_bytes([wanted])
-        for name, rule in KERNELS.items():
-            with forced(**rule), ltxkern.use_backend("cuda"):
+        for name, rule in rules.items():
+            with rule():
                 try:
                     same = torch.allclose(call.op(*call.args).float(), wanted.float(), rtol=2e-2, atol=2e-2)
                 except RuntimeError as error:
-                    run.skip("group_norm_silu", case.name, name, str(error).splitlines()[0])
+                    run.skip(suite.op, case.name, name, str(error).splitlines()[0])
                     continue
                 if not same:
-                    run.fail("group_norm_silu", case.name, f"{name}: another result")
+                    run.fail(suite.op, case.name, f"{name}: another result")
                     continue
-                timed(
-                    run,
-                    "group_norm_silu",
-                    case.name,
-                    case.shape,
-                    {name: functools.partial(call.op, *call.args)},
-                    bytes=moved,
-                )
+                timed(run, suite.op, case.name, case.shape, {name: functools.partial(call.op, *call.args)}, bytes=moved)
+
+
+def missing(run: Run, op: str, tier: str) -> bool:
+    """Whether a tier is not there, which the run then says."""
+    if tier in ltxkern.backends():
+        return False
+    run.skip(op, "all cases", "", str(ltxkern.capabilities()[op][tier]))
+    return True
+
+
+def group_norm_kernels(run: Run) -> None:
+    """Both forms of a channels-last call, at each such production shape; contiguous ones have two passes alone."""
+    suite = bench_group_norm_silu.SUITE
+    if missing(run, suite.op, "cuda"):
+        return
+    rules = {name: functools.partial(forced, **rule) for name, rule in KERNELS.items()}
+    for case in suite.cases:
+        if case.options.get("channels_last"):
+            forms(run, suite, case, "cuda", rules)
+
+
+# Of Triton's norms that were measured further from their prediction than others, by op: the cases, and limits under which a program
+# takes longer pieces of memory.
+PIECES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, int]]]] = {
+    "group_norm_silu": (
+        ("ltx2_upsampler_post_720p_channels_last",),
+        {
+            "256 bytes of a position": {},
+            "512 bytes of a position": {"columns": 256, "partials": 512},
+            "1024 bytes of a position": {"columns": 512, "partials": 1024},
+        },
+    ),
+    "pixel_norm_silu": (
+        ("vae_frame_128", "vae_frame_256"),
+        {"16 KiB a program": {}, "32 KiB a program": {"tile": 16384}, "64 KiB a program": {"tile": 32768}},
+    ),
+}
+
+
+@contextlib.contextmanager
+def limited(op: str, **changed: int) -> Iterator[None]:
+    """Triton's launches of an op have other limits."""
+    of_triton = importlib.import_module(f"ltxkern.triton.{op}")
+    with mock.patch.object(of_triton, "LIMITS", dataclasses.replace(of_triton.LIMITS, **changed)):
+        yield
+
+
+def pieces(run: Run) -> None:
+    """Triton's norms by the length of the pieces of memory that a program takes."""
+    for suite in (bench_group_norm_silu.SUITE, bench_pixel_norm_silu.SUITE):
+        if missing(run, suite.op, "triton"):
+            continue
+        names, limits = PIECES[suite.op]
+        rules = {name: functools.partial(limited, suite.op, **changed) for name, changed in limits.items()}
+        for case in suite.cases:
+            if case.name in names:
+                forms(run, suite, case, "triton", rules)
 
 
 @torch.no_grad()
@@ -176,6 +228,7 @@ def vae_tile(run: Run) -> None:
 
 PARTS: dict[str, Callable[[Run], None]] = {
     "group-norm-kernels": group_norm_kernels,
+    "pieces": pieces,
     "attention": attention,
     "block": block,
     "vae-tile": vae_tile,

@@ -124,6 +124,7 @@ def stages(capability: str) -> tuple[Stage, ...]:
         _bench("merge", "bench_merge_lora", "--cases", MERGES, *WITH_ADDMM, "--budget", "{seconds}", seconds=20),
         _bench("vae-tile", "deciding", "vae-tile", seconds=25),
         # Where time is left, or the budget is larger.
+        _bench("pieces", "deciding", "pieces", seconds=20),
         _tests("tests-memory", "-m", "gpu", "tests/pipeline/memory/test_manager_gpu.py", seconds=40),
         _tests("tests-choices", "-m", "gpu", "tests/pipeline/model/test_attention_choice.py", *SAMPLING, seconds=40),
         _tests("tests-golden", "-m", "gpu", "tests/pipeline/test_golden_gpu.py", seconds=60),

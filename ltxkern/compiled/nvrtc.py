@@ -42,7 +42,7 @@ def include_directory() -> Path:
 
 
 @functools.cache
-def _sources_hash() -> str:
+def sources_hash() -> str:
     return sources.digest(include_directory() / "ltxkern")
 
 
@@ -118,7 +118,7 @@ def _read_cached(path: Path) -> tuple[bytes, str] | None:
 def cubin(kernel: str, architecture: str) -> tuple[bytes, str]:
     """A kernel's cubin and mangled name, from the disk cache or the compiler."""
     version = ".".join(map(str, _nvrtc().getVersion()))
-    key = "\0".join((_sources_hash(), kernel, architecture, version, *OPTIONS))
+    key = "\0".join((sources_hash(), kernel, architecture, version, *OPTIONS))
     path = cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if (cached := _read_cached(path)) is not None:
         return cached

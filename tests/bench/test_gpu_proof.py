@@ -1,7 +1,9 @@
 """The proof on a GPU: fake stages that fail, hang or find no time; later ones run all the same, and the files are there."""
 
 import functools
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import deciding
 import gpu_proof
 import pytest
 import torch
+from command_line import suites
 from gpu_proof import Outcome, Stage, prove, stages
 
 from ltxkern.compiled import driver
@@ -194,3 +197,27 @@ def test_each_kernel_of_group_norm_is_forced() -> None:
             kernels[name] = group_norm.device_steps(case)[-1].kernel.partition("<")[0]
     assert kernels == {"one launch": "ltxk::group_norm_columns", "two passes": "ltxk::group_norm_apply_columns"}
     assert group_norm.device_steps(case)[-1].kernel.startswith("ltxk::group_norm_columns<")
+
+
+def test_pieces_of_tritons_norms_are_as_long_as_they_are_called() -> None:
+    pytest.importorskip("triton")
+    from ltxkern.triton import group_norm_silu, pixel_norm_silu
+
+    cases = {(suite.op, case.name): case for suite in suites() for case in suite.cases}
+    long = []
+    for op, (names, limits) in deciding.PIECES.items():
+        for name, (words, changed) in itertools.product(names, limits.items()):
+            batch, channels, *space = cases[op, name].shape
+            positions = math.prod(space)
+            with deciding.limited(op, **changed):
+                if op == "pixel_norm_silu":
+                    rows, _ = pixel_norm_silu.tile_positions(channels, positions, False)
+                    long.append((f"{2 * rows * channels >> 10} KiB a program", words))
+                else:
+                    tile = group_norm_silu.walking_tile(batch, 32, channels // 32, positions, True)
+                    programs = positions / tile.span * 32 / tile.groups
+                    assert 0.97 * group_norm_silu.LIMITS.programs <= programs <= group_norm_silu.LIMITS.programs
+                    long.append((f"{2 * tile.groups * tile.channels} bytes of a position", words))
+    assert [found for found, words in long] == [words for found, words in long]
+    assert len(long) == 9
+    assert group_norm_silu.Limits() == group_norm_silu.LIMITS

@@ -127,12 +127,12 @@ template <int V, int HELD>
 __global__ void __launch_bounds__(512) noise_single(NoiseChunks p) {
     LTXK_SHARED(BlockSum<double>, scratch);
     constexpr int kHeld = HELD / V;
-    i64 start = static_cast<i64>(blockIdx.x) * p.length;
+    i64 start = static_cast<i64>(blockIdx.x) * p.length, at = start + threadIdx.x * V;
     u32 length = static_cast<u32>(p.length), first = threadIdx.x * V, step = blockDim.x * V;
     Raw<V> raws[kHeld];
 #pragma unroll
     for (int h = 0; h < kHeld; ++h)
-        if (first + h * step < length) raws[h] = load_raw<V>(p.x, p.type, start + first + h * step);
+        if (first + h * step < length) raws[h] = load_raw<V>(p.x, p.type, at + h * step);
     double origin = element(p.x, p.type, start), values[kHeld][V], sum = 0.0, squares = 0.0;
 #pragma unroll
     for (int h = 0; h < kHeld; ++h) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(512) noise_single(NoiseChunks p) {
         if (first + h * step >= length) continue;
 #pragma unroll
         for (int k = 0; k < V; ++k) values[h][k] *= factor;
-        store_typed(p.out, p.type, start + first + h * step, values[h]);
+        store_typed(p.out, p.type, at + h * step, values[h]);
     }
 }
 
