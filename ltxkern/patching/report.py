@@ -170,3 +170,14 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def give_back(model: nn.Module, reason: str) -> None:
+    """Give every fused module of a model the class that it had, whichever report speaks for it."""
+    patched = [module for module in model.modules() if isinstance(module, Patched)]
+    for module in patched:
+        group = getattr(vars(module).get("_ltxkern"), "group", None)
+        if group is not None and not group.released:
+            group.release(reason)
+    for module in patched:
+        settle(module)

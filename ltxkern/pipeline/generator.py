@@ -86,6 +86,8 @@ class HQTwoStagePipeline:
         config = components.config("transformer")
         self.attention = AttentionChoice.of(attention).require(self.device, components.dtype("transformer"), config)
         self.policy = FusionPolicy.of(policy)
+        if self.policy.name == "exact":
+            components.run_apart()
         # A stream of its own: on that of the manager sound would wait for weights on their way.
         own = audio_stream and self.device.type == "cuda"
         self._beside = partial(side_by_side, clock_for(self.device)) if own else None
@@ -129,7 +131,8 @@ class HQTwoStagePipeline:
             preset: "hq", "two-stage", "one-stage", or for a distilled checkpoint "distilled", "one-stage-distilled".
             device_mode: "auto", "resident", "snapshot", "inplace" or "original"; see `TwoStageDeviceManager`.
             attention: kernel that computes attention, "auto" for the best of the card; None for LTXKERN_ATTENTION, else "auto".
-            policy: of fused passes of the transformer, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_POLICY.
+            policy: of fused passes, "rounded" or "exact", see `FusionPolicy`; None for LTXKERN_POLICY. By "exact" the norms of VAEs
+                and upsampler are not fused.
             audio_stream: on CUDA, run the sound's part of a transformer block on a stream beside the video's; the same bits.
             loras: user LoRA files with strengths (1.0 where none is given, negative ones too), merged before the distilled
                 one in both stages; a file, a folder with one, or a hub name `owner/name[/file]`.
@@ -204,13 +207,15 @@ class HQTwoStagePipeline:
     ) -> HQTwoStagePipeline:
         """Compose modules that are already loaded; any may be None when its stage is not run.
 
-        Norms and activations of VAEs and upsampler are fused in place (`ltxkern.patch`) until `close`.
+        Norms and activations of VAEs and upsampler are fused in place (`ltxkern.patch`) until `close`; not by policy "exact".
 
         Args:
             transformer, upsampler, video_vae, audio_vae, vocoder, connectors, text_encoder, tokenizer: the modules.
             settings: keyword arguments of the constructor, e.g. device, preset, loras, distilled_lora, geometry.
         """
-        fused = [patch(module) for module in (upsampler, video_vae, audio_vae) if isinstance(module, torch.nn.Module)]
+        policy = FusionPolicy.of(settings.pop("policy", None))
+        modules = [module for module in (upsampler, video_vae, audio_vae) if isinstance(module, torch.nn.Module)]
+        fused = [patch(module, policy.name) for module in modules]
         components = Components(
             transformer=transformer,
             upsampler=upsampler,
@@ -223,7 +228,7 @@ class HQTwoStagePipeline:
         )
         if "device" not in settings and transformer is not None:
             settings["device"] = next(transformer.parameters()).device
-        pipeline = cls(components, **settings)
+        pipeline = cls(components, policy=policy, **settings)
         pipeline._patched = fused
         return pipeline
 

@@ -1,17 +1,19 @@
 """NVRTC of CUDA 12.8, whose front end and code generator are those of its nvcc, by its C interface.
 
-Run as a script it compiles what stands on its standard input: {"library", "options", "kernels" by header}. Each header is printed
-before its turn, so that one whose compiler takes the process with it is known. Imports nothing large.
+Run as a script it compiles what stands on its standard input: {"library", "options", "kernels" by header, "cubins": a folder for
+them}. Each header is printed before its turn, so that one whose compiler takes the process with it is known. Imports nothing large.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 RELEASE = (12, 8)
 
@@ -34,8 +36,20 @@ def release(path: Path) -> tuple[int, int]:
     return major.value, minor.value
 
 
-def compile_kernels(compiler: ctypes.CDLL, header: str, kernels: Sequence[str], options: Sequence[str]) -> str:
-    """The log of a compilation that failed, else an empty string."""
+def _read(program: ctypes.c_void_p, size_of: Any, read: Any) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    read(program, text)
+    return text.raw
+
+
+def compile_kernels(compiler: ctypes.CDLL, header: str, kernels: Sequence[str], options: Sequence[str]) -> bytes:
+    """The cubin.
+
+    Raises:
+        RuntimeError: it does not compile; with the log.
+    """
     program = ctypes.c_void_p()
     source = f'#include "ltxkern/{header}"\n'.encode()
     assert compiler.nvrtcCreateProgram(ctypes.byref(program), source, b"ltxkern.cu", 0, None, None) == 0
@@ -43,17 +57,35 @@ def compile_kernels(compiler: ctypes.CDLL, header: str, kernels: Sequence[str], 
         assert compiler.nvrtcAddNameExpression(program, kernel.encode()) == 0
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = compiler.nvrtcCompileProgram(program, len(options), given)
-    size = ctypes.c_size_t()
-    compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    compiler.nvrtcGetProgramLog(program, log)
+    log = _read(program, compiler.nvrtcGetProgramLogSize, compiler.nvrtcGetProgramLog)
+    cubin = b"" if failed else _read(program, compiler.nvrtcGetCUBINSize, compiler.nvrtcGetCUBIN)
     compiler.nvrtcDestroyProgram(ctypes.byref(program))
-    return (log.value.decode() or "failed without a word") if failed else ""
+    if failed:
+        raise RuntimeError(log.rstrip(b"\0").decode() or "failed without a word")
+    return cubin
+
+
+def run(
+    path: Path,
+    architecture: str,
+    include: Path,
+    options: Sequence[str],
+    kernels: Mapping[str, Sequence[str]],
+    cubins: Path,
+) -> subprocess.CompletedProcess[str]:
+    """Compile kernels by header in a process of its own, which the compiler may take with it; cubins have the headers' names."""
+    every = [f"--gpu-architecture={architecture}", f"-I{include}", *options]
+    work = {"library": str(path), "options": every, "kernels": kernels, "cubins": str(cubins)}
+    command = [sys.executable, __file__]
+    return subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
 
 
 if __name__ == "__main__":
     work = json.load(sys.stdin)
     for name, expressions in work["kernels"].items():
         print(name, flush=True)
-        if said := compile_kernels(ctypes.CDLL(work["library"]), name, expressions, work["options"]):
-            sys.exit(said)
+        try:
+            compiled = compile_kernels(ctypes.CDLL(work["library"]), name, expressions, work["options"])
+        except RuntimeError as error:
+            sys.exit(str(error))
+        (Path(work["cubins"]) / f"{name}.cubin").write_bytes(compiled)

@@ -12,6 +12,8 @@ namespace ltxk {
 constexpr int kRowBlocks = 4, kGatedBlocks = 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
 constexpr int kRowBlocks = 3, kGatedBlocks = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10 && __CUDACC_VER_MAJOR__ < 13
+constexpr int kRowBlocks = 3, kGatedBlocks = 4;
 #else
 constexpr int kRowBlocks = 4, kGatedBlocks = 4;
 #endif

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ltxkern.patch import fuse
+from ltxkern.patching.report import give_back
 from ltxkern.patching.rules import Rules
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ CLASS_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 BUILDABLE = tuple(CLASS_NAMES)
 VAE_PARTS = ("encoder", "decoder")
+FUSED = ("video_vae", "audio_vae", "upsampler")  # components whose norms and activations are fused
 
 
 def _class_of(component: str) -> Callable[..., torch.nn.Module]:
@@ -150,7 +152,7 @@ def build(
         for part in VAE_PARTS:
             if part not in parts:
                 setattr(module, part, None)
-    if component in ("video_vae", "audio_vae", "upsampler"):
+    if component in FUSED:
         # Weights come later where the device is meta.
         fuse(module, Rules(meta=True))
     return module.eval().requires_grad_(False)
@@ -184,9 +186,11 @@ class Components:
 
     Attributes:
         built_in: name of the model that this version of the package makes them of; None where they come from elsewhere.
+        exact: what is built here has no fused norm; see `run_apart`.
     """
 
     built_in: str | None = None
+    exact: bool = False
 
     transformer: LTX2Transformer | None
     upsampler: LTX2LatentUpsamplerModel | None
@@ -211,7 +215,23 @@ class Components:
             raise AttributeError(f"{type(self).__name__} has no component {name!r}")
         module = None if self.is_absent(name) or self._source is None else self._source.load(name)
         setattr(self, name, module)
+        if self.exact:
+            self._take_apart(name)
         return module
+
+    def run_apart(self) -> None:
+        """Leave VAEs and upsampler what keeps the bits of what `build` fused, now and whenever one is loaded.
+
+        Modules that were given are as they were given.
+        """
+        self.exact = True
+        for name in FUSED if self.built_in else ():
+            self._take_apart(name)
+
+    def _take_apart(self, name: str) -> None:
+        if name in FUSED and self.is_loaded(name):
+            give_back(vars(self)[name], "the policy is exact")
+            fuse(vars(self)[name], Rules(exact=True))
 
     def is_loaded(self, name: str) -> bool:
         """Whether reading the component would give a module at once, without loading anything."""

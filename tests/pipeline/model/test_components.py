@@ -4,7 +4,11 @@ import json
 
 import pytest
 
-from ltxkern.pipeline.model.components import PRODUCTION_CONFIGS, Components, build
+from ltxkern.patching.report import give_back
+from ltxkern.patching.watch import Part
+from ltxkern.pipeline import HQTwoStagePipeline
+from ltxkern.pipeline.files.demo import build_demo
+from ltxkern.pipeline.model.components import COMPONENT_NAMES, FUSED, PRODUCTION_CONFIGS, Components, build
 from tests.golden import DATA
 
 OFFICIAL = json.loads((DATA / "official_shapes.json").read_text())
@@ -42,3 +46,24 @@ def test_components_refuse_unknown_names() -> None:
         Components(unet=None)
     with pytest.raises(AttributeError, match="unet"):
         _ = Components().unet  # type: ignore[attr-defined]
+
+
+def fused_norms(components: Components) -> set[str]:
+    modules = {name: getattr(components, name) for name in FUSED}
+    return {name for name, module in modules.items() if any(isinstance(part, Part) for part in module.modules())}
+
+
+@pytest.mark.parametrize(("policy", "fused"), [("rounded", {*FUSED}), ("exact", set())])
+def test_the_exact_policy_fuses_no_norm(policy: str, fused: set[str]) -> None:
+    # Made here, and loaded when first read.
+    for model in ("demo-random", "demo"):
+        opened = HQTwoStagePipeline.from_pretrained(model, policy=policy, device="cpu", embedding_cache=False)
+        assert fused_norms(opened.components) == fused, model
+    parts = build_demo()
+    given = {name: getattr(parts, name) for name in COMPONENT_NAMES}
+    for name in FUSED:
+        give_back(given[name], "for this test")
+    assert fused_norms(parts) == set()
+    with HQTwoStagePipeline.from_components(**given, policy=policy) as pipeline:
+        assert fused_norms(pipeline.components) == fused
+    assert fused_norms(parts) == set()
