@@ -10,12 +10,10 @@ forward makes, on its weights, and nothing else; what the forward takes beyond i
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from ltxkern.pipeline.model.inputs import ModalityInput
 from ltxkern.pipeline.model.transformer import LTX2Transformer, predict_velocity
 from ltxkern.pipeline.sampling.latents import AudioLatentShape, LatentState, VideoLatentShape
 from providers import COMPILE, EAGER, WrongResultError, compiler_missing, is_wanted
-from report import Record, size
+from report import Record, size, write_whole
 from timing import CallTimer, interleave, summarise
 
 # Of one block, in units of the number format; an unrelated result is a distance of 1.4 away. Where fp32 products are of another
@@ -193,7 +191,7 @@ def measure_sites(run: Run, picked: Sequence[Case], parsed: Any) -> int:
             rows += found
     if parsed.output_json:
         written = {"definition": dit_sites.__doc__, "machine": run.facts, "rows": rows}
-        Path(parsed.output_json).write_text(json.dumps(written, indent=1) + "\n")
+        write_whole(written, parsed.output_json)
     return 0
 
 
@@ -339,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for case in CASES if case.size == "large" for row in counted(case)]
         print(dit_count.table(rows))
         if parsed.output_json:
-            Path(parsed.output_json).write_text(json.dumps({"definition": dit_count.__doc__, "rows": rows}, indent=1))
+            write_whole({"definition": dit_count.__doc__, "rows": rows}, parsed.output_json)
         return 0
     chosen = {"small": "small", "all": "small", "large": "large"}
     names = parsed.cases.split(",")

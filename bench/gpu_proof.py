@@ -24,6 +24,7 @@ try:
     import torch
 
     import machine
+    from ltxkern.commands.verify import budget as seconds_above_0
     from ltxkern.compiled import driver
     from ltxkern.verify.interruption import interruptible
     from report import write_whole
@@ -242,7 +243,9 @@ def prove(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:g}")
+    options.add_argument(
+        "--budget", type=seconds_above_0, default=BUDGET, metavar="SECONDS", help=f"default: {BUDGET:g}"
+    )
     options.add_argument("--stages", help="names, comma between them (default: all that fit)")
     options.add_argument("--dry-run", action="store_true", help="list the stages and their budgets")
     parsed = options.parse_args(arguments)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import predicted_page
 from cards import CARDS, Card, card_named
 from command_line import suites
 from model import Prediction, predict
-from report import markdown_table
+from report import markdown_table, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Predicted for {card.title}, not measured; copy roof taken as {card.roof / 1e12:.2f} TB/s.\n\n{table(found)}"
     )
     if parsed.output_json is not None:
-        parsed.output_json.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{**asdict(one), "kind": "prediction"} for one in found]
-        parsed.output_json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole([{**asdict(one), "kind": "prediction"} for one in found], parsed.output_json)
     return 0
 
 

@@ -8,8 +8,7 @@ entries. A call `op(args, out=None)` goes
    arguments, decided from what it declares and never by catching an exception;
 3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 
-What `ltxkern verify` stored of this card decides at the first use of a backend whether it is trusted, and which is
-preferred; where nothing is stored, a small probe decides.
+What `ltxkern verify` stored of this card decides which backends are trusted and preferred; without it, a probe at first use.
 """
 
 from __future__ import annotations
@@ -83,12 +82,13 @@ def backend_names(text: str, variable: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _environment_choice() -> tuple[str, ...] | None:
+def environment_choice() -> tuple[str, ...] | None:
+    """The backends that LTXKERN_BACKEND names, None for all; ValueError for an unknown one."""
     return backend_names(os.environ.get("LTXKERN_BACKEND", ""), "LTXKERN_BACKEND") or None
 
 
 @functools.cache
-def _disabled() -> frozenset[str]:
+def disabled() -> frozenset[str]:
     """What LTXKERN_DISABLE switches off: entries `backend` or `op:backend`; ValueError for what is neither."""
     entries = frozenset(part.strip() for part in os.environ.get("LTXKERN_DISABLE", "").split(",") if part.strip())
     for entry in entries:
@@ -104,7 +104,7 @@ def unavailable(backend: str) -> str | None:
     """Why a backend cannot run in this process, or None if it can; asked again once CUDA is in use, and after a fork."""
     if backend == "torch":
         return None
-    if backend in _disabled():
+    if backend in disabled():
         return f"{backend} is switched off by LTXKERN_DISABLE"
     if backend in ("cuda", "nvrtc", "cpu"):
         from ltxkern.compiled import extension
@@ -247,13 +247,13 @@ class Op:
             return None
         if backend not in self._backends:
             return f"{self.name} has no {backend} kernel"
-        if f"{self.name}:{backend}" in _disabled():
+        if f"{self.name}:{backend}" in disabled():
             return f"{self.name}:{backend} is switched off by LTXKERN_DISABLE"
         return self._trust.refused.get(backend) or unavailable(backend)
 
     def present(self) -> tuple[str, ...]:
         """The permitted backends that are here, best first."""
-        names = forced.get() or _environment_choice()
+        names = forced.get() or environment_choice()
         found = self._present.get(names)
         if found is None:
             found = tuple(n for n in names or self._trust.order if not _waiting(n) and self.missing(n) is None)
@@ -276,7 +276,7 @@ class Op:
 
     def refusals(self, args: Any, before: str | None = None) -> Iterator[tuple[str, str]]:
         """Each permitted backend, up to one if that is named, and why it does not serve these arguments."""
-        for name in forced.get() or _environment_choice() or self._trust.order:
+        for name in forced.get() or environment_choice() or self._trust.order:
             if name == before:
                 return
             yield name, self.missing(name) or self._backends[name].refuse(args) or ""
@@ -372,7 +372,7 @@ class Op:
             return self._torch_op.call(*args)
         if is_compiling():
             return composed(self.reference, args)
-        permitted = forced.get() or _environment_choice() or BACKENDS
+        permitted = forced.get() or environment_choice() or BACKENDS
         if "torch" not in permitted:
             raise BackendError(
                 f"ltxkern.{self.name}: torch.func and forward-mode gradients look into the torch reference alone, and only "

@@ -31,9 +31,10 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print three tables: versions, backends with reasons, op x backend."""
     import ltxkern
-    from ltxkern.dispatch import BACKENDS, unavailable
+    from ltxkern.dispatch import BACKENDS, environment_choice, unavailable
     from ltxkern.environment import environment
     from ltxkern.trust import proofs
+    from ltxkern.trust.backends import probing
 
     facts = environment()
     versions = [(name, version or "not installed") for name, version in facts["packages"].items()]
@@ -47,6 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     for kind in ("cuda", "cpu") if facts["devices"] else ("cpu",):
         for name, proof in proofs.stored(kind).items():
             print(f"proof of {name}: {'none, ltxkern verify makes one' if proof is None else proof.when}")
+    if (chosen := environment_choice()) is not None:
+        print(f"LTXKERN_BACKEND: nothing is served but by {', '.join(chosen)}")
+    print(f"what no proof covers is {'probed at its first call' if probing() else 'not probed: LTXKERN_SELFCHECK=off'}")
     table("backends, best first", [(name, unavailable(name) or "ready") for name in BACKENDS])
     capabilities = ltxkern.capabilities()
     served = [(op, *("yes" if row[name] is None else "-" for name in BACKENDS)) for op, row in capabilities.items()]

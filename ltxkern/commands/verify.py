@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,25 @@ def add_parser(subparsers: Any) -> None:
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="under 60 s; the default")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="under 9 minutes")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="that the run may take, in place of the level's own"
+        "--budget", type=budget, metavar="SECONDS", help="that the run may take, in place of the level's own"
     )
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="also write what is found to this file")
+    parser.add_argument("--output-json", metavar="FILE", help="also write what is found to this file")
     parser.add_argument("--tiers", metavar="NAMES", help="of cuda,nvrtc,triton,cpu (default: all that run here)")
     parser.add_argument("--ops", metavar="NAMES", help="names of ops, comma between them (default: all)")
     parser.set_defaults(run=run, level="quick")
+
+
+def budget(text: str) -> float:
+    """Seconds as an option gives them: finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of seconds above 0, got {text!r}; without the option the default holds"
+        )
+    return value
 
 
 def _names(text: str | None, option: str, known: tuple[str, ...]) -> list[str] | None:
@@ -36,11 +51,25 @@ def _names(text: str | None, option: str, known: tuple[str, ...]) -> list[str] |
     names = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{option}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    if not names:
+        raise ValueError(f"{option} names nothing: leave it out for all, or name some of {', '.join(known)}")
     return names
 
 
+def _writable(path: str) -> Path:
+    from ltxkern.pipeline.results.atomic import writable_file
+
+    try:
+        return writable_file(path)
+    except ValueError as error:
+        raise ValueError(f"--output-json: {error}") from error
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Verify; status 1 where something is wrong or was not reached, 130 where it was interrupted, with what was found by then."""
+    """Verify, and print what is found, after an interruption too: then status 130.
+
+    Status 1: something is wrong, not reached or not written, or nothing could be checked.
+    """
     from ltxkern.trust import proofs
     from ltxkern.verify.checks import IMPORTANCE
     from ltxkern.verify.interruption import interruptible
@@ -48,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     tiers = _names(arguments.tiers, "--tiers", proofs.TIERS)
     ops = _names(arguments.ops, "--ops", IMPORTANCE)
-    path: Path | None = arguments.output_json
+    path = None if arguments.output_json is None else _writable(arguments.output_json)
     report = Report(arguments.level)
 
     def changed(now: Report) -> None:
@@ -57,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\r{now.seconds:5.0f} s: {done} checks passed ", end="", file=sys.stderr, flush=True)
         if path is not None and (now.finished or now.wrong() or now.seconds - written[0] >= 1):
             written[0] = now.seconds
+            # Whether it can be written is said at the end.
             now.write(path)
 
     written = [0.0]
@@ -68,14 +98,19 @@ def run(arguments: argparse.Namespace) -> int:
         report.store()
     if report.finished and ops is None:
         report.notes += _decoder_layouts()
-    if path is not None:
-        report.write(path)
+    unwritten = None if path is None else report.write(path)
+    if unwritten is not None:
+        report.notes.append(
+            f"--output-json: {unwritten}: what was found stands above alone; "
+            "see that the folder is there and has room, and verify again"
+        )
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    _print(report)
+    _print(report, [op for op in IMPORTANCE if ops is None or op in ops])
     if not report.finished:
         return INTERRUPTED
-    return 1 if report.wrong() or report.stopped or report.unreached() else 0
+    failed = not report.found or report.wrong() or report.stopped or report.unreached()
+    return 1 if failed or unwritten is not None else 0
 
 
 def _decoder_layouts() -> list[str]:
@@ -98,16 +133,14 @@ def _cell(report: Report, tier: str, op: str) -> str:
     return f"{entry.verdict} {entry.passed}/{entry.planned}" if entry.verdict != "wrong" else "WRONG"
 
 
-def _print(report: Report) -> None:
-    from ltxkern.verify.checks import IMPORTANCE
-
+def _print(report: Report, ops: Sequence[str]) -> None:
     for kind, origin in report.origins.items():
         print(
             f"{kind}: "
             + ", ".join(f"{name} {value[:12] if name == 'build' else value}" for name, value in origin.items())
         )
     tiers = [*report.found, *report.absent]
-    rows = [(op, *(_cell(report, tier, op) for tier in tiers)) for op in IMPORTANCE]
+    rows = [(op, *(_cell(report, tier, op) for tier in tiers)) for op in ops]
     table("checks passed, of those planned", [("op", *tiers), *rows])
     times = [
         (row["op"], row["case"], row["tier"], f"{row['seconds'] * 1e6:.1f} us", f"{row['percent_of_roof']:.0f} %")
@@ -129,3 +162,5 @@ def _print(report: Report) -> None:
         print(note)
     for file in report.stored:
         print(f"stored in {file}")
+    if not report.stored:
+        print("nothing was stored: dispatch goes on by what it had")

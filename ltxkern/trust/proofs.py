@@ -149,7 +149,10 @@ def write(origin: Origin, proof: Proof) -> str | None:
         with replacing(path) as partial:
             partial.write_text(text + "\n")
     except OSError as error:
-        return f"the proof cannot be stored in {path.parent}: {error.strerror or error}"
+        return (
+            f"the proof cannot be stored in {path.parent} ({error.strerror or error}): "
+            "set LTXKERN_CACHE to a folder that can be written"
+        )
     return None
 
 

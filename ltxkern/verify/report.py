@@ -81,10 +81,14 @@ class Report:
             "found": {op: row for op, row in found.items() if row},
         }
 
-    def write(self, path: Path) -> None:
-        """Write the JSON, whole or not at all."""
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(self.as_data(), indent=1) + "\n")
+    def write(self, path: Path) -> str | None:
+        """Write the JSON, whole or not at all; the reason in words where that is not possible."""
+        try:
+            with replacing(path) as partial:
+                partial.write_text(json.dumps(self.as_data(), indent=1) + "\n")
+        except OSError as error:
+            return f"{path} cannot be written ({error.strerror or error})"
+        return None
 
     def proof(self, kind: str) -> proofs.Proof:
         """What is worth storing of a kind of device."""
@@ -148,12 +152,17 @@ def verify(
         The report.
     """
     began = time.monotonic()
-    longest = check_seconds or CHECK_SECONDS[level]
-    limits = Limits(began + (seconds or SECONDS[level]), longest, longest)
+    longest = CHECK_SECONDS[level] if check_seconds is None else check_seconds
+    limits = Limits(began + (SECONDS[level] if seconds is None else seconds), longest, longest)
     report = Report(level) if report is None else report
     wanted = [tier for tier in BACKENDS if tier != "torch" and (tiers is None or tier in tiers)]
     report.absent = {tier: reason for tier in wanted if (reason := unavailable(tier)) is not None}
     here = [tier for tier in wanted if tier not in report.absent]
+    if not here:
+        report.notes.append(
+            f"nothing was checked: {', '.join(wanted)} cannot run here; "
+            "install what one of them needs, or name others by --tiers"
+        )
     if "cuda" in here and "nvrtc" in here:
         # The same kernels, which dispatch reaches only where the first are not.
         here = [*(tier for tier in here if tier != "nvrtc"), "nvrtc"]

@@ -104,7 +104,7 @@ MOST_BYTES = {"stage1": 2_103_675_536, "stage2": 8_125_326_904}
 
 
 def test_one_block_at_both_stages(tmp_path, capsys):
-    path = tmp_path / "count.json"
+    path = tmp_path / "new" / "count.json"
     assert bench_dit.main(["--count", "--output-json", str(path)]) == 0
     written = json.loads(path.read_text())
     rows = {(row["shape"], row["provider"]): row for row in written["rows"]}

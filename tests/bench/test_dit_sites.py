@@ -50,7 +50,7 @@ def test_kernels_of_inductor_are_rows_and_stay_as_they_were(monkeypatch):
 
 
 def test_the_table_of_a_small_forward(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "sites.json"
+    path = tmp_path / "new" / "sites.json"
     monkeypatch.setattr(bench_dit, "LEAST_OF", 1)
     monkeypatch.setattr(bench_dit, "compiler_missing", lambda device: "no compiler here")
     options = ["--default-allocator", "--rounds", "1", "--output-json", str(path)]

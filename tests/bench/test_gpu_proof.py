@@ -185,6 +185,9 @@ def test_without_a_gpu_it_says_why(capsys: pytest.CaptureFixture[str], monkeypat
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(stages("9.0"))
     assert lines[0].split()[:3] == ["build", "240", "s"]
+    with pytest.raises(SystemExit):
+        gpu_proof.main(["--dry-run", "--budget", "0"])
+    assert "argument --budget: expected a number of seconds above 0, got '0'" in capsys.readouterr().err
 
 
 def test_each_kernel_of_group_norm_is_forced() -> None:

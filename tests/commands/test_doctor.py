@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from ltxkern import dispatch
 from ltxkern.cli import main
 from ltxkern.environment import environment
+from ltxkern.trust import backends
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +22,20 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     text = capsys.readouterr().out
     assert "group_norm_silu" in text
     assert "torch" in text
+    assert f"what no proof covers is {'probed' if backends.probing() else 'not probed'}" in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked"),
+    [("LTXKERN_SELFCHECK", backends.probing), ("LTXKERN_BACKEND", dispatch.environment_choice)],
+)
+def test_a_variable_with_an_unknown_value_is_named(
+    variable: str, asked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "on")
+    asked.cache_clear()
+    assert main(["doctor"]) == 2
+    assert f"ltxkern: error: {variable}" in capsys.readouterr().err
 
 
 def test_bench_env(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ltxkern import dispatch
 from ltxkern.cli import main
 from ltxkern.commands import progress
 from ltxkern.pipeline import HQTwoStagePipeline
@@ -21,6 +22,7 @@ from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.results.probe import probe_mp4
+from ltxkern.trust import backends
 from tests.commands.typed import MODEL, refused, run
 from tests.official_files import write_diffusers_demo, write_official_demo
 
@@ -199,8 +201,20 @@ def test_progress_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
         progress._line({})
 
 
-def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options, sizes, files and the place of the result, before the note that a demo begins with."""
+def test_one_error_has_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variables, options, sizes, files and the place of the result, before the note that a demo begins with."""
+    variables = {
+        "LTXKERN_BACKEND": "LTXKERN_BACKEND: unknown backend 'on'",
+        "LTXKERN_DISABLE": "LTXKERN_DISABLE=on: unknown backend 'on'",
+        "LTXKERN_SELFCHECK": "LTXKERN_SELFCHECK=on: expected first",
+        "LTXKERN_DECODER_LAYOUT": "LTXKERN_DECODER_LAYOUT must be one of auto, contiguous, channels-last, got 'on'",
+    }
+    for name in variables:
+        monkeypatch.setenv(name, "on")
+    for asked in (dispatch.environment_choice, dispatch.disabled, backends.probing):
+        asked.cache_clear()
     wrong = {
         "--on-nan": ("hope", "on-nan must be one of stop, retry-fp32, got 'hope'"),
         "--progress": ("xml", "progress must be one of bars, json, got 'xml'"),
@@ -215,6 +229,6 @@ def test_one_error_has_everything(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = [word for name, (value, _) in wrong.items() for word in (name, value)]
     assert run(*options, "--no-work-dir") == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"ltxkern: error: {len(wrong)} problems:\n")
-    assert all(words in said for _, words in wrong.values()), said
+    assert said.startswith(f"ltxkern: error: {len(variables) + len(wrong)} problems:\n")
+    assert all(words in said for words in (*variables.values(), *(words for _, words in wrong.values()))), said
     assert list(tmp_path.iterdir()) == []

@@ -97,9 +97,32 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
         foreign = next((entry.name for entry in sorted(target.iterdir()) if not _OWN_FILE.fullmatch(entry.name)), None)
         if foreign is not None:
             raise ValueError(f"output folder {str(path)!r} already holds {foreign!r}: name an empty or a new folder")
-    folder = target.parent
+    _require_room(path, target.parent, needed_bytes)
+    return kind
+
+
+def writable_file(path: str | Path) -> Path:
+    """`writable_output` for a file of any suffix.
+
+    Returns:
+        What is to be written: what links lead to.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    target = output_target(path)
+    if target.is_dir():
+        raise ValueError(f"output {str(path)!r} is a folder: name a file in it")
+    _require_room(path, target.parent, _PROBE_BYTES)
+    return target
+
+
+def _require_room(path: str | Path, folder: Path, needed_bytes: int) -> None:
+    """Refuse a folder that is not there, cannot be written, or has less room; ValueError names `path`."""
     if not folder.is_dir():
-        raise ValueError(f"output {str(path)!r}: the folder {str(folder)!r} does not exist")
+        raise ValueError(
+            f"output {str(path)!r}: the folder {str(folder)!r} does not exist: make it or name another folder"
+        )
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(min(needed_bytes, _PROBE_BYTES)))
@@ -107,7 +130,8 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
             os.fsync(probe.fileno())
     except OSError as error:
         raise ValueError(
-            f"output {str(path)!r}: the folder {str(folder)!r} is not writable ({_FULL.get(error.errno or 0, error.strerror)})"
+            f"output {str(path)!r}: the folder {str(folder)!r} is not writable "
+            f"({_FULL.get(error.errno or 0, error.strerror)}): name another folder"
         ) from error
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -115,7 +139,6 @@ def writable_output(path: str | Path, needed_bytes: int = 0) -> OutputKind:
             f"output {str(path)!r} needs about {needed_bytes >> 20} MiB, the disk has {free >> 20} MiB free: "
             "make room or name another folder"
         )
-    return kind
 
 
 @contextlib.contextmanager
