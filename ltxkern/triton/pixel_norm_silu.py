@@ -35,6 +35,34 @@ LIMITS = Limits()
 
 
 @triton.jit
+def _add_eight(a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q):
+    return a + i, b + j, c + k, d + m, e + n, f + o, g + p, h + q
+
+
+@triton.jit
+def _column_sums(value, BC: tl.constexpr, BS: tl.constexpr):
+    """Sums [1, BS] of the columns of [BC, BS].
+
+    A thread has eight columns side by side, and the sums of each column lie side by side in shared memory: eight or more threads of
+    a row would meet in one bank, unless first, second and further columns of each thread are tensors of their own.
+    """
+    if BS >= 64:
+        even, odd = tl.split(tl.reshape(value, [BC, BS // 8, 2, 2, 2]))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        a0, a1 = tl.split(a)
+        b0, b1 = tl.split(b)
+        c0, c1 = tl.split(c)
+        d0, d1 = tl.split(d)
+        a0, a1, b0, b1, c0, c1, d0, d1 = tl.reduce((a0, a1, b0, b1, c0, c1, d0, d1), 0, _add_eight)
+        even = tl.join(tl.join(a0, a1), tl.join(c0, c1))
+        odd = tl.join(tl.join(b0, b1), tl.join(d0, d1))
+        return tl.reshape(tl.join(even, odd), [1, BS])
+    else:
+        return tl.sum(value, axis=0, keep_dims=True)
+
+
+@triton.jit
 def _pixel_norm_kernel(
     out_ptr,
     x_ptr,
@@ -67,8 +95,10 @@ def _pixel_norm_kernel(
     valid = (channel < C) & (position < S)
     value = tl.load(x_ptr + batch * stride_n + channel * stride_c + position * stride_s, mask=valid, other=0.0)
     value = value.to(tl.float32)
-    axis: tl.constexpr = 1 if CHANNELS_LAST else 0
-    mean_square = tl.sum(value * value, axis=axis, keep_dims=True) * scale
+    if CHANNELS_LAST:
+        mean_square = tl.sum(value * value, axis=1, keep_dims=True) * scale
+    else:
+        mean_square = _column_sums(value * value, BC, BS) * scale
     value = value * reciprocal_root(mean_square + eps, out_ptr.dtype.element_ty)
     if weight_ptr is not None:
         value *= tl.load(weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)

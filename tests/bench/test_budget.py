@@ -204,7 +204,7 @@ def test_no_two_threads_of_a_warp_wait_for_one_bank() -> None:
         most = [CONFLICTS.get(row.kernel.partition("<")[0], CONFLICTS[""]) * row.wavefronts for row in of_cuda]
         assert [row.key for row, limit in zip(of_cuda, most, strict=True) if row.conflicts > limit] == [], architecture
         # Triton places what it exchanges itself; but no kernel's order of sums should make it this slow.
-        assert [row.key for row in rows if row.conflicts > row.wavefronts * 2 / 3] == [], architecture
+        assert [row.key for row in rows if row.conflicts > row.wavefronts / 3] == [], architecture
 
 
 def test_a_step_backwards_is_seen() -> None:
