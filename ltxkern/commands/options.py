@@ -282,8 +282,9 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
         admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
-    attention = admission.attempt("", lambda: AttentionChoice(arguments.attention))
-    admission.attempt("", lambda: FusionPolicy(arguments.policy))
+    attention = admission.attempt("", lambda: AttentionChoice(_given(arguments.attention, "LTXKERN_ATTENTION")))
+    admission.attempt("", lambda: FusionPolicy(_given(arguments.policy, "LTXKERN_POLICY")))
+    admission.attempt("", decoder_layout.asked)
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
     device = admission.attempt("", lambda: find_device(arguments.device))
     model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
@@ -310,6 +311,11 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         distilled_strengths=(first, second),
         embedding_cache={None: True, "off": False}.get(arguments.embedding_cache, arguments.embedding_cache),
     )
+
+
+def _given(value: str, variable: str) -> str | None:
+    """An option's value; None where it is the variable's, so that a check names that. What `ltxkern resume` keeps has the value."""
+    return None if value == os.environ.get(variable) else value
 
 
 def _find_backends(text: str | None, names: Callable[[str, str], Iterable[str]]) -> tuple[str, ...]:
@@ -353,9 +359,8 @@ def _guidance_changes(arguments: argparse.Namespace, modality: str) -> dict[str,
         try:
             given["stg_blocks"] = tuple(int(part) for part in str(listed).split(",") if part.strip())
         except ValueError as error:
-            raise ValueError(
-                f"{modality}-stg-blocks must be whole numbers separated by commas, got {listed!r}"
-            ) from error
+            wrong = f"{modality}-stg-blocks must be whole numbers separated by commas, got {listed!r}"
+            raise ValueError(wrong) from error
     return {name: value for name, value in given.items() if value is not None}
 
 

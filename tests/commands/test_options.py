@@ -91,7 +91,10 @@ def bad_lora(folder: Path) -> Path:
             ["--attention", "fast"],
             "attention must be one of auto, cudnn, fa3, flash, efficient, math, torch, sage, got 'fast'",
         ),
-        (["--attention", "cudnn"], "attention cudnn cannot serve float32 on cpu: it runs on cuda, not on cpu"),
+        (
+            ["--attention", "cudnn"],
+            "attention cudnn cannot serve float32 on cpu: it runs on cuda, not on cpu; use one of auto, flash, math, torch",
+        ),
         (["--dtype", "int8"], "dtype must be one of bf16, fp16, fp32"),
         (["--device", "foo"], "device must be one of cpu"),
         (["--device", "cuda:99"], "device 'cuda:99' is not there: use one of cpu"),
@@ -103,6 +106,24 @@ def bad_lora(folder: Path) -> Path:
 )
 def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], options: list[str], sentence: str) -> None:
     assert sentence in refused(capsys, *options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("LTXKERN_ATTENTION", "LTXKERN_ATTENTION must be one of auto, cudnn, "),
+        ("LTXKERN_POLICY", 'LTXKERN_POLICY must be "rounded" or "exact", got \'bogus\''),
+        (
+            "LTXKERN_DECODER_LAYOUT",
+            "LTXKERN_DECODER_LAYOUT must be one of auto, contiguous, channels-last, got 'bogus'",
+        ),
+    ],
+)
+def test_a_bad_variable_is_refused_early_by_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variable: str, sentence: str
+) -> None:
+    monkeypatch.setenv(variable, "bogus")
+    assert f"error: {sentence}" in refused(capsys, "--dry-run")
 
 
 def test_files_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

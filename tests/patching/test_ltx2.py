@@ -50,6 +50,7 @@ NEW = {
     "rope_type": "split",
     "use_prompt_embeddings": False,
     "perturbed_attn": True,
+    "cross_attn_timestep_scale_multiplier": 250,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "2.3": NEW,

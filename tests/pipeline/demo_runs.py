@@ -13,7 +13,8 @@ SMALL: dict[str, Any] = {"height": 64, "width": 128, "num_frames": 9, "steps": 2
 
 
 def make(preset: str = "hq", dtype: torch.dtype = torch.float32, **settings: Any) -> HQTwoStagePipeline:
-    return HQTwoStagePipeline.from_pretrained("demo-random", device="cpu", dtype=dtype, preset=preset, **settings)
+    settings = {"device": "cpu", "dtype": dtype, "preset": preset, **settings}
+    return HQTwoStagePipeline.from_pretrained("demo-random", **settings)
 
 
 def latents(pipe: HQTwoStagePipeline, prompt: Any = "a kite", **changes: Any) -> dict[str, torch.Tensor]:

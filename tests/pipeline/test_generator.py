@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ltxkern.pipeline import generator
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.generator import HQTwoStagePipeline
+from ltxkern.pipeline.memory.streams import HostClock
 from ltxkern.pipeline.results.probe import probe_mp4
 from ltxkern.pipeline.run.request import PRESETS, GenerationRequest
 from ltxkern.pipeline.sampling.schedule import DISTILLED_SIGMAS, STAGE_2_SIGMAS
@@ -133,6 +136,27 @@ def test_device_modes_agree(pipeline: HQTwoStagePipeline, mode: str) -> None:
         # Twice: the second run starts from the phase that the first one ended in.
         assert same(latents(pipe), latents(pipeline))
         assert same(latents(pipe), latents(pipeline))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_audio_stream_reaches_the_blocks(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Opened as on a GPU, computing here: each block takes its sound there twice, before and behind the cross-attention."""
+    here, beside = torch.device("cpu"), []
+
+    class Clock(HostClock):
+        def side(self) -> contextlib.AbstractContextManager[None]:
+            beside.append(1)
+            return super().side()
+
+    manager, prompts = generator.TwoStageDeviceManager, generator.PromptEncoder
+    monkeypatch.setattr(generator, "find_device", torch.device)
+    monkeypatch.setattr(generator, "clock_for", lambda device: Clock())
+    monkeypatch.setattr(generator, "TwoStageDeviceManager", lambda mode, device: manager(mode, device=here))
+    monkeypatch.setattr(generator, "PromptEncoder", lambda parts, lent, _, *kept: prompts(parts, lent, here, *kept))
+    with make(device="cuda", attention="torch", audio_stream=wanted) as pipe:
+        pipe.device = here
+        forwards = sum(count_forwards(pipe).values())
+        assert len(beside) == wanted * 2 * forwards * len(pipe.components.transformer.transformer_blocks)
 
 
 def test_user_lora(pipeline: HQTwoStagePipeline, tmp_path: Path) -> None:

@@ -151,7 +151,11 @@ class AttentionChoice:
             return [name for name in order(case.device) if KERNELS[name].refuse(case) is None]
         reason = KERNELS[self.name].refuse(case)
         if reason is not None:
-            raise ValueError(f"attention {self.name} cannot serve {short(case.dtype)} on {case.device}: {reason}")
+            others = [name for name, kernel in KERNELS.items() if kernel.exact and kernel.refuse(case) is None]
+            what = f"{short(case.dtype)} on {case.device}"
+            raise ValueError(
+                f"attention {self.name} cannot serve {what}: {reason}; use one of auto, {', '.join(others)}"
+            )
         return [self.name]
 
     def kernel(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -89,7 +89,7 @@ def test_a_name_is_one_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"auto", "flash", "math", "torch"}))
 def test_a_named_kernel_is_refused_early_and_never_replaced(name: str) -> None:
     choice = AttentionChoice(name)
-    reason = f"^attention {name} cannot serve float32 on cpu: it runs on cuda, not on cpu$"
+    reason = f"^attention {name} cannot serve float32 on cpu: it runs on cuda, not on cpu; use one of auto, flash, math, torch$"
     with pytest.raises(ValueError, match=reason):
         choice.require(CPU, torch.float32, {"attention_head_dim": 128, "audio_attention_head_dim": 64})
     with pytest.raises(ValueError, match=reason):
@@ -101,7 +101,9 @@ def test_every_head_width_of_the_model_counts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ltxkern.pipeline.model.attention_kernels.capability", lambda device: (9, 0))
     choice = AttentionChoice("flash")
     assert choice.require(CARD, torch.bfloat16, {"attention_head_dim": 128, "audio_attention_head_dim": 64}) is choice
-    with pytest.raises(ValueError, match=r"attention flash cannot serve bfloat16 on cuda:0: .*, not 20"):
+    with pytest.raises(
+        ValueError, match=r"attention flash cannot serve bfloat16 on cuda:0: .*, not 20; use one of auto, math, torch$"
+    ):
         choice.require(CARD, torch.bfloat16, {"attention_head_dim": 128, "audio_attention_head_dim": 20})
 
 

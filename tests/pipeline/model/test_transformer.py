@@ -62,11 +62,15 @@ def test_the_fix_is_still_needed(model: LTX2Transformer, use_cross_timestep: boo
     assert any(differ(*both) for both in zip(predict_velocity(model, **pair), theirs, strict=True))
 
 
-def test_equals_diffusers_where_they_agree(model: LTX2Transformer) -> None:
-    """With one sigma and no mask both conditionings of diffusers are the official one."""
+@pytest.mark.parametrize("multiplier", [1000, 250])
+def test_equals_diffusers_where_they_agree(model: LTX2Transformer, multiplier: int) -> None:
+    """With one sigma and no mask both conditionings of diffusers are the official one, also where gates have their own scale."""
+    config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    scaled = LTX2Transformer(**config | {"cross_attn_timestep_scale_multiplier": multiplier}).eval()
+    scaled.load_state_dict(model.state_dict())
     pair = inputs(batch=2, sigma=0.25)
     assert all((device_tensors(item, 1000.0).sigma == 250).all() for item in pair.values())
-    close(predict_velocity(model, **pair), of_diffusers(stock(model), pair), 2e-5)
+    close(predict_velocity(scaled, **pair), of_diffusers(stock(scaled), pair), 2e-5)
 
 
 def test_gate_follows_the_other_sigma_and_scale_the_own_tokens(model: LTX2Transformer) -> None:
