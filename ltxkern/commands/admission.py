@@ -55,8 +55,19 @@ def _admission() -> Admission:
     return Admission(options.spelled)
 
 
+def _admit_variables(admission: Admission) -> None:
+    """Those that no option has for its default."""
+    from ltxkern.dispatch import disabled, environment_choice
+    from ltxkern.pipeline.model import decoder_layout
+    from ltxkern.trust.backends import probing
+
+    for asked in (environment_choice, disabled, probing, decoder_layout.asked):
+        admission.attempt("", asked)
+
+
 def _admit_options(admission: Admission, arguments: argparse.Namespace) -> options.ModelOptions:
     """The model options, and the check of all files they name; refuses at once where the others depend on a wrong one."""
+    _admit_variables(admission)
     chosen = options.find_model_options(arguments, admission)
     if chosen is None:
         _admit_named(admission, arguments)

@@ -251,19 +251,14 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     Returns:
         None where an option is wrong that the others depend on.
     """
-    from ltxkern.dispatch import backend_names, disabled, environment_choice
+    from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
-    from ltxkern.pipeline.model import decoder_layout
     from ltxkern.pipeline.model.attention_choice import AttentionChoice
     from ltxkern.pipeline.model.fusions import FusionPolicy
     from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
-    from ltxkern.trust.backends import probing
 
-    # Variables that no option has for its default.
-    for asked in (environment_choice, disabled, probing, decoder_layout.asked):
-        admission.attempt("", asked)
     preset = admission.attempt("", lambda: find_preset(arguments.pipeline))
     given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)
     usual = preset.distilled_strengths if preset is not None else (0.0, 0.0)
@@ -284,7 +279,6 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
         admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     attention = admission.attempt("", lambda: AttentionChoice(_given(arguments.attention, "LTXKERN_ATTENTION")))
     admission.attempt("", lambda: FusionPolicy(_given(arguments.policy, "LTXKERN_POLICY")))
-    admission.attempt("", decoder_layout.asked)
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))
     device = admission.attempt("", lambda: find_device(arguments.device))
     model = admission.attempt("model", lambda: FoundModel.of(arguments.model, variant=arguments.variant, **parts))
