@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch import Tensor
 import dit_count
 import dit_sites
 import machine
-from cases import DTYPES, Case, normal
-from command_line import measured, parser, relaunch_warm, start_run
+from cases import CASE_SETS, DTYPES, Case, Suite, named_cases, normal
+from command_line import at_least_one, check_names, measured, parser, relaunch_warm, start_run
 from dit_floor import ContractionLog, floor_calls
 from harness import Run, with_ratios
 from ltxkern.patch import fuse
@@ -41,6 +41,7 @@ from timing import CallTimer, interleave, summarise
 # library than diffusers', that is a distance of 9.
 ROUNDINGS, ANOTHER_LIBRARY = 8, 12
 ONE_TIMESTEP, FLOOR = "torch eager by row", "floor: GEMM and attention alone"
+PROVIDERS = (EAGER, ONE_TIMESTEP, COMPILE, "ltxkern")
 LEAST_OF = 10  # forwards, in turn, of which a site has the least time
 FPS, TEXT_TOKENS, SIGMA = 24.0, 1024, 0.909375
 CONFIG = {
@@ -182,17 +183,18 @@ def site_rows(run: Run, case: Case, blocks: int, dtype_name: str) -> list[dict[s
 
 
 def measure_sites(run: Run, picked: Sequence[Case], parsed: Any) -> int:
-    """`--sites`: the table of every case and dtype, printed and as JSON."""
+    """`--sites`: the table of every case and dtype that fits, printed and as JSON; 2 where none does."""
     rows = []
-    for case in picked:
-        for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
-            found = site_rows(run, case, parsed.blocks or case.options["blocks"], dtype)
-            print(f"{case.name} {dtype}\n{dit_sites.table(found)}\n")
-            rows += found
-    if parsed.output_json:
+    for case, blocks, dtype in fitting(run, picked, parsed):
+        found = site_rows(run, case, blocks, dtype)
+        print(f"{case.name} {dtype}\n{dit_sites.table(found)}\n")
+        rows += found
+    for one in run.skipped:
+        print(f"left out: {' '.join(filter(None, (one['case'], one['provider'])))}: {one['reason']}", file=sys.stderr)
+    if parsed.output_json and rows:
         written = {"definition": dit_sites.__doc__, "machine": run.facts, "rows": rows}
         write_whole(written, parsed.output_json)
-    return 0
+    return 0 if rows else 2
 
 
 def weight_bytes(case: Case, blocks: int, dtype: torch.dtype) -> int:
@@ -292,33 +294,55 @@ def compile_blocks(case: Case, blocks: int, dtype: torch.dtype, device: torch.de
     return model
 
 
-def measure_all(run: Run, picked: Sequence[Case], blocks: int | None, names: Sequence[str], cpu_time: bool) -> None:
-    """The cases in turn; a large one that no GPU is there for only by its name."""
+def fitting(run: Run, picked: Sequence[Case], parsed: Any) -> Iterator[tuple[Case, int, str]]:
+    """Case, blocks and dtype of what memory holds, the rest left out; a large one that no GPU is there for only by its name."""
     for case in picked:
         for dtype in run.dtypes or (("bf16",) if run.device.type == "cuda" else ("fp32",)):
-            count = blocks or case.options["blocks"]
-            needs, free = weight_bytes(case, count, DTYPES[dtype]), machine.free_bytes(run.device)
-            if needs > free or (case.size == "large" and run.device.type != "cuda" and case.name not in names):
-                reason = (
-                    f"wants {size(needs)} ({needs} bytes) with {count} blocks, {size(free)} are free on {run.device}"
+            blocks = parsed.blocks or case.options["blocks"]
+            needs, free = weight_bytes(case, blocks, DTYPES[dtype]), machine.free_bytes(run.device)
+            if needs > free or (case.size == "large" and run.device.type != "cuda" and parsed.cases in CASE_SETS):
+                wants = (
+                    f"wants {size(needs)} ({needs} bytes) with {blocks} blocks, {size(free)} are free on {run.device}"
                 )
-                run.skip("dit", f"{case.name} {dtype}", "", reason)
-                continue
-            try:
-                measure(run, case, count, dtype, cpu_time)
-            except WrongResultError as error:
-                run.fail("dit", f"{case.name} {dtype}", str(error))
-            except torch.OutOfMemoryError as error:
-                run.skip("dit", f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
-            run.keep()
-            if run.device.type == "cuda":
-                torch.cuda.empty_cache()
+                run.skip("dit", f"{case.name} {dtype}", "", f"{wants}: use --cases small, or fewer --blocks")
+            else:
+                yield case, blocks, dtype
+
+
+def measure_all(run: Run, picked: Sequence[Case], parsed: Any) -> None:
+    """The cases in turn."""
+    for case, blocks, dtype in fitting(run, picked, parsed):
+        try:
+            measure(run, case, blocks, dtype, parsed.cpu_time)
+        except WrongResultError as error:
+            run.fail("dit", f"{case.name} {dtype}", str(error))
+        except torch.OutOfMemoryError as error:
+            run.skip("dit", f"{case.name} {dtype}", "", f"out of memory: {str(error).splitlines()[0]}")
+        run.keep()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def cases_of(parsed: Any) -> list[Case]:
+    """What the options name; with `--count` of the large ones, all where they name a set.
+
+    Raises:
+        ValueError: an option has a value that is none of its own.
+    """
+    check_names("--dtypes", parsed.dtypes, Suite.allowed_dtypes)
+    check_names("--backends", parsed.backends, PROVIDERS)
+    large = [case for case in CASES if case.size == "large"]
+    if parsed.cases not in CASE_SETS:
+        return named_cases("--count" if parsed.count else "dit", large if parsed.count else CASES, parsed.cases)
+    if parsed.count or parsed.cases == "large":
+        return large
+    return [case for case in CASES if parsed.cases == "all-large" or case.size == "small"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_dit.py --cases large --blocks 48`."""
     options = parser("One forward of the transformer.")
-    options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
+    options.add_argument("--blocks", type=at_least_one, help="transformer blocks (default: 48, 2 for the small case)")
     options.add_argument(
         "--count", action="store_true", help="count launches and bytes of one block at both stages, and time nothing"
     )
@@ -333,22 +357,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time, bytes and launches of each site of a forward, instead of whole forwards",
     )
     parsed = options.parse_args(arguments)
+    try:
+        picked = cases_of(parsed)
+    except ValueError as error:
+        options.error(str(error))
     if parsed.count:
-        rows = [row for case in CASES if case.size == "large" for row in counted(case)]
+        rows = [row for case in picked for row in counted(case)]
         print(dit_count.table(rows))
         if parsed.output_json:
             write_whole({"definition": dit_count.__doc__, "rows": rows}, parsed.output_json)
         return 0
-    chosen = {"small": "small", "all": "small", "large": "large"}
-    names = parsed.cases.split(",")
-    picked = [c for c in CASES if parsed.cases == "all-large" or c.size == chosen.get(parsed.cases) or c.name in names]
-    if not picked:
-        options.error(f"--cases: none of {', '.join(c.name for c in CASES)} in {parsed.cases!r}")
     relaunch_warm(parsed)
     run = start_run(parsed)
     if parsed.sites:
         return measure_sites(run, picked, parsed)
-    return measured(run, parsed, lambda: measure_all(run, picked, parsed.blocks, names, parsed.cpu_time))
+    return measured(run, parsed, lambda: measure_all(run, picked, parsed))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 import machine
 from bench_dit import CASES, build, diffusers_forward, inputs_of
 from cases import DTYPES, Case
-from command_line import measured, parser, relaunch_warm, start_run
+from command_line import at_least_one, measured, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
@@ -287,8 +287,8 @@ def measure_all(job: Job, modes: Sequence[str], needs: int, *, baselines: bool) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python bench/bench_lora_switch.py --cases large --modes resident,snapshot,inplace,original`."""
     options = parser("Switching LoRA phases.")
-    options.add_argument("--blocks", type=int, help="transformer blocks (default: 48, 2 for the small case)")
-    options.add_argument("--rank", type=int, help="of the LoRA (default: 384, 16 for the small case)")
+    options.add_argument("--blocks", type=at_least_one, help="transformer blocks (default: 48, 2 for the small case)")
+    options.add_argument("--rank", type=at_least_one, help="of the LoRA (default: 384, 16 for the small case)")
     options.add_argument("--modes", default=",".join(MODES))
     options.add_argument("--no-baselines", action="store_true", help="the device modes alone")
     parsed = options.parse_args(arguments)

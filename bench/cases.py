@@ -101,12 +101,22 @@ def select_cases(suite: Suite, wanted: str) -> list[Case]:
         return list(suite.cases)
     if wanted in CASE_SETS:
         return [case for case in suite.cases if case.size == wanted or (wanted == "all" and case.size != "large")]
-    by_name = {case.name: case for case in suite.cases}
+    return named_cases(suite.op, suite.cases, wanted)
+
+
+def named_cases(op: str, cases: Sequence[Case], wanted: str) -> list[Case]:
+    """Those that a list of names has, commas between.
+
+    Raises:
+        ValueError: no such name, or none at all.
+    """
+    by_name = {case.name: case for case in cases}
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in by_name]
-    if unknown:
+    if unknown or not names:
+        missing = ", ".join(unknown) or repr(wanted)
         raise ValueError(
-            f"--cases: {suite.op} has no case {', '.join(unknown)}; it has {', '.join(by_name)}, or use {', '.join(CASE_SETS)}"
+            f"--cases: {op} has no case {missing}; it has {', '.join(by_name)}, or use {', '.join(CASE_SETS)}"
         )
     return [by_name[name] for name in names]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,21 +45,53 @@ def suites() -> tuple[Suite, ...]:
     )
 
 
+def at_least_one(text: str) -> int:
+    """A count, as argparse wants it."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def result_file(text: str) -> Path:
+    """A path that can be written, folders that lack made then; as argparse wants it."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written ({error.strerror}): name a file in a folder that can be"
+        ) from error
+
+
+def check_names(option: str, given: str | None, known: Sequence[str]) -> None:
+    """Of an option that takes names, commas between.
+
+    Raises:
+        ValueError: one that it does not know, or none at all.
+    """
+    if given is not None and (unknown := {name.strip() for name in given.split(",")} - set(known)):
+        raise ValueError(f"{option}: unknown {', '.join(sorted(unknown)) or repr(given)}; known are {', '.join(known)}")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """The shared options."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--cases", default="small", help=f"{', '.join(CASE_SETS)}, or names separated by commas")
     options.add_argument("--dtypes", help="of bf16,fp16,fp32 (default: what the op is used with)")
     options.add_argument("--backends", help="providers to time, e.g. 'torch eager,cpu,triton' (default: all there are)")
-    options.add_argument("--rounds", type=int, default=3, help="times that every provider comes round")
+    options.add_argument("--rounds", type=at_least_one, default=3, help="times that every provider comes round")
     options.add_argument("--warmup", type=float, default=25, help="milliseconds before each provider's samples")
     options.add_argument("--rep", type=float, default=100, help="milliseconds of samples per provider and round")
-    options.add_argument("--output-csv", type=Path)
-    options.add_argument("--output-json", type=Path)
+    options.add_argument("--output-csv", type=result_file)
+    options.add_argument("--output-json", type=result_file)
     options.add_argument("--profile-provider", metavar="NAME", help="also profile this provider on each case")
     options.add_argument("--check", action="store_true", help="correctness only, no timing")
     options.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    options.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    options.add_argument("--threads", type=at_least_one, help="CPU threads (default: torch's)")
     options.add_argument("--default-allocator", action="store_true", help="CPU: keep glibc's page-returning default")
     return options
 
@@ -91,7 +125,7 @@ def start_run(arguments: argparse.Namespace) -> Run:
         device=device,
         settings=Settings(arguments.rounds, arguments.warmup, arguments.rep),
         threads=threads,
-        dtypes=tuple(arguments.dtypes.split(",")) if arguments.dtypes else None,
+        dtypes=tuple(part.strip() for part in arguments.dtypes.split(",")) if arguments.dtypes else None,
         backends=tuple(part.strip() for part in arguments.backends.split(",")) if arguments.backends else None,
         check_only=arguments.check,
         profile_provider=arguments.profile_provider,

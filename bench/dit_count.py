@@ -8,7 +8,7 @@ matrix products and attention are launches without elementwise bytes, and so is 
 other launches (sound, text, modulation) count their bytes and no pass.
 
 A forward is predicted from that: products and attention at their rates, the bytes of video-sized passes at theirs, a launch each
-for all other elementwise work. `beyond_percent` is what the last two add to the first two. Nothing of it is measured.
+for all other elementwise work. `beyond_percent` is what the last two add to the first two. No forward of it is measured.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Rates(NamedTuple):
     launch: float
 
 
-# Products as cuBLAS multiplies random bf16; row kernels at 93 % of a copy's 4.2 TB/s, the least that docs/predicted.md says of
-# them at these shapes is 91; attention assumed, at a share of the products' rate that published kernels have on this card.
-H200 = Rates(790e12, 530e12, 0.93 * 4.2e12, 2.5e-6)
+# results/nvidia-h200-df8da9e3f6-attention.json: its product of random bf16, cuDNN on the video of stage 2 (at stage 1: 552e12), and
+# 88 % of its copy, the least that docs/predicted.md says of the CUDA tier at these shapes. That of a launch is assumed.
+H200 = Rates(678e12, 589e12, 0.88 * 4.19e12, 2.5e-6)
 BLOCKS = 48
 
 

@@ -129,9 +129,10 @@ def stages(capability: str) -> tuple[Stage, ...]:
         _tests("tests-memory", "-m", "gpu", "tests/pipeline/memory/test_manager_gpu.py", seconds=40),
         _tests("tests-choices", "-m", "gpu", "tests/pipeline/model/test_attention_choice.py", *SAMPLING, seconds=40),
         _tests("tests-golden", "-m", "gpu", "tests/pipeline/test_golden_gpu.py", seconds=60),
+        # Stage 1 first.
+        _bench("dit", "bench_dit", "--cases", "large", "--rounds", "2", "--rep", "1000", seconds=300),
         _bench("ops", "run_all", "--cases", "all-large", "--budget", "{seconds}", seconds=430),
         _bench("lora", "bench_lora_switch", "--cases", "large", "--rounds", "2", seconds=200),
-        _bench("dit", "bench_dit", "--cases", "large", "--rounds", "2", "--rep", "1000", seconds=300),
         _bench("dit-sites", "bench_dit", "--sites", "--cases", "large", "--blocks", "2", seconds=120),
         _bench("hq", "bench_hq", "--model", "random-full", "--rounds", "1", seconds=400),
     )

@@ -163,6 +163,65 @@ def test_a_run_of_some_ops_does_not_replace_the_machines_results_file(monkeypatc
     assert len(list(tmp_path.iterdir())) == 1
 
 
+NO_NUMBER = "expected a whole number from 1 on, got"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "--count --output-json {file}/x.json",
+            "argument --output-json: '{file}/x.json' cannot be written (Not a directory)",
+        ),
+        (
+            "--sites --output-json {file}/new/x.json",
+            "cannot be written (Not a directory): name a file in a folder that can be",
+        ),
+        ("--output-csv {folder}", "argument --output-csv: '{folder}' cannot be written (Is a directory)"),
+        ("--sites --dtypes int8", "--dtypes: unknown int8; known are bf16, fp16, fp32"),
+        ("--dtypes bf16,fp64", "--dtypes: unknown fp64; known are"),
+        ("--blocks -1", f"argument --blocks: {NO_NUMBER} '-1'"),
+        ("--sites --blocks 0", f"argument --blocks: {NO_NUMBER} '0'"),
+        ("--rounds 0", f"argument --rounds: {NO_NUMBER} '0'"),
+        ("--threads x", f"argument --threads: {NO_NUMBER} 'x'"),
+        (
+            "--cases small,nope",
+            "--cases: dit has no case nope; it has small, wide256, wide512, stage1, stage2, or use small",
+        ),
+        ("--cases ,", "--cases: dit has no case ','; it has small"),
+        ("--count --cases nope", "--cases: --count has no case nope; it has stage1, stage2, or use small, all"),
+        ("--count --cases stage1,small", "--cases: --count has no case small; it has stage1, stage2"),
+        (
+            "--backends nope",
+            "--backends: unknown nope; known are torch eager, torch eager by row, torch.compile, ltxkern",
+        ),
+    ],
+)
+def test_wrong_options_of_a_forward_are_usage_errors(monkeypatch, tmp_path, capsys, given, words):
+    monkeypatch.setattr(bench_dit, "without_data", None)
+    names = {"file": tmp_path / "file", "folder": tmp_path}
+    names["file"].touch()
+    with pytest.raises(SystemExit) as status:
+        bench_dit.main([*given.format(**names).split(), "--default-allocator"])
+    assert status.value.code == 2
+    assert words.format(**names) in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [names["file"]]
+
+
+@pytest.mark.parametrize("more", [[], ["--sites"]])
+def test_a_forward_that_memory_does_not_hold_is_left_out(monkeypatch, tmp_path, capsys, more):
+    monkeypatch.setattr(bench_dit, "build", None)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 7)
+    path = tmp_path / "x.json"
+    options = ["--default-allocator", "--device", "cpu", "--cases", "stage1", "--output-json", str(path)]
+    assert bench_dit.main([*options, *more]) == 2
+    said = "".join(capsys.readouterr())
+    assert re.search(
+        r"stage1 fp32.*: wants .* with 48 blocks, 7 B are free on cpu: use --cases small, or fewer --blocks", said
+    )
+    assert not path.exists()
+
+
 def test_a_transformer_forward_is_held_to_diffusers():
     right = (torch.randn(2, 3), torch.randn(4))
     assert bench_dit.distance(right, right) == 0.0

@@ -1,15 +1,19 @@
 """Counts of one transformer block: what is a launch and what it moves; ours at both stages, which may only fall, and diffusers'."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import bench_dit
 import dit_count
 import pytest
 import torch
+from quoted import RESULTS
+from report import read_json
 
 import ltxkern
-from ltxkern.pipeline.model.transformer import predict_velocity_batched
+from ltxkern.pipeline.model.fusions import use_side_by_side
+from ltxkern.pipeline.model.transformer import predict_velocity, predict_velocity_batched
 
 TOKENS, WIDTH = 64, dit_count.WIDTH
 UNIT = TOKENS * WIDTH * 2
@@ -81,10 +85,11 @@ def test_a_launch_moves_what_its_kernel_has_to(function, launches, moved):
 
 
 def test_small_tensors_make_no_passes():
-    found = count(lambda: [ROW + ROW, meta(1, TOKENS // 2, WIDTH) * 2, meta(1, TOKENS // 8, WIDTH) * 2])
-    assert found.elementwise_bytes == 2 * ROW_BYTES + 1.25 * UNIT
-    assert (found.video_passes, found.video_tensors) == (1, 1.0)
-    assert [one[1:] for one in found.sites()] == [(1, 1.0)]
+    rows = (TOKENS // 2, TOKENS // 4, TOKENS // 4 - 1, TOKENS // 8)  # a quarter is video-sized, one row less is not
+    found = count(lambda: [ROW + ROW, *(meta(1, each, WIDTH) * 2 for each in rows)])
+    assert found.elementwise_bytes == 2 * ROW_BYTES + 2 * sum(rows) * ROW_BYTES
+    assert (found.video_passes, found.video_tensors) == (2, 1.5)
+    assert [one[1:] for one in found.sites()] == [(2, 1.5)]
 
 
 def test_nothing_stays_where_the_forward_fails():
@@ -127,6 +132,76 @@ def test_one_block_at_both_stages(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(out.count(f" {provider} ") == 2 for provider in MOST)
     assert "passes" in out
+
+
+MEASURED = {part: read_json(RESULTS / f"nvidia-h200-df8da9e3f6-{part}.json") for part in ("attention", "block")}
+
+
+def of_stage(name):
+    """The count of a middle block of ours."""
+    case = next(case for case in bench_dit.CASES if case.name == name)
+    ours = torch.nn.Module.to(bench_dit.without_data(case, 3)[0], dtype=torch.bfloat16).eval()
+    inputs, block = bench_dit.inputs_of(case, ours, torch.bfloat16, torch.device("meta")), ours.transformer_blocks[1]
+    return dit_count.count_block(block, lambda: predict_velocity(ours, inputs.video, inputs.audio), case.numel)
+
+
+def test_the_rates_are_those_of_the_results_files():
+    rates, attention = dit_count.H200, MEASURED["attention"]
+    (cudnn,) = (row for row in attention.records if (row.case, row.provider) == ("32640x32640", "cudnn"))
+    assert rates.attention == pytest.approx(cudnn.flops / cudnn.median_us * 1e6, rel=1e-3)
+    assert rates.products == pytest.approx(attention.roofs["gemm bf16"], rel=1e-3)
+    assert rates.bytes == pytest.approx(0.88 * attention.roofs["copy"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "most"), [("stage1", 10), ("stage2", 5)])
+def test_the_limits_hold_at_the_rates_of_a_single_block(stage, most):
+    """Above them: products and attention were quicker than in long runs, so that all else is a larger part."""
+    found, rates = of_stage(stage), dit_count.H200._replace(products=790e12, attention=657e12)
+    within, beyond = found.predicted(rates)
+    assert 100 * beyond / within <= most
+
+
+ELEMENTWISE = (
+    "rms_norm_modulate_packs",
+    "qk_norm_rope_packs",
+    "_gate_kernel",
+    "gated_residual_packs",
+    "aten::_fused_rms_norm",
+)
+
+
+def test_a_measured_block_is_what_the_count_predicts():
+    rows = {row.provider: row.median_us / 1e6 for row in MEASURED["block"].records}
+    attention = rows["aten::_cudnn_attention_forward"]
+    products = rows["aten::addmm"] + rows["aten::_addmm_activation"]
+    passes = sum(seconds for name, seconds in rows.items() if any(kernel in name for kernel in ELEMENTWISE))
+    as_quoted = [27.7, 22.95, 2.17]  # by docs/run.md
+    assert [round(1e3 * each, 2) for each in (attention, products, passes)] == as_quoted
+    assert 100 * passes / (attention + products) <= 5
+    within, beyond = (each / dit_count.BLOCKS for each in of_stage("stage2").predicted(dit_count.H200))
+    assert passes == pytest.approx(beyond, rel=0.05)
+    assert rows["one block"] == pytest.approx(within + beyond, rel=0.02)
+
+
+def test_launches_of_sound_beside_video(monkeypatch):
+    """As docs/run.md has them: self-attention with that to the text, then feed-forward; each a launch or its FLOP at least."""
+    parts = ["rest"]
+
+    def beside(sound, video):
+        parts.append("sound")
+        sound()
+        parts.append("rest")
+        video()
+
+    monkeypatch.setattr(dit_count, "_site", lambda: f"{parts[-1]} {len(parts)}")
+    with use_side_by_side(beside):
+        found = of_stage("stage2").launches
+    sound = [one for one in found if one.site.startswith("sound")]
+    assert sorted(Counter(one.site for one in sound).values()) == [4, 21]
+    assert len(found) == 68
+    rates = dit_count.H200
+    seconds = sum(max(rates.launch, one.flops / rates.products) for one in sound)
+    assert round(1e3 * dit_count.BLOCKS * seconds, 1) == 4.3
 
 
 ISOLATED = {"disable_a2v_cross_attn": True, "disable_v2a_cross_attn": True}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_dit
 import command_line
 import deciding
 import gpu_proof
@@ -113,6 +114,9 @@ def test_the_stages_are_those_of_this_repository() -> None:
     planned = stages("9.0")
     assert len({s.name for s in planned}) == len(planned)
     assert sum(s.seconds for s in planned[:11]) <= gpu_proof.BUDGET
+    order = [s.name for s in planned]
+    assert order.index("dit") < min(order.index("ops"), order.index("lora"))
+    assert next(case.name for case in bench_dit.CASES if case.size == "large") == "stage1"
     (sanitizer,) = (s for s in planned if s.needs == "compute-sanitizer")
     assert sanitizer.command[0] == sanitizer.needs
     assert sanitizer.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
