@@ -139,7 +139,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default=None, help="bf16, fp16 or fp32 (default bf16; fp32 for a demo on a CPU)")
     group.add_argument(
         "--device-mode",
-        default=os.environ.get("LTXKERN_DEVICE_MODE", "auto"),
+        default=os.environ.get("LTXKERN_DEVICE_MODE") or "auto",
         help="auto (default), resident, snapshot, inplace or original",
     )
     group.add_argument(
@@ -276,7 +276,8 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
             del parts[name]
     modes = ("auto", *MODES)
     if arguments.device_mode not in modes:
-        admission.add("", f"device-mode must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
+        name = "device-mode" if _given(arguments.device_mode, "LTXKERN_DEVICE_MODE") else "LTXKERN_DEVICE_MODE"
+        admission.add("", f"{name} must be one of {', '.join(modes)}, got {arguments.device_mode!r}")
     attention = admission.attempt("", lambda: AttentionChoice(_given(arguments.attention, "LTXKERN_ATTENTION")))
     admission.attempt("", lambda: FusionPolicy(_given(arguments.policy, "LTXKERN_POLICY")))
     backends = admission.attempt("", lambda: _find_backends(arguments.backend, backend_names))

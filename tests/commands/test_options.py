@@ -113,10 +113,7 @@ def test_bad_input_is_one_sentence(capsys: pytest.CaptureFixture[str], options: 
     [
         ("LTXKERN_ATTENTION", "LTXKERN_ATTENTION must be one of auto, cudnn, "),
         ("LTXKERN_POLICY", 'LTXKERN_POLICY must be "rounded" or "exact", got \'bogus\''),
-        (
-            "LTXKERN_DECODER_LAYOUT",
-            "LTXKERN_DECODER_LAYOUT must be one of auto, contiguous, channels-last, got 'bogus'",
-        ),
+        ("LTXKERN_DEVICE_MODE", "LTXKERN_DEVICE_MODE must be one of auto, resident, "),
     ],
 )
 def test_a_bad_variable_is_refused_early_by_its_name(
