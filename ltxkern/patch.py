@@ -39,8 +39,9 @@ def patch(
     Args:
         model_or_pipeline: a module, or a diffusers pipeline, of which every module among its `components` is taken.
         policy: "rounded" takes ops that agree with what they replace up to rounding (the contract of each op); "exact" only what
-            gives the same bits whatever comes in, which no op is shown to do: it fuses nothing and reports what it left. None for
-            the variable LTXKERN_POLICY, else "rounded".
+            gives the same bits: no norm with its activation does, and each row op of LTX-2's blocks is run beside what it
+            replaces until 2^20 results were compared, and serves if all had the bits. None for the variable LTXKERN_POLICY,
+            else "rounded".
         ops: names of the ops that may serve; None for all of `OPS`.
         strict: raise where a site is left alone, or none is found; the model is then as it was.
     Returns:

@@ -22,6 +22,7 @@ from ltxkern.ops.rms_norm_modulate import (
 from ltxkern.patching import separate
 from ltxkern.patching.products import is_plain, joins, product_gelu
 from ltxkern.patching.report import Site
+from ltxkern.patching.rules import FusionPolicy
 from ltxkern.patching.watch import Fused, Group, stands
 
 
@@ -38,10 +39,11 @@ class Modulation(NamedTuple):
 
 @dataclass
 class Held:
-    """The sites of an attention or a block, each by the child it stands at and its op."""
+    """The sites of an attention or a block, each by the child it stands at and its op; `policy` checks them, where it is exact."""
 
     sites: dict[tuple[str, str], Site]
     group: Group
+    policy: FusionPolicy | None = None
 
 
 # Each op, and what stands in its place where the patch may not use it.
@@ -61,6 +63,12 @@ def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: 
         if site is not None:
             site.compose()
         return composed(x, *args, **keywords)
+    policy = held.policy
+    if policy is not None and (torch.compiler.is_compiling() or not policy.proven(fused, (x, *args), keywords)):
+        site.compose()
+        if torch.compiler.is_compiling():
+            return composed(x, *args, **keywords)
+        return policy.checked(fused, composed, (x, *args), keywords)
     return site.serve(x, lambda x: fused(x, *args, **keywords))
 
 

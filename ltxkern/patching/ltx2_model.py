@@ -12,9 +12,9 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from ltxkern.ops.checks import unplain
-from ltxkern.patching.ltx2_block import FusedAttention, FusedBlock, Held, Modulation
+from ltxkern.patching.ltx2_block import OPS, FusedAttention, FusedBlock, Held, Modulation
 from ltxkern.patching.report import Left, Report, Site
-from ltxkern.patching.rules import CONTRACT, Rules, joined
+from ltxkern.patching.rules import CONTRACT, FusionPolicy, Rules, joined
 from ltxkern.patching.watch import Fused, Group, Part, mix, own_class, stands
 
 # Those of the stock forward that are read below; one that is not known would be dropped.
@@ -24,6 +24,9 @@ _MODEL_PARAMETERS = """
     isolate_modalities spatio_temporal_guidance_blocks perturbation_mask use_cross_timestep attention_kwargs
     video_self_attention_mask video_keyframes_mask return_dict
 """
+
+# Which of the ops that a block calls as they stand give the bits of their composition; kept for all models.
+_EXACT = FusionPolicy("exact")
 
 
 class FusedModel(Fused):
@@ -219,13 +222,14 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
         return
     sites = {}
     for child, op in _attention_sites(path, module) if kind is stock.LTX2Attention else _block_sites():
-        if (reason := rules.against(op, CONTRACT)) is not None:
+        contract = "exact" if rules.exact and op in OPS else CONTRACT
+        if (reason := rules.against(op, contract)) is not None:
             report.left.append(Left(joined(path, child), reason))
         else:
-            sites[child, op] = Site(joined(path, child), op, CONTRACT, group)
+            sites[child, op] = Site(joined(path, child), op, contract, group)
     if sites:
         group.sites += sites.values()
-        held = Held(sites, group)
+        held = Held(sites, group, _EXACT if rules.exact else None)
         mix(module, FusedAttention if kind is stock.LTX2Attention else FusedBlock, held, group)
         for name in ("norm_q", "norm_k") if kind is stock.LTX2Attention else _NORMS:
             mix(getattr(module, name), Part, held, group)
@@ -234,8 +238,8 @@ def fuse_module(path: str, module: Any, rules: Rules, report: Report) -> None:
 
 
 def _against(module: Any, rules: Rules) -> str | None:
-    if rules.exact:
-        return "stays: the policy is exact, and its ops are rounded"
+    if rules.exact and isinstance(module, stock.LTX2VideoTransformer3DModel):
+        return "stays: the policy is exact, and its products are of fewer rows"
     if (reason := unplain(module, meta=True, hooks=True)) is not None:
         return reason
     if isinstance(module, stock.LTX2VideoTransformer3DModel):

@@ -9,13 +9,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from ltxkern.ops.gated_residual import gated_residual as fused_gated_residual
 from ltxkern.ops.gated_residual import head_gate as fused_head_gate
@@ -28,10 +27,7 @@ from ltxkern.ops.rms_norm_modulate import (
 from ltxkern.patching import products, separate
 from ltxkern.patching.products import product_gelu as fused_product_gelu
 from ltxkern.patching.products import product_gelu_apart
-from ltxkern.patching.rules import chosen_policy
-
-ENOUGH = 1 << 20  # results that had the same bits before a pass counts as exact: a few could have them by chance
-
+from ltxkern.patching.rules import FusionPolicy, chosen_policy
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -47,67 +43,6 @@ class Fusion(Generic[_Given, _Result]):
     def __call__(self, *args: _Given.args, **keywords: _Given.kwargs) -> _Result:
         """As the policy that is in force says; arguments by position alone."""
         return _serve(self, *args, **keywords)
-
-
-@dataclass
-class FusionPolicy:
-    """Which fused passes serve the transformer.
-
-    "rounded": all of them; each is at least as close to fp64 as what it replaces, but for fp32 products, GELU within them included,
-    of which `products.onednn_quicker` says how far they are. "exact": those alone that gave the bits of the separate ops on this
-    device in their first calls of a dtype and shape, where both run until `ENOUGH` results were compared; the others never again.
-    What torch.compile traces is made of the separate ops then.
-
-    Attributes:
-        name: one of `POLICIES`; None for what the variable LTXKERN_POLICY says, else "rounded".
-        verdicts: under "exact", by fused function and layout of its arguments, results that had the bits; 0 once one had not.
-    """
-
-    name: str | None = None
-    verdicts: dict[tuple[Any, ...], int] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.name = chosen_policy(self.name)
-
-    @classmethod
-    def of(cls, policy: str | FusionPolicy | None) -> FusionPolicy:
-        """One by a name, or the one that is given."""
-        return policy if isinstance(policy, FusionPolicy) else cls(policy)
-
-    def checked(self, fusion: Fusion[..., _Result], args: tuple[Any, ...]) -> _Result:
-        """The result under "exact"."""
-        layout = (fusion.fused, *map(_layout, tree_leaves(args)))
-        known = self.verdicts.get(layout)
-        if known is not None and known >= ENOUGH:
-            return fusion.fused(*args)
-        expected = fusion.separate(*args)
-        if known == 0 or _traces(args) or _captures(args):
-            return expected
-        pairs = [*zip(tree_leaves(fusion.fused(*args)), tree_leaves(expected), strict=True)]
-        same = all(_same_bits(*pair) for pair in pairs)
-        self.verdicts[layout] = (known or 0) + sum(other.numel() for _, other in pairs) if same else 0
-        return expected
-
-
-def _layout(value: Any) -> Any:
-    return (value.device, value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else value
-
-
-def _tensors(args: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-
-
-def _traces(args: Any) -> bool:
-    """Whether the tensors have shapes and no values."""
-    return any(tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter) for tensor in _tensors(args))
-
-
-def _captures(args: Any) -> bool:
-    return any(tensor.is_cuda for tensor in _tensors(args)) and torch.cuda.is_current_stream_capturing()
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(*(x.contiguous().view(torch.uint8) for x in (one, other)))
 
 
 _current: ContextVar[FusionPolicy | None] = ContextVar("ltxkern_fusions", default=None)
@@ -177,7 +112,7 @@ def _serve(fusion: Fusion[..., _Result], *args: Any) -> _Result:
     if torch.compiler.is_compiling():
         return (fusion.fused if _name() == "rounded" else fusion.separate)(*args)
     policy = _in_force()
-    return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion, args)
+    return fusion.fused(*args) if policy.name == "rounded" else policy.checked(fusion.fused, fusion.separate, args)
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, rows: Tensor | None) -> Tensor:

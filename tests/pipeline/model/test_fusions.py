@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltxkern.ops.qk_norm_rope import RotaryTables
 from ltxkern.patch import patch
-from ltxkern.patching import products
+from ltxkern.patching import products, rules
 from ltxkern.patching.products import ERROR_RATIO
 from ltxkern.pipeline.files.demo import build_demo
 from ltxkern.pipeline.model import fusions
@@ -93,7 +93,7 @@ def changed(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("fused", "serves"), [(lambda x: x + x, True), (changed, False)])
 def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both run until enough was compared, and from then on one of them alone; another shape is another case."""
-    monkeypatch.setattr(fusions, "ENOUGH", 10)
+    monkeypatch.setattr(rules, "ENOUGH", 10)
     calls: list[str] = []
 
     def noted(name: str, function: Any) -> Any:
@@ -106,7 +106,7 @@ def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool, monkeypatch: py
     fusion, policy = Fusion(noted("fused", fused), noted("apart", lambda x: x * 2)), FusionPolicy("exact")
     x, longer = drawn(5), drawn(7)
     for tensor in (x, x, x, longer, x):
-        assert torch.equal(policy.checked(fusion, (tensor,)), tensor * 2)
+        assert torch.equal(policy.checked(fusion.fused, fusion.separate, (tensor,)), tensor * 2)
     first, both = ["apart", "fused"], ["apart", "fused"] if serves else ["apart"]
     one = both[-1:]
     assert calls == [*first, *both, *one, *first, *one]
@@ -118,7 +118,7 @@ def test_exact_keeps_what_has_the_bits(fused: Any, serves: bool, monkeypatch: py
 
 def test_exact_judges_no_shapes_without_values() -> None:
     policy = FusionPolicy("exact")
-    policy.checked(Fusion(lambda x: x + x, lambda x: x * 2), (torch.empty(3, device="meta"),))
+    policy.checked(lambda x: x + x, lambda x: x * 2, (torch.empty(3, device="meta"),))
     assert policy.verdicts == {}
 
 
