@@ -18,7 +18,17 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any width count as wide."""
     monkeypatch.setattr(products, "onednn_quicker", lambda: True)
+    monkeypatch.setattr(products, "LEAST_WIDTH", 1)
+
+
+@torch.no_grad()
+def test_narrow_rows_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST_WIDTH", 64)
+    assert products.serves(nn.Linear(64, 8), torch.randn(2, 64))
+    assert not products.serves(nn.Linear(63, 8), torch.randn(2, 63))
+    assert not products.serves(nn.Linear(64, 8), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(
