@@ -24,7 +24,7 @@ import dit_count
 import dit_sites
 import machine
 from cases import CASE_SETS, DTYPES, Case, Suite, named_cases, normal
-from command_line import at_least_one, check_names, measured, parser, relaunch_warm, start_run
+from command_line import at_least_one, measured, names_of, parser, relaunch_warm, start_run
 from dit_floor import ContractionLog, floor_calls
 from harness import Run, with_ratios
 from ltxkern.patch import fuse
@@ -327,10 +327,8 @@ def cases_of(parsed: Any) -> list[Case]:
     """What the options name; with `--count` of the large ones, all where they name a set.
 
     Raises:
-        ValueError: an option has a value that is none of its own.
+        ValueError: no such name.
     """
-    check_names("--dtypes", parsed.dtypes, Suite.allowed_dtypes)
-    check_names("--backends", parsed.backends, PROVIDERS)
     large = [case for case in CASES if case.size == "large"]
     if parsed.cases not in CASE_SETS:
         return named_cases("--count" if parsed.count else "dit", large if parsed.count else CASES, parsed.cases)
@@ -357,6 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="time, bytes and launches of each site of a forward, instead of whole forwards",
     )
     parsed = options.parse_args(arguments)
+    names_of(options, "--dtypes", parsed.dtypes, Suite.allowed_dtypes)
+    names_of(options, "--backends", parsed.backends, PROVIDERS)
     try:
         picked = cases_of(parsed)
     except ValueError as error:

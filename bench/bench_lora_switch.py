@@ -22,7 +22,7 @@ from torch import Tensor
 import machine
 from bench_dit import CASES, build, diffusers_forward, inputs_of
 from cases import DTYPES, Case
-from command_line import at_least_one, measured, parser, relaunch_warm, start_run
+from command_line import at_least_one, measured, names_of, parser, relaunch_warm, start_run
 from harness import Run, with_ratios
 from ltxkern.ops.merge_lora import merge_lora_
 from ltxkern.pipeline.files.lora import LoRA, LoRAPhase
@@ -292,8 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--modes", default=",".join(MODES))
     options.add_argument("--no-baselines", action="store_true", help="the device modes alone")
     parsed = options.parse_args(arguments)
-    if unknown := sorted(set(parsed.modes.split(",")) - set(MODES)):
-        options.error(f"--modes: unknown {', '.join(unknown)}; known are {', '.join(MODES)}")
+    modes = names_of(options, "--modes", parsed.modes, MODES)
     large = parsed.cases in ("large", "all-large")
     case = next(c for c in CASES if c.name == ("stage1" if large else "small"))
     relaunch_warm(parsed)
@@ -305,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wants {size(needs)} ({needs} bytes) for one copy of the weights, free: {size(free)}")
         return 2
     job = Job(run, case, blocks, rank, dtype)
-    modes = parsed.modes.split(",")
     return measured(run, parsed, lambda: measure_all(job, modes, needs, baselines=not parsed.no_baselines))
 
 

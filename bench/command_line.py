@@ -67,14 +67,12 @@ def result_file(text: str) -> Path:
         ) from error
 
 
-def check_names(option: str, given: str | None, known: Sequence[str]) -> None:
-    """Of an option that takes names, commas between.
-
-    Raises:
-        ValueError: one that it does not know, or none at all.
-    """
-    if given is not None and (unknown := {name.strip() for name in given.split(",")} - set(known)):
-        raise ValueError(f"{option}: unknown {', '.join(sorted(unknown)) or repr(given)}; known are {', '.join(known)}")
+def names_of(options: argparse.ArgumentParser, option: str, given: str | None, known: Sequence[str]) -> list[str]:
+    """The names that an option has, commas between, or all where it is absent; ends the command at one that is not known."""
+    names = [*known] if given is None else [name.strip() for name in given.split(",")]
+    if unknown := sorted(set(names) - set(known)):
+        options.error(f"{option}: unknown {', '.join(unknown) or repr(given)}; known are {', '.join(known)}")
+    return names
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ try:
     import torch
 
     import machine
+    from command_line import names_of
     from ltxkern.commands.verify import budget as seconds_above_0
     from ltxkern.compiled import driver
     from ltxkern.verify.interruption import interruptible
@@ -254,9 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if there else "9.0"
     planned = stages(capability)
     if parsed.stages:
-        names = parsed.stages.split(",")
-        if unknown := sorted(set(names) - {stage.name for stage in planned}):
-            options.error(f"--stages: unknown {', '.join(unknown)}; known are {', '.join(s.name for s in planned)}")
+        names = names_of(options, "--stages", parsed.stages, [stage.name for stage in planned])
         planned = tuple(stage for stage in planned if stage.name in names)
     if parsed.dry_run:
         scale = max(1.0, parsed.budget / BUDGET)

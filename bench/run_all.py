@@ -15,7 +15,7 @@ from pathlib import Path
 
 import machine
 from cases import CASE_SETS, Suite
-from command_line import BUDGET, measured, parser, relaunch_warm, start_run, suites
+from command_line import BUDGET, measured, names_of, parser, relaunch_warm, start_run, suites
 from harness import Budget, Run, count_cases, run_suite
 from report import full_report
 
@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.cases not in CASE_SETS:
         options.error(f"--cases: run_all takes {', '.join(CASE_SETS)}; names go to bench_<op>.py")
     known = [suite.op for suite in suites()]
-    wanted = [name.strip() for name in parsed.ops.split(",")] if parsed.ops else known
-    if unknown := sorted(set(wanted) - set(known)):
-        options.error(f"--ops: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    wanted = names_of(options, "--ops", parsed.ops or None, known)
     relaunch_warm(parsed)
     run = start_run(parsed)
     chosen = [suite for suite in suites() if suite.op in wanted]

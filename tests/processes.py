@@ -8,6 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def not_optimised(folder: Path) -> dict[str, str]:
+    """Environment of a build whose C++ is compiled without optimisation, for what computes nothing; `folder` gets a script."""
+    launcher = folder / "not-optimised"
+    launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
+    launcher.chmod(0o755)
+    return {"CMAKE_CXX_COMPILER_LAUNCHER": str(launcher)}
+
+
 def python(
     *arguments: object, status: int | None = 0, seconds: float = 900, folder: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:

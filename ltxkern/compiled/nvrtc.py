@@ -43,6 +43,7 @@ def include_directory() -> Path:
 
 @functools.cache
 def sources_hash() -> str:
+    """Digest of the headers that kernels are compiled from."""
     return sources.digest(include_directory() / "ltxkern")
 
 

@@ -59,15 +59,14 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _run(held: Held, child: str, op: str, x: Tensor, *args: Tensor, **keywords: Any) -> Any:
     fused, composed = OPS[op]
     site = held.sites.get((child, op))
-    if site is None or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
+    policy = held.policy
+    traced = policy is not None and torch.compiler.is_compiling()
+    if site is None or traced or x.dtype not in ACTIVATION_DTYPES or any(value.dtype != x.dtype for value in args):
         if site is not None:
             site.compose()
         return composed(x, *args, **keywords)
-    policy = held.policy
-    if policy is not None and (torch.compiler.is_compiling() or not policy.proven(fused, (x, *args), keywords)):
+    if policy is not None and not policy.proven(fused, (x, *args), keywords):
         site.compose()
-        if torch.compiler.is_compiling():
-            return composed(x, *args, **keywords)
         return policy.checked(fused, composed, (x, *args), keywords)
     return site.serve(x, lambda x: fused(x, *args, **keywords))
 

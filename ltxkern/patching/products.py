@@ -15,7 +15,8 @@ from ltxkern.ops.checks import unplain
 from ltxkern.registration import transforming
 from ltxkern.trust.machine import processor_fields
 
-# Of a row. oneDNN's call takes 10 us more: at 256 it is slower for few rows and no quicker for many, at 1024 1.3 times as quick.
+# Of a row. oneDNN's call takes 10 us more (AMD EPYC, two cores): at 256 it is slower for few rows and no quicker for many, at 1024
+# 1.3 times as quick.
 LEAST_WIDTH = 1024
 ERROR_RATIO = 1.5  # of the product with GELU, in distance from fp64, to product and GELU apart
 

@@ -22,7 +22,7 @@ class Site:
     Attributes:
         name: of the module, e.g. "decoder.mid_block.resnets.0.norm1".
         op: the op's name.
-        contract: "exact" or "rounded", as the op's docstring says it.
+        contract: "exact" or "rounded", as the op's docstring says it; "exact" where the policy has its calls checked.
         calls: eager calls that the op served. Within a graph of torch.compile it serves and is not counted: a note there would be
             a side effect of the graph, which a checkpoint within it refuses.
         composed: eager calls that took the composition the op replaces (autocast, a dtype that the op does not take).

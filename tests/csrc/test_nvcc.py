@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, python
+from tests.processes import ROOT, not_optimised, python
 
 LIMIT = 8 << 20
 
@@ -23,16 +23,16 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension built for every architecture, as setup.py builds it; the CPU's kernels, which others test, not optimised."""
-    target, quick = tmp_path_factory.mktemp("built"), ROOT / "build" / "not-optimised"
-    quick.parent.mkdir(exist_ok=True)
-    quick.write_text('#!/bin/sh\nexec "$@" -O0\n')
-    quick.chmod(0o755)
+    target = tmp_path_factory.mktemp("built")
+    # In one place, as the build is kept.
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LTXKERN_BUILD": "cuda",
-        "LTXKERN_BUILD_DIR": str(ROOT / "build" / f"test-nvcc-{sys.implementation.cache_tag}"),
+        "LTXKERN_BUILD_DIR": str(build / f"test-nvcc-{sys.implementation.cache_tag}"),
         "MAX_JOBS": "2",
-        "CMAKE_CXX_COMPILER_LAUNCHER": str(quick),
+        **not_optimised(build),
     }
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,18 @@ def test_no_kernel_has_local_memory_on_any_architecture() -> None:
     """Of the sources that the baseline was written from none has, or it would not have been written."""
     if json.loads(kernel_resources.BASELINE.read_text())["sources"] != kernel_resources.sources():
         pytest.fail("the kernels are not those of the baseline: run python -m tests.csrc.kernel_resources")
+
+
+def test_a_spill_leaves_no_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    none, spilled = {"registers": 64, "stack": 0, "local": 0}, {"registers": 64, "stack": 8, "local": 0}
+    monkeypatch.setattr(kernel_resources, "measure", lambda kernels, architecture: {"good": none, "bad": spilled})
+    found = kernel_resources._told_of_spills(["good", "bad"], "sm_80")
+    assert [line.partition(":")[0] for line in found] == ["bad on sm_80"]
+    monkeypatch.setattr(kernel_resources, "spills", lambda: found)
+    monkeypatch.setattr(kernel_resources, "BASELINE", tmp_path / "baseline.json")
+    assert kernel_resources.main() == 1
+    assert capsys.readouterr().err.startswith("bad on sm_80")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_cubins_are_cached_and_damage_is_healed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from ltxkern import sources
-from tests.processes import ROOT, python
+from tests.processes import ROOT, not_optimised, python
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +136,7 @@ def test_cpu_wheel(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "CMakeCache.txt").write_text("CMAKE_MAKE_PROGRAM:FILEPATH=/gone/bin/ninja\n")
     # Not optimised, which `make setup` is: nothing is computed with it.
-    quick = tmp_path / "quick"
-    quick.write_text('#!/bin/sh\nexec "$@" -O0\n')
-    quick.chmod(0o755)
-    building = {"LTXKERN_BUILD": "cpu", "LTXKERN_BUILD_DIR": str(folder), "CMAKE_CXX_COMPILER_LAUNCHER": str(quick)}
+    building = {"LTXKERN_BUILD": "cpu", "LTXKERN_BUILD_DIR": str(folder), **not_optimised(tmp_path)}
     built = wheel(tmp_path, **building)
     names = zipfile.ZipFile(built).namelist()
     assert [name for name in names if name.startswith("ltxkern/_C") and name.endswith(".so")]
