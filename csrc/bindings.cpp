@@ -1,6 +1,4 @@
 // The extension module: programs, called with torch tensors (DLPack C exchange API) or with raw addresses.
-#include <dlpack/dlpack.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -8,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "program.h"
+#include "known_calls.h"
+#include "torch_calls.h"
 
 #ifndef LTXK_MODULE
 #define LTXK_MODULE _C
@@ -18,16 +17,6 @@ namespace py = pybind11;
 
 namespace {
 
-const DLPackExchangeAPI* exchange = nullptr;
-
-void use_exchange_api(const py::capsule& capsule) {
-    auto* header = static_cast<DLPackExchangeAPIHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!header) throw py::error_already_set();
-    while (header && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;
-    if (!header) throw std::runtime_error("no DLPack exchange API of major version 1");
-    exchange = reinterpret_cast<const DLPackExchangeAPI*>(header);
-}
-
 struct Arguments {
     std::vector<const void*> addresses;
     DLDevice device{kDLCPU, 0};
@@ -35,6 +24,7 @@ struct Arguments {
 
 // Addresses of torch tensors (None: absent); all on one device of the wanted kind.
 Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
+    const DLPackExchangeAPI* exchange = ltxk::torch().exchange;
     if (!exchange) throw std::runtime_error("torch.Tensor has no DLPack exchange API here: call raw()");
     if (tensors.size() != count)
         throw py::type_error("program takes " + std::to_string(count) + " tensors, got " + std::to_string(tensors.size()));
@@ -77,12 +67,8 @@ void unpack(ltxk::Step& step, const py::bytes& parameters,
 
 using Relocations = std::vector<std::tuple<std::uint32_t, std::uint32_t, std::int64_t>>;
 
-struct DeviceProgram : ltxk::Program {
-    using Program::Program;
-};
-struct CpuProgram : ltxk::Program {
-    using Program::Program;
-};
+using ltxk::CpuProgram;
+using ltxk::DeviceProgram;
 
 const ltxk::KernelEntry& kernel_named(const std::string& kernel) {
     auto found = ltxk::kernel_table().find(kernel);
@@ -121,15 +107,10 @@ void add_call(CpuProgram& program, const std::string& kernel, const py::bytes& p
 void call_device(DeviceProgram& program, const py::args& tensors) {
 #if defined(LTXK_SHIM)
     Arguments arguments = resolve(tensors, program.argument_count(), false);
-    void* stream = nullptr;
 #else
     Arguments arguments = resolve(tensors, program.argument_count(), true);
-    void* stream = nullptr;
-    if (exchange->current_work_stream(arguments.device.device_type, arguments.device.device_id, &stream) != 0)
-        throw py::error_already_set();
 #endif
-    py::gil_scoped_release release;
-    program.run_device(arguments.addresses.data(), arguments.device.device_id, stream);
+    ltxk::run(program, arguments.addresses.data(), arguments.device);
 }
 
 std::size_t held(const std::string& kernel, unsigned block, unsigned shared_bytes, bool cooperative, int device) {
@@ -141,10 +122,14 @@ std::size_t held(const std::string& kernel, unsigned block, unsigned shared_byte
 
 std::optional<std::string> reason(const std::string& text) { return text.empty() ? std::nullopt : std::optional(text); }
 
-void call_cpu(const CpuProgram& program, int threads, const py::args& tensors) {
-    Arguments arguments = resolve(tensors, program.argument_count(), false);
-    py::gil_scoped_release release;
-    program.run_cpu(arguments.addresses.data(), threads);
+void call_cpu(const CpuProgram& program, const py::args& tensors) {
+    ltxk::run(program, resolve(tensors, program.argument_count(), false).addresses.data());
+}
+
+void use_torch(const py::object& tensor, const py::object& parameter, const py::object& empty_like, const py::object& contiguous_format,
+               const py::object& threads, const py::tuple& followed, const py::object& forward_ad) {
+    ltxk::Torch& torch = ltxk::torch();
+    torch = {torch.exchange, tensor, parameter, empty_like, contiguous_format, threads, followed, forward_ad};
 }
 
 }  // namespace
@@ -160,7 +145,9 @@ extern const char* const source_digest;
 
 PYBIND11_MODULE(LTXK_MODULE, module) {
     module.doc() = "Kernels of ltxkern: see ltxkern.compiled.extension, which is the only caller.";
-    module.def("use_exchange_api", &use_exchange_api);
+    module.def("use_exchange_api", &ltxk::use_exchange_api);
+    module.def("use_torch", &use_torch, py::arg("tensor"), py::arg("parameter"), py::arg("empty_like"), py::arg("contiguous_format"),
+               py::arg("threads"), py::arg("followed"), py::arg("forward_ad"), "What calls need of torch beside its exchange API.");
     module.def("cuda_unavailable", [] { return reason(ltxk::runtime::unavailable()); }, py::call_guard<py::gil_scoped_release>(),
                "Why no CUDA kernel can run in this process as it is now, or None.");
     module.def("cuda_unserved", [](int device) { return reason(ltxk::runtime::unserved(device)); },
@@ -193,12 +180,20 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
     py::class_<CpuProgram>(module, "CpuProgram")
         .def(py::init<std::size_t>())
         .def("add_call", &add_call)
-        .def("__call__", &call_cpu, "Run on torch CPU tensors with the given number of threads.")
+        .def("__call__", &call_cpu, "Run on torch CPU tensors with torch's number of threads.")
         .def("raw", [](const CpuProgram& program, int threads, const std::vector<std::uint64_t>& raw) {
             auto addresses = as_addresses(raw, program.argument_count());
             py::gil_scoped_release release;
             program.run_cpu(addresses.data(), threads);
         });
+    py::class_<ltxk::KnownCalls>(module, "KnownCalls")
+        .def(py::init<>())
+        .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), py::arg("check"),
+             "The outputs of a call like one that was noted, else None.")
+        .def("note", &ltxk::KnownCalls::note, py::arg("arguments"), py::arg("program"), py::arg("tensors"), py::arg("outputs"),
+             "Remember the program that served a call; whether it can serve the next one.")
+        .def("clear", &ltxk::KnownCalls::clear)
+        .def("__len__", &ltxk::KnownCalls::size);
 #if defined(LTXK_SHIM)
     bind_shim(module);
 #else

@@ -8,6 +8,8 @@ entries. A call `op(args, out=None)` goes
    arguments, decided from what it declares and never by catching an exception;
 3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 
+An op whose calls are many and short keeps the program that served one and asks for it before all of this (`again`).
+
 What `ltxkern verify` stored of this card decides which backends are trusted and preferred; without it, a probe at first use.
 """
 
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
-from ltxkern.compiled import driver
+from ltxkern.compiled import driver, extension
+from ltxkern.compiled.programs import noted_runs
 from ltxkern.registration import (
     allow_writing,
     composed,
@@ -107,8 +110,6 @@ def unavailable(backend: str) -> str | None:
     if backend in disabled():
         return f"{backend} is switched off by LTXKERN_DISABLE"
     if backend in ("cuda", "nvrtc", "cpu"):
-        from ltxkern.compiled import extension
-
         return extension.unavailable(backend)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -119,7 +120,7 @@ def _ask_again() -> None:
     """Forget which backends can run: what was found out holds no longer."""
     unavailable.cache_clear()
     for op in _registry.values():
-        op._present.clear()
+        op.forget()
 
 
 os.register_at_fork(after_in_child=_ask_again)
@@ -210,6 +211,8 @@ class Op:
         allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
         backends: compiled implementations, best first.
         may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
+        check_indices: an op whose programs are kept (`again`): raises where indices among its arguments, on the CPU, are none of
+            its tables'. None: nothing is kept.
     """
 
     def __init__(
@@ -222,6 +225,7 @@ class Op:
         *,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
+        check_indices: Callable[[Any], None] | None = None,
     ) -> None:
         self.name = name
         self.arguments = arguments
@@ -235,6 +239,9 @@ class Op:
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
         self._trust = Trust(name, self._backends, BACKENDS)
         self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
+        self._check_indices = check_indices
+        # Of calls that were served here, by their layout; None until one was.
+        self._known: Any = None
         _registry[name] = self
         if allocate is None:
             self._torch_op = register_in_place(name, arguments, self._run_in_place)
@@ -295,7 +302,12 @@ class Op:
     def heed_proofs(self, kind: str) -> None:
         """Take what is stored of the devices of a kind, "cpu" or "cuda", into account."""
         if self._trust.heed(kind):
-            self._present.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Who is here, and who served which call: what was found out holds no longer."""
+        self._present.clear()
+        self._known = None
 
     def _serving(self, args: Any) -> str:
         """The backend that serves a call."""
@@ -308,7 +320,7 @@ class Op:
         while backend not in self._trust.serving:
             if not self._trust.heed(device.type) and self._trust.admit(backend, self, args, device):
                 break
-            self._present.clear()
+            self.forget()
             backend = self.select(args)
         if backend not in self.receipts | self.captured:
             logger.info("%s is served by %s", self.name, backend)
@@ -321,8 +333,30 @@ class Op:
         if backend == "torch":
             return self._composition(*args)
         out = self.allocate(args)
-        self.kernel(backend)(out, args)
+        if self._check_indices is None or backend not in self.receipts or forced.get() is not None:
+            self.kernel(backend)(out, args)
+        else:
+            self._run_noted(backend, out, args)
         return out
+
+    def _run_noted(self, backend: str, out: Any, args: Any) -> None:
+        """A call whose program is kept, where one program alone made the outputs of the arguments."""
+        with noted_runs() as runs:
+            self.kernel(backend)(out, args)
+        if len(runs) == 1:
+            if self._known is None:
+                self._known = extension.known_calls()
+            if self._known is not None:
+                self._known.note(args, *runs[0], out)
+
+    def again(self, args: Any) -> Any:
+        """The outputs of arguments that lie as those of an earlier call, by its program and without its checks; else None.
+
+        None too where torch has to see the call, and within `use_backend`.
+        """
+        if is_compiling() or self._known is None or forced.get() is not None:
+            return None
+        return self._known.again(args, self._check_indices)
 
     def _run_into(self, out: Any, args: Any) -> None:
         outputs = (out,) if isinstance(out, Tensor) else out

@@ -20,6 +20,8 @@ is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabl
 _dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 _increment_version = torch._C._increment_version
+# What returns something true where torch has to see a call; `needs_dispatcher` asks more.
+FOLLOWING = (is_grad_enabled, _dispatch_modes, _tracing_state, _transforms_active)
 _library = torch.library.Library("ltxkern", "DEF")
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ltxkern import debug, sources
+from ltxkern import debug, registration, sources
 from ltxkern.compiled import driver
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
@@ -70,7 +71,7 @@ def cpu_program(calls: Sequence[Call], arguments: int) -> Callable[..., None]:
     for call in calls:
         program.add_call(call.kernel, *pack(call.parameters))
     if _has_exchange_api():
-        return debug.recorded(calls, lambda *tensors: program(torch.get_num_threads(), *tensors))
+        return debug.recorded(calls, program)
     return debug.recorded(calls, lambda *tensors: program.raw(torch.get_num_threads(), _addresses(tensors)))
 
 
@@ -100,7 +101,21 @@ def module() -> ModuleType:
     binding = importlib.import_module("ltxkern._C")
     if _has_exchange_api():
         binding.use_exchange_api(torch.Tensor.__dlpack_c_exchange_api__)
+        kinds = torch.Tensor, torch.nn.Parameter
+        binding.use_torch(
+            *kinds, torch.empty_like, torch.contiguous_format, torch.get_num_threads, registration.FOLLOWING, forward_ad
+        )
     return binding
+
+
+def known_calls() -> Any:
+    """Where an op keeps the programs that have served it, by how a call's arguments lie; None where calls are not kept.
+
+    That is where torch has no exchange API, and where calls are watched (LTXKERN_DEBUG).
+    """
+    if _extension_missing() is not None or not _has_exchange_api() or debug.level():
+        return None
+    return module().KnownCalls()
 
 
 @functools.cache

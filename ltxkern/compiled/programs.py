@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,9 +19,39 @@ from ltxkern.compiled.tensors import DeviceLimits, device_limits, refuse_device
 THREADS = 256
 
 
-@functools.lru_cache(maxsize=4096)
+# Programs that run, each with its tensors, where somebody wants to know.
+_runs: ContextVar[list[tuple[Any, tuple[Tensor | None, ...]]] | None] = ContextVar("ltxkern_program_runs", default=None)
+
+
+@contextlib.contextmanager
+def noted_runs() -> Iterator[list[tuple[Any, tuple[Tensor | None, ...]]]]:
+    """The programs that run within it, each with its tensors."""
+    runs: list[tuple[Any, tuple[Tensor | None, ...]]] = []
+    token = _runs.set(runs)
+    try:
+        yield runs
+    finally:
+        _runs.reset(token)
+
+
 def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:
     """The program of one case, made once: `steps(case)` are calls for the tier "cpu", launches for the others."""
+    made = kept_program(tier, steps, case, arguments)
+    runs = _runs.get()
+    if runs is None:
+        return made
+
+    def noted(*tensors: Tensor | None) -> None:
+        made(*tensors)
+        runs.append((made, tensors))
+
+    return noted
+
+
+@functools.lru_cache(maxsize=4096)
+def kept_program(
+    tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int
+) -> Callable[..., None]:
     made = steps(case)
     if tier == "cpu":
         return extension.cpu_program([step for step in made if isinstance(step, Call)], arguments)

@@ -27,21 +27,20 @@ _MOST_TIMESTEPS = 64
 
 
 class Sums(NamedTuple):
-    """`table (n, D) + vectors (B, N, n * D)` of one block; `sums (B, N, n, D)` where they are made already."""
+    """`table (n, D) + vectors (B, N, n * D)` of one block; `made` has all parts where they are made already."""
 
     table: Tensor
     vectors: Tensor
     rows: Tensor | None
-    sums: Tensor | None = None
+    made: tuple[Tensor, ...] = ()
 
     def parts(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """Parts start..stop, each (B, N, D), or (B * N, D) for `rows` to point into."""
-        if self.sums is not None:
-            part = self.sums[:, :, start:stop]
-        else:
-            width = self.table.shape[1]
-            vectors = self.vectors[..., start * width : stop * width].unflatten(-1, (stop - start, width))
-            part = self.table[start:stop] + vectors
+        if self.made:
+            return self.made[start:stop]
+        width = self.table.shape[1]
+        vectors = self.vectors[..., start * width : stop * width].unflatten(-1, (stop - start, width))
+        part = self.table[start:stop] + vectors
         return (part if self.rows is None else part.flatten(0, 1)).unbind(-2)
 
 
@@ -69,7 +68,8 @@ def modulations(blocks: Sequence[Any], stream: Stream, modality: str) -> list[Mo
         if len(tables) == 1:
             return [Sums(tables[0], vectors, rows)]
         together = torch.stack(tables)[:, None, None] + vectors.unflatten(-1, tables[0].shape)
-        return [Sums(table, vectors, rows, each) for table, each in zip(tables, together.unbind(0), strict=True)]
+        every = (together if rows is None else together.flatten(1, 2)).unbind(0)
+        return [Sums(table, vectors, rows, each.unbind(-2)) for table, each in zip(tables, every, strict=True)]
 
     own = sums(f"{prefix}scale_shift_table", stream.modulation, stream.rows)
     prompt = sums(f"{prefix}prompt_scale_shift_table", stream.prompt_modulation, None)

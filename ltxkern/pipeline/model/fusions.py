@@ -67,6 +67,13 @@ def use_fusions(policy: FusionPolicy | str) -> Iterator[FusionPolicy]:
         _current.reset(token)
 
 
+@contextlib.contextmanager
+def settled_policy() -> Iterator[None]:
+    """Within it the policy that is in force now is: each pass would else ask the environment."""
+    with use_fusions(_in_force()):
+        yield
+
+
 # Runs the work of sound and that of video and returns both results; whoever reads these may do so at once.
 SideBySide = Callable[[Callable[[], Any], Callable[[], Any]], Any]
 _beside: ContextVar[SideBySide | None] = ContextVar("ltxkern_sound_beside_video", default=None)

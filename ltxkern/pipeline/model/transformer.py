@@ -23,7 +23,7 @@ from ltxkern.pipeline.model.block import (
     modulations,
     sums_at_once,
 )
-from ltxkern.pipeline.model.fusions import layer_norm_modulate, linear
+from ltxkern.pipeline.model.fusions import layer_norm_modulate, linear, settled_policy
 from ltxkern.pipeline.model.inputs import (
     Batch,
     CrossStream,
@@ -267,6 +267,7 @@ def _perturbation(transformer: LTX2Transformer, flags: Mapping[str, Any]) -> Per
 
 
 @torch.no_grad()
+@settled_policy()
 def predict_velocity_batched(
     transformer: LTX2Transformer,
     branches: Sequence[Mapping[str, Any]],

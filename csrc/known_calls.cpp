@@ -1,0 +1,206 @@
+#include "known_calls.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace ltxk {
+
+namespace {
+
+constexpr int kAbsent = -1;
+// Bytes of a vector access: only tensors that are no further apart can be taken for one.
+constexpr std::intptr_t kNear = 16;
+// More than a model has; then all are forgotten, so that ever new shapes take no memory without end.
+constexpr std::size_t kMost = 4096;
+
+bool is_true(PyObject* result) {
+    if (!result) throw py::error_already_set();
+    int truth = PyObject_IsTrue(result);
+    Py_DECREF(result);
+    if (truth < 0) throw py::error_already_set();
+    return truth == 1;
+}
+
+// Whether torch need not see a call: no gradient is wanted, and nothing traces, transforms or looks on.
+bool unfollowed() {
+    const Torch& known = torch();
+    if (!known.exchange || !known.tensor) return false;
+    for (py::handle function : known.followed)
+        if (is_true(PyObject_CallNoArgs(function.ptr()))) return false;
+    return known.forward_ad.attr("_current_level").cast<int>() < 0;
+}
+
+bool is_plain(PyObject* value) {
+    auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+    return type == torch().tensor.ptr() || type == torch().parameter.ptr();
+}
+
+// Arguments as what their program depends on.
+struct Layout {
+    std::string key;
+    std::vector<DLTensor> tensors;
+    std::vector<PyObject*> objects;
+    bool indices = false;  // whole numbers on the CPU
+
+    // False where an argument is nothing that is known here.
+    bool read(const py::tuple& arguments) {
+        key.reserve(512);
+        if (!add_all(arguments.ptr())) return false;
+        for (std::size_t i = 0; i < tensors.size(); ++i)
+            for (std::size_t j = i + 1; j < tensors.size(); ++j) {
+                std::intptr_t apart = static_cast<const char*>(address_of(tensors[j])) - static_cast<const char*>(address_of(tensors[i]));
+                if (apart < -kNear || apart > kNear) continue;
+                put('~');
+                put(i), put(j), put(apart);
+            }
+        return true;
+    }
+
+private:
+    template <class T>
+    void put(const T& value) {
+        key.append(reinterpret_cast<const char*>(&value), sizeof value);
+    }
+
+    bool add_all(PyObject* values) {
+        Py_ssize_t count = PySequence_Fast_GET_SIZE(values);
+        put('('), put(count);
+        for (Py_ssize_t i = 0; i < count; ++i)
+            if (!add(PySequence_Fast_GET_ITEM(values, i))) return false;
+        return true;
+    }
+
+    bool add(PyObject* value) {
+        if (value == Py_None) return put('-'), true;
+        if (is_plain(value)) return add_tensor(value);
+        if (PyFloat_CheckExact(value)) return put('f'), put(PyFloat_AS_DOUBLE(value)), true;
+        if (PyBool_Check(value)) return put(value == Py_True ? 'T' : 'F'), true;
+        if (PyLong_CheckExact(value)) {
+            int overflow = 0;
+            long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+            return put('i'), put(number), overflow == 0;
+        }
+        if (PyUnicode_CheckExact(value)) {
+            Py_ssize_t size = 0;
+            const char* text = PyUnicode_AsUTF8AndSize(value, &size);
+            if (!text) throw py::error_already_set();
+            put('s'), put(size);
+            key.append(text, static_cast<std::size_t>(size));
+            return true;
+        }
+        return (PyList_CheckExact(value) || PyTuple_CheckExact(value)) && add_all(value);
+    }
+
+    bool add_tensor(PyObject* value) {
+        std::optional<DLTensor> tensor = described(value);
+        if (!tensor || !tensor->data) return false;
+        indices |= tensor->device.device_type == kDLCPU && (tensor->dtype.code == kDLInt || tensor->dtype.code == kDLUInt);
+        put('t'), put(tensor->dtype), put(tensor->device), put(tensor->ndim);
+        std::size_t bytes = static_cast<std::size_t>(tensor->ndim) * sizeof(std::int64_t);
+        key.append(reinterpret_cast<const char*>(tensor->shape), bytes);
+        if (tensor->strides) key.append(reinterpret_cast<const char*>(tensor->strides), bytes);
+        put(static_cast<char>(reinterpret_cast<std::uintptr_t>(address_of(*tensor)) % kNear));
+        tensors.push_back(*tensor);
+        objects.push_back(value);
+        return true;
+    }
+};
+
+bool is_contiguous(const DLTensor& tensor) {
+    std::int64_t extent = 1;
+    for (int dim = tensor.ndim - 1; dim >= 0; --dim) {
+        if (tensor.strides && tensor.shape[dim] != 1 && tensor.strides[dim] != extent) return false;
+        extent *= tensor.shape[dim];
+    }
+    return extent != 0;
+}
+
+bool is_like(const DLTensor& one, const DLTensor& other) {
+    return one.ndim == other.ndim && std::memcmp(&one.dtype, &other.dtype, sizeof one.dtype) == 0 &&
+           one.device.device_type == other.device.device_type && one.device.device_id == other.device.device_id &&
+           std::memcmp(one.shape, other.shape, static_cast<std::size_t>(one.ndim) * sizeof(std::int64_t)) == 0;
+}
+
+// Which of the tensors has the address, or kAbsent.
+int found_at(const void* address, const std::vector<DLTensor>& tensors) {
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+        if (address_of(tensors[i]) == address) return static_cast<int>(i);
+    return kAbsent;
+}
+
+py::object fresh_like(PyObject* model) {
+    PyObject* given[] = {model, torch().contiguous_format.ptr()};
+    static PyObject* names = py::make_tuple("memory_format").release().ptr();
+    PyObject* made = PyObject_Vectorcall(torch().empty_like.ptr(), given, 1, names);
+    if (!made) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(made);
+}
+
+}  // namespace
+
+bool KnownCalls::note(const py::tuple& arguments, const py::object& program, const py::tuple& tensors, const py::object& outputs) {
+    Layout layout;
+    if (!unfollowed() || !layout.read(arguments) || layout.tensors.empty()) return false;
+    auto call = std::make_shared<Call>();
+    call->program = program;
+    if (py::isinstance<CpuProgram>(program)) call->on_cpu = program.cast<CpuProgram*>();
+    if (py::isinstance<DeviceProgram>(program)) call->on_device = program.cast<DeviceProgram*>();
+    if (!call->on_cpu && !call->on_device) return false;
+    call->indices = layout.indices;
+    call->single = is_plain(outputs.ptr());
+    if (!call->single && !PyTuple_Check(outputs.ptr())) return false;
+    std::vector<DLTensor> made;
+    for (py::handle output : call->single ? py::make_tuple(outputs) : py::tuple(outputs)) {
+        std::optional<DLTensor> tensor = is_plain(output.ptr()) ? described(output.ptr()) : std::nullopt;
+        if (!tensor || !is_contiguous(*tensor)) return false;
+        std::size_t model = 0;
+        while (model < layout.tensors.size() && !is_like(layout.tensors[model], *tensor)) ++model;
+        if (model == layout.tensors.size()) return false;
+        call->models.push_back(model);
+        made.push_back(*tensor);
+    }
+    for (py::handle one : tensors) {
+        int source = kAbsent;
+        if (!one.is_none()) {
+            std::optional<DLTensor> tensor = is_plain(one.ptr()) ? described(one.ptr()) : std::nullopt;
+            if (!tensor) return false;
+            int output = found_at(address_of(*tensor), made);
+            source = output == kAbsent ? found_at(address_of(*tensor), layout.tensors) : static_cast<int>(layout.tensors.size()) + output;
+            if (source == kAbsent) return false;
+        }
+        call->sources.push_back(source);
+    }
+    if (calls_.size() >= kMost) calls_.clear();
+    calls_[layout.key] = std::move(call);
+    return true;
+}
+
+py::object KnownCalls::again(const py::tuple& arguments, const py::object& check) const {
+    Layout layout;
+    if (calls_.empty() || !unfollowed() || !layout.read(arguments)) return py::none();
+    auto found = calls_.find(layout.key);
+    if (found == calls_.end()) return py::none();
+    // Kept: whoever runs while the GIL is released may forget all calls.
+    const std::shared_ptr<const Call> call = found->second;
+    if (call->indices) check(arguments);
+    std::vector<const void*> given;
+    for (const DLTensor& tensor : layout.tensors) given.push_back(address_of(tensor));
+    py::tuple outputs(call->models.size());
+    for (std::size_t i = 0; i < call->models.size(); ++i) {
+        py::object output = fresh_like(layout.objects[call->models[i]]);
+        std::optional<DLTensor> tensor = described(output.ptr());
+        // Programs count on memory as torch gives it.
+        if (!tensor || reinterpret_cast<std::uintptr_t>(address_of(*tensor)) % kNear != 0) return py::none();
+        given.push_back(address_of(*tensor));
+        outputs[i] = std::move(output);
+    }
+    std::vector<const void*> addresses;
+    for (int source : call->sources) addresses.push_back(source == kAbsent ? nullptr : given[static_cast<std::size_t>(source)]);
+    if (call->on_cpu)
+        run(*call->on_cpu, addresses.data());
+    else
+        run(*call->on_device, addresses.data(), layout.tensors.front().device);
+    return call->single ? py::object(outputs[0]) : py::object(outputs);
+}
+
+}  // namespace ltxk
