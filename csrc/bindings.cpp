@@ -165,7 +165,8 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
             if (entries.count(ltxk::best_isa())) names.push_back(name);
         return names;
     });
-    py::class_<DeviceProgram>(module, "DeviceProgram")
+    // The CPU shim has the same classes, and may be in the same process.
+    py::class_<DeviceProgram>(module, "DeviceProgram", py::module_local())
         .def(py::init<std::size_t>())
         .def("add_launch", &add_launch)
         .def("add_zero", &add_zero)
@@ -177,7 +178,7 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
                  program.run_device(addresses.data(), device, reinterpret_cast<void*>(stream));
              },
              "Run on raw device addresses (0: absent) and a raw stream.");
-    py::class_<CpuProgram>(module, "CpuProgram")
+    py::class_<CpuProgram>(module, "CpuProgram", py::module_local())
         .def(py::init<std::size_t>())
         .def("add_call", &add_call)
         .def("__call__", &call_cpu, "Run on torch CPU tensors with torch's number of threads.")
@@ -186,10 +187,9 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
             py::gil_scoped_release release;
             program.run_cpu(addresses.data(), threads);
         });
-    py::class_<ltxk::KnownCalls>(module, "KnownCalls")
-        .def(py::init<>())
-        .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), py::arg("check"),
-             "The outputs of a call like one that was noted, else None.")
+    py::class_<ltxk::KnownCalls>(module, "KnownCalls", py::module_local())
+        .def(py::init<std::vector<std::pair<std::size_t, std::size_t>>>(), py::arg("indices"))
+        .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), "The outputs of a call like one that was noted, else None.")
         .def("note", &ltxk::KnownCalls::note, py::arg("arguments"), py::arg("program"), py::arg("tensors"), py::arg("outputs"),
              "Remember the program that served a call; whether it can serve the next one.")
         .def("clear", &ltxk::KnownCalls::clear)

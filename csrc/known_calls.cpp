@@ -40,7 +40,6 @@ struct Layout {
     std::string key;
     std::vector<DLTensor> tensors;
     std::vector<PyObject*> objects;
-    bool indices = false;  // whole numbers on the CPU
 
     // False where an argument is nothing that is known here.
     bool read(const py::tuple& arguments) {
@@ -94,7 +93,6 @@ private:
     bool add_tensor(PyObject* value) {
         std::optional<DLTensor> tensor = described(value);
         if (!tensor || !tensor->data) return false;
-        indices |= tensor->device.device_type == kDLCPU && (tensor->dtype.code == kDLInt || tensor->dtype.code == kDLUInt);
         put('t'), put(tensor->dtype), put(tensor->device), put(tensor->ndim);
         std::size_t bytes = static_cast<std::size_t>(tensor->ndim) * sizeof(std::int64_t);
         key.append(reinterpret_cast<const char*>(tensor->shape), bytes);
@@ -128,6 +126,36 @@ int found_at(const void* address, const std::vector<DLTensor>& tensors) {
     return kAbsent;
 }
 
+template <class T>
+bool all_below(const DLTensor& tensor, std::int64_t end) {
+    const T* first = static_cast<const T*>(address_of(tensor));
+    std::int64_t places[3] = {1, 1, 1}, steps[3] = {};
+    for (int dim = 0; dim < tensor.ndim; ++dim) {
+        int at = 3 - tensor.ndim + dim;
+        places[at] = tensor.shape[dim];
+        steps[at] = tensor.strides[dim];
+    }
+    bool below = true;
+    for (std::int64_t i = 0; i < places[0]; ++i)
+        for (std::int64_t j = 0; j < places[1]; ++j)
+            for (std::int64_t k = 0; k < places[2]; ++k) {
+                std::int64_t index = first[i * steps[0] + j * steps[1] + k * steps[2]];
+                below &= index >= 0 && index < end;
+            }
+    return below;
+}
+
+// Whether indices on the CPU are rows of their table; those of a device nobody waits for. No indices are.
+bool are_rows(PyObject* indices, PyObject* table) {
+    if (indices == Py_None) return true;
+    std::optional<DLTensor> given = described(indices), of = described(table);
+    if (!given || !of || of->ndim == 0) return false;
+    if (given->device.device_type != kDLCPU) return true;
+    if (given->ndim > 3 || !given->strides || given->dtype.code != kDLInt) return false;
+    if (given->dtype.bits == 32) return all_below<std::int32_t>(*given, of->shape[0]);
+    return given->dtype.bits == 64 && all_below<std::int64_t>(*given, of->shape[0]);
+}
+
 py::object fresh_like(PyObject* model) {
     PyObject* given[] = {model, torch().contiguous_format.ptr()};
     static PyObject* names = py::make_tuple("memory_format").release().ptr();
@@ -146,7 +174,6 @@ bool KnownCalls::note(const py::tuple& arguments, const py::object& program, con
     if (py::isinstance<CpuProgram>(program)) call->on_cpu = program.cast<CpuProgram*>();
     if (py::isinstance<DeviceProgram>(program)) call->on_device = program.cast<DeviceProgram*>();
     if (!call->on_cpu && !call->on_device) return false;
-    call->indices = layout.indices;
     call->single = is_plain(outputs.ptr());
     if (!call->single && !PyTuple_Check(outputs.ptr())) return false;
     std::vector<DLTensor> made;
@@ -175,14 +202,15 @@ bool KnownCalls::note(const py::tuple& arguments, const py::object& program, con
     return true;
 }
 
-py::object KnownCalls::again(const py::tuple& arguments, const py::object& check) const {
+py::object KnownCalls::again(const py::tuple& arguments) const {
     Layout layout;
     if (calls_.empty() || !unfollowed() || !layout.read(arguments)) return py::none();
     auto found = calls_.find(layout.key);
     if (found == calls_.end()) return py::none();
     // Kept: whoever runs while the GIL is released may forget all calls.
     const std::shared_ptr<const Call> call = found->second;
-    if (call->indices) check(arguments);
+    for (auto [indices, table] : indices_)
+        if (!are_rows(arguments[indices].ptr(), arguments[table].ptr())) return py::none();
     std::vector<const void*> given;
     for (const DLTensor& tensor : layout.tensors) given.push_back(address_of(tensor));
     py::tuple outputs(call->models.size());

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "torch_calls.h"
@@ -17,9 +18,12 @@ namespace ltxk {
 
 class KnownCalls {
 public:
-    // The outputs of a call like one that was noted; None where there was none, or where torch follows calls. `check` is asked for
-    // the arguments first where these have whole numbers on the CPU, which are indices.
-    py::object again(const py::tuple& arguments, const py::object& check) const;
+    // `indices`: pairs of an argument that holds indices, and the one in whose rows they point.
+    explicit KnownCalls(std::vector<std::pair<std::size_t, std::size_t>> indices) : indices_(std::move(indices)) {}
+
+    // The outputs of a call like one that was noted; None where there was none, where torch has to see the call, and where an index
+    // on the CPU is no row of its table, which Python says in words.
+    py::object again(const py::tuple& arguments) const;
 
     // Remember that `program` served a call with these tensors, and whether it can serve the next one: where each tensor is an
     // argument or an output, and the outputs are contiguous and like an argument.
@@ -37,8 +41,9 @@ private:
         std::vector<int> sources;
         // For each output the argument that it is like.
         std::vector<std::size_t> models;
-        bool single = true, indices = false;
+        bool single = true;
     };
+    std::vector<std::pair<std::size_t, std::size_t>> indices_;
     std::unordered_map<std::string, std::shared_ptr<const Call>> calls_;
 };
 

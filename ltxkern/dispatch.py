@@ -19,7 +19,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -211,8 +211,8 @@ class Op:
         allocate: outputs with the right shape, dtype and strides, `allocate(args)`; also the fake implementation. None: in place.
         backends: compiled implementations, best first.
         may_be: for each output the arguments that it may be, element for element, on every backend; see `aliasing.Signature`.
-        check_indices: an op whose programs are kept (`again`): raises where indices among its arguments, on the CPU, are none of
-            its tables'. None: nothing is kept.
+        indices: of an op whose programs are kept (`again`): its arguments that hold indices, each with the one whose rows they are.
+            None: nothing is kept.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Op:
         *,
         backends: Sequence[Backend] = (),
         may_be: Sequence[Sequence[str]] = ((),),
-        check_indices: Callable[[Any], None] | None = None,
+        indices: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.arguments = arguments
@@ -239,7 +239,8 @@ class Op:
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
         self._trust = Trust(name, self._backends, BACKENDS)
         self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
-        self._check_indices = check_indices
+        places = {field: place for place, field in enumerate(arguments._fields)}
+        self._indices = None if indices is None else [(places[name], places[table]) for name, table in indices.items()]
         # Of calls that were served here, by their layout; None until one was.
         self._known: Any = None
         _registry[name] = self
@@ -333,7 +334,7 @@ class Op:
         if backend == "torch":
             return self._composition(*args)
         out = self.allocate(args)
-        if self._check_indices is None or backend not in self.receipts or forced.get() is not None:
+        if self._indices is None or backend not in self.receipts or forced.get() is not None:
             self.kernel(backend)(out, args)
         else:
             self._run_noted(backend, out, args)
@@ -345,7 +346,7 @@ class Op:
             self.kernel(backend)(out, args)
         if len(runs) == 1:
             if self._known is None:
-                self._known = extension.known_calls()
+                self._known = extension.known_calls(self._indices)
             if self._known is not None:
                 self._known.note(args, *runs[0], out)
 
@@ -356,7 +357,7 @@ class Op:
         """
         if is_compiling() or self._known is None or forced.get() is not None:
             return None
-        return self._known.again(args, self._check_indices)
+        return self._known.again(args)
 
     def _run_into(self, out: Any, args: Any) -> None:
         outputs = (out,) if isinstance(out, Tensor) else out

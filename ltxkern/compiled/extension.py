@@ -101,21 +101,27 @@ def module() -> ModuleType:
     binding = importlib.import_module("ltxkern._C")
     if _has_exchange_api():
         binding.use_exchange_api(torch.Tensor.__dlpack_c_exchange_api__)
-        kinds = torch.Tensor, torch.nn.Parameter
-        binding.use_torch(
-            *kinds, torch.empty_like, torch.contiguous_format, torch.get_num_threads, registration.FOLLOWING, forward_ad
-        )
+        binding.use_torch(*given_to_modules())
     return binding
 
 
-def known_calls() -> Any:
+def given_to_modules() -> tuple[Any, ...]:
+    """What an extension module needs of torch beside its exchange API, in the order of `use_torch`."""
+    kinds, fresh = (Tensor, torch.nn.Parameter), (torch.empty_like, torch.contiguous_format)
+    return *kinds, *fresh, torch.get_num_threads, registration.FOLLOWING, forward_ad
+
+
+def known_calls(indices: Sequence[tuple[int, int]]) -> Any:
     """Where an op keeps the programs that have served it, by how a call's arguments lie; None where calls are not kept.
 
     That is where torch has no exchange API, and where calls are watched (LTXKERN_DEBUG).
+
+    Args:
+        indices: places of an argument that holds indices and of the one whose rows they are.
     """
     if _extension_missing() is not None or not _has_exchange_api() or debug.level():
         return None
-    return module().KnownCalls()
+    return module().KnownCalls(indices)
 
 
 @functools.cache

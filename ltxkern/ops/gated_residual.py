@@ -57,11 +57,6 @@ def _refuse_triton_head_gate(args: HeadGateArguments) -> str | None:
     return tiers.split_rows([args.x], [args.logits[..., None]], None, dense=False)
 
 
-def _check_indices(args: ResidualArguments) -> None:
-    if args.rows is not None:
-        launch.check_range(args.rows, args.gate.shape[0])
-
-
 RESIDUAL = Op(
     "gated_residual",
     ResidualArguments,
@@ -70,7 +65,7 @@ RESIDUAL = Op(
     lambda args: fresh(args.x),
     backends=[*tiers.compiled(launch.gated_residual), tiers.triton("gated_residual", _refuse_triton_residual)],
     may_be=[("x", "y")],
-    check_indices=_check_indices,
+    indices={"rows": "gate"},
 )
 HEAD_GATE = Op(
     "head_gate",
@@ -83,7 +78,7 @@ HEAD_GATE = Op(
         tiers.triton("gated_residual", _refuse_triton_head_gate, "launch_head_gate"),
     ],
     may_be=[("x",)],
-    check_indices=lambda args: None,
+    indices={},
 )
 
 

@@ -161,7 +161,7 @@ OP = Op(
     lambda args: (fresh(args.q), fresh(args.k)),
     backends=[*tiers.compiled(launch.run), tiers.triton("qk_norm_rope", _refuse_triton)],
     may_be=[("q",), ("k",)],
-    check_indices=launch.check_rows,
+    indices={"rows": "cos", "k_rows": "k_cos"},
 )
 
 

@@ -134,11 +134,6 @@ def _refuse_triton_twice(args: TwiceArguments) -> str | None:
     return tiers.wide_rows(args.x) or tiers.split_rows([args.x, args.y], modulation, args.rows)
 
 
-def _check_indices(args: Arguments | GatedArguments | TwiceArguments) -> None:
-    if args.rows is not None:
-        launch.check_range(args.rows, args.scale.shape[0])
-
-
 OP = Op(
     "rms_norm_modulate",
     Arguments,
@@ -147,7 +142,7 @@ OP = Op(
     lambda args: fresh(args.x),
     backends=[*tiers.compiled(launch.rms_norm_modulate), tiers.triton("rms_norm_modulate", _refuse_triton)],
     may_be=[("x",)],
-    check_indices=_check_indices,
+    indices={"rows": "scale"},
 )
 GATED = Op(
     "gated_residual_rms_norm_modulate",
@@ -160,7 +155,7 @@ GATED = Op(
         tiers.triton("rms_norm_modulate", _refuse_triton_gated, "launch_gated"),
     ],
     may_be=[("x", "y"), ("x", "y")],
-    check_indices=_check_indices,
+    indices={"rows": "scale"},
 )
 
 TWICE = Op(
@@ -174,7 +169,7 @@ TWICE = Op(
         tiers.triton("rms_norm_modulate", _refuse_triton_twice, "launch_twice"),
     ],
     may_be=[("x", "y"), ("x", "y"), ("x", "y")],
-    check_indices=_check_indices,
+    indices={"rows": "scale"},
 )
 
 

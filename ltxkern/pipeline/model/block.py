@@ -59,14 +59,14 @@ class Modulation(NamedTuple):
     gate: Sums | None
 
 
-def modulations(blocks: Sequence[Any], stream: Stream, modality: str) -> list[Modulation]:
-    """Of every block, by one sum for all of them; of a single one by a sum where a part is asked for."""
+def modulations(blocks: Sequence[Any], stream: Stream, modality: str, *, at_once: bool) -> list[Modulation]:
+    """Of every block: by one sum for all of them, or by a sum where a part is asked for."""
     prefix = "" if modality == "video" else "audio_"
 
     def sums(name: str, vectors: Tensor, rows: Tensor | None, part: slice = slice(None)) -> list[Sums]:
         tables = [getattr(block, name)[part] for block in blocks]
-        if len(tables) == 1:
-            return [Sums(tables[0], vectors, rows)]
+        if not at_once:
+            return [Sums(table, vectors, rows) for table in tables]
         together = torch.stack(tables)[:, None, None] + vectors.unflatten(-1, tables[0].shape)
         every = (together if rows is None else together.flatten(1, 2)).unbind(0)
         return [Sums(table, vectors, rows, each.unbind(-2)) for table, each in zip(tables, every, strict=True)]
@@ -179,6 +179,13 @@ class _Modules(NamedTuple):
     network: Any
 
 
+# diffusers' names of them.
+_VIDEO = _Modules("norm1", "attn1", "norm2", "attn2", "audio_to_video_norm", "norm3", "ff")
+_AUDIO = _Modules(
+    *("audio_norm1", "audio_attn1", "audio_norm2", "audio_attn2"), "video_to_audio_norm", "audio_norm3", "audio_ff"
+)
+
+
 class _Texts:
     """Keys and values of the texts of one modality in one block, made when a lane first asks for them."""
 
@@ -239,17 +246,15 @@ class LTX2Block(LTX2VideoTransformerBlock):
         def side(side: Side | None, modality: str) -> Side | None:
             if side is None or side.now is not None:
                 return side
-            return side._replace(now=modulations([self], side.stream, modality)[0])
+            return side._replace(now=modulations([self], side.stream, modality, at_once=False)[0])
 
         return lane._replace(video=side(lane.video, "video"), audio=side(lane.audio, "audio"))
 
     def _video(self) -> _Modules:
-        own, text = (self.norm1, self.attn1), (self.norm2, self.attn2)
-        return _Modules(*own, *text, self.audio_to_video_norm, self.norm3, self.ff)
+        return _Modules(*map(self._modules.__getitem__, _VIDEO))
 
     def _audio(self) -> _Modules:
-        own, text = (self.audio_norm1, self.audio_attn1), (self.audio_norm2, self.audio_attn2)
-        return _Modules(*own, *text, self.video_to_audio_norm, self.audio_norm3, self.audio_ff)
+        return _Modules(*map(self._modules.__getitem__, _AUDIO))
 
     def _cross_attentions(self, keep: BlockKeep, x: Residual, y: Residual, video: Side, audio: Side) -> None:
         """Audio to video and video to audio, both from the states before either is added."""
