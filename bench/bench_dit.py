@@ -66,6 +66,8 @@ CASES = (
     # By name alone: what two CPU cores hold of the production width.
     Case("wide256", (4, 8, 8), "named", {"config": {}, "blocks": 1, "audio": 16, "text": 256}),
     Case("wide512", (8, 8, 8), "named", {"config": {}, "blocks": 2, "audio": 16, "text": 256}),
+    # By its calls alone: tokens and widths that take no time.
+    Case("calls", (2, 2, 4), "named", {"config": SMALL, "blocks": 8, "audio": 4, "text": 8}),
     Case("stage1", (16, 17, 30), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
     Case("stage2", (16, 34, 60), "large", {"config": {}, "blocks": 48, "audio": 126, "text": TEXT_TOKENS}),
 )

@@ -77,11 +77,11 @@ def of_cuda(call: Call, card: Card) -> list[Kernel]:
     def builder(tier: str) -> Callable[[Sequence[Step], int], Callable[..., None]]:
         return lambda steps, arguments: lambda *tensors: found.extend(_kernels(steps, tensors))
 
-    programs.kept_program.cache_clear()
+    programs.made_once.cache_clear()
     with _served(card) as patch, ltxkern.use_backend("cuda"):
         patch.setattr(extension, "program_builder", builder)
         call.op(*call.args)
-    programs.kept_program.cache_clear()
+    programs.made_once.cache_clear()
     return found
 
 

@@ -126,10 +126,10 @@ void call_cpu(const CpuProgram& program, const py::args& tensors) {
     ltxk::run(program, resolve(tensors, program.argument_count(), false).addresses.data());
 }
 
-void use_torch(const py::object& tensor, const py::object& parameter, const py::object& empty_like, const py::object& contiguous_format,
-               const py::object& threads, const py::tuple& followed, const py::object& forward_ad) {
+void use_torch(const py::object& tensor, const py::object& parameter, const py::object& is_neg, const py::object& empty_like, const py::object& contiguous_format,
+               const py::object& threads, const py::object& forward_ad) {
     ltxk::Torch& torch = ltxk::torch();
-    torch = {torch.exchange, tensor, parameter, empty_like, contiguous_format, threads, followed, forward_ad};
+    torch = {torch.exchange, tensor, parameter, is_neg, empty_like, contiguous_format, threads, forward_ad};
 }
 
 }  // namespace
@@ -146,8 +146,8 @@ extern const char* const source_digest;
 PYBIND11_MODULE(LTXK_MODULE, module) {
     module.doc() = "Kernels of ltxkern: see ltxkern.compiled.extension, which is the only caller.";
     module.def("use_exchange_api", &ltxk::use_exchange_api);
-    module.def("use_torch", &use_torch, py::arg("tensor"), py::arg("parameter"), py::arg("empty_like"), py::arg("contiguous_format"),
-               py::arg("threads"), py::arg("followed"), py::arg("forward_ad"), "What calls need of torch beside its exchange API.");
+    module.def("use_torch", &use_torch, py::arg("tensor"), py::arg("parameter"), py::arg("is_neg"), py::arg("empty_like"),
+               py::arg("contiguous_format"), py::arg("threads"), py::arg("forward_ad"), "What calls need of torch beside its exchange API.");
     module.def("cuda_unavailable", [] { return reason(ltxk::runtime::unavailable()); }, py::call_guard<py::gil_scoped_release>(),
                "Why no CUDA kernel can run in this process as it is now, or None.");
     module.def("cuda_unserved", [](int device) { return reason(ltxk::runtime::unserved(device)); },
@@ -188,7 +188,7 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
             program.run_cpu(addresses.data(), threads);
         });
     py::class_<ltxk::KnownCalls>(module, "KnownCalls", py::module_local())
-        .def(py::init<std::vector<std::pair<std::size_t, std::size_t>>>(), py::arg("indices"))
+        .def(py::init<std::vector<std::pair<std::size_t, std::size_t>>, py::tuple>(), py::arg("indices"), py::arg("followed"))
         .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), "The outputs of a call like one that was noted, else None.")
         .def("note", &ltxk::KnownCalls::note, py::arg("arguments"), py::arg("program"), py::arg("tensors"), py::arg("outputs"),
              "Remember the program that served a call; whether it can serve the next one.")

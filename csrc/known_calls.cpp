@@ -21,15 +21,6 @@ bool is_true(PyObject* result) {
     return truth == 1;
 }
 
-// Whether torch need not see a call: no gradient is wanted, and nothing traces, transforms or looks on.
-bool unfollowed() {
-    const Torch& known = torch();
-    if (!known.exchange || !known.tensor) return false;
-    for (py::handle function : known.followed)
-        if (is_true(PyObject_CallNoArgs(function.ptr()))) return false;
-    return known.forward_ad.attr("_current_level").cast<int>() < 0;
-}
-
 bool is_plain(PyObject* value) {
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     return type == torch().tensor.ptr() || type == torch().parameter.ptr();
@@ -91,6 +82,8 @@ private:
     }
 
     bool add_tensor(PyObject* value) {
+        // Of a negative view the memory has other values.
+        if (is_true(PyObject_CallOneArg(torch().is_neg.ptr(), value))) return false;
         std::optional<DLTensor> tensor = described(value);
         if (!tensor || !tensor->data) return false;
         put('t'), put(tensor->dtype), put(tensor->device), put(tensor->ndim);
@@ -165,6 +158,14 @@ py::object fresh_like(PyObject* model) {
 }
 
 }  // namespace
+
+// Whether torch need not see a call: no gradient is wanted, and nothing traces, transforms or looks on.
+bool KnownCalls::unfollowed() const {
+    if (!torch().exchange || !torch().tensor) return false;
+    for (py::handle function : followed_)
+        if (is_true(PyObject_CallNoArgs(function.ptr()))) return false;
+    return torch().forward_ad.attr("_current_level").cast<int>() < 0;
+}
 
 bool KnownCalls::note(const py::tuple& arguments, const py::object& program, const py::tuple& tensors, const py::object& outputs) {
     Layout layout;

@@ -18,8 +18,10 @@ namespace ltxk {
 
 class KnownCalls {
 public:
-    // `indices`: pairs of an argument that holds indices, and the one in whose rows they point.
-    explicit KnownCalls(std::vector<std::pair<std::size_t, std::size_t>> indices) : indices_(std::move(indices)) {}
+    // `indices`: pairs of an argument that holds indices, and the one whose rows they are. `followed`: functions that return
+    // something true where torch has to see a call.
+    KnownCalls(std::vector<std::pair<std::size_t, std::size_t>> indices, py::tuple followed)
+        : indices_(std::move(indices)), followed_(std::move(followed)) {}
 
     // The outputs of a call like one that was noted; None where there was none, where torch has to see the call, and where an index
     // on the CPU is no row of its table, which Python says in words.
@@ -43,7 +45,10 @@ private:
         std::vector<std::size_t> models;
         bool single = true;
     };
+    bool unfollowed() const;
+
     std::vector<std::pair<std::size_t, std::size_t>> indices_;
+    py::tuple followed_;
     std::unordered_map<std::string, std::shared_ptr<const Call>> calls_;
 };
 

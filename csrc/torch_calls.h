@@ -15,9 +15,9 @@ namespace py = pybind11;
 struct Torch {
     const DLPackExchangeAPI* exchange = nullptr;
     py::object tensor, parameter;  // the types of plain tensors
+    py::object is_neg;
     py::object empty_like, contiguous_format;
     py::object threads;     // torch.get_num_threads
-    py::tuple followed;     // functions that return something true where torch has to see calls
     py::object forward_ad;  // the module whose _current_level is below 0 outside of forward-mode gradients
 };
 

@@ -20,7 +20,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ltxkern.dispatch import BACKENDS, Op  # noqa: E402
+from ltxkern.dispatch import Op  # noqa: E402
+from ltxkern.trust.permitted import BACKENDS  # noqa: E402
 from ltxkern.verify.cases import MAIN, OpCase  # noqa: E402
 
 BEGIN, END = "<!-- backends: begin, written by docs/tables.py -->", "<!-- backends: end -->"

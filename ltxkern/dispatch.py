@@ -8,8 +8,7 @@ entries. A call `op(args, out=None)` goes
    arguments, decided from what it declares and never by catching an exception;
 3. to that backend's kernel, `kernel(out, args)`, loaded at first use; for "torch" to the reference.
 
-An op whose calls are many and short keeps the program that served one and asks for it before all of this (`again`).
-
+An op whose calls are many and short asks for the program of an earlier one before all of this (`again`).
 What `ltxkern verify` stored of this card decides which backends are trusted and preferred; without it, a probe at first use.
 """
 
@@ -30,8 +29,9 @@ from torch import Tensor
 from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver, extension
-from ltxkern.compiled.programs import noted_runs
+from ltxkern.compiled.programs import KnownCalls
 from ltxkern.registration import (
+    FOLLOWING,
     allow_writing,
     composed,
     is_compiling,
@@ -40,16 +40,14 @@ from ltxkern.registration import (
     refuse_writing,
     register,
     register_in_place,
+    resolved,
     tensors_of,
     transforming,
 )
 from ltxkern.trust.backends import Trust
+from ltxkern.trust.permitted import BACKENDS, DEVICE_BACKENDS, backend_names, environment_choice
 
 logger = logging.getLogger("ltxkern")
-
-BACKENDS = ("cuda", "nvrtc", "triton", "cpu", "torch")
-# Those whose tensors lie on a CUDA device.
-DEVICE_BACKENDS = BACKENDS[:3]
 
 forced: ContextVar[tuple[str, ...] | None] = ContextVar("ltxkern_backend", default=None)
 _registry: dict[str, Op] = {}
@@ -73,21 +71,6 @@ class Backend(NamedTuple):
     name: str
     refuse: Callable[[Any], str | None]
     load: Callable[[], Callable[..., None]]
-
-
-def backend_names(text: str, variable: str) -> tuple[str, ...]:
-    """The backends that a comma-separated text names; ValueError for an unknown one."""
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in names:
-        if name not in BACKENDS:
-            raise ValueError(f"{variable}: unknown backend {name!r}; known are {', '.join(BACKENDS)}")
-    return names
-
-
-@functools.cache
-def environment_choice() -> tuple[str, ...] | None:
-    """The backends that LTXKERN_BACKEND names, None for all; ValueError for an unknown one."""
-    return backend_names(os.environ.get("LTXKERN_BACKEND", ""), "LTXKERN_BACKEND") or None
 
 
 @functools.cache
@@ -239,10 +222,7 @@ class Op:
         self._present: dict[tuple[str, ...] | None, tuple[str, ...]] = {}
         self._trust = Trust(name, self._backends, BACKENDS)
         self._signature = Signature(schema.kinds(arguments), may_be if allocate else None)
-        places = {field: place for place, field in enumerate(arguments._fields)}
-        self._indices = None if indices is None else [(places[name], places[table]) for name, table in indices.items()]
-        # Of calls that were served here, by their layout; None until one was.
-        self._known: Any = None
+        self._known = KnownCalls(arguments._fields, indices, FOLLOWING)
         _registry[name] = self
         if allocate is None:
             self._torch_op = register_in_place(name, arguments, self._run_in_place)
@@ -308,7 +288,7 @@ class Op:
     def forget(self) -> None:
         """Who is here, and who served which call: what was found out holds no longer."""
         self._present.clear()
-        self._known = None
+        self._known.forget()
 
     def _serving(self, args: Any) -> str:
         """The backend that serves a call."""
@@ -333,31 +313,16 @@ class Op:
         backend = self._serving(args)
         if backend == "torch":
             return self._composition(*args)
-        out = self.allocate(args)
-        if self._indices is None or backend not in self.receipts or forced.get() is not None:
-            self.kernel(backend)(out, args)
+        out, run = self.allocate(args), self.kernel(backend)
+        if backend in self.receipts and forced.get() is None:
+            self._known.note(run, out, args)
         else:
-            self._run_noted(backend, out, args)
+            run(out, args)
         return out
 
-    def _run_noted(self, backend: str, out: Any, args: Any) -> None:
-        """A call whose program is kept, where one program alone made the outputs of the arguments."""
-        with noted_runs() as runs:
-            self.kernel(backend)(out, args)
-        if len(runs) == 1:
-            if self._known is None:
-                self._known = extension.known_calls(self._indices)
-            if self._known is not None:
-                self._known.note(args, *runs[0], out)
-
     def again(self, args: Any) -> Any:
-        """The outputs of arguments that lie as those of an earlier call, by its program and without its checks; else None.
-
-        None too where torch has to see the call, and within `use_backend`.
-        """
-        if is_compiling() or self._known is None or forced.get() is not None:
-            return None
-        return self._known.again(args)
+        """The outputs where arguments lie as an earlier call's, unchecked; else None, also where torch follows or `use_backend`."""
+        return None if is_compiling() or forced.get() is not None else self._known.again(args)
 
     def _run_into(self, out: Any, args: Any) -> None:
         outputs = (out,) if isinstance(out, Tensor) else out
@@ -388,9 +353,9 @@ class Op:
             refuse_inference(self.name, args[:1])
         if any(map(needs_dispatcher, calls)):
             for args in calls:
-                refuse_writing(self.name, args)
+                refuse_writing(self.name, args, args[:1])
             for args in calls:
-                self._torch_op.call(*args)
+                self._torch_op.call(*resolved(args))
             return
         check_memory()
         for backend, args in [(self._serving(args), args) for args in calls]:
@@ -404,7 +369,7 @@ class Op:
     def _followed(self, args: Any) -> Any:
         """A call that something traces, differentiates or transforms: torch.func looks into the reference alone."""
         if not transforming():
-            return self._torch_op.call(*args)
+            return self._torch_op.call(*resolved(args))
         if is_compiling():
             return composed(self.reference, args)
         permitted = forced.get() or environment_choice() or BACKENDS
@@ -421,8 +386,8 @@ class Op:
         if self.allocate is None:
             if not needs_dispatcher(args):
                 return self._run_in_place(args)
-            refuse_writing(self.name, args)
-            return self._torch_op.call(*args)
+            refuse_writing(self.name, args, args[:1])
+            return self._torch_op.call(*resolved(args))
         if out is None:
             return self._followed(args) if needs_dispatcher(args) else self._run(args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
@@ -430,6 +395,6 @@ class Op:
             self._run_into(out, args)
             return out
         assert self._torch_op.into is not None
-        refuse_writing(self.name, [*args, *outputs])
-        self._torch_op.into(*args, *(outputs if self._torch_op.outputs else [outputs]))
+        refuse_writing(self.name, [*args, *outputs], outputs)
+        self._torch_op.into(*resolved(args), *(outputs if self._torch_op.outputs else [outputs]))
         return out

@@ -107,7 +107,7 @@ def register(
 
 
 def needs_dispatcher(args: Sequence[Any]) -> bool:
-    """True where something traces or transforms, a gradient is wanted or a tensor is not a plain one: torch has its say then."""
+    """Whether something traces or transforms, a gradient is wanted or a tensor is no plain one: torch has its say then."""
     if is_compiling() or _dispatch_modes() > 0 or _tracing_state() is not None:
         return True
     if _transforms_active() or forward_ad._current_level >= 0:
@@ -120,7 +120,8 @@ def needs_dispatcher(args: Sequence[Any]) -> bool:
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             kind = type(tensor)
             if kind is Tensor or kind is torch.nn.Parameter:
-                if grad and tensor.requires_grad:
+                # The values of a negative view are not those in its memory, which torch sees to.
+                if (grad and tensor.requires_grad) or tensor.is_neg():
                     return True
             elif isinstance(tensor, Tensor):
                 return True
@@ -137,10 +138,15 @@ def composed(reference: Callable[..., Any], args: Sequence[Any]) -> Any:
     return reference(*(value.contiguous() if isinstance(value, Tensor) else value for value in args))
 
 
-def refuse_writing(name: str, args: Sequence[Any]) -> None:
-    """RuntimeError where torch would have to follow a call that writes into a given tensor; a compiler can."""
+def refuse_writing(name: str, args: Sequence[Any], written: Sequence[Tensor]) -> None:
+    """RuntimeError where torch would have to follow a call that writes into a given tensor; a compiler can.
+
+    ValueError where that is a negative view, whose memory would have to hold other values than the result.
+    """
     if is_compiling():
         return
+    if any(tensor.is_neg() for tensor in written):
+        raise ValueError(f"ltxkern.{name} cannot write into a negative view (x.is_neg()): give memory of its own")
     if transforming():
         raise RuntimeError(
             f"ltxkern.{name} writes into a given tensor, which torch.func and forward-mode gradients cannot follow: "
@@ -150,6 +156,20 @@ def refuse_writing(name: str, args: Sequence[Any]) -> None:
         raise RuntimeError(
             f"ltxkern.{name} writes into a given tensor and has no backward: call it under torch.no_grad()"
         )
+
+
+def resolved(args: Sequence[Any]) -> Sequence[Any]:
+    """Arguments with tensors of their own values in the place of negative views (torch's own fallback knows no absent tensors)."""
+    if is_compiling():
+        return args
+    return [
+        resolved(value)
+        if isinstance(value, (list, tuple))
+        else value.resolve_neg()
+        if isinstance(value, Tensor)
+        else value
+        for value in args
+    ]
 
 
 def refuse_inference(name: str, written: Sequence[Tensor]) -> None:
@@ -187,7 +207,7 @@ def _define(name: str, signature: str, run: Callable[..., Any], fake: Callable[.
 
 def _refusing(name: str, op: Any) -> Callable[..., Any]:
     def refuse(keyset: Any, *args: Any) -> Any:
-        refuse_writing(name, args)
+        refuse_writing(name, args, ())
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return refuse

@@ -57,9 +57,10 @@ def _admission() -> Admission:
 
 def _admit_variables(admission: Admission) -> None:
     """Those that no option has for its default."""
-    from ltxkern.dispatch import disabled, environment_choice
+    from ltxkern.dispatch import disabled
     from ltxkern.pipeline.model import decoder_layout
     from ltxkern.trust.backends import probing
+    from ltxkern.trust.permitted import environment_choice
 
     for asked in (environment_choice, disabled, probing, decoder_layout.asked):
         admission.attempt("", asked)

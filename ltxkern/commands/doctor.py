@@ -31,10 +31,11 @@ def table(title: str, rows: Sequence[Sequence[str]]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print three tables: versions, backends with reasons, op x backend."""
     import ltxkern
-    from ltxkern.dispatch import BACKENDS, environment_choice, unavailable
+    from ltxkern.dispatch import unavailable
     from ltxkern.environment import environment
     from ltxkern.trust import proofs
     from ltxkern.trust.backends import probing
+    from ltxkern.trust.permitted import BACKENDS, environment_choice
 
     facts = environment()
     versions = [(name, version or "not installed") for name, version in facts["packages"].items()]

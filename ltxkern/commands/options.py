@@ -251,13 +251,13 @@ def find_model_options(arguments: argparse.Namespace, admission: Admission) -> M
     Returns:
         None where an option is wrong that the others depend on.
     """
-    from ltxkern.dispatch import backend_names
     from ltxkern.pipeline.files.found import FoundModel
     from ltxkern.pipeline.memory.modes import MODES
     from ltxkern.pipeline.model.attention_choice import AttentionChoice
     from ltxkern.pipeline.model.fusions import FusionPolicy
     from ltxkern.pipeline.run.presets import warn_if_unfit
     from ltxkern.pipeline.run.request import find_device, find_preset, require_strength
+    from ltxkern.trust.permitted import backend_names
 
     preset = admission.attempt("", lambda: find_preset(arguments.pipeline))
     given = (arguments.distilled_strength_stage_1, arguments.distilled_strength_stage_2)

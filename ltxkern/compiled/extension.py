@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ltxkern import debug, registration, sources
+from ltxkern import debug, sources
 from ltxkern.compiled import driver
 from ltxkern.compiled.steps import Call, Step, Zero, grid3, pack
 
@@ -108,20 +108,19 @@ def module() -> ModuleType:
 def given_to_modules() -> tuple[Any, ...]:
     """What an extension module needs of torch beside its exchange API, in the order of `use_torch`."""
     kinds, fresh = (Tensor, torch.nn.Parameter), (torch.empty_like, torch.contiguous_format)
-    return *kinds, *fresh, torch.get_num_threads, registration.FOLLOWING, forward_ad
+    return *kinds, Tensor.is_neg, *fresh, torch.get_num_threads, forward_ad
 
 
-def known_calls(indices: Sequence[tuple[int, int]]) -> Any:
-    """Where an op keeps the programs that have served it, by how a call's arguments lie; None where calls are not kept.
-
-    That is where torch has no exchange API, and where calls are watched (LTXKERN_DEBUG).
+def known_calls(indices: Sequence[tuple[int, int]], followed: Sequence[Callable[[], Any]]) -> Any:
+    """Where the programs of calls are kept; None where they are not: without an exchange API, and where LTXKERN_DEBUG watches.
 
     Args:
         indices: places of an argument that holds indices and of the one whose rows they are.
+        followed: functions that return something true where torch has to see a call.
     """
     if _extension_missing() is not None or not _has_exchange_api() or debug.level():
         return None
-    return module().KnownCalls(indices)
+    return module().KnownCalls(indices, followed)
 
 
 @functools.cache

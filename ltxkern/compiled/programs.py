@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,24 +18,64 @@ from ltxkern.compiled.tensors import DeviceLimits, device_limits, refuse_device
 THREADS = 256
 
 
+_Run = tuple[Any, tuple[Tensor | None, ...]]
 # Programs that run, each with its tensors, where somebody wants to know.
-_runs: ContextVar[list[tuple[Any, tuple[Tensor | None, ...]]] | None] = ContextVar("ltxkern_program_runs", default=None)
+_runs: ContextVar[list[_Run] | None] = ContextVar("ltxkern_program_runs", default=None)
 
 
-@contextlib.contextmanager
-def noted_runs() -> Iterator[list[tuple[Any, tuple[Tensor | None, ...]]]]:
-    """The programs that run within it, each with its tensors."""
-    runs: list[tuple[Any, tuple[Tensor | None, ...]]] = []
-    token = _runs.set(runs)
-    try:
-        yield runs
-    finally:
-        _runs.reset(token)
+class KnownCalls:
+    """Programs that have served an op, by how the arguments of a call lie (csrc/known_calls.h).
+
+    Args:
+        fields: names of the arguments.
+        indices: which of them hold indices, each with the one whose rows they are; None: no program is kept.
+        followed: functions that return something true where torch has to see a call.
+    """
+
+    def __init__(
+        self, fields: Sequence[str], indices: Mapping[str, str] | None, followed: Sequence[Callable[[], Any]]
+    ) -> None:
+        places = {field: place for place, field in enumerate(fields)}
+        self.wanted = indices is not None
+        self._made_of = [(places[name], places[table]) for name, table in (indices or {}).items()], followed
+        self._kept: Any = None
+
+    def __len__(self) -> int:
+        kept = self._kept
+        return 0 if kept is None else len(kept)
+
+    def again(self, args: Any) -> Any:
+        """The outputs of a call like one that was noted; None where none was, or where torch has to see the call."""
+        kept = self._kept  # another thread may forget it
+        return None if kept is None else kept.again(args)
+
+    def note(self, run: Callable[[Any, Any], None], out: Any, args: Any) -> None:
+        """A call, `run(out, args)`; its program is kept where that alone made the outputs of the arguments."""
+        if not self.wanted:
+            return run(out, args)
+        runs: list[_Run] = []
+        token = _runs.set(runs)
+        try:
+            run(out, args)
+        finally:
+            _runs.reset(token)
+        if len(runs) != 1:
+            return None
+        kept = self._kept
+        if kept is None:
+            kept = self._kept = extension.known_calls(*self._made_of)
+        if kept is not None:
+            kept.note(args, *runs[0], out)
+        return None
+
+    def forget(self) -> None:
+        """All of them."""
+        self._kept = None
 
 
 def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:
     """The program of one case, made once: `steps(case)` are calls for the tier "cpu", launches for the others."""
-    made = kept_program(tier, steps, case, arguments)
+    made = made_once(tier, steps, case, arguments)
     runs = _runs.get()
     if runs is None:
         return made
@@ -49,9 +88,10 @@ def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any,
 
 
 @functools.lru_cache(maxsize=4096)
-def kept_program(
+def made_once(
     tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int
 ) -> Callable[..., None]:
+    """`program`, of which nobody takes note."""
     made = steps(case)
     if tier == "cpu":
         return extension.cpu_program([step for step in made if isinstance(step, Call)], arguments)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ltxkern import triton
-from ltxkern.dispatch import BACKENDS, unavailable
+from ltxkern.dispatch import unavailable
 from ltxkern.trust import proofs
+from ltxkern.trust.permitted import BACKENDS
 from ltxkern.verify import timing
 from ltxkern.verify.checks import IMPORTANCE, Check, plan
 from ltxkern.verify.supervise import WORKER, Found, Limits, NoWorkerError, check_tier, time_tiers

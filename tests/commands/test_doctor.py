@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ltxkern import dispatch
 from ltxkern.cli import main
 from ltxkern.environment import environment
-from ltxkern.trust import backends
+from ltxkern.trust import backends, permitted
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +26,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("variable", "asked"),
-    [("LTXKERN_SELFCHECK", backends.probing), ("LTXKERN_BACKEND", dispatch.environment_choice)],
+    [("LTXKERN_SELFCHECK", backends.probing), ("LTXKERN_BACKEND", permitted.environment_choice)],
 )
 def test_a_variable_with_an_unknown_value_is_named(
     variable: str, asked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

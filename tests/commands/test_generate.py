@@ -22,7 +22,7 @@ from ltxkern.pipeline.files import checkpoint
 from ltxkern.pipeline.files import found as found_model
 from ltxkern.pipeline.files.demo import build_demo, demo_lora
 from ltxkern.pipeline.results.probe import probe_mp4
-from ltxkern.trust import backends
+from ltxkern.trust import backends, permitted
 from tests.commands.typed import MODEL, refused, run
 from tests.official_files import write_diffusers_demo, write_official_demo
 
@@ -213,7 +213,7 @@ def test_one_error_has_everything(
     }
     for name in variables:
         monkeypatch.setenv(name, "on")
-    for asked in (dispatch.environment_choice, dispatch.disabled, backends.probing):
+    for asked in (permitted.environment_choice, dispatch.disabled, backends.probing):
         asked.cache_clear()
     wrong = {
         "--on-nan": ("hope", "on-nan must be one of stop, retry-fp32, got 'hope'"),

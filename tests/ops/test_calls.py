@@ -72,6 +72,26 @@ def test_layouts(case: OpCase, backend: str, view: Callable[[Tensor], Tensor]) -
         torch.testing.assert_close(result, wanted, rtol=near, atol=near)
 
 
+@over(MAIN, once=True)
+def test_negative_views(case: OpCase, backend: str) -> None:
+    """Their memory has the negative of their values: these count, at a first call and at the next, and none is written."""
+    written = next(iter(case.tensors())) if case.in_place else ""
+    with serving(backend):
+        for name in case.tensors():
+            for _ in range(2):
+                tensors = case.tensors()
+                wanted = case.run(case.tensors())
+                tensors[name] = torch._neg_view(-tensors[name])
+                if name == written:
+                    with pytest.raises(ValueError, match="cannot write into a negative view"):
+                        case.run(tensors)
+                else:
+                    assert_same(case.run(tensors), wanted)
+        if outputs := case.outputs(case.tensors()):
+            with pytest.raises(ValueError, match="cannot write into a negative view"):
+                case.run(case.tensors(), [torch._neg_view(outputs[0]), *outputs[1:]])
+
+
 @over([*MAIN, *(case for case in CASES if case.variant == "rows")])
 @pytest.mark.parametrize("size", [Size(0, 3, 4), Size(2, 0, 4), Size(2, 3, 0)], ids=str)
 def test_empty(case: OpCase, backend: str, size: Size) -> None:

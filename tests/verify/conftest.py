@@ -9,6 +9,7 @@ import pytest
 from ltxkern import dispatch
 from ltxkern.trust import backends as trust
 from ltxkern.trust import proofs
+from ltxkern.trust.permitted import BACKENDS
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def fresh_dispatch(cache: Path) -> Iterator[None]:
         for cached in (proofs.stored, trust.probing):
             cached.cache_clear()
         for name, op in dispatch.registered().items():
-            patch.setattr(op, "_trust", trust.Trust(name, op._backends, dispatch.BACKENDS))
+            patch.setattr(op, "_trust", trust.Trust(name, op._backends, BACKENDS))
             for attribute, value in (("_present", {}), ("receipts", set()), ("captured", set())):
                 patch.setattr(op, attribute, value)
         yield

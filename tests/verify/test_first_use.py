@@ -13,6 +13,7 @@ from ltxkern import dispatch
 from ltxkern.dispatch import Backend
 from ltxkern.trust import backends as trust
 from ltxkern.trust import proofs
+from ltxkern.trust.permitted import BACKENDS
 from ltxkern.verify import probe
 from ltxkern.verify.cases import MAIN, OpCase, Size
 
@@ -138,7 +139,7 @@ def test_during_a_capture_a_call_is_served_and_the_next_outside_probes(
     monkeypatch.setattr(proofs, "verdicts", lambda *_: {"cuda:0": None})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures.pop(0))
     monkeypatch.setattr(probe, "mismatch", lambda *given: asked.append(given))
-    given = trust.Trust("gated_residual", op._backends, dispatch.BACKENDS)
+    given = trust.Trust("gated_residual", op._backends, BACKENDS)
     for expected in ((0, False), (0, False), (1, True)):
         assert given.admit("cuda", op, None, CUDA)
         assert (len(asked), "cuda" in given.serving) == expected
@@ -177,7 +178,7 @@ def test_the_quickest_tier_comes_first_and_a_wrong_one_not_at_all(monkeypatch: p
     monkeypatch.setattr(proofs, "verdicts", lambda kind, op, tier: {"cuda:0": verdict.get(tier)})
     monkeypatch.setattr(proofs, "order", lambda kind, op: ("triton", "nvrtc"))
     backends = dict.fromkeys(("cuda", "nvrtc", "triton", "cpu"))
-    given = trust.Trust("gated_residual", backends, dispatch.BACKENDS)
+    given = trust.Trust("gated_residual", backends, BACKENDS)
     assert given.heed("cuda")
     assert not given.heed("cuda")
     assert given.order == ("triton", "nvrtc", "cuda", "cpu", "torch")

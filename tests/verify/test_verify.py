@@ -19,6 +19,7 @@ from ltxkern.cli import main
 from ltxkern.commands import verify as command
 from ltxkern.compiled import extension
 from ltxkern.trust import proofs
+from ltxkern.trust.permitted import BACKENDS
 from ltxkern.verify import checks, report, timing
 from ltxkern.verify.cases import BY_NAME, F32, Size
 from ltxkern.verify.interruption import interruptible
@@ -357,4 +358,4 @@ def test_a_tier_is_preferred_only_where_it_is_clearly_quicker(
     seconds: dict[str, float], order: tuple[str, ...] | None
 ) -> None:
     rows = [timing.Timed("gated_residual", "", tier, taken, 1, 1.0, 1.0) for tier, taken in seconds.items()]
-    assert timing.preferred(rows, ltxkern.dispatch.BACKENDS).get("gated_residual") == order
+    assert timing.preferred(rows, BACKENDS).get("gated_residual") == order

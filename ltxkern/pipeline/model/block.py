@@ -59,7 +59,7 @@ class Modulation(NamedTuple):
     gate: Sums | None
 
 
-def modulations(blocks: Sequence[Any], stream: Stream, modality: str, *, at_once: bool) -> list[Modulation]:
+def modulations(blocks: Sequence[Any], stream: Stream, modality: str, *, at_once: bool = True) -> list[Modulation]:
     """Of every block: by one sum for all of them, or by a sum where a part is asked for."""
     prefix = "" if modality == "video" else "audio_"
 

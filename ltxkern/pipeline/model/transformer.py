@@ -217,11 +217,7 @@ def _sides(blocks: Sequence[Any], stream: Stream | None, modality: str, times: i
     if stream is None:
         return [None] * len(blocks)
     repeated = stream.repeated(times)
-    every = (
-        modulations(blocks, repeated, modality, at_once=True)
-        if sums_at_once(blocks, repeated)
-        else [None] * len(blocks)
-    )
+    every = modulations(blocks, repeated, modality) if sums_at_once(blocks, repeated) else [None] * len(blocks)
     return [Side(repeated, now, following) for now, following in zip(every, [*every[1:], None], strict=True)]
 
 
