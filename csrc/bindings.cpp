@@ -38,6 +38,8 @@ Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
         }
         DLTensor tensor;
         if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) throw py::error_already_set();
+        if (ltxk::is_freed(tensor))
+            throw py::value_error("a tensor has elements and no memory: its storage was freed, or it stands for another");
         bool cuda = tensor.device.device_type == kDLCUDA;
         if (cuda != on_device || (!cuda && tensor.device.device_type != kDLCPU))
             throw py::value_error(on_device ? "program is for CUDA tensors" : "program is for CPU tensors");
@@ -126,10 +128,12 @@ void call_cpu(const CpuProgram& program, const py::args& tensors) {
     ltxk::run(program, resolve(tensors, program.argument_count(), false).addresses.data());
 }
 
-void use_torch(const py::object& tensor, const py::object& parameter, const py::object& is_neg, const py::object& empty_like, const py::object& contiguous_format,
-               const py::object& threads, const py::object& forward_ad) {
+void use_torch(const py::object& tensor, const py::object& parameter, const py::object& is_grad_enabled, const py::object& is_neg,
+               const py::object& empty_like, const py::object& contiguous_format, const py::object& threads,
+               const py::object& forward_ad) {
     ltxk::Torch& torch = ltxk::torch();
-    torch = {torch.exchange, tensor, parameter, is_neg, empty_like, contiguous_format, threads, forward_ad};
+    py::tuple names = py::make_tuple("memory_format");
+    torch = {torch.exchange, tensor, parameter, is_grad_enabled, is_neg, empty_like, names, contiguous_format, threads, forward_ad};
 }
 
 }  // namespace
@@ -146,8 +150,7 @@ extern const char* const source_digest;
 PYBIND11_MODULE(LTXK_MODULE, module) {
     module.doc() = "Kernels of ltxkern: see ltxkern.compiled.extension, which is the only caller.";
     module.def("use_exchange_api", &ltxk::use_exchange_api);
-    module.def("use_torch", &use_torch, py::arg("tensor"), py::arg("parameter"), py::arg("is_neg"), py::arg("empty_like"),
-               py::arg("contiguous_format"), py::arg("threads"), py::arg("forward_ad"), "What calls need of torch beside its exchange API.");
+    module.def("use_torch", &use_torch, "What calls need of torch beside its exchange API.");
     module.def("cuda_unavailable", [] { return reason(ltxk::runtime::unavailable()); }, py::call_guard<py::gil_scoped_release>(),
                "Why no CUDA kernel can run in this process as it is now, or None.");
     module.def("cuda_unserved", [](int device) { return reason(ltxk::runtime::unserved(device)); },
@@ -188,7 +191,8 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
             program.run_cpu(addresses.data(), threads);
         });
     py::class_<ltxk::KnownCalls>(module, "KnownCalls", py::module_local())
-        .def(py::init<std::vector<std::pair<std::size_t, std::size_t>>, py::tuple>(), py::arg("indices"), py::arg("followed"))
+        .def(py::init<std::vector<std::pair<std::size_t, std::size_t>>, py::tuple>(), py::arg("indices"),
+             py::arg("followed"))
         .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), "The outputs of a call like one that was noted, else None.")
         .def("note", &ltxk::KnownCalls::note, py::arg("arguments"), py::arg("program"), py::arg("tensors"), py::arg("outputs"),
              "Remember the program that served a call; whether it can serve the next one.")

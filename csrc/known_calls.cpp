@@ -32,13 +32,16 @@ struct Layout {
     std::vector<DLTensor> tensors;
     std::vector<PyObject*> objects;
 
-    // False where an argument is nothing that is known here.
+    // False where an argument is nothing that is known here, or a gradient is wanted.
     bool read(const py::tuple& arguments) {
         key.reserve(512);
-        if (!add_all(arguments.ptr())) return false;
+        differentiated_ = is_true(PyObject_CallNoArgs(torch().is_grad_enabled.ptr()));
+        for (py::handle argument : arguments)
+            if (!add(argument.ptr())) return false;
         for (std::size_t i = 0; i < tensors.size(); ++i)
             for (std::size_t j = i + 1; j < tensors.size(); ++j) {
-                std::intptr_t apart = static_cast<const char*>(address_of(tensors[j])) - static_cast<const char*>(address_of(tensors[i]));
+                auto first = reinterpret_cast<std::intptr_t>(address_of(tensors[i]));
+                std::intptr_t apart = reinterpret_cast<std::intptr_t>(address_of(tensors[j])) - first;
                 if (apart < -kNear || apart > kNear) continue;
                 put('~');
                 put(i), put(j), put(apart);
@@ -50,14 +53,6 @@ private:
     template <class T>
     void put(const T& value) {
         key.append(reinterpret_cast<const char*>(&value), sizeof value);
-    }
-
-    bool add_all(PyObject* values) {
-        Py_ssize_t count = PySequence_Fast_GET_SIZE(values);
-        put('('), put(count);
-        for (Py_ssize_t i = 0; i < count; ++i)
-            if (!add(PySequence_Fast_GET_ITEM(values, i))) return false;
-        return true;
     }
 
     bool add(PyObject* value) {
@@ -73,17 +68,18 @@ private:
         if (PyUnicode_CheckExact(value)) {
             Py_ssize_t size = 0;
             const char* text = PyUnicode_AsUTF8AndSize(value, &size);
-            if (!text) throw py::error_already_set();
+            if (!text) return PyErr_Clear(), false;
             put('s'), put(size);
             key.append(text, static_cast<std::size_t>(size));
             return true;
         }
-        return (PyList_CheckExact(value) || PyTuple_CheckExact(value)) && add_all(value);
+        return false;
     }
 
     bool add_tensor(PyObject* value) {
         // Of a negative view the memory has other values.
         if (is_true(PyObject_CallOneArg(torch().is_neg.ptr(), value))) return false;
+        if (differentiated_ && is_true(PyObject_GetAttrString(value, "requires_grad"))) return false;
         std::optional<DLTensor> tensor = described(value);
         if (!tensor || !tensor->data) return false;
         put('t'), put(tensor->dtype), put(tensor->device), put(tensor->ndim);
@@ -95,6 +91,8 @@ private:
         objects.push_back(value);
         return true;
     }
+
+    bool differentiated_ = false;
 };
 
 bool is_contiguous(const DLTensor& tensor) {
@@ -151,15 +149,14 @@ bool are_rows(PyObject* indices, PyObject* table) {
 
 py::object fresh_like(PyObject* model) {
     PyObject* given[] = {model, torch().contiguous_format.ptr()};
-    static PyObject* names = py::make_tuple("memory_format").release().ptr();
-    PyObject* made = PyObject_Vectorcall(torch().empty_like.ptr(), given, 1, names);
+    PyObject* made = PyObject_Vectorcall(torch().empty_like.ptr(), given, 1, torch().memory_format.ptr());
     if (!made) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(made);
 }
 
 }  // namespace
 
-// Whether torch need not see a call: no gradient is wanted, and nothing traces, transforms or looks on.
+// Whether torch need not see a call: nothing traces, transforms or looks on.
 bool KnownCalls::unfollowed() const {
     if (!torch().exchange || !torch().tensor) return false;
     for (py::handle function : followed_)
@@ -193,7 +190,8 @@ bool KnownCalls::note(const py::tuple& arguments, const py::object& program, con
             std::optional<DLTensor> tensor = is_plain(one.ptr()) ? described(one.ptr()) : std::nullopt;
             if (!tensor) return false;
             int output = found_at(address_of(*tensor), made);
-            source = output == kAbsent ? found_at(address_of(*tensor), layout.tensors) : static_cast<int>(layout.tensors.size()) + output;
+            int argument = found_at(address_of(*tensor), layout.tensors);
+            source = output == kAbsent ? argument : static_cast<int>(layout.tensors.size()) + output;
             if (source == kAbsent) return false;
         }
         call->sources.push_back(source);
@@ -217,7 +215,7 @@ py::object KnownCalls::again(const py::tuple& arguments) const {
     py::tuple outputs(call->models.size());
     for (std::size_t i = 0; i < call->models.size(); ++i) {
         py::object output = fresh_like(layout.objects[call->models[i]]);
-        std::optional<DLTensor> tensor = described(output.ptr());
+        std::optional<DLTensor> tensor = is_plain(output.ptr()) ? described(output.ptr()) : std::nullopt;
         // Programs count on memory as torch gives it.
         if (!tensor || reinterpret_cast<std::uintptr_t>(address_of(*tensor)) % kNear != 0) return py::none();
         given.push_back(address_of(*tensor));

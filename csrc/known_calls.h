@@ -1,8 +1,9 @@
 // Calls of an op that were served before, by how their arguments lie: the next one like them runs its program at once.
 //
-// What Python works out of a call (is it legal, who serves it, by which launches) depends on types, shapes, strides, devices, alignment
-// and neighbourhood of its tensors and on its numbers, and on no value of a tensor. A call with the same of all these has the same
-// program, whose tensors are arguments and fresh outputs.
+// What Python works out of a call (is it legal, who serves it, by which launches) depends on types, shapes, strides, devices,
+// alignment and neighbourhood of its tensors and on its numbers, and on no value of a tensor. A call with the same of all these has
+// the same program, whose tensors are arguments and fresh outputs. Python asks before (`Op.again`) whether a compiler traces, which must see
+// none of this, and whether a backend is named.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +24,8 @@ public:
     KnownCalls(std::vector<std::pair<std::size_t, std::size_t>> indices, py::tuple followed)
         : indices_(std::move(indices)), followed_(std::move(followed)) {}
 
-    // The outputs of a call like one that was noted; None where there was none, where torch has to see the call, and where an index
-    // on the CPU is no row of its table, which Python says in words.
+    // The outputs of a call like one that was noted; None where there was none, where torch has to see the call or a gradient is
+    // wanted, and where an index on the CPU is no row of its table, which Python says in words.
     py::object again(const py::tuple& arguments) const;
 
     // Remember that `program` served a call with these tensors, and whether it can serve the next one: where each tensor is an

@@ -25,6 +25,13 @@ std::optional<DLTensor> described(PyObject* tensor) {
     return std::nullopt;
 }
 
+bool is_freed(const DLTensor& tensor) {
+    if (tensor.data) return false;
+    for (int dim = 0; dim < tensor.ndim; ++dim)
+        if (tensor.shape[dim] == 0) return false;
+    return true;
+}
+
 void run(DeviceProgram& program, const void* const* addresses, DLDevice device) {
     void* stream = nullptr;
 #if !defined(LTXK_SHIM)

@@ -14,11 +14,12 @@ namespace py = pybind11;
 
 struct Torch {
     const DLPackExchangeAPI* exchange = nullptr;
-    py::object tensor, parameter;  // the types of plain tensors
-    py::object is_neg;
-    py::object empty_like, contiguous_format;
-    py::object threads;     // torch.get_num_threads
-    py::object forward_ad;  // the module whose _current_level is below 0 outside of forward-mode gradients
+    py::object tensor, parameter;         // the types of plain tensors
+    py::object is_grad_enabled, is_neg;   // of torch, and of a tensor
+    py::object empty_like, memory_format; // and its keyword arguments: names, value
+    py::object contiguous_format;
+    py::object threads;                   // torch.get_num_threads
+    py::object forward_ad;                // the module whose _current_level is below 0 outside of forward-mode gradients
 };
 
 // Never destroyed: the interpreter may be gone before the module.
@@ -29,6 +30,9 @@ void use_exchange_api(const py::capsule& capsule);
 
 // A tensor as it lies, shape and strides in its own memory; nothing where torch cannot say.
 std::optional<DLTensor> described(PyObject* tensor);
+
+// Whether it has elements and no memory, as where its storage was freed.
+bool is_freed(const DLTensor& tensor);
 
 inline const void* address_of(const DLTensor& tensor) { return static_cast<const char*>(tensor.data) + tensor.byte_offset; }
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ltxkern import debug, schema, triton
 from ltxkern.aliasing import Signature
 from ltxkern.compiled import driver, extension
-from ltxkern.compiled.programs import KnownCalls
+from ltxkern.compiled.programs import KnownCalls, run_noted
 from ltxkern.registration import (
     FOLLOWING,
     allow_writing,
@@ -308,20 +308,19 @@ class Op:
         (self.receipts if backend in self._trust.serving else self.captured).add(backend)
         return backend
 
-    def _run(self, args: Any) -> Any:
+    def _run(self, args: Any, checked: bool = False) -> Any:
         assert self.allocate is not None
+        # Before the choice: who forgets it forgets what this call leaves there.
+        known = self._known.table() if checked and forced.get() is None else None
         backend = self._serving(args)
         if backend == "torch":
             return self._composition(*args)
-        out, run = self.allocate(args), self.kernel(backend)
-        if backend in self.receipts and forced.get() is None:
-            self._known.note(run, out, args)
-        else:
-            run(out, args)
+        out = self.allocate(args)
+        run_noted(known if backend in self.receipts else None, self.kernel(backend), out, args)
         return out
 
     def again(self, args: Any) -> Any:
-        """The outputs where arguments lie as an earlier call's, unchecked; else None, also where torch follows or `use_backend`."""
+        """The outputs, where arguments lie as those of a call that passed the checks; else None, and within `use_backend`."""
         return None if is_compiling() or forced.get() is not None else self._known.again(args)
 
     def _run_into(self, out: Any, args: Any) -> None:
@@ -389,7 +388,7 @@ class Op:
             refuse_writing(self.name, args, args[:1])
             return self._torch_op.call(*resolved(args))
         if out is None:
-            return self._followed(args) if needs_dispatcher(args) else self._run(args)
+            return self._followed(args) if needs_dispatcher(args) else self._run(args, checked=True)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         if not needs_dispatcher([*args, *outputs]):
             self._run_into(out, args)

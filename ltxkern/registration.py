@@ -20,8 +20,8 @@ is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabl
 _dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
 _increment_version = torch._C._increment_version
-# What returns something true where torch has to see a call; `needs_dispatcher` asks more.
-FOLLOWING = (is_grad_enabled, _dispatch_modes, _tracing_state, _transforms_active)
+# What returns something true where torch has to see every call; `needs_dispatcher` asks more.
+FOLLOWING = (_dispatch_modes, _tracing_state, _transforms_active)
 _library = torch.library.Library("ltxkern", "DEF")
 
 
@@ -166,7 +166,7 @@ def resolved(args: Sequence[Any]) -> Sequence[Any]:
         resolved(value)
         if isinstance(value, (list, tuple))
         else value.resolve_neg()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and value.is_neg()
         else value
         for value in args
     ]

@@ -108,7 +108,7 @@ def module() -> ModuleType:
 def given_to_modules() -> tuple[Any, ...]:
     """What an extension module needs of torch beside its exchange API, in the order of `use_torch`."""
     kinds, fresh = (Tensor, torch.nn.Parameter), (torch.empty_like, torch.contiguous_format)
-    return *kinds, Tensor.is_neg, *fresh, torch.get_num_threads, forward_ad
+    return *kinds, torch.is_grad_enabled, Tensor.is_neg, *fresh, torch.get_num_threads, forward_ad
 
 
 def known_calls(indices: Sequence[tuple[int, int]], followed: Sequence[Callable[[], Any]]) -> Any:

@@ -44,33 +44,38 @@ class KnownCalls:
         kept = self._kept
         return 0 if kept is None else len(kept)
 
+    def table(self) -> Any:
+        """Where a call that is now chosen for may be noted; None where none is kept."""
+        if not self.wanted:
+            return None
+        kept = self._kept
+        if kept is None:
+            kept = self._kept = extension.known_calls(*self._made_of)
+        return kept
+
     def again(self, args: Any) -> Any:
         """The outputs of a call like one that was noted; None where none was, or where torch has to see the call."""
         kept = self._kept  # another thread may forget it
         return None if kept is None else kept.again(args)
 
-    def note(self, run: Callable[[Any, Any], None], out: Any, args: Any) -> None:
-        """A call, `run(out, args)`; its program is kept where that alone made the outputs of the arguments."""
-        if not self.wanted:
-            return run(out, args)
-        runs: list[_Run] = []
-        token = _runs.set(runs)
-        try:
-            run(out, args)
-        finally:
-            _runs.reset(token)
-        if len(runs) != 1:
-            return None
-        kept = self._kept
-        if kept is None:
-            kept = self._kept = extension.known_calls(*self._made_of)
-        if kept is not None:
-            kept.note(args, *runs[0], out)
-        return None
-
     def forget(self) -> None:
         """All of them."""
         self._kept = None
+
+
+def run_noted(table: Any, run: Callable[[Any, Any], None], out: Any, args: Any) -> None:
+    """`run(out, args)`; its program is kept in the table, where there is one, if that alone made the outputs of the arguments."""
+    if table is None:
+        return run(out, args)
+    runs: list[_Run] = []
+    token = _runs.set(runs)
+    try:
+        run(out, args)
+    finally:
+        _runs.reset(token)
+    if len(runs) == 1:
+        table.note(args, *runs[0], out)
+    return None
 
 
 def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:
@@ -91,7 +96,7 @@ def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any,
 def made_once(
     tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int
 ) -> Callable[..., None]:
-    """`program`, of which nobody takes note."""
+    """`program`, of which nobody takes note. Cases that are equal have one: a number is of one type."""
     made = steps(case)
     if tier == "cpu":
         return extension.cpu_program([step for step in made if isinstance(step, Call)], arguments)

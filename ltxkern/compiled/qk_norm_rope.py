@@ -259,7 +259,7 @@ def run(tier: str, out: tuple[Tensor, Tensor], args: Arguments) -> None:
         axes=axes,
         beside=beside,
         interleaved=args.layout == "interleaved",
-        eps=args.eps,
+        eps=float(args.eps),
         vector=vector,
     )
     q_tensors = (q, q_weight, cos, sin, args.rows, targets[0])

@@ -262,7 +262,7 @@ def _run_norm(tier: str, outputs: Sequence[Tensor], args: Arguments | GatedArgum
     vector = vector_of(x.element_size(), x.shape[-1], [*given, weight, *targets], strides)
     sizes = (view.outer * view.inner, view.inner, x.shape[-1], vector)
     weight_code = None if weight is None else param_code(weight)
-    case = Case(operands, *sizes, args.eps, weight_code, row_index=row_index)
+    case = Case(operands, *sizes, float(args.eps), weight_code, row_index=row_index)
     out, summed, out2 = (*targets, None, None)[:3]
     program(tier, norm_calls if tier == "cpu" else norm_steps, case, NORM_ARGUMENTS)(
         *given, weight, summed, out, out2, index

@@ -1,6 +1,7 @@
 """Calls around every op, over the table: outputs, layouts, nothing, equal bits on repeat, opcheck, tracing, gradients refused."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltxkern import dispatch, schema
+from ltxkern.compiled import programs
 from ltxkern.verify.cases import BF16, CASES, F32, MAIN, OpCase, Size
 from tests.ops.contract import assert_same, by_threads, compiled, strided, transposed
 from tests.serving import backends_of, serving
@@ -74,22 +76,44 @@ def test_layouts(case: OpCase, backend: str, view: Callable[[Tensor], Tensor]) -
 
 @over(MAIN, once=True)
 def test_negative_views(case: OpCase, backend: str) -> None:
-    """Their memory has the negative of their values: these count, at a first call and at the next, and none is written."""
+    """Their memory has the negative of their values: these count, and none is written."""
     written = next(iter(case.tensors())) if case.in_place else ""
     with serving(backend):
         for name in case.tensors():
-            for _ in range(2):
-                tensors = case.tensors()
-                wanted = case.run(case.tensors())
-                tensors[name] = torch._neg_view(-tensors[name])
-                if name == written:
-                    with pytest.raises(ValueError, match="cannot write into a negative view"):
-                        case.run(tensors)
-                else:
-                    assert_same(case.run(tensors), wanted)
+            tensors, wanted = case.tensors(), case.run(case.tensors())
+            tensors[name] = torch._neg_view(-tensors[name])
+            if name == written:
+                with pytest.raises(ValueError, match="cannot write into a negative view"):
+                    case.run(tensors)
+            else:
+                assert_same(case.run(tensors), wanted)
         if outputs := case.outputs(case.tensors()):
             with pytest.raises(ValueError, match="cannot write into a negative view"):
                 case.run(case.tensors(), [torch._neg_view(outputs[0]), *outputs[1:]])
+
+
+@over(MAIN)
+def test_whole_numbers_are_numbers(case: OpCase, backend: str) -> None:
+    """The bits of the same value as a float."""
+    floats = {
+        "eps": 2.0,
+        "scale": 2.0,
+        "sigma": 1.0,
+        "cfg_scale": 3.0,
+        "stg_scale": 2.0,
+        "rescale_scale": 1.0,
+        "eta": 1.0,
+    }
+    taken = inspect.signature(case.function).parameters
+    with serving(backend):
+        for name, value in floats.items():
+            if name not in taken or name in case.shapes():
+                continue
+            results = []
+            for given in (int(value), value):
+                programs.made_once.cache_clear()  # to which both are one
+                results.append(case.run(case.tensors(), **{name: given}))
+            assert_same(*results)
 
 
 @over([*MAIN, *(case for case in CASES if case.variant == "rows")])

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltxkern
 from ltxkern import dispatch
-from ltxkern.compiled import extension, rows
+from ltxkern.compiled import extension, programs, rows
 from ltxkern.compiled.steps import Launch
 from ltxkern.compiled.tensors import param_code
 from ltxkern.layout import row_view
@@ -34,9 +34,11 @@ LARGE = Size(2, 16, 64)
 
 @pytest.fixture(autouse=True)
 def unknown() -> Iterator[None]:
-    """No call is known before a test, nor after it."""
+    """No call is known before a test, nor after it; proofs have been read, which are a reason to forget all."""
     for op in dispatch.registered().values():
+        op.heed_proofs("cpu")
         op.forget()
+    programs.made_once.cache_clear()
     yield
     for op in dispatch.registered().values():
         op.forget()
@@ -75,6 +77,9 @@ def test_the_next_call_takes_the_program_of_the_first(case: OpCase) -> None:
         results = served_again(case.op, lambda second=second: case.run(second))  # type: ignore[misc]
         assert_same(results, wanted)
         assert not any(result is value for result in results for value in second.values())
+        # Gradients that nobody wants are no reason.
+        with torch.enable_grad():
+            assert_same(served_again(case.op, lambda second=second: case.run(second)), wanted)  # type: ignore[misc]
         # Not those of the first call, nor of each other.
         assert len({result.data_ptr() for result in [*results, *case.run(second)]}) == 2 * len(results)
 
@@ -138,22 +143,23 @@ def test_sines_behind_their_cosines_are_another_call() -> None:
     same = dict(tensors, sin=tensors["cos"])
     for _ in range(2):
         assert_same(apart.run(same), plainly(apart, same))
+    x, y = noise(2, 3, 8).unbind()
+    for given in ((x, x, y), (x, y, x), (y, x, x), (x, x, x), (x, y, y)):
+        assert_same([ltxkern.gated_residual(*given)], [ltxkern.reference.gated_residual(*given)])
 
 
 @torch.no_grad()
 def test_numbers_are_part_of_a_call() -> None:
     tensors = NORM.tensors(F32, LARGE)
     NORM.run(tensors)
-    for eps in (1e-6, 1e-2, 1, 0.5):
+    for eps in (1e-6, 1e-2, 1, 0.5, 1.0):
         for _ in range(2):
             assert_same(NORM.run(tensors, eps=eps), plainly(NORM, tensors, eps=eps))
-    for wrong, error in (
-        (True, TypeError),
-        (-1.0, ValueError),
-        (float("nan"), ValueError),
-        (torch.ones(()), TypeError),
-    ):
-        with pytest.raises(error, match="eps must be"):
+    for wrong in (True, torch.ones(()), "1", "\ud800"):
+        with pytest.raises(TypeError, match="eps must be"):
+            NORM.run(tensors, eps=wrong)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="eps must be"):
             NORM.run(tensors, eps=wrong)
     layout = BY_NAME["qk_norm_rope"]
     layout.run(layout.tensors(F32, LARGE))
@@ -240,11 +246,72 @@ def test_torch_sees_calls_that_it_has_to_see() -> None:
 
         assert type(of(tensors["x"].as_subclass(Named))) is Named
         assert Named.seen == ["ltxkern.rms_norm_modulate.default"]
-        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
-            of([1.0])  # type: ignore[arg-type]
+        endless: list[Any] = []
+        endless.append(endless)
+        for listed in ([1.0], endless):
+            with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+                of(listed)  # type: ignore[arg-type]
     with torch.inference_mode():
         assert_same([of(tensors["x"])], [wanted])
     assert not of(tensors["x"]).is_inference()
+
+
+def test_a_traced_call_is_one_node() -> None:
+    x = noise(2, 8)
+    with torch.no_grad():
+        ltxkern.gated_residual(x, x, x)
+        traced = torch.jit.trace(lambda x: ltxkern.gated_residual(x, x, x), (x,), check_trace=False)
+    assert [node.kind() for node in traced.graph.nodes()] == ["prim::Constant", "ltxkern::gated_residual"]
+
+
+@torch.no_grad()
+def test_a_negative_view_is_another_call() -> None:
+    """Its memory has the negative of its values, and lies as that of any other tensor."""
+    tensors = NORM.tensors(F32, LARGE)
+    for name, value in tensors.items():
+        wanted = NORM.run(tensors)
+        assert_same(NORM.run({**tensors, name: torch._neg_view(-value)}), wanted)
+
+
+@torch.no_grad()
+def test_only_a_call_that_passed_the_checks_is_known() -> None:
+    """None of the raw op, of a named backend, of what only a capture trusts, and of what is forgotten meanwhile."""
+    op, tensors = dispatch.registered()[NORM.op], NORM.tensors(F32, LARGE)
+    torch.ops.ltxkern.rms_norm_modulate(tensors["x"], tensors["scale"], tensors["shift"], -1.0, None, None)
+    plainly(NORM, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "receipts", set())
+        patch.setattr(op, "_first_use", lambda backend, args: backend)
+        NORM.run(tensors)
+    assert len(op._known) == 0
+    with pytest.raises(ValueError, match="eps must be"):
+        NORM.run({**tensors, "weight": None}, eps=-1.0)
+
+    kernel = op.kernel
+
+    def forgetful(backend: str) -> Callable[..., None]:
+        def run(out: Any, args: Any) -> None:
+            kernel(backend)(out, args)
+            op.forget()  # as another thread might, meanwhile
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "kernel", forgetful)
+        NORM.run(tensors)
+    assert len(op._known) == 0
+    NORM.run(tensors)
+    assert len(op._known) == 1
+
+
+@torch.no_grad()
+def test_memory_that_was_freed_is_an_error() -> None:
+    x = noise(4, 16)
+    ltxkern.gated_residual(x, x, x)
+    freed = noise(4, 16)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="elements and no memory"):
+        ltxkern.gated_residual(x, freed, x)
 
 
 @torch.no_grad()
@@ -268,10 +335,10 @@ def test_calls_keep_no_tensor_and_are_forgotten_when_they_are_many() -> None:
         return ltxkern.gated_residual(x, x, x)
 
     x = noise(3, 5)
-    watched = [weakref.ref(x), weakref.ref(ltxkern.gated_residual(x, x, x))]
+    watched = [weakref.ref(x), *(weakref.ref(ltxkern.gated_residual(x, x, x)) for _ in range(2))]
     del x
     gc.collect()
-    assert [one() for one in watched] == [None, None]
+    assert [one() for one in watched] == [None] * 3
     most = 0
     for count in range(1, 4200):
         call(count)
