@@ -1,4 +1,4 @@
-"""Programs by case, the workspace that their launches share, and where a tier's tensors must lie."""
+"""Programs by case, calls that take one again, the workspace that launches share, and where a tier's tensors must lie."""
 
 from __future__ import annotations
 
