@@ -39,24 +39,25 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def write_plots(stem: str, results: Results, folder: Path) -> list[str]:
-    """Write the plots of one machine; paths relative to the docs folder."""
-    records = [record for record in results.records if record.op not in SPECIAL]
-    if not records:
+    """Write the plots of one machine that have something to show; paths relative to the docs folder."""
+    records = [record for record in results.records if record.op not in SPECIAL and record.provider in COLOURS]
+    if not any(record.provider.startswith("ltxkern") for record in records):
         return []
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{results.machine.get('gpu') or results.machine['cpu']}, {results.machine['revision']}"
     names = [f"{stem}-{kind}.svg" for kind in ("roofline", "percent-of-roof", "speed-up")]
-    _roofline(records, results.roofs, title, folder / names[0])
+    moving = [record for record in records if not record.flops]
+    if moving:
+        _roofline(moving, results.roofs, title, folder / names[0])
     _bars(records, "percent_of_roof", f"percent of roof: {title}", folder / names[1])
     _bars(records, "speed-up", f"times faster than torch eager: {title}", folder / names[2])
-    return [f"{folder.name}/{name}" for name in names]
+    return [f"{folder.name}/{name}" for name in names[0 if moving else 1 :]]
 
 
-def _roofline(records: list[Record], roofs: dict[str, float], title: str, path: Path) -> None:
+def _roofline(shown: list[Record], roofs: dict[str, float], title: str, path: Path) -> None:
     """Colour says who, marker says which op."""
     plot = pyplot()
     figure, axes = plot.subplots(figsize=(9, 5.5))
-    shown = [record for record in records if record.provider in COLOURS and not record.flops]
     markers = dict(zip(dict.fromkeys(record.op for record in shown), MARKERS, strict=False))
     for record in shown:
         style = {"color": COLOURS[record.provider], "alpha": 0.85, "markersize": 6}
@@ -86,7 +87,7 @@ def _bars(records: list[Record], metric: str, title: str, path: Path) -> None:
     keys = list(dict.fromkeys((r.op, r.case, r.dtype) for r in records))
     # Eager is the unit of the speed-up and has no bar there.
     names = dict.fromkeys(record.provider for record in records)
-    providers = [name for name in names if name in COLOURS and (metric != "speed-up" or name != "torch eager")]
+    providers = [name for name in names if metric != "speed-up" or name != "torch eager"]
     by_key = {record.key: record for record in records}
     figure, axes = plot.subplots(figsize=(9, 1.8 + 0.11 * len(keys) * (len(providers) + 1)))
     height = 0.8 / max(1, len(providers))

@@ -5,6 +5,7 @@ import json
 import pytest
 import quoted
 import report_docs
+from plots import write_plots
 from report import read_folder, write_json
 from tiny import record, results
 
@@ -80,6 +81,16 @@ def test_pages_are_made_from_results_files(folder):
     (docs / "plots" / "removed-machine-roofline.svg").write_text("of a results file that is no longer there")
     report_docs.main(["--results", str(folder / "results"), "--docs", str(docs)])
     assert {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()} == before
+
+
+def test_results_without_a_provider_of_the_plots_have_none(tmp_path):
+    """Attention kernels, tiles and blocks have tables alone; what is counted in FLOP lies under no copy roof."""
+    others = results(record("cudnn", 40.0), record("torch eager", 50.0))
+    assert write_plots("attention", others, tmp_path / "plots") == []
+    product = results(record("ltxkern cuda", 40.0, flops=10**9), record("torch eager", 50.0, flops=10**9))
+    names = [f"merge-{kind}.svg" for kind in ("percent-of-roof", "speed-up")]
+    assert write_plots("merge", product, tmp_path / "plots") == [f"plots/{name}" for name in names]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == names
 
 
 def test_no_results_is_said(tmp_path):
