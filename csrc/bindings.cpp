@@ -196,7 +196,6 @@ PYBIND11_MODULE(LTXK_MODULE, module) {
         .def("again", &ltxk::KnownCalls::again, py::arg("arguments"), "The outputs of a call like one that was noted, else None.")
         .def("note", &ltxk::KnownCalls::note, py::arg("arguments"), py::arg("program"), py::arg("tensors"), py::arg("outputs"),
              "Remember the program that served a call; whether it can serve the next one.")
-        .def("clear", &ltxk::KnownCalls::clear)
         .def("__len__", &ltxk::KnownCalls::size);
 #if defined(LTXK_SHIM)
     bind_shim(module);

@@ -2,8 +2,8 @@
 //
 // What Python works out of a call (is it legal, who serves it, by which launches) depends on types, shapes, strides, devices,
 // alignment and neighbourhood of its tensors and on its numbers, and on no value of a tensor. A call with the same of all these has
-// the same program, whose tensors are arguments and fresh outputs. Python asks before (`Op.again`) whether a compiler traces, which must see
-// none of this, and whether a backend is named.
+// the same program, whose tensors are arguments and fresh outputs. Python asks before (`Op.again`) whether a compiler traces, which
+// must see none of this, and whether a backend is named.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,6 @@ public:
     // argument or an output, and the outputs are contiguous and like an argument.
     bool note(const py::tuple& arguments, const py::object& program, const py::tuple& tensors, const py::object& outputs);
 
-    void clear() { calls_.clear(); }
     std::size_t size() const { return calls_.size(); }
 
 private:

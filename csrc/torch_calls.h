@@ -14,12 +14,11 @@ namespace py = pybind11;
 
 struct Torch {
     const DLPackExchangeAPI* exchange = nullptr;
-    py::object tensor, parameter;         // the types of plain tensors
-    py::object is_grad_enabled, is_neg;   // of torch, and of a tensor
-    py::object empty_like, memory_format; // and its keyword arguments: names, value
-    py::object contiguous_format;
-    py::object threads;                   // torch.get_num_threads
-    py::object forward_ad;                // the module whose _current_level is below 0 outside of forward-mode gradients
+    py::object tensor, parameter;        // the types of plain tensors
+    py::object is_grad_enabled, is_neg;  // torch.is_grad_enabled, Tensor.is_neg
+    py::object empty_like, memory_format, contiguous_format;  // a function, the names of its keyword arguments, its value
+    py::object threads;     // torch.get_num_threads
+    py::object forward_ad;  // the module whose _current_level is below 0 outside of forward-mode gradients
 };
 
 // Never destroyed: the interpreter may be gone before the module.
