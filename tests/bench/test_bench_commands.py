@@ -186,7 +186,7 @@ NO_NUMBER = "expected a whole number from 1 on, got"
         ("--threads x", f"argument --threads: {NO_NUMBER} 'x'"),
         (
             "--cases small,nope",
-            "--cases: dit has no case nope; it has small, wide256, wide512, stage1, stage2, or use small",
+            "--cases: dit has no case nope; it has small, wide256, wide512, calls, stage1, stage2, or use small",
         ),
         ("--cases ,", "--cases: dit has no case ','; it has small"),
         ("--count --cases nope", "--cases: --count has no case nope; it has stage1, stage2, or use small, all"),

@@ -2,9 +2,9 @@
 
 import gc
 import re
-import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -353,23 +353,16 @@ def test_threads_share_known_calls() -> None:
     case = BY_NAME["gated_residual_rms_norm_modulate"]
     given = [case.tensors(F32, Size(2, 16 + count, 64)) for count in range(4)]
     wanted = [plainly(case, tensors) for tensors in given]
-    wrong: list[int] = []
 
     @torch.no_grad()
-    def work() -> None:
-        for turn in range(200):
-            results = case.run(given[turn % 4])
-            if not all(map(torch.equal, results, wanted[turn % 4])):
-                wrong.append(turn)
+    def work(turns: range) -> None:
+        for turn in turns:
+            assert_same(case.run(given[turn % 4]), wanted[turn % 4])
             if turn % 50 == 0:
                 dispatch.registered()[case.op].forget()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, [range(200)] * 4))
 
 
 def test_launches_of_a_device_are_served_again() -> None:
