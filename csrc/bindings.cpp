@@ -46,7 +46,7 @@ Arguments resolve(const py::args& tensors, std::size_t count, bool on_device) {
         if (first) arguments.device = tensor.device;
         if (tensor.device.device_id != arguments.device.device_id) throw py::value_error("tensors lie on different devices");
         first = false;
-        arguments.addresses.push_back(static_cast<const char*>(tensor.data) + tensor.byte_offset);
+        arguments.addresses.push_back(ltxk::address_of(tensor));
     }
     return arguments;
 }

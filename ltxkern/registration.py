@@ -138,7 +138,7 @@ def composed(reference: Callable[..., Any], args: Sequence[Any]) -> Any:
     return reference(*(value.contiguous() if isinstance(value, Tensor) else value for value in args))
 
 
-def refuse_writing(name: str, args: Sequence[Any], written: Sequence[Tensor]) -> None:
+def refuse_writing(name: str, args: Sequence[Any], written: Sequence[Tensor] = ()) -> None:
     """RuntimeError where torch would have to follow a call that writes into a given tensor; a compiler can.
 
     ValueError where that is a negative view, whose memory would have to hold other values than the result.
@@ -207,7 +207,7 @@ def _define(name: str, signature: str, run: Callable[..., Any], fake: Callable[.
 
 def _refusing(name: str, op: Any) -> Callable[..., Any]:
     def refuse(keyset: Any, *args: Any) -> Any:
-        refuse_writing(name, args, ())
+        refuse_writing(name, args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return refuse

@@ -36,8 +36,8 @@ class KnownCalls:
         self, fields: Sequence[str], indices: Mapping[str, str] | None, followed: Sequence[Callable[[], Any]]
     ) -> None:
         places = {field: place for place, field in enumerate(fields)}
-        self.wanted = indices is not None
-        self._made_of = [(places[name], places[table]) for name, table in (indices or {}).items()], followed
+        pairs = None if indices is None else [(places[name], places[table]) for name, table in indices.items()]
+        self.made_of = None if pairs is None else (pairs, followed)
         self._kept: Any = None
 
     def __len__(self) -> int:
@@ -46,11 +46,9 @@ class KnownCalls:
 
     def table(self) -> Any:
         """Where a call that is now chosen for may be noted; None where none is kept."""
-        if not self.wanted:
-            return None
         kept = self._kept
-        if kept is None:
-            kept = self._kept = extension.known_calls(*self._made_of)
+        if kept is None and self.made_of is not None:
+            kept = self._kept = extension.known_calls(*self.made_of)
         return kept
 
     def again(self, args: Any) -> Any:
@@ -66,7 +64,8 @@ class KnownCalls:
 def run_noted(table: Any, run: Callable[[Any, Any], None], out: Any, args: Any) -> None:
     """`run(out, args)`; its program is kept in the table, where there is one, if that alone made the outputs of the arguments."""
     if table is None:
-        return run(out, args)
+        run(out, args)
+        return
     runs: list[_Run] = []
     token = _runs.set(runs)
     try:
@@ -75,7 +74,6 @@ def run_noted(table: Any, run: Callable[[Any, Any], None], out: Any, args: Any) 
         _runs.reset(token)
     if len(runs) == 1:
         table.note(args, *runs[0], out)
-    return None
 
 
 def program(tier: str, steps: Callable[[Any], Sequence[Step | Call]], case: Any, arguments: int) -> Callable[..., None]:

@@ -23,7 +23,10 @@ def fresh_dispatch(cache: Path) -> Iterator[None]:
             patch.setattr(op, "_trust", trust.Trust(name, op._backends, BACKENDS))
             for attribute, value in (("_present", {}), ("receipts", set()), ("captured", set())):
                 patch.setattr(op, attribute, value)
+            op._known.forget()
         yield
+        for op in dispatch.registered().values():
+            op._known.forget()
     for cached in (proofs.stored, trust.probing):
         cached.cache_clear()
 
